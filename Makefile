@@ -1,0 +1,59 @@
+# The project's commands; `make` alone lists them.
+#
+# They use an environment of their own in .venv, made at first use, or with PYTHON=/path/to/python
+# one that has torch and Detectron2 already: nothing is installed into that one.
+
+SYSTEM_PYTHON := $(firstword $(foreach name,python3 python3.12 python3.11 python3.10, \
+	$(shell command -v $(name) 2>/dev/null)))
+
+ifeq ($(strip $(PYTHON)),)
+RUN := .venv/bin/python
+ready = @$(if $(SYSTEM_PYTHON),"$(SYSTEM_PYTHON)" tools/setup_env.py install $(1), \
+	echo "Python was not found: install Python 3.10, 3.11 or 3.12." >&2; exit 1)
+else
+RUN := "$(PYTHON)"
+ready = @command -v $(RUN) >/dev/null || { echo "PYTHON=$(PYTHON) is no program." >&2; exit 1; }; \
+	echo "Using PYTHON=$(PYTHON); nothing is installed into it."; \
+	$(RUN) tools/setup_env.py check $(1)
+endif
+
+# The package is used from here, wherever the environment is.
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+.PHONY: help setup demo test env lint format clean
+
+help:  ## list the commands
+	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /@/' | \
+		awk -F@ '{printf "make %-8s %s\n", $$1, $$2}'
+	@echo 'PYTHON=/path/to/python uses that environment in place of .venv; ARGS="..." is passed on.'
+
+setup:  ## make the environment in .venv
+	$(call ready)
+
+demo:  ## train, evaluate and draw RelDN on the built-in data set (RETRAIN=1: anew)
+	$(call ready)
+	$(RUN) tools/toy_demo.py $(if $(RETRAIN),--retrain) $(ARGS)
+
+test:  ## run the tests
+	$(call ready,test)
+	$(RUN) -m pytest $(or $(ARGS),tests)
+
+env:  ## print the versions of everything, for bug reports
+	$(call ready)
+	$(RUN) -m reldn_d2.env
+
+lint:  ## check the code with ruff, black and isort
+	$(call ready,dev)
+	$(RUN) -m ruff check .
+	$(RUN) -m black --check .
+	$(RUN) -m isort --check .
+
+format:  ## format the code with black and isort
+	$(call ready,dev)
+	$(RUN) -m isort .
+	$(RUN) -m black .
+
+clean:  ## remove .venv and caches; trained models in output/ stay
+	@if [ -f .venv/reldn_d2_setup.json ]; then rm -rf .venv; fi
+	rm -rf build *.egg-info .pytest_cache .hypothesis .ruff_cache
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,5 @@
+from . import datasets  # registers the built-in data sets
+from .dataset_mapper import RelationDatasetMapper
+from .frequency import count_predicates, log_frequencies
+
+__all__ = ["RelationDatasetMapper", "count_predicates", "datasets", "log_frequencies"]

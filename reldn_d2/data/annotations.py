@@ -1,0 +1,71 @@
+"""What is common to all readers of dataset dicts.
+
+A dataset dict is Detectron2's, plus ``"relations": [(subject_index, object_index, predicate_id),
+...]``, 0-based, with indices into its ``"annotations"``.
+"""
+
+from typing import Any, Dict, Optional, Sequence
+
+import numpy as np
+from detectron2.structures import BoxMode
+
+from ..structures.relations import check_relation_triplets
+
+__all__ = ["boxes_xyxy", "check_annotations"]
+
+_KEYS = ("bbox", "bbox_mode", "category_id")
+
+
+def boxes_xyxy(annotations: Sequence[Dict[str, Any]]) -> np.ndarray:
+    """(R, 4) float64 boxes in XYXY, in absolute pixels."""
+    boxes = [
+        (
+            annotation["bbox"]
+            if annotation["bbox_mode"] == BoxMode.XYXY_ABS
+            else BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
+        )
+        for annotation in annotations
+    ]
+    return np.array(boxes, dtype=np.float64).reshape(-1, 4)
+
+
+def check_annotations(
+    dataset_dict: Dict[str, Any],
+    num_classes: Optional[int] = None,
+    num_predicates: Optional[int] = None,
+    where: Optional[str] = None,
+) -> None:
+    """Raise if the annotations or relations of an image cannot be used.
+
+    Args:
+        dataset_dict: the image's dict.
+        num_classes: number of entity classes of the data set; not checked when None.
+        num_predicates: number of predicates of the data set; not checked when None.
+        where: names the image in the message; its ``"file_name"`` when None.
+
+    Raises:
+        ValueError: with the image, the record and the mend.
+    """
+    where = where or str(dataset_dict.get("file_name", dataset_dict.get("image_id", "an image")))
+    if "annotations" not in dataset_dict:
+        raise ValueError(
+            f'{where}: the dataset dict has no "annotations". For an image without entities give '
+            "an empty list; to leave the image out, remove its dict."
+        )
+    annotations = dataset_dict["annotations"]
+    for number, annotation in enumerate(annotations):
+        for key in _KEYS:
+            if key not in annotation:
+                raise ValueError(
+                    f'{where}: annotation {number} has no "{key}"; it has {sorted(annotation)}. '
+                    "datasets/README.md shows a complete example."
+                )
+        category = annotation["category_id"]
+        if category < 0 or (num_classes is not None and category >= num_classes):
+            raise ValueError(
+                f"{where}: annotation {number} has category_id {category}, outside the "
+                f"{num_classes} classes (0-based) of this data set."
+            )
+    check_relation_triplets(
+        dataset_dict.get("relations", ()), len(annotations), num_predicates, where
+    )

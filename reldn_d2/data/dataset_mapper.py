@@ -1,0 +1,156 @@
+"""Dataset dict -> model input: image, instances and the relations between them."""
+
+import copy
+from typing import Any, Dict, List, Optional, Sequence
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.data import DatasetMapper, MetadataCatalog
+from detectron2.data import detection_utils as utils
+from detectron2.data import transforms as T
+
+from ..structures.relations import ground_truth_relations, remap_relations
+from .annotations import boxes_xyxy, check_annotations
+
+__all__ = ["RelationDatasetMapper"]
+
+
+class RelationDatasetMapper(DatasetMapper):
+    """Detectron2's ``DatasetMapper``, which also carries the relations through.
+
+    The dataset dict has, beside Detectron2's keys, ``"relations"``: a list of ``(subject_index,
+    object_index, predicate_id)``, 0-based, with indices into ``"annotations"``. Any augmentation of
+    Detectron2 can be used. The given dict is not changed.
+
+    In training, crowd annotations and boxes of which the augmentation left nothing are dropped, as
+    Detectron2 does; the relations that they are part of go with them, and the indices of the others
+    are moved accordingly. Relations are thus always valid for ``"instances"``, and either may be
+    empty. For inference nothing is dropped, so that ground-truth boxes can be given to the model
+    (tasks PRDCLS and SGCLS).
+    """
+
+    @configurable
+    def __init__(
+        self,
+        is_train: bool,
+        *,
+        num_classes: Optional[int] = None,
+        num_predicates: Optional[int] = None,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            is_train: whether it is used in training.
+            num_classes: number of entity classes of the data set; not checked when None.
+            num_predicates: number of predicates of the data set; not checked when None.
+            **kwargs: augmentations, image_format and the others of ``DatasetMapper``.
+        """
+        super().__init__(is_train, **kwargs)
+        self.num_classes = num_classes
+        self.num_predicates = num_predicates
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> Dict[str, Any]:
+        names = cfg.DATASETS.TRAIN if is_train else cfg.DATASETS.TEST
+        ret = super().from_config(cfg, is_train)
+        ret["num_classes"] = _count_names(names, "thing_classes")
+        ret["num_predicates"] = _count_names(names, "predicate_classes")
+        return ret
+
+    def __call__(self, dataset_dict: Dict[str, Any]) -> Dict[str, Any]:
+        """
+        Args:
+            dataset_dict: one image in Detectron2's format, plus ``"relations"``.
+
+        Returns:
+            The other keys of the dict, and:
+
+            * ``image``: (C, H, W) tensor in ``image_format``.
+            * ``instances``: ``Instances`` of R entities in the frame of ``image``, with ``gt_boxes``
+              (R, 4) and ``gt_classes`` (R,); R may be 0.
+            * ``relations``: ``Instances`` of M relations, with ``gt_pairs`` (M, 2) into
+              ``instances`` and ``gt_predicates`` (M,); M may be 0.
+
+            Without ``"annotations"`` (inference on plain images) the last two are left out.
+        """
+        dataset_dict = copy.deepcopy(dataset_dict)
+        annotated = self.is_train or "annotations" in dataset_dict or "relations" in dataset_dict
+        if annotated:
+            check_annotations(dataset_dict, self.num_classes, self.num_predicates)
+        image = utils.read_image(dataset_dict["file_name"], format=self.image_format)
+        utils.check_image_size(dataset_dict, image)
+
+        # Some augmentations look at the boxes, to choose a crop for instance.
+        boxes = boxes_xyxy(dataset_dict["annotations"]) if annotated else None
+        aug_input = T.AugInput(image, boxes=boxes)
+        transforms = self.augmentations(aug_input)
+        image = aug_input.image
+        image_shape = image.shape[:2]
+        dataset_dict["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+        if self.proposal_topk is not None:
+            utils.transform_proposals(
+                dataset_dict, image_shape, transforms, proposal_topk=self.proposal_topk
+            )
+        if annotated:
+            self._transform_annotations(dataset_dict, transforms, image_shape)
+        return dataset_dict
+
+    def _transform_annotations(
+        self, dataset_dict: Dict[str, Any], transforms: T.Transform, image_shape: Sequence[int]
+    ) -> None:
+        """Replace annotations and relations by ``Instances`` in the frame of the new image."""
+        annotations = dataset_dict.pop("annotations")
+        kept = torch.ones(len(annotations), dtype=torch.bool)
+        for index, annotation in enumerate(annotations):
+            if not self.use_instance_mask:
+                annotation.pop("segmentation", None)
+            if not self.use_keypoint:
+                annotation.pop("keypoints", None)
+            if self.is_train and annotation.get("iscrowd", 0):
+                kept[index] = False
+
+        instances = utils.annotations_to_instances(
+            [
+                utils.transform_instance_annotations(
+                    annotation,
+                    transforms,
+                    image_shape,
+                    keypoint_hflip_indices=self.keypoint_hflip_indices,
+                )
+                for annotation, keep in zip(annotations, kept.tolist())
+                if keep
+            ],
+            image_shape,
+            mask_format=self.instance_mask_format,
+        )
+        if self.is_train:
+            # A cropped mask may have a tighter box than the cropped box.
+            if self.recompute_boxes and instances.has("gt_masks"):
+                instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
+            instances, nonempty = utils.filter_empty_instances(instances, return_mask=True)
+            kept[kept.clone()] = nonempty
+        relations = ground_truth_relations(dataset_dict.pop("relations", ()), image_shape)
+        dataset_dict["instances"] = instances
+        dataset_dict["relations"] = remap_relations(relations, kept)
+
+
+def _count_names(dataset_names: Sequence[str], key: str) -> Optional[int]:
+    """Number of classes or predicates of the data sets; None where none of them says.
+
+    Raises:
+        ValueError: if the data sets do not have the same names.
+    """
+    lists: List[Sequence[str]] = []
+    for dataset_name in dataset_names:
+        names = getattr(MetadataCatalog.get(dataset_name), key, None)
+        if names is None:
+            continue
+        if lists and list(names) != list(lists[0]):
+            raise ValueError(
+                f"The data sets {', '.join(dataset_names)} have different {key}: they cannot be "
+                f"used together. The first has {len(lists[0])} names, {dataset_name} {len(names)}."
+            )
+        lists.append(names)
+    return len(lists[0]) if lists else None

@@ -1,0 +1,211 @@
+"""RelDN: a frozen detector, a predicate backbone and a relation head.
+
+Shapes: N images, R entities and M relations of one image.
+"""
+
+from typing import List, Optional, Tuple
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone, detector_postprocess
+from detectron2.structures import ImageList, Instances
+from torch import Tensor, nn
+
+from ..structures.relations import remap_relations
+from .detector import EntityDetector, build_entity_detector, label_entities
+from .relation_head import build_relation_head
+
+__all__ = ["TASKS", "RelDN", "postprocess_relations"]
+
+TASKS = ("sgdet", "sgcls", "prdcls")
+TRAIN_ENTITIES = ("proposals", "ground_truth")
+
+
+@META_ARCH_REGISTRY.register()
+class RelDN(nn.Module):
+    """The relationship detection network (section 4, Fig 3).
+
+    Entities and their features come from a detector that stays frozen (``conv_body_det``); the
+    features of a pair come from a second backbone of the same structure (``conv_body_rel``), which
+    starts from the detector's weights and is trained.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        detector: EntityDetector,
+        relation_head: nn.Module,
+        predicate_backbone: Optional[nn.Module] = None,
+        task: str = "sgdet",
+        train_entities: str = "proposals",
+        entity_iou_threshold: float = 0.5,
+        entities_per_image: int = 128,
+    ):
+        """
+        Args:
+            detector: the frozen detector.
+            relation_head: see :class:`reldn_d2.modeling.relation_head.RelDNHead`.
+            predicate_backbone: gives the feature maps of union boxes; None if the head does not
+                need any.
+            task: ``"sgdet"`` (everything predicted), ``"sgcls"`` (ground-truth boxes given, classes
+                predicted) or ``"prdcls"`` (boxes and classes given), at test time.
+            train_entities: ``"proposals"`` or ``"ground_truth"``.
+            entity_iou_threshold, entities_per_image: see :func:`.detector.label_entities`.
+        """
+        super().__init__()
+        for value, known, key in (
+            (task, TASKS, "TEST.RELATIONS.TASK"),
+            (train_entities, TRAIN_ENTITIES, "MODEL.RELDN.TRAIN_ENTITIES"),
+        ):
+            if value not in known:
+                raise ValueError(f"{key} is '{value}'; known: {', '.join(known)}")
+        self.detector = detector
+        self.predicate_backbone = predicate_backbone
+        self.relation_head = relation_head
+        self.task = task
+        self.train_entities = train_entities
+        self.entity_iou_threshold = entity_iou_threshold
+        self.entities_per_image = entities_per_image
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode):
+        detector = build_entity_detector(cfg)
+        predicate_backbone = build_backbone(cfg)
+        head = build_relation_head(
+            cfg, detector.output_shape(), predicate_backbone.output_shape()
+        )
+        return {
+            "detector": detector,
+            "predicate_backbone": predicate_backbone if head.needs_predicate_features else None,
+            "relation_head": head,
+            "task": cfg.TEST.RELATIONS.TASK,
+            "train_entities": cfg.MODEL.RELDN.TRAIN_ENTITIES,
+            "entity_iou_threshold": cfg.MODEL.RELDN.ENTITY_IOU_THRESHOLD,
+            "entities_per_image": cfg.MODEL.RELDN.ENTITIES_PER_IMAGE,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.detector.parameters()).device
+
+    def forward(self, batched_inputs: List[dict]):
+        """
+        Args:
+            batched_inputs: mapped dicts, one an image:
+
+                * ``image``: (3, H, W) tensor.
+                * ``instances``: ground truth ``gt_boxes``, ``gt_classes``, in pixels of ``image``;
+                  for training and for the tasks SGCLS and PRDCLS.
+                * ``relations``: ground truth ``gt_pairs``, ``gt_predicates``; for training.
+                * ``height``, ``width``: size that the output refers to; of ``image`` by default.
+
+        Returns:
+            In training a dict of losses. Otherwise one dict an image with ``instances``
+            (``pred_boxes``, ``scores``, ``pred_classes``) and ``relations`` (see
+            :mod:`reldn_d2.structures.relations`), in the frame of ``height`` and ``width``.
+        """
+        if not self.training:
+            return self.inference(batched_inputs)
+        instances = self._ground_truth(batched_inputs, "training")
+        relations = [x["relations"].to(self.device) for x in batched_inputs]
+        images = self.detector.preprocess(batched_inputs)
+        with torch.no_grad():
+            features = self.detector.extract_features(images)
+            if self.train_entities == "proposals":
+                proposals = self.detector.propose(batched_inputs, images, features)
+            else:
+                proposals = [x.gt_boxes[:0] for x in instances]
+            entities = label_entities(
+                proposals,
+                instances,
+                iou_threshold=self.entity_iou_threshold,
+                most=self.entities_per_image,
+            )
+        return self.relation_head(
+            features,
+            self._predicate_features(images),
+            entities,
+            list(zip(instances, relations)),
+        )
+
+    def inference(self, batched_inputs: List[dict], do_postprocess: bool = True) -> List[dict]:
+        """Predict; arguments and result as in :meth:`forward`.
+
+        Args:
+            do_postprocess: scale to ``height`` and ``width``; otherwise boxes stay in pixels of
+                the network's input.
+        """
+        assert not self.training
+        images = self.detector.preprocess(batched_inputs)
+        features = self.detector.extract_features(images)
+        entities = self._entities(batched_inputs, images, features)
+        relations = self.relation_head(features, self._predicate_features(images), entities)
+        results = []
+        for x, size, found, related in zip(
+            batched_inputs, images.image_sizes, entities, relations
+        ):
+            if do_postprocess:
+                height, width = x.get("height", size[0]), x.get("width", size[1])
+                found, related = postprocess_relations(found, related, height, width)
+            results.append({"instances": found, "relations": related})
+        return results
+
+    def _predicate_features(self, images: ImageList):
+        if self.predicate_backbone is None:
+            return None
+        return self.predicate_backbone(images.tensor)
+
+    def _ground_truth(self, batched_inputs: List[dict], purpose: str) -> List[Instances]:
+        for x in batched_inputs:
+            if "instances" not in x or (self.training and "relations" not in x):
+                raise ValueError(
+                    f"{purpose} needs ground truth, but image {x.get('image_id', '?')} "
+                    f"({x.get('file_name', 'no file name')}) came without 'instances' or "
+                    "'relations'. Use reldn_d2.data.RelationDatasetMapper on an annotated data set."
+                )
+        return [x["instances"].to(self.device) for x in batched_inputs]
+
+    def _entities(self, batched_inputs, images, features) -> List[Instances]:
+        """Detections (SGDET) or ground-truth boxes in their place (SGCLS, PRDCLS)."""
+        if self.task == "sgdet":
+            return self.detector.detect(batched_inputs, images, features)
+        given = self._ground_truth(batched_inputs, f"task {self.task}")
+        boxes = [x.gt_boxes for x in given]
+        if self.task == "prdcls":
+            classes = [x.gt_classes for x in given]
+            scores = [torch.ones(len(x), device=self.device) for x in given]
+        else:
+            best = [x.max(dim=1) for x in self.detector.classify(features, boxes)]
+            scores, classes = [x.values for x in best], [x.indices for x in best]
+        entities = []
+        for x, image_boxes, image_scores, image_classes in zip(given, boxes, scores, classes):
+            instances = Instances(x.image_size)
+            instances.pred_boxes = image_boxes
+            instances.scores = image_scores
+            instances.pred_classes = image_classes
+            entities.append(instances)
+        return entities
+
+
+def postprocess_relations(
+    instances: Instances, relations: Instances, height: int, width: int
+) -> Tuple[Instances, Instances]:
+    """Scale an image's result to its output size; boxes that become empty take relations along.
+
+    Args:
+        instances: R entities in pixels of the network's input.
+        relations: relations between them.
+        height, width: size that the result refers to.
+
+    Returns:
+        Instances and relations in the frame of ``height`` and ``width``.
+    """
+    numbered = Instances(instances.image_size, **instances.get_fields())
+    numbered.set("entity_number", torch.arange(len(instances), device=relations.pairs.device))
+    scaled = detector_postprocess(numbered, height, width)
+    number: Tensor = scaled.get("entity_number")
+    scaled.remove("entity_number")
+    kept = torch.zeros(len(instances), dtype=torch.bool, device=number.device)
+    kept[number] = True
+    return scaled, remap_relations(relations, kept, (height, width))

@@ -1,0 +1,4 @@
+from .build import ROI_RELATION_HEAD_REGISTRY, build_relation_head
+from .head import RelDNHead
+
+__all__ = ["ROI_RELATION_HEAD_REGISTRY", "RelDNHead", "build_relation_head"]

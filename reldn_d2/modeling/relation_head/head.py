@@ -1,0 +1,433 @@
+"""The relation head of RelDN: entities and feature maps in, losses or ranked triplets out.
+
+Shapes: N images, R entities of the whole batch, P pairs of the whole batch, C predicates, d numbers
+an ROI vector. Boxes are XYXY in pixels of the network's input.
+"""
+
+from dataclasses import dataclass
+from typing import Dict, List, Optional, Tuple
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.modeling.roi_heads.box_head import build_box_head
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+
+from ...structures.relations import predicted_relations
+from ..losses import contrastive_losses, draw_predicate_targets, predicate_loss
+from .build import ROI_RELATION_HEAD_REGISTRY
+from .inference import rank_triplets
+from .pairs import candidate_pairs, match_pairs, union_boxes
+from .sampling import SampledPairs, sample_pairs
+from .semantic import SemanticModule
+from .spatial import SpatialModule, spatial_features
+from .statistics import training_statistics
+from .visual import VisualModule
+
+__all__ = ["EntityBatch", "RelDNHead", "without_last_relu"]
+
+
+def without_last_relu(box_head: nn.Sequential) -> nn.Sequential:
+    """Replace the ReLU that ends a box head by the identity (the released ``NO_FC7_RELU``).
+
+    Raises:
+        ValueError: the head does not end in a ReLU.
+    """
+    name, last = list(box_head.named_children())[-1]
+    if not isinstance(last, nn.ReLU):
+        raise ValueError(
+            f"MODEL.ROI_RELATION_HEAD.NO_FC7_RELU is on, but {type(box_head).__name__} ends in "
+            f"{type(last).__name__}, not in a ReLU. Set the key to False for this box head."
+        )
+    setattr(box_head, name, nn.Identity())
+    return box_head
+
+
+@dataclass
+class EntityBatch:
+    """The entities of all images, one after another, each encoded once.
+
+    Attributes:
+        boxes: (R, 4).
+        classes: (R,) int64.
+        image: (R,) int64, index of the entity's image.
+        image_sizes: (N, 2) height and width.
+        sizes: number of entities of each of the N images.
+        subject_vectors, object_vectors: (R, d), or None where nothing reads them.
+    """
+
+    boxes: Tensor
+    classes: Tensor
+    image: Tensor
+    image_sizes: Tensor
+    sizes: List[int]
+    subject_vectors: Optional[Tensor]
+    object_vectors: Optional[Tensor]
+
+
+@ROI_RELATION_HEAD_REGISTRY.register()
+class RelDNHead(nn.Module):
+    """Semantic, spatial and visual module, their fusion, the losses and the ranking.
+
+    Each entity's subject vector and object vector is computed once an image, each distinct union
+    box once, shared by all losses.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        num_predicates: int,
+        in_features: List[str],
+        entity_pooler: Optional[nn.Module] = None,
+        predicate_pooler: Optional[nn.Module] = None,
+        subject_box_head: Optional[nn.Module] = None,
+        object_box_head: Optional[nn.Module] = None,
+        predicate_box_head: Optional[nn.Module] = None,
+        semantic: Optional[SemanticModule] = None,
+        spatial: Optional[SpatialModule] = None,
+        visual: Optional[VisualModule] = None,
+        overlap_filter: bool = True,
+        pair_iou_threshold: float = 0.5,
+        sampling: Optional[Dict[str, int]] = None,
+        lambdas: Tuple[float, float, float] = (1.0, 0.5, 0.1),
+        alphas: Tuple[float, float, float] = (0.2, 0.2, 0.2),
+        normalization: str = "paper",
+        topk: int = 100,
+        predicates_per_pair: Tuple[int, ...] = (1,),
+        pair_chunk: int = 2048,
+        statistics_period: int = 20,
+    ):
+        """
+        Args:
+            num_classes: number of entity classes.
+            num_predicates: C.
+            in_features: names of the feature maps that the poolers take.
+            entity_pooler, predicate_pooler: ROI poolers on the detector's and on the predicate
+                backbone's feature maps; None where the visual module does not need them.
+            subject_box_head, object_box_head, predicate_box_head: (K, c, h, w) to (K, d); likewise.
+            semantic, spatial, visual: the three modules; None switches one off.
+            overlap_filter: only pairs whose boxes overlap.
+            pair_iou_threshold: from which overlap on a pair matches a ground-truth relation.
+            sampling: keyword arguments of :func:`.sampling.sample_pairs`.
+            lambdas: weights of L1 to L3; all zero switches them off.
+            alphas: margins of L1 to L3.
+            normalization: of L1 to L3, see :func:`..losses.contrastive.margin_loss`.
+            topk, predicates_per_pair: see :func:`.inference.rank_triplets`.
+            pair_chunk: pairs scored at once at test time.
+            statistics_period: iterations from one entry of training statistics to the next.
+        """
+        super().__init__()
+        if semantic is None and spatial is None and visual is None:
+            raise ValueError(
+                "The relation head has no module left: switch on at least one of SEMANTIC.ENABLED, "
+                "SPATIAL.ENABLED, VISUAL.SPO, VISUAL.SUBJECT_SKIP, VISUAL.OBJECT_SKIP under "
+                "MODEL.ROI_RELATION_HEAD."
+            )
+        self.num_classes = num_classes
+        self.num_predicates = num_predicates
+        self.in_features = list(in_features)
+        self.entity_pooler = entity_pooler
+        self.predicate_pooler = predicate_pooler
+        self.subject_box_head = subject_box_head
+        self.object_box_head = object_box_head
+        self.predicate_box_head = predicate_box_head
+        self.semantic = semantic
+        self.spatial = spatial
+        self.visual = visual
+        self.overlap_filter = overlap_filter
+        self.pair_iou_threshold = pair_iou_threshold
+        self.sampling = dict(sampling or {})
+        self.lambdas = tuple(lambdas)
+        self.alphas = tuple(alphas)
+        self.normalization = normalization
+        self.topk = topk
+        self.predicates_per_pair = tuple(predicates_per_pair)
+        self.pair_chunk = pair_chunk
+        self.statistics_period = statistics_period
+
+    @classmethod
+    def from_config(
+        cls,
+        cfg: CfgNode,
+        entity_shape: Dict[str, ShapeSpec],
+        predicate_shape: Dict[str, ShapeSpec],
+    ):
+        head = cfg.MODEL.ROI_RELATION_HEAD
+        in_features = list(head.IN_FEATURES or cfg.MODEL.ROI_HEADS.IN_FEATURES)
+        num_classes, num_predicates = cfg.MODEL.ROI_HEADS.NUM_CLASSES, head.NUM_PREDICATES
+        ret = {
+            "num_classes": num_classes,
+            "num_predicates": num_predicates,
+            "in_features": in_features,
+            "overlap_filter": head.OVERLAP_FILTER,
+            "pair_iou_threshold": cfg.MODEL.RELDN.ENTITY_IOU_THRESHOLD,
+            "sampling": {
+                "num_pairs": head.SAMPLING.PAIRS,
+                "num_positive": head.SAMPLING.POSITIVE_PAIRS,
+                "num_anchor_positive": head.SAMPLING.ANCHOR_POSITIVE_PAIRS,
+                "num_anchor_negative": head.SAMPLING.ANCHOR_NEGATIVE_PAIRS,
+            },
+            "lambdas": (head.LOSS.LAMBDA_1, head.LOSS.LAMBDA_2, head.LOSS.LAMBDA_3),
+            "alphas": (head.LOSS.ALPHA_1, head.LOSS.ALPHA_2, head.LOSS.ALPHA_3),
+            "normalization": head.LOSS.NORMALIZATION,
+            "topk": cfg.TEST.RELATIONS.TOPK,
+            "predicates_per_pair": cfg.TEST.RELATIONS.PREDICATES_PER_PAIR,
+            "pair_chunk": cfg.TEST.RELATIONS.PAIR_CHUNK,
+        }
+        if head.SEMANTIC.ENABLED:
+            ret["semantic"] = SemanticModule(num_classes, num_predicates, head.SEMANTIC.FREEZE)
+        if head.SPATIAL.ENABLED:
+            ret["spatial"] = SpatialModule(num_predicates, head.SPATIAL.HIDDEN_DIM)
+        ret.update(cls._init_visual(cfg, in_features, entity_shape, predicate_shape))
+        return ret
+
+    @classmethod
+    def _init_visual(cls, cfg, in_features, entity_shape, predicate_shape):
+        head, switch = cfg.MODEL.ROI_RELATION_HEAD, cfg.MODEL.ROI_RELATION_HEAD.VISUAL
+        if not (switch.SPO or switch.SUBJECT_SKIP or switch.OBJECT_SKIP):
+            return {}
+
+        def pooler(shape):
+            return ROIPooler(
+                output_size=head.POOLER_RESOLUTION,
+                scales=tuple(1.0 / shape[name].stride for name in in_features),
+                sampling_ratio=head.POOLER_SAMPLING_RATIO,
+                pooler_type=head.POOLER_TYPE,
+            )
+
+        def box_head(shape):
+            size = head.POOLER_RESOLUTION
+            channels = shape[in_features[0]].channels
+            built = build_box_head(cfg, ShapeSpec(channels=channels, height=size, width=size))
+            return without_last_relu(built) if head.NO_FC7_RELU else built
+
+        ret = {"entity_pooler": pooler(entity_shape)}
+        if switch.SPO or switch.SUBJECT_SKIP:
+            ret["subject_box_head"] = box_head(entity_shape)
+        if switch.SPO or switch.OBJECT_SKIP:
+            ret["object_box_head"] = box_head(entity_shape)
+        if switch.SPO:
+            ret["predicate_pooler"] = pooler(predicate_shape)
+            ret["predicate_box_head"] = box_head(predicate_shape)
+        some_head = ret.get("subject_box_head") or ret["object_box_head"]
+        ret["visual"] = VisualModule(
+            some_head.output_shape.channels,
+            head.NUM_PREDICATES,
+            spo=switch.SPO,
+            subject_skip=switch.SUBJECT_SKIP,
+            object_skip=switch.OBJECT_SKIP,
+        )
+        return ret
+
+    @property
+    def box_heads(self) -> List[nn.Module]:
+        """The box heads there are, of subject, object and predicate."""
+        heads = (self.subject_box_head, self.object_box_head, self.predicate_box_head)
+        return [head for head in heads if head is not None]
+
+    @property
+    def needs_predicate_features(self) -> bool:
+        """Whether the predicate backbone is read at all."""
+        return self.predicate_box_head is not None
+
+    def encode_entities(
+        self,
+        features: Dict[str, Tensor],
+        boxes: List[Boxes],
+        classes: List[Tensor],
+        image_sizes: List[Tuple[int, int]],
+    ) -> EntityBatch:
+        """Encode each entity once in either role.
+
+        Args:
+            features: the detector's feature maps, (N, c, h, w) each.
+            boxes, classes: of each image.
+            image_sizes: (height, width) of each image.
+        """
+        sizes = [len(x) for x in boxes]
+        stacked = torch.cat([x.tensor for x in boxes])
+        device = stacked.device
+        counts = torch.tensor(sizes, device=device)
+        subject_vectors = object_vectors = None
+        if self.entity_pooler is not None:
+            pooled = self.entity_pooler([features[name] for name in self.in_features], boxes)
+            if self.subject_box_head is not None:
+                subject_vectors = self.subject_box_head(pooled)
+            if self.object_box_head is not None:
+                object_vectors = self.object_box_head(pooled)
+        return EntityBatch(
+            boxes=stacked,
+            classes=torch.cat(classes),
+            image=torch.arange(len(sizes), device=device).repeat_interleave(
+                counts, output_size=sum(sizes)
+            ),
+            image_sizes=torch.tensor(image_sizes, device=device, dtype=stacked.dtype).view(-1, 2),
+            sizes=sizes,
+            subject_vectors=subject_vectors,
+            object_vectors=object_vectors,
+        )
+
+    def pair_logits(
+        self,
+        entities: EntityBatch,
+        predicate_features: Optional[Dict[str, Tensor]],
+        subjects: Tensor,
+        objects: Tensor,
+        pairs_per_image: List[int],
+    ) -> Tensor:
+        """Eq 12 before the softmax: the sum of the modules' logits.
+
+        Args:
+            entities: the R encoded entities.
+            predicate_features: the predicate backbone's feature maps; None if it is not needed.
+            subjects, objects: (P,) int64 indices into the entities, image by image.
+            pairs_per_image: N numbers that sum to P.
+
+        Returns:
+            (P, C + 1); the last logit is "no relationship".
+        """
+        logits = 0
+        if self.semantic is not None:
+            logits = self.semantic(entities.classes[subjects], entities.classes[objects])
+        subject_boxes, object_boxes = entities.boxes[subjects], entities.boxes[objects]
+        if self.spatial is not None:
+            sizes = entities.image_sizes[entities.image[subjects]]
+            logits = logits + self.spatial(spatial_features(subject_boxes, object_boxes, sizes))
+        if self.visual is not None:
+            predicate_vectors = None
+            if self.predicate_box_head is not None:
+                unions = union_boxes(subject_boxes, object_boxes).split(pairs_per_image)
+                maps = [predicate_features[name] for name in self.in_features]
+                pooled = self.predicate_pooler(maps, [Boxes(x) for x in unions])
+                predicate_vectors = self.predicate_box_head(pooled)
+            logits = logits + self.visual(
+                entities.subject_vectors,
+                entities.object_vectors,
+                predicate_vectors,
+                subjects,
+                objects,
+            )
+        return logits
+
+    def forward(
+        self,
+        features: Dict[str, Tensor],
+        predicate_features: Optional[Dict[str, Tensor]],
+        entities: List[Instances],
+        targets: Optional[List[Tuple[Instances, Instances]]] = None,
+    ):
+        """
+        Args:
+            features: the detector's feature maps.
+            predicate_features: the predicate backbone's feature maps; None if not needed.
+            entities: of each image; in training with ``proposal_boxes`` and ``gt_classes``, at
+                test time with ``pred_boxes``, ``pred_classes`` and ``scores``.
+            targets: in training, of each image the ground-truth ``instances`` (``gt_boxes``,
+                ``gt_classes``) and ``relations`` (``gt_pairs``, ``gt_predicates``).
+
+        Returns:
+            In training a dict of losses, weighted by their lambdas. Otherwise the relations of each
+            image, see :mod:`reldn_d2.structures.relations`.
+        """
+        if self.training:
+            return self._losses(features, predicate_features, entities, targets)
+        return [
+            self._predict(
+                {name: x[i : i + 1] for name, x in features.items()},
+                predicate_features and {n: x[i : i + 1] for n, x in predicate_features.items()},
+                instances,
+            )
+            for i, instances in enumerate(entities)
+        ]
+
+    def _losses(self, features, predicate_features, proposals, targets) -> Dict[str, Tensor]:
+        boxes, classes = [x.proposal_boxes for x in proposals], [x.gt_classes for x in proposals]
+        entities = self.encode_entities(features, boxes, classes, [x.image_size for x in proposals])
+        samples = []
+        for image_boxes, image_classes, (instances, relations) in zip(boxes, classes, targets):
+            grid = match_pairs(
+                (image_boxes, image_classes),
+                (instances.gt_boxes, instances.gt_classes),
+                relations.gt_pairs,
+                relations.gt_predicates,
+                num_predicates=self.num_predicates,
+                overlap_filter=self.overlap_filter,
+                iou_threshold=self.pair_iou_threshold,
+            )
+            samples.append(sample_pairs(grid, **self.sampling))
+        pairs = SampledPairs.cat(samples, entities.sizes)
+        logits = self.pair_logits(
+            entities, predicate_features, pairs.subjects, pairs.objects, [len(x) for x in samples]
+        )
+        return self._sum_losses(logits, pairs, entities)
+
+    def _sum_losses(self, logits, pairs: SampledPairs, entities: EntityBatch) -> Dict[str, Tensor]:
+        """L0 and, where a lambda is not zero, L1 to L3 of both sides."""
+        num_images = len(entities.sizes)
+        image = entities.image[pairs.subjects]
+        chosen = pairs.for_predicate.float()
+        in_image = chosen.new_zeros(num_images).index_add(0, image, chosen)
+        weights = chosen / in_image.clamp(min=1.0)[image] / num_images
+        targets = draw_predicate_targets(pairs.labels)
+        losses = {"loss_predicate": predicate_loss(logits, targets, weights)}
+
+        sides = []
+        if any(self.lambdas):
+            for sampled, anchor, other in (
+                (pairs.for_subjects, pairs.subjects, pairs.objects),
+                (pairs.for_objects, pairs.objects, pairs.subjects),
+            ):
+                sides.append(
+                    contrastive_losses(
+                        logits,
+                        pairs.labels,
+                        sampled,
+                        anchor,
+                        entities.classes[other],
+                        entities.image,
+                        num_images=num_images,
+                        num_classes=self.num_classes,
+                        alphas=self.alphas,
+                        normalization=self.normalization,
+                    )
+                )
+            for i, (name, weight) in enumerate(zip(sides[0][1], self.lambdas)):
+                if weight:
+                    losses[f"loss_{name}"] = weight * sum(side[0][i] for side in sides)
+        storage = get_event_storage()
+        if storage.iter % self.statistics_period == 0:
+            margins = [side[1] for side in sides]
+            storage.put_scalars(
+                smoothing_hint=False,
+                **training_statistics(logits, targets, pairs, margins, self.alphas),
+            )
+        return losses
+
+    def _predict(self, features, predicate_features, instances: Instances) -> Instances:
+        """Ranked triplets of one image; the memory is bounded by ``pair_chunk``."""
+        entities = self.encode_entities(
+            features, [instances.pred_boxes], [instances.pred_classes], [instances.image_size]
+        )
+        candidates = candidate_pairs(instances.pred_boxes, self.overlap_filter)
+        subjects, objects = candidates.nonzero(as_tuple=True)
+        probabilities = [instances.scores.new_zeros((0, self.num_predicates))]
+        for s, o in zip(subjects.split(self.pair_chunk), objects.split(self.pair_chunk)):
+            logits = self.pair_logits(entities, predicate_features, s, o, [len(s)])
+            probabilities.append(logits.float().softmax(dim=1)[:, :-1])
+        probabilities = torch.cat(probabilities)
+        pair_scores = instances.scores[subjects] * instances.scores[objects]
+        pairs, predicates, scores = rank_triplets(
+            probabilities, pair_scores, list(self.predicates_per_pair), self.topk
+        )
+        return predicted_relations(
+            instances.image_size,
+            torch.stack([subjects[pairs], objects[pairs]], dim=1),
+            predicates,
+            scores,
+            probabilities[pairs, predicates],
+        )

@@ -1,0 +1,125 @@
+"""Pairs of entities: which there are, which ground-truth relations they match, their boxes.
+
+Shapes: R entities of one image, M ground-truth relations, Q pairs, C predicates.
+Boxes are XYXY in absolute pixels; all boxes of one call share one coordinate frame.
+"""
+
+from dataclasses import dataclass
+from typing import Tuple
+
+import torch
+from detectron2.structures import Boxes, pairwise_iou
+from torch import Tensor
+
+__all__ = ["PairGrid", "candidate_pairs", "match_pairs", "union_boxes"]
+
+
+def candidate_pairs(boxes: Boxes, overlap_filter: bool) -> Tensor:
+    """All ordered pairs (i, j), i != j, that a relation may hold between.
+
+    Args:
+        boxes: R boxes.
+        overlap_filter: leave out pairs whose boxes do not overlap (IoU > 0).
+
+    Returns:
+        (R, R) bool; row: subject, column: object.
+    """
+    size = (len(boxes), len(boxes))
+    candidates = torch.ones(size, dtype=torch.bool, device=boxes.device)
+    candidates.fill_diagonal_(False)
+    if overlap_filter:
+        candidates &= pairwise_iou(boxes, boxes) > 0
+    return candidates
+
+
+def union_boxes(subject_boxes: Tensor, object_boxes: Tensor) -> Tensor:
+    """The tightest box around both boxes of each pair: (Q, 4) from two (Q, 4)."""
+    low = torch.minimum(subject_boxes[:, :2], object_boxes[:, :2])
+    high = torch.maximum(subject_boxes[:, 2:], object_boxes[:, 2:])
+    return torch.cat([low, high], dim=1)
+
+
+@dataclass
+class PairGrid:
+    """What each ordered pair of an image's entities is, as dense (R, R) tables.
+
+    Attributes:
+        candidates: (R, R) bool, pairs that may be sampled.
+        match: (R, R) int64, row of ``label_sets`` of each pair; M for a negative pair.
+        label_sets: (M + 1, C) bool; row m is the label set of the ground-truth pair of relation m,
+            the last row is empty.
+        is_subject: (R,) bool, the entity matches a ground-truth subject.
+        is_object: (R,) bool, the entity matches a ground-truth object.
+    """
+
+    candidates: Tensor
+    match: Tensor
+    label_sets: Tensor
+    is_subject: Tensor
+    is_object: Tensor
+
+    @property
+    def positive(self) -> Tensor:
+        """(R, R) bool: candidates that match a ground-truth relation."""
+        return self.candidates & (self.match < len(self.label_sets) - 1)
+
+    @property
+    def negative(self) -> Tensor:
+        """(R, R) bool: candidates that match none."""
+        return self.candidates & (self.match == len(self.label_sets) - 1)
+
+
+def _label_sets(gt_pairs: Tensor, gt_predicates: Tensor, num_predicates: int) -> Tensor:
+    """(M + 1, C) bool: for each relation all predicates of its pair; the last row is empty."""
+    same_pair = (gt_pairs[:, None] == gt_pairs[None]).all(dim=2)
+    one_hot = gt_pairs.new_zeros((len(gt_pairs), num_predicates), dtype=torch.float32)
+    one_hot.scatter_(1, gt_predicates[:, None], 1.0)
+    sets = same_pair.to(one_hot.dtype) @ one_hot > 0
+    return torch.cat([sets, sets.new_zeros((1, num_predicates))])
+
+
+def match_pairs(
+    entities: Tuple[Boxes, Tensor],
+    targets: Tuple[Boxes, Tensor],
+    gt_pairs: Tensor,
+    gt_predicates: Tensor,
+    *,
+    num_predicates: int,
+    overlap_filter: bool = False,
+    iou_threshold: float = 0.5,
+) -> PairGrid:
+    """Match every pair of entities with the ground-truth relations (section 4 of the paper).
+
+    A pair's overlap with a relation is ``min(IoU(subject, gt subject), IoU(object, gt object))``,
+    and 0 where a class differs. The pair is positive from ``iou_threshold`` on; its label set is
+    all predicates of the best matching ground-truth pair.
+
+    Args:
+        entities: R boxes and (R,) classes.
+        targets: ground-truth boxes and classes.
+        gt_pairs: (M, 2) subject and object index into the targets.
+        gt_predicates: (M,) predicates.
+        num_predicates: C.
+        overlap_filter: see :func:`candidate_pairs`.
+        iou_threshold: from which overlap on a pair is positive.
+    """
+    boxes, classes = entities
+    candidates = candidate_pairs(boxes, overlap_filter)
+    sets = _label_sets(gt_pairs, gt_predicates, num_predicates)
+    num_entities, num_relations = len(boxes), len(gt_pairs)
+    if num_relations == 0 or num_entities == 0:
+        none = torch.zeros(num_entities, dtype=torch.bool, device=boxes.device)
+        match = torch.full_like(candidates, num_relations, dtype=torch.int64)
+        return PairGrid(candidates, match, sets, none, none)
+
+    target_boxes, target_classes = targets
+    iou = pairwise_iou(boxes, target_boxes) * (classes[:, None] == target_classes[None])
+    as_subject, as_object = iou[:, gt_pairs[:, 0]], iou[:, gt_pairs[:, 1]]
+    overlap, match = torch.minimum(as_subject[:, None], as_object[None]).max(dim=2)
+    return PairGrid(
+        candidates=candidates,
+        match=match.masked_fill(overlap < iou_threshold, num_relations),
+        label_sets=sets,
+        is_subject=(as_subject >= iou_threshold).any(dim=1),
+        is_object=(as_object >= iou_threshold).any(dim=1),
+    )

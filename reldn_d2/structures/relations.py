@@ -1,0 +1,138 @@
+"""Relations of one image: the one place that knows their fields.
+
+Shapes: R entities (boxes), M ground-truth relations, K predicted relations.
+
+All fields of one :class:`detectron2.structures.Instances` have one length, so the relations of an
+image are an ``Instances`` of their own that points into the image's entities by index:
+
+=================  ===========  =====================================================================
+ground truth       shape        meaning
+=================  ===========  =====================================================================
+``gt_pairs``       (M, 2)       subject index, object index into the image's ``instances``
+``gt_predicates``  (M,)         predicate in ``[0, num_predicates)``
+=================  ===========  =====================================================================
+
+====================  ===========  ==================================================================
+prediction            shape        meaning
+====================  ===========  ==================================================================
+``pairs``             (K, 2)       subject index, object index into the image's ``instances``
+``predicates``        (K,)         predicate in ``[0, num_predicates)``
+``scores``            (K,)         ``p_det(s) * p(pred | s, o) * p_det(o)``, in descending order
+``predicate_scores``  (K,)         ``p(pred | s, o)``
+====================  ===========  ==================================================================
+"""
+
+from typing import Iterable, Optional, Sequence, Tuple
+
+import torch
+from detectron2.structures import Instances
+from torch import Tensor
+
+__all__ = [
+    "check_relation_triplets",
+    "ground_truth_relations",
+    "predicted_relations",
+    "remap_relations",
+]
+
+_PAIR_FIELDS = ("gt_pairs", "pairs")
+
+
+def check_relation_triplets(
+    triplets: Iterable[Sequence[int]],
+    num_entities: int,
+    num_predicates: Optional[int] = None,
+    where: str = "relations",
+) -> None:
+    """Raise if a relation points outside the entities or predicates, or to itself.
+
+    Args:
+        triplets: ``(subject_index, object_index, predicate_id)``, 0-based.
+        num_entities: number of annotations that the indices point into.
+        num_predicates: number of predicates; not checked when None.
+        where: file and image for the message.
+
+    Raises:
+        ValueError: with ``where``, the number of the relation, its content and the mend.
+    """
+    for number, triplet in enumerate(triplets):
+        if len(triplet) != 3:
+            raise ValueError(
+                f"{where}: relation {number} is {tuple(triplet)}; expected "
+                "(subject_index, object_index, predicate_id)."
+            )
+        subject, object_, predicate = triplet
+        for role, index in (("subject", subject), ("object", object_)):
+            if not 0 <= index < num_entities:
+                raise ValueError(
+                    f"{where}: relation {number} is {tuple(triplet)}, but its {role} index {index} "
+                    f"lies outside the {num_entities} annotations of this image. Indices are "
+                    f"0-based positions in `annotations`: mend or remove this relation."
+                )
+        if subject == object_:
+            raise ValueError(
+                f"{where}: relation {number} is {tuple(triplet)}, which relates annotation "
+                f"{subject} to itself. Mend or remove this relation."
+            )
+        if predicate < 0 or (num_predicates is not None and predicate >= num_predicates):
+            raise ValueError(
+                f"{where}: relation {number} is {tuple(triplet)}, but predicate {predicate} lies "
+                f"outside the {num_predicates} predicates (0-based) of this data set."
+            )
+
+
+def ground_truth_relations(
+    triplets: Sequence[Sequence[int]], image_size: Tuple[int, int]
+) -> Instances:
+    """Ground-truth relations of one image.
+
+    Args:
+        triplets: M tuples ``(subject_index, object_index, predicate_id)``.
+        image_size: (height, width) of the image the entities' boxes refer to.
+    """
+    table = torch.as_tensor(triplets, dtype=torch.int64).reshape(-1, 3)
+    relations = Instances(image_size)
+    relations.gt_pairs = table[:, :2].contiguous()
+    relations.gt_predicates = table[:, 2].contiguous()
+    return relations
+
+
+def predicted_relations(
+    image_size: Tuple[int, int],
+    pairs: Tensor,
+    predicates: Tensor,
+    scores: Tensor,
+    predicate_scores: Tensor,
+) -> Instances:
+    """Predicted relations of one image; shapes as in the table at the head of this module."""
+    relations = Instances(image_size)
+    relations.pairs = pairs
+    relations.predicates = predicates
+    relations.scores = scores
+    relations.predicate_scores = predicate_scores
+    return relations
+
+
+def remap_relations(
+    relations: Instances, kept: Tensor, image_size: Optional[Tuple[int, int]] = None
+) -> Instances:
+    """Relations after some entities were dropped: those of dropped entities go, the rest move.
+
+    Args:
+        relations: ground truth or prediction, with indices into R entities.
+        kept: (R,) bool, True where the entity stays. The order of the entities is unchanged.
+        image_size: (height, width) of the result; that of ``relations`` when None.
+
+    Returns:
+        A new ``Instances`` whose indices point into the kept entities.
+    """
+    field = next(name for name in _PAIR_FIELDS if relations.has(name))
+    pairs = relations.get(field)
+    kept = kept.to(device=pairs.device, dtype=torch.bool)
+    new_index = kept.long().cumsum(0) - 1
+    stays = kept[pairs].all(dim=1)
+    chosen = relations[stays]
+    result = Instances(image_size or relations.image_size)
+    for name, value in chosen.get_fields().items():
+        result.set(name, new_index[value] if name == field else value)
+    return result

@@ -1,0 +1,442 @@
+"""Pictures of relations: predictions, ground truth, and both side by side.
+
+All boxes are in the frame of the image given to the visualiser. The figures live outside of
+pyplot's global state, so thousands of pictures can be drawn in one process.
+"""
+
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
+from detectron2.utils.visualizer import VisImage, Visualizer
+from matplotlib.patches import Circle
+
+from reldn_d2.structures.relations import check_relation_triplets
+from reldn_d2.visualizer_canvas import (
+    FAINT,
+    INK,
+    WHITE,
+    RelationImage,
+    Row,
+    label_size,
+    plan_sheet,
+    shorten,
+)
+from reldn_d2.visualizer_layout import (
+    Color,
+    LabelPlacer,
+    arc,
+    arc_bulges,
+    choose_anchors,
+    entity_color,
+    fit_size,
+    name_entities,
+    predicate_color,
+)
+
+__all__ = ["RelationVisualizer", "Scene", "compare_image", "compare_models", "match_triplets"]
+
+Triplet = Tuple[int, int, int, Optional[float]]
+
+MIN_SIDE, MAX_SIDE = 640, 1600
+HIT, MISS = (0.06, 0.48, 0.20), (0.78, 0.12, 0.12)
+
+
+class Scene(NamedTuple):
+    """What can be drawn of one image: E entities and K relations among them."""
+
+    boxes: np.ndarray  # (E, 4) x0, y0, x1, y1
+    classes: List[int]  # (E,)
+    triplets: List[Triplet]  # (K,) subject, object, predicate, score
+
+    @property
+    def drawn(self) -> List[int]:
+        """The entities that take part in a relation, in order of index."""
+        return sorted({index for triplet in self.triplets for index in triplet[:2]})
+
+    @classmethod
+    def from_dataset_dict(cls, dataset_dict: Dict[str, Any]) -> "Scene":
+        """Ground truth of a dataset dict with ``annotations`` and ``relations``."""
+        annotations = dataset_dict.get("annotations", [])
+        boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
+        relations = [tuple(int(v) for v in r) for r in dataset_dict.get("relations", [])]
+        where = str(dataset_dict.get("file_name", "dataset dict"))
+        check_relation_triplets(relations, len(annotations), where=where)
+        return cls(
+            np.asarray(boxes, dtype=float).reshape(-1, 4),
+            [int(a["category_id"]) for a in annotations],
+            [(*relation, None) for relation in relations],
+        )
+
+    @classmethod
+    def from_outputs(
+        cls, instances: Instances, relations: Instances, topk: int, min_score: float = 0.0
+    ) -> "Scene":
+        """The first ``topk`` predicted relations of one image that score ``min_score`` or more."""
+        instances, relations = instances.to("cpu"), relations.to("cpu")
+        scores = relations.scores.tolist()
+        rows = zip(relations.pairs.tolist(), relations.predicates.tolist(), scores)
+        triplets = [(s, o, p, score) for (s, o), p, score in rows if score >= min_score]
+        return cls(
+            instances.pred_boxes.tensor.detach().double().numpy().reshape(-1, 4),
+            instances.pred_classes.tolist(),
+            triplets[:topk],
+        )
+
+
+class RelationVisualizer(Visualizer):
+    """Draws the entities and relations of one image.
+
+    Each entity that takes part gets its box and name, each relation an arrow from subject to
+    object with its predicate, and a panel lists the relations in the order given. The colour of a
+    predicate is the same in all pictures. Each ``draw_*`` of this class starts a new picture.
+    """
+
+    def __init__(self, img_rgb: np.ndarray, metadata: Any = None, scale: Optional[float] = None):
+        """
+        Args:
+            img_rgb: (H, W, 3) in [0, 255].
+            metadata: with ``thing_classes`` and ``predicate_classes``; ids where it has none.
+            scale: pixels of the picture per pixel of the image. None enlarges a small image to a
+                longest side of 640 and reduces a large one to 1600.
+        """
+        img_rgb = np.asarray(img_rgb)
+        if img_rgb.ndim != 3 or img_rgb.shape[2] != 3 or 0 in img_rgb.shape:
+            raise ValueError(
+                f"The image has shape {img_rgb.shape}; expected (height, width, 3) in RGB order. "
+                "Convert it first, for instance with PIL's Image.convert('RGB')."
+            )
+        if scale is None:
+            scale = fit_size(img_rgb.shape[1], img_rgb.shape[0], MIN_SIDE, MAX_SIDE)
+        self.scale = scale
+        super().__init__(img_rgb, metadata, scale=scale)
+        self._things: Sequence[str] = self.metadata.get("thing_classes", None) or []
+        self._predicates: Sequence[str] = self.metadata.get("predicate_classes", None) or []
+
+    def draw_predictions(
+        self, instances: Instances, relations: Instances, topk: int = 20, min_score: float = 0.0
+    ) -> VisImage:
+        """Draw the best relations of a model's output.
+
+        Args:
+            instances: ``pred_boxes`` and ``pred_classes`` of E entities, in the image's frame.
+            relations: ``pairs`` (K, 2), ``predicates`` (K,) and descending ``scores`` (K,).
+            topk: at most so many are drawn.
+            min_score: relations below it are left out.
+        """
+        scene = Scene.from_outputs(instances, relations, topk, min_score)
+        heading = f"{len(scene.triplets)} best of {len(relations)} relations"
+        return self._draw(scene, heading=heading if scene.triplets else None)
+
+    def draw_ground_truth(self, dataset_dict: Dict[str, Any]) -> VisImage:
+        """Draw the ``relations`` of a dataset dict whose boxes are in the image's frame."""
+        _check_size(self.img, dataset_dict)
+        return self._draw(Scene.from_dataset_dict(dataset_dict))
+
+    def draw_triplets(
+        self, boxes: Any, classes: Sequence[int], triplets: Sequence[Triplet], **style: Any
+    ) -> VisImage:
+        """Draw any relations.
+
+        Args:
+            boxes: (E, 4) x0, y0, x1, y1.
+            classes: (E,) class ids.
+            triplets: K tuples (subject index, object index, predicate id, score or None).
+            style: ``marks``, K times True for a hit (green), False for a miss (red and dashed) or
+                None; ``names`` and ``colors``, from entity index; ``title`` above the image;
+                ``heading`` above the list; ``panel``, where the list stands: "right", "below" or
+                "none".
+
+        Returns:
+            the picture; ``get_image()`` gives an array, ``save(path)`` writes a file.
+        """
+        boxes = boxes.tensor if isinstance(boxes, Boxes) else torch.as_tensor(np.asarray(boxes))
+        table = boxes.detach().cpu().double().numpy().reshape(-1, 4)
+        check_relation_triplets([t[:3] for t in triplets], len(table), where="draw_triplets")
+        return self._draw(Scene(table, [int(c) for c in classes], list(triplets)), **style)
+
+    def _draw(
+        self,
+        scene: Scene,
+        marks: Optional[Sequence[Optional[bool]]] = None,
+        names: Optional[Mapping[int, str]] = None,
+        colors: Optional[Mapping[int, Color]] = None,
+        title: Optional[str] = None,
+        heading: Optional[str] = None,
+        panel: str = "right",
+    ) -> VisImage:
+        """The common core; arguments as in :meth:`draw_triplets`."""
+        drawn = scene.drawn
+        if marks is None:
+            marks = [None] * len(scene.triplets)
+        if names is None:
+            names = name_entities(scene.boxes, scene.classes, drawn, self._things)
+        if colors is None:
+            colors = {entity: entity_color(number) for number, entity in enumerate(drawn)}
+        if heading is None:
+            count = len(scene.triplets)
+            heading = f"{count} relation{'s' * (count > 1)}" if count else "no relations"
+        rows = [Row([(heading, FAINT, False)])]
+        for number, (triplet, mark) in enumerate(zip(scene.triplets, marks), start=1):
+            rows.append(self._row(number, triplet, mark, names, colors))
+        height, width = self.img.shape[:2]
+        sheet = plan_sheet(width, height, self.scale, rows, panel, title is not None)
+        self.output = RelationImage(self.img, self.scale, sheet)
+        if title is not None:
+            text = shorten(title, 1.1 * sheet.text, sheet.area[2] - 12, bold=True)
+            self.output.write(6, sheet.area[1] / 2, text, 1.1 * sheet.text, INK, bold=True)
+        if drawn:
+            self._draw_scene(scene, drawn, marks, names, colors)
+        if panel != "none":
+            self.output.list_rows(rows)
+        return self.output
+
+    def _row(
+        self,
+        number: int,
+        triplet: Triplet,
+        mark: Optional[bool],
+        names: Mapping[int, str],
+        colors: Mapping[int, Color],
+    ) -> Row:
+        """The line of the panel for one relation."""
+        subject, object_, predicate, score = triplet
+        pieces = [(f"{number:>2}  ", FAINT, False)]
+        if mark is not None:
+            pieces = [("\u2713  " if mark else "\u2717  ", HIT if mark else MISS, True)]
+        pieces += [
+            (names[subject], colors[subject], False),
+            (" \u2013 ", FAINT, False),
+            (self._predicate_name(predicate), _line_color(predicate, mark), True),
+            (" \u2013 ", FAINT, False),
+            (names[object_], colors[object_], False),
+        ]
+        return Row(pieces, "" if score is None else _score_text(score))
+
+    def _predicate_name(self, predicate: int) -> str:
+        known = 0 <= predicate < len(self._predicates)
+        return self._predicates[predicate] if known else f"predicate {predicate}"
+
+    def _draw_scene(
+        self,
+        scene: Scene,
+        drawn: Sequence[int],
+        marks: Sequence[Optional[bool]],
+        names: Mapping[int, str],
+        colors: Mapping[int, Color],
+    ) -> None:
+        """Draw boxes, arrows and labels; what is drawn later lies above."""
+        output: RelationImage = self.output
+        sheet = output.sheet
+        size, stroke, radius = sheet.text, sheet.text / 7, sheet.text / 3.2
+        x0, y0, x1, y1 = sheet.image
+        boxes = scene.boxes[list(drawn)] * np.array([(x1 - x0) / self.img.shape[1]] * 4)
+        boxes = boxes + np.array([x0, y0, x0, y0])
+        boxes = np.clip(boxes, [x0 + 1, y0 + 1] * 2, [x1 - 1, y1 - 1] * 2)
+        for entity, (left, top, right, bottom) in zip(drawn, boxes):
+            corners = [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]
+            output.line(np.array(corners), colors[entity], stroke)
+
+        anchors = dict(zip(drawn, choose_anchors(boxes, spacing=5 * size)))
+        bulges = arc_bulges([t[:2] for t in scene.triplets], anchors, step=1.7 * size)
+        arcs = [
+            arc(anchors[s], anchors[o], bulge, sheet.area, trim=radius + 1.5)
+            for (s, o, _, _), bulge in zip(scene.triplets, bulges)
+        ]
+        line_colors = [_line_color(t[2], mark) for t, mark in zip(scene.triplets, marks)]
+        for points, color, mark in zip(arcs, line_colors, marks):
+            output.arrow(points, color, 1.1 * stroke, dashed=mark is False)
+        for entity in drawn:
+            output.overlay.add_patch(
+                Circle(
+                    anchors[entity],
+                    radius,
+                    facecolor=colors[entity],
+                    edgecolor="white",
+                    linewidth=output.points(1.3),
+                )
+            )
+
+        dots = np.stack([np.tile(anchors[e], 2) for e in drawn]) + radius * np.array([-1, -1, 1, 1])
+        placer = LabelPlacer(sheet.area, details=np.concatenate([boxes, dots]))
+        room = 0.5 * (sheet.area[2] - sheet.area[0])
+        for entity, box in zip(drawn, boxes):
+            text = shorten(names[entity], size, room)
+            label = placer.place_at_box(label_size(text, size), box, arcs)
+            output.plate(label, text, colors[entity], WHITE, WHITE)
+        for number, (triplet, points) in enumerate(zip(scene.triplets, arcs)):
+            text = shorten(self._predicate_name(triplet[2]), size, room)
+            others = arcs[:number] + arcs[number + 1 :]
+            label = placer.place_on_line(label_size(text, size), points, others)
+            output.plate(label, text, WHITE, line_colors[number], line_colors[number])
+
+
+def _line_color(predicate: int, mark: Optional[bool]) -> Color:
+    if mark is None:
+        return predicate_color(predicate)
+    return HIT if mark else MISS
+
+
+def _score_text(score: float) -> str:
+    return f"{score:.2f}" if score >= 0.0995 else f"{score:.2g}"
+
+
+def _check_size(img: np.ndarray, dataset_dict: Dict[str, Any]) -> None:
+    height, width = img.shape[:2]
+    expected = (dataset_dict.get("height", height), dataset_dict.get("width", width))
+    if expected != (height, width):
+        raise ValueError(
+            f"{dataset_dict.get('file_name', 'dataset dict')}: the image is {width} x {height} "
+            f"pixels, but its record says {expected[1]} x {expected[0]}. Give the image that the "
+            "boxes belong to, read with its EXIF orientation "
+            "(detectron2.data.detection_utils.read_image does so)."
+        )
+
+
+def match_triplets(
+    predicted: Scene, truth: Scene, iou_threshold: float = 0.5
+) -> Tuple[List[bool], List[bool]]:
+    """Which predictions are hits, and which ground-truth relations they find.
+
+    A prediction hits a ground-truth relation if subject class, predicate and object class are
+    equal and both boxes overlap by ``iou_threshold`` or more.
+
+    Returns:
+        hits: one per predicted relation.
+        found: one per ground-truth relation.
+    """
+    iou = _iou(predicted, truth)
+    hits, found = [False] * len(predicted.triplets), [False] * len(truth.triplets)
+    for row, (subject, object_, predicate, _) in enumerate(predicted.triplets):
+        for column, (true_subject, true_object, true_predicate, _) in enumerate(truth.triplets):
+            if (
+                predicate == true_predicate
+                and iou[subject, true_subject] >= iou_threshold
+                and iou[object_, true_object] >= iou_threshold
+            ):
+                hits[row] = found[column] = True
+    return hits, found
+
+
+def _iou(first: Scene, second: Scene) -> np.ndarray:
+    """Overlap of all boxes of two scenes (E1, E2), 0 where the classes differ."""
+    iou = pairwise_iou(
+        Boxes(torch.as_tensor(first.boxes, dtype=torch.float32)),
+        Boxes(torch.as_tensor(second.boxes, dtype=torch.float32)),
+    ).numpy()
+    same = np.equal.outer(np.asarray(first.classes, int), np.asarray(second.classes, int))
+    return np.where(same, iou, 0.0)
+
+
+def _same_entities(truth: Scene, others: Sequence[Scene]) -> Tuple[Scene, List[Dict[int, int]]]:
+    """Find out which entities of several scenes are the same, to name and colour them alike.
+
+    Returns:
+        all entities, those of the ground truth first, without relations; and for each of
+        ``others`` the map from its drawn entities to them.
+    """
+    everything = Scene(truth.boxes.copy(), list(truth.classes), [])
+    maps = []
+    for scene in others:
+        iou, known = _iou(scene, everything), {}
+        pairs = [
+            (-iou[entity, same], entity, same)
+            for entity in scene.drawn
+            for same in range(len(everything.classes))
+            if iou[entity, same] >= 0.5
+        ]
+        for _, entity, same in sorted(pairs):
+            if entity not in known and same not in known.values():
+                known[entity] = same
+        for entity in scene.drawn:
+            if entity not in known:
+                known[entity] = len(everything.classes)
+                boxes = np.concatenate([everything.boxes, scene.boxes[entity][None]])
+                everything = Scene(boxes, everything.classes + [scene.classes[entity]], [])
+        maps.append(known)
+    return everything, maps
+
+
+def compare_image(
+    img_rgb: np.ndarray,
+    dataset_dict: Dict[str, Any],
+    outputs: Dict[str, Instances],
+    metadata: Any,
+    topk: Optional[int] = None,
+    side: int = 640,
+) -> np.ndarray:
+    """Ground truth beside the prediction: hits and what they find in green, the rest in red.
+
+    Arguments and result as in :func:`compare_models`, for one model.
+    """
+    return compare_models(img_rgb, dataset_dict, {"Prediction": outputs}, metadata, topk, side)
+
+
+def compare_models(
+    img_rgb: np.ndarray,
+    dataset_dict: Dict[str, Any],
+    outputs: Mapping[str, Dict[str, Instances]],
+    metadata: Any,
+    topk: Optional[int] = None,
+    side: int = 480,
+) -> np.ndarray:
+    """Ground truth and the predictions of models in one row; equal entities have equal names.
+
+    Args:
+        img_rgb: (H, W, 3) uint8.
+        dataset_dict: with ``annotations`` and ``relations`` in the image's frame.
+        outputs: from each model's name to its output, ``instances`` and ``relations``.
+        metadata: with ``thing_classes`` and ``predicate_classes``.
+        topk: predictions drawn of each model; None takes as many as there are true relations.
+        side: longest side in pixels of each of the images.
+
+    Returns:
+        (H', W', 3) uint8. Hits are green, misses red and dashed. The ground truth is marked only
+        beside a single model; beside several it keeps the colours of the predicates.
+    """
+    _check_size(img_rgb, dataset_dict)
+    truth = Scene.from_dataset_dict(dataset_dict)
+    topk = topk if topk is not None else len(truth.triplets)
+    scenes = [Scene.from_outputs(o["instances"], o["relations"], topk) for o in outputs.values()]
+    matches = [match_triplets(scene, truth) for scene in scenes]
+    everything, maps = _same_entities(truth, scenes)
+    maps = [{entity: entity for entity in truth.drawn}] + maps
+    used = sorted({same for known in maps for same in known.values()})
+    things = getattr(metadata, "thing_classes", [])
+    names = name_entities(everything.boxes, everything.classes, used, things)
+    colors = {entity: entity_color(number) for number, entity in enumerate(used)}
+
+    true_marks = matches[0][1] if len(matches) == 1 else None
+    titles = ["Ground truth"] + [
+        f"{name}: {sum(found)} of {len(found)} found"
+        for name, (_, found) in zip(outputs, matches)
+    ]
+    scale = side / max(img_rgb.shape[:2])
+    visualizer = RelationVisualizer(img_rgb, metadata, scale=scale)
+    pictures = []
+    for scene, known, marks, title in zip(
+        [truth] + scenes, maps, [true_marks] + [hits for hits, _ in matches], titles
+    ):
+        picture = visualizer._draw(
+            scene,
+            marks,
+            {entity: names[same] for entity, same in known.items()},
+            {entity: colors[same] for entity, same in known.items()},
+            title,
+            panel="below",
+        )
+        pictures.append(picture.get_image())
+    return _in_a_row(pictures, gap=12)
+
+
+def _in_a_row(pictures: Sequence[np.ndarray], gap: int) -> np.ndarray:
+    """Put pictures side by side on white, aligned at their tops."""
+    height = max(picture.shape[0] for picture in pictures)
+    width = sum(picture.shape[1] for picture in pictures) + gap * (len(pictures) - 1)
+    row = np.full((height, width, 3), 255, dtype=np.uint8)
+    left = 0
+    for picture in pictures:
+        row[: picture.shape[0], left : left + picture.shape[1]] = picture
+        left += picture.shape[1] + gap
+    return row
