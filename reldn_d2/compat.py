@@ -49,7 +49,9 @@ class RemovedName(NamedTuple):
 
 
 _REMOVED_NAMES = (
-    RemovedName("PIL.Image", "LINEAR", "PIL.Image:BILINEAR", "data/transforms/transform.py", "Image.LINEAR"),
+    RemovedName(
+        "PIL.Image", "LINEAR", "PIL.Image:BILINEAR", "data/transforms/transform.py", "Image.LINEAR"
+    ),
     RemovedName("numpy", "int", "builtins:int", "data/build.py", "np.int"),
     RemovedName("numpy", "bool", "builtins:bool", "structures/masks.py", "np.bool"),
     RemovedName("numpy", "float", "builtins:float", "evaluation/sem_seg_evaluation.py", "np.float"),

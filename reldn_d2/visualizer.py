@@ -8,8 +8,6 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tup
 
 import numpy as np
 import torch
-from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
-from detectron2.utils.visualizer import VisImage, Visualizer
 from matplotlib.patches import Circle
 
 from reldn_d2.structures.relations import check_relation_triplets
@@ -35,11 +33,15 @@ from reldn_d2.visualizer_layout import (
     predicate_color,
 )
 
+from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
+from detectron2.utils.visualizer import VisImage, Visualizer
+
 __all__ = ["RelationVisualizer", "Scene", "compare_image", "compare_models", "match_triplets"]
 
 Triplet = Tuple[int, int, int, Optional[float]]
 
-MIN_SIDE, MAX_SIDE = 640, 1600
+MIN_SIDE, MAX_SIDE = 768, 1600
+_DIGIT_SPACE = "\u2007"  # as wide as a digit
 HIT, MISS = (0.06, 0.48, 0.20), (0.78, 0.12, 0.12)
 
 
@@ -99,7 +101,7 @@ class RelationVisualizer(Visualizer):
             img_rgb: (H, W, 3) in [0, 255].
             metadata: with ``thing_classes`` and ``predicate_classes``; ids where it has none.
             scale: pixels of the picture per pixel of the image. None enlarges a small image to a
-                longest side of 640 and reduces a large one to 1600.
+                longest side of 768 and reduces a large one to 1600.
         """
         img_rgb = np.asarray(img_rgb)
         if img_rgb.ndim != 3 or img_rgb.shape[2] != 3 or 0 in img_rgb.shape:
@@ -126,8 +128,7 @@ class RelationVisualizer(Visualizer):
             min_score: relations below it are left out.
         """
         scene = Scene.from_outputs(instances, relations, topk, min_score)
-        heading = f"{len(scene.triplets)} best of {len(relations)} relations"
-        return self._draw(scene, heading=heading if scene.triplets else None)
+        return self._draw(scene, heading=_best_of(scene, relations))
 
     def draw_ground_truth(self, dataset_dict: Dict[str, Any]) -> VisImage:
         """Draw the ``relations`` of a dataset dict whose boxes are in the image's frame."""
@@ -144,9 +145,9 @@ class RelationVisualizer(Visualizer):
             classes: (E,) class ids.
             triplets: K tuples (subject index, object index, predicate id, score or None).
             style: ``marks``, K times True for a hit (green), False for a miss (red and dashed) or
-                None; ``names`` and ``colors``, from entity index; ``title`` above the image;
-                ``heading`` above the list; ``panel``, where the list stands: "right", "below" or
-                "none".
+                None; ``plain``, True for dark arrows instead of one colour per predicate; ``names``
+                and ``colors``, from entity index; ``title`` above the image; ``heading`` above the
+                list; ``panel``, where the list stands: "right", "below" or "none".
 
         Returns:
             the picture; ``get_image()`` gives an array, ``save(path)`` writes a file.
@@ -155,6 +156,10 @@ class RelationVisualizer(Visualizer):
         table = boxes.detach().cpu().double().numpy().reshape(-1, 4)
         check_relation_triplets([t[:3] for t in triplets], len(table), where="draw_triplets")
         return self._draw(Scene(table, [int(c) for c in classes], list(triplets)), **style)
+
+    def name(self, scene: Scene, entities: Sequence[int]) -> Dict[int, str]:
+        """Names of some entities of a scene, such as ``cup 2`` where there are several cups."""
+        return name_entities(scene.boxes, scene.classes, entities, self._things)
 
     def _draw(
         self,
@@ -165,21 +170,28 @@ class RelationVisualizer(Visualizer):
         title: Optional[str] = None,
         heading: Optional[str] = None,
         panel: str = "right",
+        plain: bool = False,
     ) -> VisImage:
         """The common core; arguments as in :meth:`draw_triplets`."""
         drawn = scene.drawn
         if marks is None:
             marks = [None] * len(scene.triplets)
+        line_colors = [
+            INK if plain else _line_color(triplet[2], mark)
+            for triplet, mark in zip(scene.triplets, marks)
+        ]
         if names is None:
-            names = name_entities(scene.boxes, scene.classes, drawn, self._things)
+            names = self.name(scene, drawn)
         if colors is None:
             colors = {entity: entity_color(number) for number, entity in enumerate(drawn)}
         if heading is None:
             count = len(scene.triplets)
             heading = f"{count} relation{'s' * (count > 1)}" if count else "no relations"
         rows = [Row([(heading, FAINT, False)])]
-        for number, (triplet, mark) in enumerate(zip(scene.triplets, marks), start=1):
-            rows.append(self._row(number, triplet, mark, names, colors))
+        for number, (triplet, mark, color) in enumerate(
+            zip(scene.triplets, marks, line_colors), start=1
+        ):
+            rows.append(self._row(number, triplet, mark, color, names, colors))
         height, width = self.img.shape[:2]
         sheet = plan_sheet(width, height, self.scale, rows, panel, title is not None)
         self.output = RelationImage(self.img, self.scale, sheet)
@@ -187,7 +199,8 @@ class RelationVisualizer(Visualizer):
             text = shorten(title, 1.1 * sheet.text, sheet.area[2] - 12, bold=True)
             self.output.write(6, sheet.area[1] / 2, text, 1.1 * sheet.text, INK, bold=True)
         if drawn:
-            self._draw_scene(scene, drawn, marks, names, colors)
+            dashed = [mark is False for mark in marks]
+            self._draw_scene(scene, drawn, line_colors, dashed, names, colors)
         if panel != "none":
             self.output.list_rows(rows)
         return self.output
@@ -197,18 +210,19 @@ class RelationVisualizer(Visualizer):
         number: int,
         triplet: Triplet,
         mark: Optional[bool],
+        color: Color,
         names: Mapping[int, str],
         colors: Mapping[int, Color],
     ) -> Row:
         """The line of the panel for one relation."""
         subject, object_, predicate, score = triplet
-        pieces = [(f"{number:>2}  ", FAINT, False)]
+        pieces = [(str(number).rjust(2, _DIGIT_SPACE) + "  ", FAINT, False)]
         if mark is not None:
-            pieces = [("\u2713  " if mark else "\u2717  ", HIT if mark else MISS, True)]
+            pieces = [("\u2713  " if mark else "\u2717  ", color, True)]
         pieces += [
             (names[subject], colors[subject], False),
             (" \u2013 ", FAINT, False),
-            (self._predicate_name(predicate), _line_color(predicate, mark), True),
+            (self._predicate_name(predicate), color, True),
             (" \u2013 ", FAINT, False),
             (names[object_], colors[object_], False),
         ]
@@ -222,7 +236,8 @@ class RelationVisualizer(Visualizer):
         self,
         scene: Scene,
         drawn: Sequence[int],
-        marks: Sequence[Optional[bool]],
+        line_colors: Sequence[Color],
+        dashed: Sequence[bool],
         names: Mapping[int, str],
         colors: Mapping[int, Color],
     ) -> None:
@@ -244,11 +259,10 @@ class RelationVisualizer(Visualizer):
             arc(anchors[s], anchors[o], bulge, sheet.area, trim=radius + 1.5)
             for (s, o, _, _), bulge in zip(scene.triplets, bulges)
         ]
-        line_colors = [_line_color(t[2], mark) for t, mark in zip(scene.triplets, marks)]
-        for points, color, mark in zip(arcs, line_colors, marks):
-            output.arrow(points, color, 1.1 * stroke, dashed=mark is False)
+        for points, color, is_dashed in zip(arcs, line_colors, dashed):
+            output.arrow(points, color, 1.1 * stroke, is_dashed)
         for entity in drawn:
-            output.overlay.add_patch(
+            output.add(
                 Circle(
                     anchors[entity],
                     radius,
@@ -270,6 +284,12 @@ class RelationVisualizer(Visualizer):
             others = arcs[:number] + arcs[number + 1 :]
             label = placer.place_on_line(label_size(text, size), points, others)
             output.plate(label, text, WHITE, line_colors[number], line_colors[number])
+
+
+def _best_of(scene: Scene, relations: Instances) -> Optional[str]:
+    """What stands above a list of predictions; None where it is empty."""
+    count, total = len(scene.triplets), len(relations)
+    return f"{count} best of {total} relation{'s' * (total > 1)}" if count else None
 
 
 def _line_color(predicate: int, mark: Optional[bool]) -> Color:
@@ -388,43 +408,45 @@ def compare_models(
         dataset_dict: with ``annotations`` and ``relations`` in the image's frame.
         outputs: from each model's name to its output, ``instances`` and ``relations``.
         metadata: with ``thing_classes`` and ``predicate_classes``.
-        topk: predictions drawn of each model; None takes as many as there are true relations.
+        topk: predictions drawn of each model; None takes as many as there are true relations, or
+            5 where there is none.
         side: longest side in pixels of each of the images.
 
     Returns:
         (H', W', 3) uint8. Hits are green, misses red and dashed. The ground truth is marked only
-        beside a single model; beside several it keeps the colours of the predicates.
+        beside a single model.
     """
     _check_size(img_rgb, dataset_dict)
     truth = Scene.from_dataset_dict(dataset_dict)
-    topk = topk if topk is not None else len(truth.triplets)
+    if topk is None:
+        topk = len(truth.triplets) or 5
     scenes = [Scene.from_outputs(o["instances"], o["relations"], topk) for o in outputs.values()]
     matches = [match_triplets(scene, truth) for scene in scenes]
     everything, maps = _same_entities(truth, scenes)
     maps = [{entity: entity for entity in truth.drawn}] + maps
     used = sorted({same for known in maps for same in known.values()})
-    things = getattr(metadata, "thing_classes", [])
-    names = name_entities(everything.boxes, everything.classes, used, things)
+    visualizer = RelationVisualizer(img_rgb, metadata, scale=side / max(img_rgb.shape[:2]))
+    names = visualizer.name(everything, used)
     colors = {entity: entity_color(number) for number, entity in enumerate(used)}
 
-    true_marks = matches[0][1] if len(matches) == 1 else None
-    titles = ["Ground truth"] + [
-        f"{name}: {sum(found)} of {len(found)} found"
-        for name, (_, found) in zip(outputs, matches)
-    ]
-    scale = side / max(img_rgb.shape[:2])
-    visualizer = RelationVisualizer(img_rgb, metadata, scale=scale)
+    marks = [matches[0][1] if len(matches) == 1 else None] + [hits for hits, _ in matches]
+    titles, headings = ["Ground truth"], [None]
+    for (name, output), scene, (_, found) in zip(outputs.items(), scenes, matches):
+        titles.append(f"{name}: {sum(found)} of {len(found)} found")
+        headings.append(_best_of(scene, output["relations"]))
     pictures = []
-    for scene, known, marks, title in zip(
-        [truth] + scenes, maps, [true_marks] + [hits for hits, _ in matches], titles
-    ):
-        picture = visualizer._draw(
-            scene,
-            marks,
-            {entity: names[same] for entity, same in known.items()},
-            {entity: colors[same] for entity, same in known.items()},
-            title,
+    for number, (scene, known) in enumerate(zip([truth] + scenes, maps)):
+        picture = visualizer.draw_triplets(
+            scene.boxes,
+            scene.classes,
+            scene.triplets,
+            marks=marks[number],
+            names={entity: names[same] for entity, same in known.items()},
+            colors={entity: colors[same] for entity, same in known.items()},
+            title=titles[number],
+            heading=headings[number],
             panel="below",
+            plain=marks[number] is None,
         )
         pictures.append(picture.get_image())
     return _in_a_row(pictures, gap=12)

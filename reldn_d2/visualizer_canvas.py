@@ -8,23 +8,26 @@ from functools import lru_cache
 from typing import List, NamedTuple, Sequence, Tuple
 
 import numpy as np
-from detectron2.utils.visualizer import VisImage
 from matplotlib import patheffects
+from matplotlib.artist import Artist
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch, Polygon
+from matplotlib.text import Text
 from matplotlib.textpath import text_to_path
 from PIL import Image
 
 from reldn_d2.visualizer_layout import Color, Label
 
+from detectron2.utils.visualizer import VisImage
+
 __all__ = ["RelationImage", "Row", "Sheet", "label_size", "plan_sheet", "shorten"]
 
 INK, FAINT, WHITE = (0.13, 0.13, 0.13), (0.45, 0.45, 0.45), (1.0, 1.0, 1.0)
 MIN_AREA = 240  # pixels that the image with the white around it has at least in each direction
-MIN_ROWS = 20  # a column of the panel holds so many rows, even beside a low image
+MIN_ROWS = 20  # relations that one column of the panel holds, however low the image
 
 
 @lru_cache(maxsize=64)
@@ -99,13 +102,13 @@ def plan_sheet(
     text = min(max(max(image_w, image_h) / 64, 13.0), 20.0)
     row_height, margin = round(1.65 * text), round(0.8 * text)
     top = round(2.2 * text) if title else 0
-    column = min(max(row.width(text) for row in rows), max(0.75 * area_w, 320)) + 2 * margin
+    column = min(max(row.width(text) for row in rows), max(0.75 * area_w, 320))
+    column = math.ceil(column) + 1 + 2 * margin
     if panel == "right":
         per_column = max(int((area_h - 2 * margin) // row_height), MIN_ROWS + 1)
     else:
         across = max(int(area_w // column), 1)
-        per_column = math.ceil(len(rows) / across)
-        column = max(column, area_w / across) if across == 1 else area_w / across
+        per_column = max(math.ceil(len(rows) / across), MIN_ROWS + 1)
     columns = math.ceil(len(rows) / per_column)
     panel_w = math.ceil(columns * column)
     panel_h = 2 * margin + min(len(rows), per_column) * row_height
@@ -161,6 +164,13 @@ class RelationImage(VisImage):
         self.overlay.set_xlim(0, width)
         self.overlay.set_ylim(height, 0)
         self.overlay.set_autoscale_on(False)
+        self._layer = 0
+
+    def add(self, artist: Artist) -> None:
+        """Add a line, patch or text to the overlay, above all that was added before."""
+        self._layer += 1
+        artist.set_zorder(self._layer)
+        self.overlay.add_artist(artist)
 
     def reset_image(self, img: np.ndarray) -> None:
         """Show ``img``, resampled to the pixels that it covers."""
@@ -179,9 +189,8 @@ class RelationImage(VisImage):
     ) -> None:
         """Write one line of text that begins at ``x`` and is centred on ``y``."""
         font = _font(bold, self.points(size))
-        self.overlay.text(
-            x, y + 0.36 * size, text, color=color, fontproperties=font, parse_math=False
-        )
+        place = (x, y + 0.36 * size)
+        self.add(Text(*place, text, color=color, fontproperties=font, parse_math=False))
 
     def line(self, points: np.ndarray, color: Color, width: float, dashed: bool = False) -> None:
         """Draw a line with a thin light rim, so that it is seen on any background."""
@@ -191,7 +200,7 @@ class RelationImage(VisImage):
             linewidth=self.points(width + 2.2), foreground="white", alpha=0.75
         )
         line.set_path_effects([rim])
-        self.overlay.add_line(line)
+        self.add(line)
 
     def arrow(self, points: np.ndarray, color: Color, width: float, dashed: bool = False) -> None:
         """Draw an arrow along ``points`` (L, 2) with its head at their end."""
@@ -204,9 +213,7 @@ class RelationImage(VisImage):
         side = np.array([-direction[1], direction[0]]) * 0.4 * length
         back = points[-1] - direction * length
         corners = np.stack([points[-1], back + side, back - side])
-        self.overlay.add_patch(
-            Polygon(corners, facecolor=color, edgecolor="white", linewidth=self.points(0.8))
-        )
+        self.add(Polygon(corners, facecolor=color, edgecolor="white", linewidth=self.points(0.8)))
 
     def plate(self, label: Label, text: str, face: Color, edge: Color, ink: Color) -> None:
         """Draw a label as a small rounded plate, with a leader line where it stands apart."""
@@ -215,7 +222,7 @@ class RelationImage(VisImage):
         if label.target is not None:
             near = np.clip(label.target, (x0 + 2, y0 + 2), (x1 - 2, y1 - 2))
             self.line(np.stack([near, label.target]), edge, 1.0)
-        self.overlay.add_patch(
+        self.add(
             FancyBboxPatch(
                 (x0 + 3, y0 + 3),
                 x1 - x0 - 6,

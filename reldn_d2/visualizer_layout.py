@@ -26,11 +26,11 @@ Color = Tuple[float, float, float]
 # Dark enough for white text on them and for themselves on white (contrast of at least 4.5).
 _PREDICATE_PALETTE = (
     "#C62828 #1565C0 #2E7D32 #6A1B9A #A84300 #00707A #AD1457 #5D4037 #283593 #6B6410 "
-    "#00695C #4527A0 #455A64 #3F6B1F #0B6FA4 #8E0000"
+    "#00695C #4527A0 #455A64 #3F6B1F #212121 #8E0000"
 ).split()
 # Without red and green, which mark hits and misses.
 _ENTITY_PALETTE = (
-    "#1565C0 #A84300 #6A1B9A #00707A #AD1457 #5D4037 #283593 #6B6410 #455A64 #4527A0"
+    "#1565C0 #A84300 #6A1B9A #00707A #A0267E #5D4037 #283593 #6B6410 #455A64 #4527A0"
 ).split()
 _GOLDEN_RATIO = 0.618033988749895
 
@@ -101,21 +101,21 @@ def choose_anchors(boxes: np.ndarray, spacing: float) -> np.ndarray:
     Returns:
         (E, 2) x and y.
     """
-    fractions = np.array([0.5, 0.38, 0.62, 0.26, 0.74, 0.16, 0.84])
-    grid = np.stack(np.meshgrid(fractions, fractions), axis=-1).reshape(-1, 2)
+    across, down = [0.5, 0.38, 0.62, 0.26, 0.74], [0.5, 0.62, 0.38, 0.74, 0.26, 0.84, 0.16]
+    grid = np.stack(np.meshgrid(across, down), axis=-1).reshape(-1, 2)
     size = (boxes[:, 2:] - boxes[:, :2]).clip(min=0)
     area = size.prod(axis=1)
     anchors = np.zeros((len(boxes), 2))
     placed: List[int] = []
     for entity in np.argsort(area, kind="stable"):
         points = boxes[entity, :2] + grid * size[entity]
-        cost = np.linalg.norm(grid - 0.5, axis=1)
+        cost = np.linalg.norm(grid - 0.5, axis=1) + 0.15 * (grid[:, 1] < 0.3)  # faces are above
         for other in placed:
             distance = np.linalg.norm(points - anchors[other], axis=1)
             cost += 1.5 * (1 - distance / spacing).clip(min=0)
             if area[other] < 0.8 * area[entity]:
                 inside = (points >= boxes[other, :2]) & (points <= boxes[other, 2:])
-                cost += 0.5 * inside.all(axis=1)
+                cost += 0.25 * inside.all(axis=1)
         anchors[entity] = points[np.argmin(cost)]
         placed.append(entity)
     return anchors
@@ -216,7 +216,9 @@ class LabelPlacer:
         within = [(x, y) for y in (top, bottom) for x in (left, right, middle)]
         centres = np.array(outside + beside + within)
         cost = np.array([0, 1, 2, 3, 4, 5, 7, 7, 7, 7, 4, 5, 6, 6, 7, 8]) * 0.08
-        return self._place(size, centres, cost, np.asarray(box, dtype=float)[None], lines)
+        return self._place(
+            size, centres, cost, np.asarray(box, dtype=float)[None], lines, slack=3.0
+        )
 
     def place_on_line(
         self, size: Tuple[float, float], points: np.ndarray, lines: Sequence[np.ndarray]
@@ -229,14 +231,17 @@ class LabelPlacer:
             lines: (L, 2) points each, of other lines better left free.
         """
         last = len(points) - 1
-        where = np.round(np.array([0.5, 0.42, 0.58, 0.34, 0.66, 0.26, 0.74, 0.18]) * last)
-        along = points[where.astype(int)]
+        where = np.array([0.5, 0.45, 0.55, 0.4, 0.6, 0.35, 0.65, 0.3, 0.7, 0.25, 0.75])
+        along = points[np.round(where * last).astype(int)]
         shifts = np.array([[0, 0], [0, -1.1], [0, 1.1], [-0.6, -1.1], [0.6, 1.1]])
         shifts = shifts * np.asarray(size)
         centres = (shifts[:, None] + along[None]).reshape(-1, 2)
         apart = np.arange(len(shifts)).clip(max=2) * 0.3
-        cost = (apart[:, None] + np.arange(len(along)) * 0.07).reshape(-1)
-        return self._place(size, centres, cost, np.tile(points, 2), lines)
+        cost = (apart[:, None] + np.arange(len(along)) * 0.05).reshape(-1)
+        # Of a short line, more than half must remain to be seen.
+        hidden = self._inside(points, self._rects(size, centres)).mean(axis=1)
+        cost += 2.0 * (hidden - 0.5).clip(min=0)
+        return self._place(size, centres, cost, np.tile(points, 2), lines, slack=1.0)
 
     def _place(
         self,
@@ -245,6 +250,7 @@ class LabelPlacer:
         cost: np.ndarray,
         targets: np.ndarray,
         lines: Sequence[np.ndarray],
+        slack: float,
     ) -> Label:
         """Take the best free one of the candidates, else the nearest free place of the frame.
 
@@ -254,6 +260,7 @@ class LabelPlacer:
             cost: (C,) what speaks against each candidate by itself.
             targets: (T, 4) rectangles (or points) that the label belongs to.
             lines: (L, 2) points each, of lines better left free.
+            slack: distance from the targets at which the label needs a leader line.
         """
         rects = self._rects(size, centres)
         # A candidate that had to be moved into the frame may have left what it belongs to.
@@ -265,7 +272,7 @@ class LabelPlacer:
         else:
             best = self._nearest_free(size, centres[0])
         self.taken = np.concatenate([self.taken, best[None]])
-        return Label(tuple(float(v) for v in best), self._leader(best, targets, size[1]))
+        return Label(tuple(float(v) for v in best), self._leader(best, targets, slack))
 
     def _rects(self, size: Tuple[float, float], centres: np.ndarray) -> np.ndarray:
         half = np.asarray(size) / 2
@@ -282,8 +289,12 @@ class LabelPlacer:
         area = (self.details[:, 2:] - self.details[:, :2]).prod(axis=1).clip(min=1.0)
         shares = (_overlap(rects, self.details) / area).sum(axis=1)
         points = np.concatenate([np.zeros((0, 2)), *lines])
-        inside = (points >= rects[:, None, :2]) & (points <= rects[:, None, 2:])
-        return 1.5 * shares + 0.03 * inside.all(axis=2).sum(axis=1)
+        return 1.5 * shares + 0.03 * self._inside(points, rects).sum(axis=1)
+
+    @staticmethod
+    def _inside(points: np.ndarray, rects: np.ndarray) -> np.ndarray:
+        """(L, 2) points and (C, 4) rectangles to (C, L) bool."""
+        return ((points >= rects[:, None, :2]) & (points <= rects[:, None, 2:])).all(axis=2)
 
     def _nearest_free(self, size: Tuple[float, float], centre: np.ndarray) -> np.ndarray:
         """The free place nearest to ``centre``; where nothing is free, the one covering least."""
@@ -306,6 +317,6 @@ class LabelPlacer:
         gap = np.maximum(rect[:2] - nearest, nearest - rect[2:]).clip(min=0)
         distance = np.linalg.norm(gap, axis=1)
         best = int(np.argmin(distance))
-        if distance[best] <= 0.75 * slack:
+        if distance[best] <= slack:
             return None
         return float(nearest[best, 0]), float(nearest[best, 1])

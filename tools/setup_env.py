@@ -171,7 +171,7 @@ def version_of(python: str | Path, needs: str = "sys") -> tuple | None:
 
 def fingerprint(group: str) -> str:
     """Returns a hash of what the group installs into `.venv`."""
-    digest = hashlib.sha256(repr((version_of(VENV_PYTHON), STEPS[group])).encode())
+    digest = hashlib.sha256(repr(version_of(VENV_PYTHON)).encode())
     for path in [REQUIREMENTS / requirements for _, requirements, _ in STEPS[group]] + [PINS]:
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -1,3 +1,5 @@
+"""Data sets with relations, their mapper and their statistics."""
+
 from . import datasets  # registers the built-in data sets
 from .dataset_mapper import RelationDatasetMapper
 from .frequency import count_predicates, log_frequencies

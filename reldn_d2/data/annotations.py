@@ -4,9 +4,11 @@ A dataset dict is Detectron2's, plus ``"relations": [(subject_index, object_inde
 ...]``, 0-based, with indices into its ``"annotations"``.
 """
 
-from typing import Any, Dict, Optional, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+
 from detectron2.structures import BoxMode
 
 from ..structures.relations import check_relation_triplets
@@ -16,7 +18,7 @@ __all__ = ["boxes_xyxy", "check_annotations"]
 _KEYS = ("bbox", "bbox_mode", "category_id")
 
 
-def boxes_xyxy(annotations: Sequence[Dict[str, Any]]) -> np.ndarray:
+def boxes_xyxy(annotations: Sequence[dict[str, Any]]) -> np.ndarray:
     """(R, 4) float64 boxes in XYXY, in absolute pixels."""
     boxes = [
         (
@@ -30,10 +32,10 @@ def boxes_xyxy(annotations: Sequence[Dict[str, Any]]) -> np.ndarray:
 
 
 def check_annotations(
-    dataset_dict: Dict[str, Any],
-    num_classes: Optional[int] = None,
-    num_predicates: Optional[int] = None,
-    where: Optional[str] = None,
+    dataset_dict: dict[str, Any],
+    num_classes: int | None = None,
+    num_predicates: int | None = None,
+    where: str | None = None,
 ) -> None:
     """Raise if the annotations or relations of an image cannot be used.
 

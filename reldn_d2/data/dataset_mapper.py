@@ -1,10 +1,12 @@
 """Dataset dict -> model input: image, instances and the relations between them."""
 
 import copy
-from typing import Any, Dict, List, Optional, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
+
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.data import detection_utils as utils
@@ -35,40 +37,39 @@ class RelationDatasetMapper(DatasetMapper):
         self,
         is_train: bool,
         *,
-        num_classes: Optional[int] = None,
-        num_predicates: Optional[int] = None,
+        num_classes: int | None = None,
+        num_predicates: int | None = None,
         **kwargs: Any,
     ) -> None:
-        """
-        Args:
-            is_train: whether it is used in training.
-            num_classes: number of entity classes of the data set; not checked when None.
-            num_predicates: number of predicates of the data set; not checked when None.
-            **kwargs: augmentations, image_format and the others of ``DatasetMapper``.
+        """Args:
+        is_train: whether it is used in training.
+        num_classes: number of entity classes of the data set; not checked when None.
+        num_predicates: number of predicates of the data set; not checked when None.
+        **kwargs: augmentations, image_format and the others of ``DatasetMapper``.
         """
         super().__init__(is_train, **kwargs)
         self.num_classes = num_classes
         self.num_predicates = num_predicates
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> Dict[str, Any]:
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        """Arguments of ``__init__``; the counts are those of the data sets in ``cfg.DATASETS``."""
         names = cfg.DATASETS.TRAIN if is_train else cfg.DATASETS.TEST
         ret = super().from_config(cfg, is_train)
         ret["num_classes"] = _count_names(names, "thing_classes")
         ret["num_predicates"] = _count_names(names, "predicate_classes")
         return ret
 
-    def __call__(self, dataset_dict: Dict[str, Any]) -> Dict[str, Any]:
-        """
-        Args:
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        """Args:
             dataset_dict: one image in Detectron2's format, plus ``"relations"``.
 
         Returns:
             The other keys of the dict, and:
 
             * ``image``: (C, H, W) tensor in ``image_format``.
-            * ``instances``: ``Instances`` of R entities in the frame of ``image``, with ``gt_boxes``
-              (R, 4) and ``gt_classes`` (R,); R may be 0.
+            * ``instances``: ``Instances`` of R entities in the frame of ``image``, with
+              ``gt_boxes`` (R, 4) and ``gt_classes`` (R,); R may be 0.
             * ``relations``: ``Instances`` of M relations, with ``gt_pairs`` (M, 2) into
               ``instances`` and ``gt_predicates`` (M,); M may be 0.
 
@@ -98,7 +99,7 @@ class RelationDatasetMapper(DatasetMapper):
         return dataset_dict
 
     def _transform_annotations(
-        self, dataset_dict: Dict[str, Any], transforms: T.Transform, image_shape: Sequence[int]
+        self, dataset_dict: dict[str, Any], transforms: T.Transform, image_shape: Sequence[int]
     ) -> None:
         """Replace annotations and relations by ``Instances`` in the frame of the new image."""
         annotations = dataset_dict.pop("annotations")
@@ -119,7 +120,7 @@ class RelationDatasetMapper(DatasetMapper):
                     image_shape,
                     keypoint_hflip_indices=self.keypoint_hflip_indices,
                 )
-                for annotation, keep in zip(annotations, kept.tolist())
+                for annotation, keep in zip(annotations, kept.tolist(), strict=True)
                 if keep
             ],
             image_shape,
@@ -136,13 +137,13 @@ class RelationDatasetMapper(DatasetMapper):
         dataset_dict["relations"] = remap_relations(relations, kept)
 
 
-def _count_names(dataset_names: Sequence[str], key: str) -> Optional[int]:
+def _count_names(dataset_names: Sequence[str], key: str) -> int | None:
     """Number of classes or predicates of the data sets; None where none of them says.
 
     Raises:
         ValueError: if the data sets do not have the same names.
     """
-    lists: List[Sequence[str]] = []
+    lists: list[Sequence[str]] = []
     for dataset_name in dataset_names:
         names = getattr(MetadataCatalog.get(dataset_name), key, None)
         if names is None:

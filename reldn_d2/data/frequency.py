@@ -3,7 +3,8 @@
 Shorthand: C entity classes, P predicates; the last of the P + 1 columns is "no relationship".
 """
 
-from typing import Any, Dict, Iterable, List
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ _IMAGES_PER_CHUNK = 1000
 
 
 def count_predicates(
-    dataset_dicts: Iterable[Dict[str, Any]],
+    dataset_dicts: Iterable[dict[str, Any]],
     num_classes: int,
     num_predicates: int,
     overlap_filter: bool,
@@ -43,8 +44,8 @@ def count_predicates(
     """
     pair_counts = np.ones(num_classes * num_classes, dtype=np.int64)
     relation_counts = np.zeros(num_classes * num_classes * num_predicates, dtype=np.int64)
-    pair_cells: List[np.ndarray] = []
-    relation_cells: List[np.ndarray] = []
+    pair_cells: list[np.ndarray] = []
+    relation_cells: list[np.ndarray] = []
 
     def flush() -> None:
         for cells, counts in ((pair_cells, pair_counts), (relation_cells, relation_counts)):

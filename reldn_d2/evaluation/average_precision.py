@@ -3,10 +3,10 @@
 All images' triplets of one predicate are pooled and sorted by score (equal scores: in the data
 set's order of images, then as ranked in the image). A triplet is tested against the
 best-overlapping ground truth of exactly its subject class, predicate and object class in its image,
-the overlap being the smaller of the two IoUs. It is a true positive if that overlap is >= 0.5 and no
-earlier triplet has matched this ground truth, and else a false positive. AP is the area under the
-precision envelope over all recall points. mAP is the mean over the predicates that the ground truth
-contains; a predicate that it does not contain has no AP (NaN).
+the overlap being the smaller of the two IoUs. It is a true positive if that overlap is >= 0.5 and
+no earlier triplet has matched this ground truth, and else a false positive. AP is the area under
+the precision envelope over all recall points. mAP is the mean over the predicates that the ground
+truth contains; a predicate that it does not contain has no AP (NaN).
 """
 
 from typing import Sequence, Tuple

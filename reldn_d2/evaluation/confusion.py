@@ -4,28 +4,30 @@
 same subject could as well have had another object of the same class (and the same for the subjects
 of an object) how often the true one gets strictly the highest score for the predicate.
 
-*Pairing accuracy* (proximal relationship ambiguity) counts over the ground-truth relations that have
-another pair of the same predicate and subject class near by how often the true pairing scores
+*Pairing accuracy* (proximal relationship ambiguity) counts over the ground-truth relations that
+have another pair of the same predicate and subject class near by how often the true pairing scores
 strictly above all swapped ones.
 
 Precisely, in one image with ground-truth entities and relations (s, p, o):
 
-- *Entities*: an entity that is annotated twice (same class and coordinates) is one entity, a relation
-  annotated twice is one relation.
-- *Score of a pair (s, o) for p*: the best of the image's best ``limit`` triplets that has the predicate
-  p and whose boxes belong to s and o. A predicted box belongs to the ground-truth entity of its class
-  that it overlaps best, if that IoU is >= 0.5 (of equal ones, the first). Pairs that are not predicted
-  score minus infinity. With boxes given (PRDCLS) each box belongs to itself.
-- *Instance accuracy, object side*: the rivals of (s, p, o) are the entities o' of o's class, o' != s,
-  o' != o, for which (s, p, o') is not annotated. Relations with at least one rival are the cases; a case
-  is right if score_p(s, o) > score_p(s, o') for all rivals. *Subject side*: the same with the roles
-  exchanged. *Combined*: the cases of both sides together, so that a relation may give two.
-- *Pairing accuracy*: another relation (s', p, o') is near by (s, p, o) if all four entities are distinct,
-  s and s' have one class, and the boxes that enclose the two pairs overlap. The rivals are the
-  swapped pairs (s, o') and (s', o) of all relations near by, as far as they are not annotated with p
-  themselves; o and o' may differ in class. Relations with at least one rival are the cases; a case is
-  right if score_p(s, o) is above the score of every rival.
-- Equal scores are wrong, and so is a true pair that is not predicted. An accuracy without cases is NaN.
+- *Entities*: an entity that is annotated twice (same class and coordinates) is one entity, a
+  relation annotated twice is one relation.
+- *Score of a pair (s, o) for p*: the best of the image's best ``limit`` triplets that has the
+  predicate p and whose boxes belong to s and o. A predicted box belongs to the ground-truth entity
+  of its class that it overlaps best, if that IoU is >= 0.5 (of equal ones, the first). Pairs that
+  are not predicted score minus infinity. With boxes given (PRDCLS) each box belongs to itself.
+- *Instance accuracy, object side*: the rivals of (s, p, o) are the entities o' of o's class,
+  o' != s, o' != o, for which (s, p, o') is not annotated. Relations with at least one rival are the
+  cases; a case is right if score_p(s, o) > score_p(s, o') for all rivals. *Subject side*: the same
+  with the roles exchanged. *Combined*: the cases of both sides together, so that a relation may
+  give two.
+- *Pairing accuracy*: another relation (s', p, o') is near by (s, p, o) if all four entities are
+  distinct, s and s' have one class, and the boxes that enclose the two pairs overlap. The rivals
+  are the swapped pairs (s, o') and (s', o) of all relations near by, as far as they are not
+  annotated with p themselves; o and o' may differ in class. Relations with at least one rival are
+  the cases; a case is right if score_p(s, o) is above the score of every rival.
+- Equal scores are wrong, and so is a true pair that is not predicted. An accuracy without cases is
+  NaN.
 """
 
 from collections import OrderedDict

@@ -5,11 +5,12 @@ import logging
 import os
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
-import detectron2.utils.comm as comm
 import numpy as np
+from tabulate import tabulate
+
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
-from tabulate import tabulate
+from detectron2.utils import comm
 
 from .lu2016 import match_triplets
 from .records import (
@@ -21,7 +22,7 @@ from .records import (
     write_predictions,
 )
 
-__all__ = ["RelationDatasetEvaluator", "Results", "k_name"]
+__all__ = ["RelationDatasetEvaluator", "Results", "task_name"]
 
 Results = Dict[str, Dict[str, float]]
 PREDICTIONS_FILE = "relation_predictions.json"
@@ -30,9 +31,9 @@ TASKS = ("sgdet", "sgcls", "prdcls")
 logger = logging.getLogger(__name__)
 
 
-def k_name(predicates_per_pair: int) -> str:
-    """How results name the predicates a pair may have: ``k1``, ``k10``, ``kall``."""
-    return f"k{predicates_per_pair or 'all'}"
+def task_name(rule: str, task: str, predicates_per_pair: int) -> str:
+    """Key of a block of results: ``lu2016_sgdet_k10``; without limit k, ``relations_prdcls``."""
+    return f"{rule}_{task}" + (f"_k{predicates_per_pair}" if predicates_per_pair else "")
 
 
 class RelationDatasetEvaluator(DatasetEvaluator):
@@ -117,7 +118,7 @@ class RelationDatasetEvaluator(DatasetEvaluator):
         missing = sum(p is None for _, p in images)
         if missing:
             logger.warning(
-                "%d of the %d images of '%s' were not processed and count as having no predictions.",
+                "%d of the %d images of '%s' were not processed; they count as having no triplets.",
                 missing,
                 len(images),
                 self._dataset_name,
@@ -127,7 +128,13 @@ class RelationDatasetEvaluator(DatasetEvaluator):
         results = self.score(pairs)
         for task, metrics in results.items():
             rows = [(name, f"{value:.2f}") for name, value in metrics.items()]
-            table = tabulate(rows, headers=("metric", "value"), tablefmt="pipe")
+            table = tabulate(
+                rows,
+                headers=("metric", "value"),
+                tablefmt="pipe",
+                colalign=("left", "right"),
+                disable_numparse=True,
+            )
             logger.info("'%s', %s:\n%s", self._dataset_name, task, table)
         return results
 
@@ -144,9 +151,9 @@ class RelationDatasetEvaluator(DatasetEvaluator):
             image_id = prediction.image_id
             if image_id not in self._ground_truth:
                 raise ValueError(
-                    f"Prediction of image {image_id!r}: data set '{self._dataset_name}' has no such "
-                    f"image_id (its first one is {next(iter(self._ground_truth), None)!r}). Evaluate "
-                    "on the data set whose images were processed."
+                    f"Prediction of image {image_id!r}: data set '{self._dataset_name}' has no "
+                    f"such image_id (its first is {next(iter(self._ground_truth), None)!r}). "
+                    "Evaluate on the data set whose images were processed."
                 )
             self._check_labels(image_id, prediction.classes, prediction.predicates, "predictions")
             # Samplers that pad the last batch repeat images; the first prediction counts.
@@ -182,10 +189,10 @@ class RelationDatasetEvaluator(DatasetEvaluator):
             logger.warning(
                 "Not one of the %d predicted triplets in %d images matched any of the %d "
                 "ground-truth relations of '%s'. The likeliest causes: (1) the model is untrained, "
-                "its checkpoint was not loaded, or a score threshold dropped everything; (2) classes "
-                "or predicates are numbered differently in model and data set (0-based here, other "
-                "order of names); (3) boxes are in another frame (resized image, XYWH or normalised "
-                "instead of absolute XYXY).",
+                "its checkpoint was not loaded, or a score threshold dropped everything; (2) "
+                "classes or predicates are numbered differently in model and data set (0-based "
+                "here, other order of names); (3) boxes are in another frame (resized image, XYWH "
+                "or normalised instead of absolute XYXY).",
                 num_triplets,
                 len(images),
                 num_relations,

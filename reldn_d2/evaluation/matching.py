@@ -51,7 +51,9 @@ def pairwise_iou(boxes1: np.ndarray, boxes2: np.ndarray) -> np.ndarray:
     """Intersection over union of (A, 4) and (B, 4) boxes as (A, B) float64; 0 for empty unions."""
     first = np.asarray(boxes1, dtype=np.float64).reshape(-1, 1, 4)
     second = np.asarray(boxes2, dtype=np.float64).reshape(1, -1, 4)
-    sides = np.minimum(first[..., 2:], second[..., 2:]) - np.maximum(first[..., :2], second[..., :2])
+    sides = np.minimum(first[..., 2:], second[..., 2:]) - np.maximum(
+        first[..., :2], second[..., :2]
+    )
     intersection = sides.clip(min=0).prod(axis=-1)
     area1 = (first[..., 2:] - first[..., :2]).clip(min=0).prod(axis=-1)
     area2 = (second[..., 2:] - second[..., :2]).clip(min=0).prod(axis=-1)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Dict, Iterable, Tuple, Union
 
 import numpy as np
+
 from detectron2.data import DatasetCatalog
 from detectron2.structures import BoxMode, Instances
 
@@ -137,8 +138,8 @@ class Prediction:
         if len(outside):
             raise ValueError(
                 f"{where}: pair {outside[0]} is {tuple(pairs[outside[0]].tolist())}, but there are "
-                f"{len(boxes)} boxes. Pairs are 0-based indices into the image's boxes: where boxes "
-                "were dropped after the pairs were made, remap the pairs."
+                f"{len(boxes)} boxes. Pairs are 0-based indices into the image's boxes: where "
+                "boxes were dropped after the pairs were made, remap the pairs."
             )
         for name, values in (("boxes", boxes), ("box scores", box_scores), ("scores", scores)):
             if not np.isfinite(values).all():
@@ -159,10 +160,13 @@ class Prediction:
             image_id: as in the data set.
             output: ``"instances"`` (``pred_boxes``, ``pred_classes``, ``scores``) and
                 ``"relations"`` (``pairs``, ``predicates``, ``scores``).
+
+        Raises:
+            ValueError: one of the two is missing, or as for :meth:`from_arrays`.
         """
         for key in ("instances", "relations"):
             if key not in output:
-                raise KeyError(
+                raise ValueError(
                     f"The model's output for image {image_id!r} has no {key!r}, only "
                     f"{sorted(output)}. Relations are evaluated for models that return both "
                     '"instances" and "relations" (MODEL.META_ARCHITECTURE "RelDN").'

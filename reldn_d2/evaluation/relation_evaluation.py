@@ -7,7 +7,7 @@ import numpy as np
 
 from .average_precision import mean_average_precision, relation_average_precision
 from .confusion import confusion_report
-from .evaluator import RelationDatasetEvaluator, Results, k_name
+from .evaluator import RelationDatasetEvaluator, Results, task_name
 from .lu2016 import pooled_recall
 from .records import GroundTruth, ImagePair
 
@@ -17,7 +17,8 @@ __all__ = ["RelationEvaluator"]
 class RelationEvaluator(RelationDatasetEvaluator):
     """Recall, average precision and the two confusion accuracies.
 
-    Results: for each k, ``{"relations_<task>_k<k>": metrics}``, k being ``all`` for 0, with
+    Results: for each k, ``{"relations_<task>_k<k>": metrics}`` (``"relations_<task>"`` where a pair
+    may have all predicates), with
 
     - ``R@n``: recall when each image may give as many triplets as it has ground-truth relations;
       ``R@20``, ``R@50``, ``R@100``: when it may give so many (rule: :mod:`.lu2016`, pooled);
@@ -30,6 +31,8 @@ class RelationEvaluator(RelationDatasetEvaluator):
     an image's ``max_triplets`` best triplets at most.
     """
 
+    TOPK = (20, 50, 100)
+
     def __init__(
         self,
         dataset_name: str,
@@ -38,7 +41,7 @@ class RelationEvaluator(RelationDatasetEvaluator):
         *,
         task: str = "sgdet",
         predicates_per_pair: Sequence[int] = (0,),
-        topk: Sequence[int] = (20, 50, 100),
+        topk: Sequence[int] = TOPK,
         max_triplets: int = 100,
     ):
         """
@@ -78,7 +81,7 @@ class RelationEvaluator(RelationDatasetEvaluator):
         images = [(_each_relation_once(gt), prediction) for gt, prediction in images]
         results: Results = OrderedDict()
         for k in self._predicates_per_pair:
-            metrics = results[f"relations_{self._task}_{k_name(k)}"] = OrderedDict()
+            metrics = results[task_name("relations", self._task, k)] = OrderedDict()
             for n, recall in zip(self._topk, pooled_recall(images, self._topk, k)):
                 metrics[f"R@{n}"] = recall
             precision, _ = relation_average_precision(images, len(names), k, self._max_triplets)

@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from typing import Optional, Sequence
 
-from .evaluator import RelationDatasetEvaluator, Results, k_name
+from .evaluator import RelationDatasetEvaluator, Results, task_name
 from .lu2016 import pooled_recall
 from .records import ImagePair
 
@@ -19,6 +19,8 @@ class VRDEvaluator(RelationDatasetEvaluator):
     phrase recall is left out.
     """
 
+    TOPK = (50, 100)
+
     def __init__(
         self,
         dataset_name: str,
@@ -27,7 +29,7 @@ class VRDEvaluator(RelationDatasetEvaluator):
         *,
         task: str = "sgdet",
         predicates_per_pair: Sequence[int] = (1, 10, 70),
-        topk: Sequence[int] = (50, 100),
+        topk: Sequence[int] = TOPK,
     ):
         """
         Args:
@@ -54,7 +56,7 @@ class VRDEvaluator(RelationDatasetEvaluator):
             kinds = {"predicate": "relationship"}
         results: Results = OrderedDict()
         for k in self._predicates_per_pair:
-            metrics = results[f"lu2016_{self._task}_{k_name(k)}"] = OrderedDict()
+            metrics = results[task_name("lu2016", self._task, k)] = OrderedDict()
             for name, kind in kinds.items():
                 for n, recall in zip(self._topk, pooled_recall(images, self._topk, k, kind)):
                     metrics[f"{name} R@{n}"] = recall

@@ -1,7 +1,8 @@
 """The built-in data sets: one table of splits, and their registration.
 
-Paths are relative to the folder named by the environment variable ``DETECTRON2_DATASETS`` ("datasets"
-when it is not set). Registration reads no file: a data set has to be there only when it is used.
+Paths are relative to the folder named by the environment variable ``DETECTRON2_DATASETS``
+("datasets" when it is not set). Registration reads no file: a data set has to be there only when it
+is used.
 """
 
 import os
@@ -40,12 +41,12 @@ def register_all_vrd(root: str) -> None:
         )
 
 
-def register_all_toy_vrd() -> None:
-    """Register the splits of the toy set, which is drawn by code when it is first used."""
+def register_all_toy_vrd(root: str) -> None:
+    """Register the splits of the toy set, which is drawn below ``root`` when it is first used."""
     for name, split in _TOY_VRD_SPLITS.items():
-        register_toy_vrd(name, split)
+        register_toy_vrd(name, root, split)
 
 
 _root = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
 register_all_vrd(_root)
-register_all_toy_vrd()
+register_all_toy_vrd(_root)

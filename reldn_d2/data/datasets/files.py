@@ -2,10 +2,12 @@
 
 import json
 import os
-from typing import AbstractSet, Any, Optional, Tuple
+from collections.abc import Set
+from typing import Any
+
+from PIL import Image
 
 from detectron2.utils.file_io import PathManager
-from PIL import Image, UnidentifiedImageError
 
 __all__ = ["find_image", "image_size", "read_json", "require_path"]
 
@@ -62,7 +64,7 @@ def read_json(path: str, what: str) -> Any:
         ) from error
 
 
-def find_image(image_root: str, name: str, listing: AbstractSet[str], what: str) -> str:
+def find_image(image_root: str, name: str, listing: Set[str], what: str) -> str:
     """Path of an image, also where its suffix is not the annotated one.
 
     Args:
@@ -85,27 +87,28 @@ def find_image(image_root: str, name: str, listing: AbstractSet[str], what: str)
     )
 
 
-def image_size(path: str) -> Tuple[int, int]:
+def image_size(path: str) -> tuple[int, int]:
     """(height, width) of an image as ``detectron2.data.detection_utils.read_image`` returns it.
 
     Only the header is read (PNG excepted, whose EXIF block stands behind the pixels); the EXIF
     orientation is applied.
 
     Raises:
-        ValueError: if the file is not an image.
+        ValueError: if the file cannot be read as an image.
     """
     try:
         with PathManager.open(path, "rb") as file, Image.open(file) as image:
             width, height = image.size
             orientation = _exif_orientation(image)
-    except UnidentifiedImageError as error:
+    except OSError as error:
         raise ValueError(
-            f"{path}: not an image, or damaged. Unpack the images of the data set again."
+            f"{path}: cannot be read as an image ({error}). Unpack the images of the data set "
+            "again."
         ) from error
     return (width, height) if orientation in _EXIF_TURNED else (height, width)
 
 
-def _exif_orientation(image: Image.Image) -> Optional[int]:
+def _exif_orientation(image: Image.Image) -> int | None:
     try:
         return image.getexif().get(_EXIF_ORIENTATION)
     except Exception:  # Damaged EXIF blocks raise all sorts; Detectron2 ignores them likewise.

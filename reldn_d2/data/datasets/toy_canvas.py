@@ -49,6 +49,7 @@ class Scene:
         self.entities: List[Entity] = []
         self.relations: List[Tuple[int, int, str]] = []
         self.hands: List[Point] = []
+        self.touches: List[Tuple[int, int, Point]] = []
         self.reaches: List[Tuple[int, int, Point]] = []
         self._extras: List[Shape] = []
         self._taken = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.uint8)
@@ -81,14 +82,17 @@ class Scene:
 
         Args:
             entity: not yet part of the scene.
-            gap: least distance to the boxes of the scene's entities.
+            gap: least distance to the boxes of the scene's entities (people: at least CLEAR_GAP).
             touching: indices of entities that it may overlap.
         """
         box = entity.box
         if min(box[:2]) < 1 or max(box[2:]) > IMAGE_SIZE - 1:
             return False
         others = (e for index, e in enumerate(self.entities) if index not in touching)
-        return all(box_gap(box, other.box) >= gap for other in others) and all(
+        return all(
+            box_gap(box, other.box) >= (max(gap, CLEAR_GAP) if isinstance(other, Person) else gap)
+            for other in others
+        ) and all(
             entity.distance(hand) - HAND_RADIUS >= CLEAR_GAP for hand in self.hands
         )
 

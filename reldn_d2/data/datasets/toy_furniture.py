@@ -31,14 +31,14 @@ def add_hats(scene: Scene, index: int, one: Person) -> None:
     rng = scene.rng
     x, top = one.head[0], one.head[1] - one.head_radius
     worn = scene.yes(0.5)
-    if worn or rng.random() < 0.5:
+    if worn or rng.random() < 0.4:
         base = top + rng.uniform(2.8, 4.2) if worn else top - rng.uniform(2.8, 4.5)
         thing = hat(rng, x + rng.uniform(-1.5, 1.5), base, Layer.PERSON + 0.6)
         if scene.fits(thing, gap=1, touching=[index]):
             added = scene.add(thing)
             if worn:
                 scene.relate(index, added, "wears")
-    if rng.random() < 0.3:
+    if rng.random() < 0.2:
         side = rng.choice((-1, 1))
         beside = hat(rng, x + side * rng.uniform(20, 25), one.head[1] + rng.uniform(-6, 10))
         if scene.fits(beside, gap=1):
@@ -47,15 +47,15 @@ def add_hats(scene: Scene, index: int, one: Person) -> None:
 
 def furnish(scene: Scene, wanted: int) -> None:
     """Fill free areas with furniture and lone things until ``wanted`` entities are there."""
-    groups = [_table_group, _chair_group, _box_group, _lone_thing]
-    for _ in range(12):
+    groups = [_table_group, _chair_group, _box_group]
+    for attempt in range(8):
         missing = wanted - len(scene.entities)
-        if missing <= 0:
+        if missing <= 0 and attempt:
             return
-        if missing == 1:
+        if missing == 1 and attempt:
             _lone_thing(scene)
         else:
-            groups[scene.rng.choice(4, p=[0.36, 0.22, 0.34, 0.08])](scene)
+            groups[scene.rng.choice(3, p=[0.38, 0.38, 0.24])](scene)
 
 
 def _lone_thing(scene: Scene) -> None:
@@ -90,8 +90,8 @@ def _kinds(scene: Scene, count: int):
 def _table_group(scene: Scene) -> None:
     """A table with things on it, just above it, under it, in front of it or beside it."""
     rng = scene.rng
-    width, height = rng.uniform(44, 62), rng.uniform(34, 42)
-    spot = scene.free_spot(width, height + 24)
+    width, height = rng.uniform(40, 60), rng.uniform(31, 38)
+    spot = scene.free_spot(width, height + 23)
     if spot is None:
         return
     x, y = spot[0], spot[1] + 19
@@ -129,7 +129,7 @@ def _below(scene: Scene, owner: int, kind: str, x: float) -> None:
 def _chair_group(scene: Scene) -> None:
     """A chair with a thing on its seat, a hat on its back or near it, a ball under it."""
     rng = scene.rng
-    width, height = rng.uniform(26, 30), rng.uniform(42, 48)
+    width, height = rng.uniform(25, 29), rng.uniform(39, 45)
     spot = scene.free_spot(width + 8, height + 18)
     if spot is None:
         return

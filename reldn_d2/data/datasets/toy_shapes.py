@@ -131,8 +131,9 @@ def background(rng: np.random.Generator) -> np.ndarray:
     slope = rng.uniform(-22, 22, size=2)
     ramp = np.linspace(-0.5, 0.5, IMAGE_SIZE)
     shade = slope[0] * ramp[:, None] + slope[1] * ramp[None, :]
-    shade = shade + rng.normal(0, 1.5, size=(IMAGE_SIZE, IMAGE_SIZE))
-    image = np.array(tone)[None, None, :] + np.rint(shade)[:, :, None]
+    shade = shade + 1.5 * rng.standard_normal((IMAGE_SIZE, IMAGE_SIZE), dtype=np.float32)
+    shade = np.rint(shade).astype(np.int16)
+    image = np.array(tone, np.int16)[None, None, :] + shade[:, :, None]
     return np.clip(image, 0, 255).astype(np.uint8)
 
 
@@ -312,8 +313,8 @@ def chair(rng: np.random.Generator, x: float, y: float, width: float, height: fl
     seat, right = y + 0.52 * height, x + width
     dark = _mix(color, _DARK, 0.35)
     shapes = [
-        Shape(_quad(x, y, x + 3.5, y + height), color, layer),
-        Shape(_quad(right - 3.5, seat, right, y + height), color, layer),
+        Shape(_quad(x, y, x + 4, y + height), color, layer),
+        Shape(_quad(right - 4, seat, right, y + height), color, layer),
         Shape(np.array([(x, seat), (x + 4, seat - 6), (right, seat - 6), (right, seat)]), color, layer),
         Shape(_quad(x, seat, right, seat + 3), dark, layer + 0.01),
     ]

@@ -11,8 +11,9 @@ ymax]``, so that a width is the file's ``xmax - xmin + 1`` and no "+1" is needed
 import logging
 import math
 import os
+from collections.abc import Sequence
 from numbers import Real
-from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
+from typing import Any, NamedTuple
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
@@ -55,13 +56,13 @@ VRD_PREDICATES = (
 class _ImageAnnotations(NamedTuple):
     """Entities and relations of one image, as in a dataset dict."""
 
-    annotations: List[Dict[str, Any]]
-    relations: List[Tuple[int, int, int]]
+    annotations: list[dict[str, Any]]
+    relations: list[tuple[int, int, int]]
 
 
 def load_vrd(
     json_file: str, image_root: str, merge_duplicates: bool = True
-) -> List[Dict[str, Any]]:
+) -> list[dict[str, Any]]:
     """Load a split of VRD as Detectron2 dataset dicts with ``"relations"``.
 
     Image sizes come from the image headers. ``objects.json`` and ``predicates.json`` beside
@@ -88,7 +89,7 @@ def load_vrd(
     listing = frozenset(PathManager.ls(require_path(image_root, "The image folder of VRD")))
 
     dicts = []
-    outside: List[str] = []
+    outside: list[str] = []
     for name, (annotations, relations) in images.items():
         file_name = find_image(image_root, name, listing, "VRD")
         height, width = image_size(file_name)
@@ -118,7 +119,9 @@ def register_vrd(name: str, json_file: str, image_root: str, merge_duplicates: b
 
     Args:
         name: name of the data set, e.g. "vrd_train".
-        json_file, image_root, merge_duplicates: see :func:`load_vrd`.
+        json_file: see :func:`load_vrd`.
+        image_root: see :func:`load_vrd`.
+        merge_duplicates: see :func:`load_vrd`.
     """
     DatasetCatalog.register(name, lambda: load_vrd(json_file, image_root, merge_duplicates))
     MetadataCatalog.get(name).set(
@@ -132,7 +135,7 @@ def register_vrd(name: str, json_file: str, image_root: str, merge_duplicates: b
 
 def parse_vrd_annotations(
     json_file: str, merge_duplicates: bool = True
-) -> Dict[str, _ImageAnnotations]:
+) -> dict[str, _ImageAnnotations]:
     """Read the annotations alone; needs no images.
 
     The entities of an image are the distinct (category, box) of its subjects and objects in order
@@ -156,36 +159,38 @@ def parse_vrd_annotations(
             f"{type(content).__name__}."
         )
     images = {}
-    duplicates: List[str] = []
-    reflexive: List[str] = []
+    duplicates: list[str] = []
+    reflexive: list[str] = []
     for name, records in content.items():
         if not isinstance(records, list):
             raise ValueError(
                 f"{json_file}: {name}: expected a list of relationships (empty if the image has "
                 f"none), found {records!r:.80}."
             )
-        entities: Dict[tuple, int] = {}
-        relations: List[Tuple[int, int, int]] = []
+        entities: dict[tuple, int] = {}
+        relations: dict[tuple[int, int, int], int] = {}
         for number, record in enumerate(records):
-            where = f"{json_file}: {name}, relationship {number}"
-            subject, object_, predicate = _parse_relationship(record, where)
+            place = f"{name}, relationship {number}"
+            subject, object_, predicate = _parse_relationship(record, f"{json_file}: {place}")
             if subject == object_:
-                reflexive.append(where)
+                reflexive.append(place)
             first = entities.setdefault((*subject, 0), len(entities))
             second = entities.setdefault((*object_, int(subject == object_)), len(entities))
-            relations.append((first, second, predicate))
-        distinct = list(dict.fromkeys(relations))
-        if len(distinct) < len(relations):
-            duplicates += [name] * (len(relations) - len(distinct))
-        annotations = [_annotation(category, box) for category, box, _ in entities]
-        images[name] = _ImageAnnotations(annotations, distinct if merge_duplicates else relations)
+            triplet = (first, second, predicate)
+            if triplet in relations:
+                duplicates.append(place)
+            relations[triplet] = 1 if merge_duplicates else relations.get(triplet, 0) + 1
+        images[name] = _ImageAnnotations(
+            annotations=[_annotation(category, box) for category, box, _ in entities],
+            relations=[triplet for triplet, times in relations.items() for _ in range(times)],
+        )
     _report(json_file, images, duplicates, merge_duplicates, reflexive)
     return images
 
 
 def _report(
     json_file: str,
-    images: Dict[str, _ImageAnnotations],
+    images: dict[str, _ImageAnnotations],
     duplicates: Sequence[str],
     merge_duplicates: bool,
     reflexive: Sequence[str],
@@ -196,7 +201,7 @@ def _report(
         done = "merged" if merge_duplicates else "kept"
         logger.warning(
             f"{json_file}: {len(duplicates)} relationships repeat an earlier one of their image "
-            f"exactly and were {done}; the first: one of {duplicates[0]}."
+            f"exactly and were {done}; the first: {duplicates[0]}."
         )
     if reflexive:
         logger.warning(
@@ -206,7 +211,7 @@ def _report(
         )
 
 
-def _parse_relationship(record: Any, where: str) -> Tuple[tuple, tuple, int]:
+def _parse_relationship(record: Any, where: str) -> tuple[tuple, tuple, int]:
     """Subject and object as (category, box in continuous XYXY), and the predicate."""
     subject = _parse_entity(_get(record, "subject", where), f"{where}, subject")
     object_ = _parse_entity(_get(record, "object", where), f"{where}, object")
@@ -215,7 +220,7 @@ def _parse_relationship(record: Any, where: str) -> Tuple[tuple, tuple, int]:
     return subject, object_, predicate
 
 
-def _parse_entity(entity: Any, where: str) -> Tuple[int, tuple]:
+def _parse_entity(entity: Any, where: str) -> tuple[int, tuple]:
     category = _get(entity, "category", where)
     _check_index(category, "category", VRD_CLASSES, where)
     bbox = _get(entity, "bbox", where)
@@ -249,7 +254,7 @@ def _check_index(value: Any, what: str, names: Sequence[str], where: str) -> Non
         )
 
 
-def _annotation(category: int, box: Sequence[float]) -> Dict[str, Any]:
+def _annotation(category: int, box: Sequence[float]) -> dict[str, Any]:
     return {
         "bbox": list(box),
         "bbox_mode": BoxMode.XYXY_ABS,
@@ -266,7 +271,7 @@ def _check_names(path: str, expected: Sequence[str]) -> None:
         raise ValueError(
             f"{path}: expected the list of VRD's {len(expected)} names, found {found}."
         )
-    for index, (name, wanted) in enumerate(zip(names, expected)):
+    for index, (name, wanted) in enumerate(zip(names, expected, strict=True)):
         if name != wanted:
             raise ValueError(
                 f"{path}: name {index} is {name!r}, but in VRD it is {wanted!r}. Use the official "

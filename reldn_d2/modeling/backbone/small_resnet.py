@@ -3,7 +3,7 @@
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
-from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool
+from detectron2.modeling.backbone.fpn import FPN
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
 
 __all__ = ["build_small_resnet_fpn_backbone"]
@@ -11,7 +11,8 @@ __all__ = ["build_small_resnet_fpn_backbone"]
 
 @BACKBONE_REGISTRY.register()
 def build_small_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """One BasicBlock a stage, as many stages as ``MODEL.RESNETS.OUT_FEATURES`` needs, then FPN.
+    """One BasicBlock a stage, as many stages as ``MODEL.RESNETS.OUT_FEATURES`` needs, then FPN
+    without an extra level on top.
 
     ``MODEL.RESNETS.STEM_OUT_CHANNELS`` is the width of the stem; stages are 1, 2, 3, 4 times as
     wide. ``MODEL.RESNETS.NORM``, ``MODEL.BACKBONE.FREEZE_AT`` and ``MODEL.FPN`` act as in
@@ -43,6 +44,5 @@ def build_small_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN
         in_features=cfg.MODEL.FPN.IN_FEATURES,
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
         norm=cfg.MODEL.FPN.NORM,
-        top_block=LastLevelMaxPool(),
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )

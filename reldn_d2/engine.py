@@ -1,0 +1,149 @@
+"""Training and evaluation with Detectron2's ``DefaultTrainer``."""
+
+import logging
+from typing import Any, Dict, List
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.data import (
+    MetadataCatalog,
+    build_detection_test_loader,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.engine import DefaultTrainer
+from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from torch import nn
+
+from .checkpoint import RelDNCheckpointer
+from .data.dataset_mapper import RelationDatasetMapper
+from .data.frequency import count_predicates, log_frequencies
+from .evaluation.build import build_relation_evaluator
+from .modeling.meta_arch import RelDN
+
+__all__ = ["RelDNTrainer", "build_checkpointer", "build_optimizer", "ensure_frequency_table"]
+
+logger = logging.getLogger(__name__)
+
+_OPTIMIZERS = ("SGD", "AdamW")
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    return getattr(model, "module", model)
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """Detectron2's optimiser, with RelDN's parameter groups.
+
+    The predicate backbone and the relation box heads learn at ``SOLVER.BACKBONE_MULTIPLIER`` times
+    the base rate; biases and norms follow Detectron2's keys. Frozen parameters have no part in it.
+
+    Raises:
+        ValueError: ``SOLVER.OPTIMIZER`` is unknown.
+    """
+    solver = cfg.SOLVER
+    common = dict(
+        weight_decay=solver.WEIGHT_DECAY,
+        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        bias_lr_factor=solver.BIAS_LR_FACTOR,
+        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+    )
+    slow: List[nn.Module] = []
+    if isinstance(model, RelDN):
+        slow = [x for x in (model.predicate_backbone, *model.relation_head.box_heads) if x]
+    slow_parameters = {id(p) for module in slow for p in module.parameters()}
+    groups = get_default_optimizer_params(
+        nn.ModuleList(slow), base_lr=solver.BASE_LR * solver.BACKBONE_MULTIPLIER, **common
+    )
+    for group in get_default_optimizer_params(model, base_lr=solver.BASE_LR, **common):
+        group["params"] = [p for p in group["params"] if id(p) not in slow_parameters]
+        groups.append(group)
+    groups = [group for group in groups if group["params"]]
+    if solver.OPTIMIZER == "SGD":
+        kind, extra = torch.optim.SGD, dict(momentum=solver.MOMENTUM, nesterov=solver.NESTEROV)
+    elif solver.OPTIMIZER == "AdamW":
+        kind, extra = torch.optim.AdamW, {}
+    else:
+        raise ValueError(
+            f"SOLVER.OPTIMIZER is '{solver.OPTIMIZER}'; known: {', '.join(_OPTIMIZERS)}"
+        )
+    kind = maybe_add_gradient_clipping(cfg, kind)
+    return kind(groups, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY, **extra)
+
+
+def build_checkpointer(cfg: CfgNode, model: nn.Module, **kwargs: Any) -> DetectionCheckpointer:
+    """A :class:`RelDNCheckpointer` for RelDN, Detectron2's own for any other model."""
+    if not isinstance(_unwrap(model), RelDN):
+        return DetectionCheckpointer(model, cfg.OUTPUT_DIR, **kwargs)
+    names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    metadata = MetadataCatalog.get(names[0]) if names else None
+    return RelDNCheckpointer(
+        model,
+        cfg.OUTPUT_DIR,
+        thing_classes=metadata and metadata.get("thing_classes"),
+        predicate_classes=metadata and metadata.get("predicate_classes"),
+        cfg=cfg,
+        **kwargs,
+    )
+
+
+def ensure_frequency_table(cfg: CfgNode, model: nn.Module) -> None:
+    """Count the semantic module's table on ``DATASETS.TRAIN``, unless a checkpoint brought it."""
+    model = _unwrap(model)
+    semantic = getattr(getattr(model, "relation_head", None), "semantic", None)
+    if semantic is None or bool(semantic.counted):
+        return
+    dicts = get_detection_dataset_dicts(list(cfg.DATASETS.TRAIN), filter_empty=False)
+    counts = count_predicates(
+        dicts,
+        semantic.num_classes,
+        semantic.num_predicates,
+        cfg.MODEL.ROI_RELATION_HEAD.OVERLAP_FILTER,
+    )
+    semantic.set_log_frequencies(log_frequencies(counts))
+    logger.info(
+        f"Counted {int(counts[..., :-1].sum())} relations of {len(dicts)} images of "
+        f"{', '.join(cfg.DATASETS.TRAIN)} into the semantic module's table."
+    )
+
+
+class RelDNTrainer(DefaultTrainer):
+    """``DefaultTrainer`` for RelDN and, with any other meta-architecture, for its detector."""
+
+    def build_hooks(self):
+        """Detectron2's hooks, saving and loading through :func:`build_checkpointer`."""
+        state = self.checkpointer.checkpointables
+        self.checkpointer = build_checkpointer(self.cfg, self.model, **state)
+        return super().build_hooks()
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """As Detectron2's; a run that starts anew also counts the frequency table."""
+        super().resume_or_load(resume=resume)
+        ensure_frequency_table(self.cfg, self.model)
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode):
+        return build_detection_train_loader(cfg, mapper=RelationDatasetMapper(cfg, is_train=True))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+        return build_detection_test_loader(
+            cfg, dataset_name, mapper=RelationDatasetMapper(cfg, is_train=False)
+        )
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str = ""):
+        return build_relation_evaluator(cfg, dataset_name, output_folder or cfg.OUTPUT_DIR)
+
+    @classmethod
+    def evaluate_checkpoint(cls, cfg: CfgNode, resume: bool = False) -> Dict[str, Any]:
+        """Build the model, load ``MODEL.WEIGHTS`` (or the last checkpoint) and evaluate it."""
+        model = cls.build_model(cfg)
+        build_checkpointer(cfg, model).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+        ensure_frequency_table(cfg, model)
+        return cls.test(cfg, model)

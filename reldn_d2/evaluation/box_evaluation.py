@@ -1,0 +1,71 @@
+"""COCO's box AP for detectors trained on the boxes of a relation data set."""
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+
+from detectron2.data import MetadataCatalog
+from detectron2.data.datasets.coco import convert_to_coco_dict
+from detectron2.evaluation import COCOEvaluator
+
+from ..compat import has_compiled_ops
+
+__all__ = ["box_evaluator"]
+
+logger = logging.getLogger(__name__)
+
+
+def box_evaluator(dataset_name: str, output_dir: str, distributed: bool = True) -> COCOEvaluator:
+    """Detectron2's ``COCOEvaluator`` for the boxes of any registered data set.
+
+    A data set whose ``evaluator_type`` is "coco" brings its own COCO file. Any other is converted,
+    into a folder that is named after the annotations' fingerprint: Detectron2 would read an older
+    conversion again after the annotations have changed, and would take the ``json_file`` of a data
+    set for a COCO file whatever its format.
+
+    Args:
+        dataset_name: registered data set in Detectron2's format.
+        output_dir: where the conversion and the results go.
+        distributed: gather the predictions of all processes.
+    """
+    metadata = MetadataCatalog.get(dataset_name)
+    name = dataset_name
+    if metadata.get("evaluator_type", None) != "coco":
+        file = _convert(dataset_name, output_dir)
+        # A name of its own: the metadata of the data set itself must not point to this file.
+        name = f"{dataset_name} ({file})"
+        converted = MetadataCatalog.get(name)
+        converted.json_file = file
+        for key in ("thing_classes", "thing_dataset_id_to_contiguous_id"):
+            value = metadata.get(key, None)
+            if value is not None:
+                setattr(converted, key, value)
+    return COCOEvaluator(
+        name,
+        tasks=("bbox",),
+        distributed=distributed,
+        output_dir=output_dir,
+        use_fast_impl=has_compiled_ops(),
+    )
+
+
+def _convert(dataset_name: str, output_dir: str) -> str:
+    """Write the data set as COCO JSON unless these very annotations are there; the file's path."""
+    coco = convert_to_coco_dict(dataset_name)
+    coco.setdefault("annotations", [])
+    coco["info"]["date_created"] = ""  # else the fingerprint would change with every call
+    content = json.dumps(coco)
+    fingerprint = hashlib.sha256(content.encode("utf-8")).hexdigest()[:12]
+    folder = os.path.join(os.path.abspath(output_dir), f"coco_{fingerprint}")
+    file = os.path.join(folder, f"{dataset_name}.json")
+    if not os.path.exists(file):
+        os.makedirs(folder, exist_ok=True)
+        # Several processes may do this at once: each writes its own file, the last one stays.
+        handle, unfinished = tempfile.mkstemp(dir=folder, suffix=".tmp")
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(content)
+        os.replace(unfinished, file)
+        logger.info("Wrote the boxes of '%s' in COCO's format to %s", dataset_name, file)
+    return file
