@@ -4,7 +4,7 @@ All boxes are in the frame of the image given to the visualiser. The figures liv
 pyplot's global state, so thousands of pictures can be drawn in one process.
 """
 
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Mapping, Optional, Sequence
 
 import numpy as np
 import torch
@@ -32,59 +32,16 @@ from reldn_d2.visualizer_layout import (
     name_entities,
     predicate_color,
 )
+from reldn_d2.visualizer_scene import Scene, Triplet, match_triplets, same_entities
 
-from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.visualizer import VisImage, Visualizer
 
 __all__ = ["RelationVisualizer", "Scene", "compare_image", "compare_models", "match_triplets"]
 
-Triplet = Tuple[int, int, int, Optional[float]]
-
 MIN_SIDE, MAX_SIDE = 768, 1600
 _DIGIT_SPACE = "\u2007"  # as wide as a digit
 HIT, MISS = (0.06, 0.48, 0.20), (0.78, 0.12, 0.12)
-
-
-class Scene(NamedTuple):
-    """What can be drawn of one image: E entities and K relations among them."""
-
-    boxes: np.ndarray  # (E, 4) x0, y0, x1, y1
-    classes: List[int]  # (E,)
-    triplets: List[Triplet]  # (K,) subject, object, predicate, score
-
-    @property
-    def drawn(self) -> List[int]:
-        """The entities that take part in a relation, in order of index."""
-        return sorted({index for triplet in self.triplets for index in triplet[:2]})
-
-    @classmethod
-    def from_dataset_dict(cls, dataset_dict: Dict[str, Any]) -> "Scene":
-        """Ground truth of a dataset dict with ``annotations`` and ``relations``."""
-        annotations = dataset_dict.get("annotations", [])
-        boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
-        relations = [tuple(int(v) for v in r) for r in dataset_dict.get("relations", [])]
-        where = str(dataset_dict.get("file_name", "dataset dict"))
-        check_relation_triplets(relations, len(annotations), where=where)
-        return cls(
-            np.asarray(boxes, dtype=float).reshape(-1, 4),
-            [int(a["category_id"]) for a in annotations],
-            [(*relation, None) for relation in relations],
-        )
-
-    @classmethod
-    def from_outputs(
-        cls, instances: Instances, relations: Instances, topk: int, min_score: float = 0.0
-    ) -> "Scene":
-        """The first ``topk`` predicted relations of one image that score ``min_score`` or more."""
-        instances, relations = instances.to("cpu"), relations.to("cpu")
-        scores = relations.scores.tolist()
-        rows = zip(relations.pairs.tolist(), relations.predicates.tolist(), scores)
-        triplets = [(s, o, p, score) for (s, o), p, score in rows if score >= min_score]
-        return cls(
-            instances.pred_boxes.tensor.detach().double().numpy().reshape(-1, 4),
-            instances.pred_classes.tolist(),
-            triplets[:topk],
-        )
 
 
 class RelationVisualizer(Visualizer):
@@ -314,70 +271,6 @@ def _check_size(img: np.ndarray, dataset_dict: Dict[str, Any]) -> None:
         )
 
 
-def match_triplets(
-    predicted: Scene, truth: Scene, iou_threshold: float = 0.5
-) -> Tuple[List[bool], List[bool]]:
-    """Which predictions are hits, and which ground-truth relations they find.
-
-    A prediction hits a ground-truth relation if subject class, predicate and object class are
-    equal and both boxes overlap by ``iou_threshold`` or more.
-
-    Returns:
-        hits: one per predicted relation.
-        found: one per ground-truth relation.
-    """
-    iou = _iou(predicted, truth)
-    hits, found = [False] * len(predicted.triplets), [False] * len(truth.triplets)
-    for row, (subject, object_, predicate, _) in enumerate(predicted.triplets):
-        for column, (true_subject, true_object, true_predicate, _) in enumerate(truth.triplets):
-            if (
-                predicate == true_predicate
-                and iou[subject, true_subject] >= iou_threshold
-                and iou[object_, true_object] >= iou_threshold
-            ):
-                hits[row] = found[column] = True
-    return hits, found
-
-
-def _iou(first: Scene, second: Scene) -> np.ndarray:
-    """Overlap of all boxes of two scenes (E1, E2), 0 where the classes differ."""
-    iou = pairwise_iou(
-        Boxes(torch.as_tensor(first.boxes, dtype=torch.float32)),
-        Boxes(torch.as_tensor(second.boxes, dtype=torch.float32)),
-    ).numpy()
-    same = np.equal.outer(np.asarray(first.classes, int), np.asarray(second.classes, int))
-    return np.where(same, iou, 0.0)
-
-
-def _same_entities(truth: Scene, others: Sequence[Scene]) -> Tuple[Scene, List[Dict[int, int]]]:
-    """Find out which entities of several scenes are the same, to name and colour them alike.
-
-    Returns:
-        all entities, those of the ground truth first, without relations; and for each of
-        ``others`` the map from its drawn entities to them.
-    """
-    everything = Scene(truth.boxes.copy(), list(truth.classes), [])
-    maps = []
-    for scene in others:
-        iou, known = _iou(scene, everything), {}
-        pairs = [
-            (-iou[entity, same], entity, same)
-            for entity in scene.drawn
-            for same in range(len(everything.classes))
-            if iou[entity, same] >= 0.5
-        ]
-        for _, entity, same in sorted(pairs):
-            if entity not in known and same not in known.values():
-                known[entity] = same
-        for entity in scene.drawn:
-            if entity not in known:
-                known[entity] = len(everything.classes)
-                boxes = np.concatenate([everything.boxes, scene.boxes[entity][None]])
-                everything = Scene(boxes, everything.classes + [scene.classes[entity]], [])
-        maps.append(known)
-    return everything, maps
-
-
 def compare_image(
     img_rgb: np.ndarray,
     dataset_dict: Dict[str, Any],
@@ -422,7 +315,7 @@ def compare_models(
         topk = len(truth.triplets) or 5
     scenes = [Scene.from_outputs(o["instances"], o["relations"], topk) for o in outputs.values()]
     matches = [match_triplets(scene, truth) for scene in scenes]
-    everything, maps = _same_entities(truth, scenes)
+    everything, maps = same_entities(truth, scenes)
     maps = [{entity: entity for entity in truth.drawn}] + maps
     used = sorted({same for known in maps for same in known.values()})
     visualizer = RelationVisualizer(img_rgb, metadata, scale=side / max(img_rgb.shape[:2]))

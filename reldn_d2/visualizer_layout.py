@@ -26,7 +26,7 @@ Color = Tuple[float, float, float]
 # Dark enough for white text on them and for themselves on white (contrast of at least 4.5).
 _PREDICATE_PALETTE = (
     "#C62828 #1565C0 #2E7D32 #6A1B9A #A84300 #00707A #AD1457 #5D4037 #283593 #6B6410 "
-    "#00695C #4527A0 #455A64 #3F6B1F #212121 #8E0000"
+    "#00695C #4527A0 #455A64 #3F6B1F #806000 #8E0000"
 ).split()
 # Without red and green, which mark hits and misses.
 _ENTITY_PALETTE = (
@@ -233,14 +233,16 @@ class LabelPlacer:
         last = len(points) - 1
         where = np.array([0.5, 0.45, 0.55, 0.4, 0.6, 0.35, 0.65, 0.3, 0.7, 0.25, 0.75])
         along = points[np.round(where * last).astype(int)]
-        shifts = np.array([[0, 0], [0, -1.1], [0, 1.1], [-0.6, -1.1], [0.6, 1.1]])
+        shifts = np.array(
+            [[0, 0], [0, -1.1], [0, 1.1], [-0.6, -1.1], [0.6, 1.1], [0.6, -1.1], [-0.6, 1.1]]
+        )
         shifts = shifts * np.asarray(size)
         centres = (shifts[:, None] + along[None]).reshape(-1, 2)
         apart = np.arange(len(shifts)).clip(max=2) * 0.3
         cost = (apart[:, None] + np.arange(len(along)) * 0.05).reshape(-1)
-        # Of a short line, more than half must remain to be seen.
+        # Of a short line, most must remain to be seen.
         hidden = self._inside(points, self._rects(size, centres)).mean(axis=1)
-        cost += 2.0 * (hidden - 0.5).clip(min=0)
+        cost += 3.0 * (hidden - 0.35).clip(min=0)
         return self._place(size, centres, cost, np.tile(points, 2), lines, slack=1.0)
 
     def _place(
@@ -289,7 +291,7 @@ class LabelPlacer:
         area = (self.details[:, 2:] - self.details[:, :2]).prod(axis=1).clip(min=1.0)
         shares = (_overlap(rects, self.details) / area).sum(axis=1)
         points = np.concatenate([np.zeros((0, 2)), *lines])
-        return 1.5 * shares + 0.03 * self._inside(points, rects).sum(axis=1)
+        return 1.5 * shares + 0.05 * self._inside(points, rects).sum(axis=1)
 
     @staticmethod
     def _inside(points: np.ndarray, rects: np.ndarray) -> np.ndarray:

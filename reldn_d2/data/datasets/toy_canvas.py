@@ -14,6 +14,7 @@ from .toy_shapes import (
     HAND_RADIUS,
     IMAGE_SIZE,
     Box,
+    Color,
     Entity,
     Layer,
     Person,
@@ -41,6 +42,11 @@ class Scene:
     Args:
         rng: source of every random choice.
         quiet: a scene in which nothing relates; :meth:`yes` is then always False.
+
+    Attributes:
+        entities: in the order of the annotations.
+        relations: (subject index, object index, predicate name).
+        hands: centres of all hands, and of all feet of legs that are stretched out.
     """
 
     def __init__(self, rng: np.random.Generator, quiet: bool = False) -> None:
@@ -49,8 +55,6 @@ class Scene:
         self.entities: List[Entity] = []
         self.relations: List[Tuple[int, int, str]] = []
         self.hands: List[Point] = []
-        self.touches: List[Tuple[int, int, Point]] = []
-        self.reaches: List[Tuple[int, int, Point]] = []
         self._extras: List[Shape] = []
         self._taken = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.uint8)
 
@@ -92,9 +96,7 @@ class Scene:
         return all(
             box_gap(box, other.box) >= (max(gap, CLEAR_GAP) if isinstance(other, Person) else gap)
             for other in others
-        ) and all(
-            entity.distance(hand) - HAND_RADIUS >= CLEAR_GAP for hand in self.hands
-        )
+        ) and all(entity.distance(hand) - HAND_RADIUS >= CLEAR_GAP for hand in self.hands)
 
     def free_spot(self, width: float, height: float) -> Optional[Point]:
         """Draw the upper left corner of a free area of this size, None if there is none."""
@@ -109,17 +111,19 @@ class Scene:
         pick = self.rng.integers(len(rows))
         return float(columns[pick]) + 3.0, float(rows[pick]) + 3.0
 
-    def hand_is_clear(self, hand: Point, target: Optional[int] = None, radius: float = HAND_RADIUS):
+    def hand_is_clear(self, hand: Point, target: Optional[int] = None) -> bool:
         """Whether a hand is inside the image and far from everything but people and ``target``."""
-        low, high = radius + 1, IMAGE_SIZE - radius - 1
+        low, high = HAND_RADIUS + 1, IMAGE_SIZE - HAND_RADIUS - 1
         if not (low <= hand[0] <= high and low <= hand[1] <= high):
             return False
-        if any(np.hypot(hand[0] - x, hand[1] - y) < 2 * radius + 1.5 for x, y in self.hands):
+        if any(np.hypot(hand[0] - x, hand[1] - y) < 2 * HAND_RADIUS + 1.5 for x, y in self.hands):
             return False
-        return all(
-            index == target or isinstance(entity, Person) or entity.distance(hand) - radius >= CLEAR_GAP
+        things = (
+            entity
             for index, entity in enumerate(self.entities)
+            if index != target and not isinstance(entity, Person)
         )
+        return all(thing.distance(hand) - HAND_RADIUS >= CLEAR_GAP for thing in things)
 
     def hand_at(self, target: int, start: Point, gap: float, part: int = 0) -> Optional[Point]:
         """Find where a hand that comes from ``start`` stops at a distance from a thing.
@@ -147,6 +151,9 @@ class Scene:
             else:
                 far = middle
         hand = (float(center[0] + far * direction[0]), float(center[1] + far * direction[1]))
+        # Another part of the thing may lie across the way: the neck of a guitar, say.
+        if abs(entity.distance(hand) - HAND_RADIUS - gap) > 0.1:
+            return None
         return hand if self.hand_is_clear(hand, target) else None
 
     def add_arm(self, person: Person, side: int, hand: Point, bend: float = 0.16) -> None:
@@ -160,7 +167,9 @@ class Scene:
         layer = Layer.LIMB_BEHIND
         self._add_limb(person.hips[side], foot, person.trousers, shoe, layer, bend=0.1)
 
-    def _add_limb(self, start, end, color, tip, layer, bend) -> None:
+    def _add_limb(
+        self, start: Point, end: Point, color: Color, tip: Color, layer: float, bend: float
+    ) -> None:
         across = np.array([start[1] - end[1], end[0] - start[0]]) * self.rng.uniform(-bend, bend)
         joint = (np.array(start) + np.array(end)) / 2 + across
         self.draw(limb(start, (float(joint[0]), float(joint[1])), end, color, tip, layer))

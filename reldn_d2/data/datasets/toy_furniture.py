@@ -5,7 +5,7 @@ front of it, a ball in front of a box. What tells them apart is contact, a small
 two things covers the other.
 """
 
-from typing import Callable, Dict
+from typing import Callable, Dict, List
 
 from .toy_canvas import Scene
 from .toy_shapes import (
@@ -32,7 +32,7 @@ def add_hats(scene: Scene, index: int, one: Person) -> None:
     x, top = one.head[0], one.head[1] - one.head_radius
     worn = scene.yes(0.5)
     if worn or rng.random() < 0.4:
-        base = top + rng.uniform(2.8, 4.2) if worn else top - rng.uniform(2.8, 4.5)
+        base = top + rng.uniform(2.8, 4.2) if worn else top - rng.uniform(3.8, 5.2)
         thing = hat(rng, x + rng.uniform(-1.5, 1.5), base, Layer.PERSON + 0.6)
         if scene.fits(thing, gap=1, touching=[index]):
             added = scene.add(thing)
@@ -46,7 +46,10 @@ def add_hats(scene: Scene, index: int, one: Person) -> None:
 
 
 def furnish(scene: Scene, wanted: int) -> None:
-    """Fill free areas with furniture and lone things until ``wanted`` entities are there."""
+    """Fill free areas with furniture and lone things until ``wanted`` entities are there.
+
+    One piece of furniture is always tried, so that its classes do not become rare.
+    """
     groups = [_table_group, _chair_group, _box_group]
     for attempt in range(8):
         missing = wanted - len(scene.entities)
@@ -80,7 +83,7 @@ def _small_thing(scene: Scene, kind: str, x: float, base: float, layer: float, o
     return scene.add(thing)
 
 
-def _kinds(scene: Scene, count: int):
+def _kinds(scene: Scene, count: int) -> List[str]:
     """Kinds of ``count`` small things; mostly the same one."""
     rng = scene.rng
     kinds = [str(kind) for kind in rng.choice(["cup", "ball", "hat"], size=count)]
@@ -102,7 +105,7 @@ def _table_group(scene: Scene) -> None:
         at = x + share * width + rng.uniform(-1, 1)
         if rng.random() < 0.6:
             lies = scene.yes(0.6)
-            base = y + rng.uniform(4, 7) if lies else y - rng.uniform(3.0, 4.5)
+            base = y + rng.uniform(4, 7) if lies else y - rng.uniform(3.5, 5.0)
             added = _small_thing(scene, kinds[number], at, base, Layer.THING, owner)
             if added >= 0 and lies:
                 scene.draw([shadow(at + 1.5, base - 0.3, 11)])
@@ -139,7 +142,7 @@ def _chair_group(scene: Scene) -> None:
     seat = y + 0.52 * height
     if rng.random() < 0.7:
         lies = scene.yes(0.6)
-        base = seat - rng.uniform(1, 3) if lies else seat - 6 - rng.uniform(3.0, 4.5)
+        base = seat - rng.uniform(1, 3) if lies else seat - 6 - rng.uniform(3.5, 5.0)
         at = x + 0.6 * width
         added = _small_thing(scene, kinds[0], at, base, Layer.THING, owner)
         if added >= 0 and lies:
@@ -147,7 +150,7 @@ def _chair_group(scene: Scene) -> None:
             scene.relate(added, owner, "on")
     if rng.random() < 0.5:
         hung = scene.yes(0.6)
-        base = y + rng.uniform(3.5, 5.5) if hung else y - rng.uniform(3.0, 4.5)
+        base = y + rng.uniform(3.5, 5.5) if hung else y - rng.uniform(3.5, 5.0)
         added = _small_thing(scene, "hat", x + 1.75, base, Layer.THING, owner)
         if added >= 0 and hung:
             scene.relate(added, owner, "on")

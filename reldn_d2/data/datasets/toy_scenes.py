@@ -17,20 +17,17 @@ from typing import Callable, Dict, List, Optional, Sequence
 
 import numpy as np
 
-from .toy_canvas import CLEAR_GAP, REACH_GAP, TOUCH_OVERLAP, Scene
+from .toy_canvas import REACH_GAP, TOUCH_OVERLAP, Scene
 from .toy_furniture import add_hats, furnish
 from .toy_shapes import (
     HAND_RADIUS,
     IMAGE_SIZE,
     Entity,
-    Layer,
     Person,
     Point,
-    Shape,
     ball,
     cup,
     drum,
-    ellipse,
     guitar,
     person,
     stick,
@@ -38,7 +35,7 @@ from .toy_shapes import (
 
 _REACH = 47.0
 _PLAYER_REACH = 74.0
-_QUIET_SHARE = 0.015
+_QUIET_SHARE = 0.02
 _HOLDABLE: Dict[str, Callable[..., Entity]] = {"cup": cup, "ball": ball}
 
 
@@ -60,15 +57,15 @@ def reach_scene(scene: Scene) -> None:
     """One or two people among equal cups or balls; hands touch some and stop short of others."""
     rng = scene.rng
     count = int(rng.integers(1, 3))
-    kinds = [["cup"], ["ball"], ["cup", "ball"]][rng.choice(3, p=[0.5, 0.25, 0.25])]
-    kicks = "ball" in kinds and rng.random() < 0.5
+    kinds = (["cup"], ["ball"], ["cup", "ball"])[rng.choice(3, p=[0.5, 0.25, 0.25])]
+    kicks = "ball" in kinds and rng.random() < 0.6
     y = rng.uniform(46, 106)
     left = rng.uniform(44, 116) if count == 1 else rng.uniform(40, 50)
     people = []
     for number in range(count):
         x = left + number * rng.uniform(56, 66)
         top = float(np.clip(y + rng.uniform(-8, 8) - 20, 13, IMAGE_SIZE - 72))
-        kicking = int(rng.integers(2)) if kicks and rng.random() < 0.7 else None
+        kicking = int(rng.integers(2)) if kicks and rng.random() < 0.75 else None
         one = person(rng, x, top, kicking)
         people.append((scene.add(one), one, kicking))
     for index, one, _ in people:
@@ -146,7 +143,6 @@ def _reach_out(scene: Scene, index: int, one: Person) -> None:
             free_side = 1 - wanted
             if act == "hold":
                 scene.relate(index, target, "holds")
-            (scene.touches if act == "hold" else scene.reaches).append((index, target, hand))
             break
         else:
             wanted = int(rng.integers(2)) if side is None else side
@@ -189,7 +185,6 @@ def _kick(scene: Scene, index: int, one: Person, side: int) -> None:
         scene.add_leg(one, side, foot)
         if act == "hold":
             scene.relate(index, target, "plays")
-        (scene.touches if act == "hold" else scene.reaches).append((index, target, foot))
         return
     foot = (start[0] + (2 * side - 1) * 1.5, one.box[3] - HAND_RADIUS)
     scene.add_leg(one, side, foot)
@@ -220,39 +215,33 @@ def _line_up_instruments(scene: Scene, middle: float, y: float) -> None:
     kind = rng.choice(["guitar", "drum", "both"], p=[0.4, 0.25, 0.35])
     count = int(rng.choice([3, 4], p=[0.6, 0.4]))
     step = rng.uniform(38, 42) if count == 4 else rng.uniform(38, 46)
-    people = range(len(scene.entities))
+    people = [index for index, e in enumerate(scene.entities) if e.category == "person"]
     left = float(np.clip(middle - step * (count - 1) / 2, 20, 140 - step * (count - 1)))
     for number in range(count):
         for _ in range(8):
             x, height = left + number * step + rng.uniform(-3, 3), y + rng.uniform(-7, 7)
             guitars = kind == "guitar" or (kind == "both" and rng.random() < 0.5)
             thing = guitar(rng, x, height) if guitars else drum(rng, x, height + 5)
-            if scene.fits(thing, gap=3.0, touching=[i for i in people if _is_person(scene, i)]):
+            if scene.fits(thing, gap=3.0, touching=people):
                 scene.add(thing)
                 break
-
-
-def _is_person(scene: Scene, index: int) -> bool:
-    return scene.entities[index].category == "person"
 
 
 def _play(scene: Scene, index: int, one: Person) -> None:
     """Match a player with a free instrument: play it, hold it, or stop short of it."""
     rng = scene.rng
-    act = str(rng.choice(["play", "hold", "none"], p=[0.58, 0.3, 0.12]))
-    act = "none" if scene.quiet else act
+    predicate = str(rng.choice(["plays", "holds", ""], p=[0.58, 0.3, 0.12]))
+    predicate = "" if scene.quiet else predicate
     for target in _instruments(scene, one):
-        is_guitar = scene.entities[target].category == "guitar"
-        if act == "play":
-            done = (_two_hands if is_guitar else _drumsticks)(scene, one, target)
-            predicate = "plays"
-        elif act == "hold":
+        is_drum = scene.entities[target].category == "drum"
+        if predicate == "plays":
+            done = (_drumsticks if is_drum else _two_hands)(scene, one, target)
+        elif predicate == "holds":
             done = _one_hand(scene, one, target, "hold")
-            predicate = "holds"
+        elif is_drum and rng.random() < 0.6:
+            done = _drumsticks(scene, one, target, touch=False)
         else:
-            done = _one_hand(scene, one, target, "reach") if is_guitar or rng.random() < 0.4 else None
-            done = done or (not is_guitar and _drumsticks(scene, one, target, touch=False))
-            predicate = ""
+            done = _one_hand(scene, one, target, "reach")
         if done:
             if predicate:
                 scene.relate(index, target, predicate)
@@ -268,8 +257,9 @@ def _instruments(scene: Scene, one: Person) -> List[int]:
     mostly moves to the end.
     """
     targets = _within_reach(scene, one.chest, _PLAYER_REACH, ["guitar", "drum"])
-    nearest = min(targets, key=lambda index: abs(scene.entities[index].center[0] - one.chest[0]), default=-1)
     if targets and scene.rng.random() < 0.65:
+        x = one.chest[0]
+        nearest = min(targets, key=lambda index: abs(scene.entities[index].center[0] - x))
         targets.remove(nearest)
         targets.append(nearest)
     return targets

@@ -51,13 +51,13 @@ class Shape(NamedTuple):
 
     def extent(self) -> Box:
         """Return the box that the drawn shape fills."""
-        margin = self.width / 2 if self.width else (0.5 if self.edge else 0.0)
+        margin = self.width / 2 + 0.25 if self.width else (0.75 if self.edge else 0.0)
         x0, y0 = self.points.min(axis=0) - margin
         x1, y1 = self.points.max(axis=0) + margin
         return float(x0), float(y0), float(x1), float(y1)
 
 
-@dataclass
+@dataclass(eq=False)
 class Entity:
     """One annotated thing.
 
@@ -92,7 +92,7 @@ class Entity:
         )
 
 
-@dataclass
+@dataclass(eq=False)
 class Person(Entity):
     """A person: head, torso and standing legs. Arms and a kicking leg are drawn by the scene."""
 
@@ -131,7 +131,7 @@ def background(rng: np.random.Generator) -> np.ndarray:
     slope = rng.uniform(-22, 22, size=2)
     ramp = np.linspace(-0.5, 0.5, IMAGE_SIZE)
     shade = slope[0] * ramp[:, None] + slope[1] * ramp[None, :]
-    shade = shade + 1.5 * rng.standard_normal((IMAGE_SIZE, IMAGE_SIZE), dtype=np.float32)
+    shade = shade + 1.2 * rng.standard_normal((IMAGE_SIZE, IMAGE_SIZE), dtype=np.float32)
     shade = np.rint(shade).astype(np.int16)
     image = np.array(tone, np.int16)[None, None, :] + shade[:, :, None]
     return np.clip(image, 0, 255).astype(np.uint8)
@@ -225,7 +225,9 @@ def ball(rng: np.random.Generator, x: float, base: float, layer: float = Layer.T
     r = rng.uniform(5.6, 7.2)
     color = random_color(rng, value=(0.7, 1.0))
     outline = ellipse(x, base - r, r)
-    band = np.array([(x - 0.85 * r, base - r + 1), (x, base - r - 1.2), (x + 0.85 * r, base - r + 1)])
+    band = np.array(
+        [(x - 0.85 * r, base - r + 1), (x, base - r - 1.2), (x + 0.85 * r, base - r + 1)]
+    )
     shine = ellipse(x - 0.35 * r, base - 1.45 * r, 1.3)
     shapes = [
         Shape(outline, color, layer),
@@ -315,7 +317,9 @@ def chair(rng: np.random.Generator, x: float, y: float, width: float, height: fl
     shapes = [
         Shape(_quad(x, y, x + 4, y + height), color, layer),
         Shape(_quad(right - 4, seat, right, y + height), color, layer),
-        Shape(np.array([(x, seat), (x + 4, seat - 6), (right, seat - 6), (right, seat)]), color, layer),
+        Shape(
+            np.array([(x, seat), (x + 4, seat - 6), (right, seat - 6), (right, seat)]), color, layer
+        ),
         Shape(_quad(x, seat, right, seat + 3), dark, layer + 0.01),
     ]
     return Entity("chair", shapes, [_quad(x, y, right, y + height)])

@@ -1,8 +1,9 @@
 """The built-in data set: pictures of people and things, drawn by code from a seed.
 
-``toy_vrd_train`` and ``toy_vrd_test`` need no download: they are drawn when they are first used, and
-kept as PNG files and one ``annotations.json`` in ``<root>/toy_vrd/<split>``. What relates is decided
-by small local cues (see :mod:`.toy_scenes`), so that boxes and classes alone do not give it away.
+``toy_vrd_train`` and ``toy_vrd_test`` need no download: they are drawn when they are first used,
+and kept as PNG files and one ``annotations.json`` in ``<root>/toy_vrd/<split>``. What relates is
+decided by small local cues (see :mod:`.toy_scenes`), so that boxes and classes alone do not give it
+away.
 """
 
 import json
@@ -13,10 +14,11 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import cv2
 import numpy as np
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.structures import BoxMode
 from iopath.common.file_io import file_lock, get_cache_dir
 from tqdm import tqdm
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
 
 from .toy_scenes import make_scene
 from .toy_shapes import IMAGE_SIZE
@@ -27,14 +29,13 @@ __all__ = [
     "draw_toy_image",
     "load_toy_vrd",
     "register_toy_vrd",
-    "toy_vrd_folder",
 ]
 
 TOY_CLASSES = ("person", "cup", "ball", "guitar", "drum", "hat", "chair", "table", "box")
 TOY_PREDICATES = ("holds", "plays", "wears", "on", "under", "inside of")
 
 # Raise it whenever the same seed gives other pictures or annotations than before.
-_GENERATOR_VERSION = 1
+_GENERATOR_VERSION = 2
 # split: (seed, number of images)
 _SPLITS = {"train": (2019, 2000), "test": (1906, 400)}
 _ANNOTATIONS = "annotations.json"
@@ -81,8 +82,11 @@ def load_toy_vrd(root: str, split: str, num_images: Optional[int] = None) -> Lis
     if split not in _SPLITS:
         raise ValueError(f"toy_vrd has no split {split!r}; use one of {', '.join(_SPLITS)}.")
     manifest = _manifest(split, num_images)
-    folder = toy_vrd_folder(root, split)
+    folder = os.path.join(root, "toy_vrd", split)
     records = _read_records(folder, manifest)
+    if records is None and not _can_write(os.path.dirname(folder)):
+        folder = os.path.join(get_cache_dir(), "toy_vrd", split)
+        records = _read_records(folder, manifest)
     if records is None:
         with file_lock(folder):
             # Another process may have drawn it while this one waited for the lock.
@@ -106,16 +110,12 @@ def register_toy_vrd(name: str, root: str, split: str) -> None:
     )
 
 
-def toy_vrd_folder(root: str, split: str) -> str:
-    """The folder of a split: below ``root``, or below iopath's cache where that is read-only."""
-    folder = os.path.join(root, "toy_vrd", split)
-    existing = os.path.abspath(folder)
-    while not os.path.exists(existing):
-        existing = os.path.dirname(existing)
-    complete = os.path.isfile(os.path.join(folder, _ANNOTATIONS))
-    if complete or os.access(existing, os.W_OK | os.X_OK):
-        return folder
-    return os.path.join(get_cache_dir(), "toy_vrd", split)
+def _can_write(folder: str) -> bool:
+    """Whether files can be made in a folder, which need not exist yet."""
+    folder = os.path.abspath(folder)
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    return os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
 
 
 def _manifest(split: str, num_images: Optional[int]) -> Dict[str, int]:
