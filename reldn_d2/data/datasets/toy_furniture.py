@@ -64,15 +64,17 @@ def furnish(scene: Scene, wanted: int) -> None:
 def _lone_thing(scene: Scene) -> None:
     """A thing that relates to nothing."""
     rng = scene.rng
-    spot = scene.free_spot(30, 40)
-    if spot is not None and rng.random() < 0.5:
-        scene.add((guitar if rng.random() < 0.5 else drum)(rng, spot[0] + 15, spot[1] + 21))
+    big, small = scene.free_spot(34, 42), scene.free_spot(20, 16)
+    if big is not None and rng.random() < 0.5:
+        make = guitar if rng.random() < 0.5 else drum
+        thing = make(rng, big[0] + 17, big[1] + 24)
+    elif small is not None:
+        kind = str(rng.choice(list(_SMALL)))
+        thing = _SMALL[kind](rng, small[0] + 10, small[1] + 14)
+    else:
         return
-    spot = scene.free_spot(20, 16)
-    if spot is not None:
-        thing = _SMALL[str(rng.choice(list(_SMALL)))](rng, spot[0] + 10, spot[1] + 14)
-        if scene.fits(thing, gap=2):
-            scene.add(thing)
+    if scene.fits(thing, gap=2):
+        scene.add(thing)
 
 
 def _small_thing(scene: Scene, kind: str, x: float, base: float, layer: float, owner: int) -> int:
