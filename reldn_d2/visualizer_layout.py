@@ -39,8 +39,18 @@ def _from_palette(palette: Sequence[str], index: int) -> Color:
     if index < len(palette):
         return tuple(int(palette[index][i : i + 2], 16) / 255 for i in (1, 3, 5))
     hue = (0.31 + index * _GOLDEN_RATIO) % 1.0
-    value = (0.40, 0.33, 0.27)[index % 3]
-    return colorsys.hls_to_rgb(hue, value * (0.8 if 0.1 < hue < 0.55 else 1.0), 0.75)
+    lightness = (0.42, 0.34, 0.26)[index % 3]
+    color = colorsys.hls_to_rgb(hue, lightness, 0.75)
+    while _contrast_with_white(color) < 4.6:
+        lightness *= 0.95
+        color = colorsys.hls_to_rgb(hue, lightness, 0.75)
+    return color
+
+
+def _contrast_with_white(color: Color) -> float:
+    """Contrast ratio as in the Web Content Accessibility Guidelines, 1 to 21."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in color]
+    return 1.05 / (0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] + 0.05)
 
 
 def predicate_color(predicate: int) -> Color:
@@ -240,9 +250,9 @@ class LabelPlacer:
         centres = (shifts[:, None] + along[None]).reshape(-1, 2)
         apart = np.arange(len(shifts)).clip(max=2) * 0.3
         cost = (apart[:, None] + np.arange(len(along)) * 0.05).reshape(-1)
-        # Of a short line, most must remain to be seen.
+        # Of a short line, half must remain to be seen.
         hidden = self._inside(points, self._rects(size, centres)).mean(axis=1)
-        cost += 3.0 * (hidden - 0.35).clip(min=0)
+        cost += 5.0 * (hidden - 0.5).clip(min=0)
         return self._place(size, centres, cost, np.tile(points, 2), lines, slack=1.0)
 
     def _place(

@@ -1,0 +1,36 @@
+"""Where the tests find real data: data that is not there skips the tests that read it."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+_REPOSITORY = Path(__file__).resolve().parents[1]
+_ANNOTATIONS = "vrd/json_dataset/annotations_train.json"
+
+
+def _dataset_folders() -> list[Path]:
+    """Folders in the layout of datasets/README.md: named by a variable, or near the checkout."""
+    named = os.environ.get("RELDN_TEST_DATASETS")
+    if named:
+        return [Path(part) for part in named.split(os.pathsep)]
+    return [_REPOSITORY / "datasets", *sorted(_REPOSITORY.parent.glob("*/datasets*"))]
+
+
+@pytest.fixture(scope="session")
+def real_datasets() -> Path:
+    """A folder for DETECTRON2_DATASETS with images and annotations of VRD."""
+    for folder in _dataset_folders():
+        if (folder / _ANNOTATIONS).is_file() and (folder / "vrd/sg_dataset").is_dir():
+            return folder
+    pytest.skip("no images of VRD: set RELDN_TEST_DATASETS to a folder that holds vrd/")
+
+
+@pytest.fixture(scope="session")
+def full_vrd_annotations() -> Path:
+    """The folder json_dataset with the annotations of all of VRD; the images need not be there."""
+    for folder in _dataset_folders():
+        path = folder / _ANNOTATIONS
+        if path.is_file() and path.stat().st_size > 1_000_000:  # a sample of the images has less
+            return path.parent
+    pytest.skip("no full annotations of VRD: set RELDN_TEST_DATASETS to a folder that holds vrd/")

@@ -1,0 +1,427 @@
+"""Pictures of relations: what is on them, and that nothing lies on anything else."""
+
+import gc
+import itertools
+import weakref
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from reldn_d2.structures.relations import predicted_relations
+from reldn_d2.visualizer import RelationVisualizer, compare_image, compare_models
+from reldn_d2.visualizer_canvas import MIN_AREA, RelationImage, Row, plan_sheet, shorten, text_width
+from reldn_d2.visualizer_layout import (
+    LabelPlacer,
+    arc,
+    arc_bulges,
+    choose_anchors,
+    entity_color,
+    fit_size,
+    name_entities,
+    predicate_color,
+)
+from reldn_d2.visualizer_scene import Scene, match_triplets, same_entities
+
+from detectron2.data import Metadata
+from detectron2.structures import Boxes, BoxMode, Instances
+
+THINGS = ["person", "cup", "table"]
+PREDICATES = ["holds", "on"]
+BOXES = [[10, 20, 40, 120], [45, 60, 60, 75], [90, 58, 105, 73], [40, 74, 150, 130]]
+CLASSES = [0, 1, 1, 2]
+RELATIONS = [(0, 1, 0), (2, 3, 1), (1, 3, 1)]
+
+
+@pytest.fixture
+def metadata():
+    return Metadata(name="drawn", thing_classes=THINGS, predicate_classes=PREDICATES)
+
+
+@pytest.fixture
+def image():
+    return np.random.default_rng(0).integers(0, 255, (160, 160, 3), dtype=np.uint8)
+
+
+def dataset_dict(boxes=BOXES, classes=CLASSES, relations=RELATIONS, size=(160, 160)):
+    annotations = [
+        {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": label, "iscrowd": 0}
+        for box, label in zip(boxes, classes)
+    ]
+    return {
+        "file_name": "drawn.png",
+        "height": size[0],
+        "width": size[1],
+        "annotations": annotations,
+        "relations": relations,
+    }
+
+
+def model_output(boxes=BOXES, classes=CLASSES, triplets=(), size=(160, 160)):
+    instances = Instances(size)
+    instances.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
+    instances.pred_classes = torch.tensor(classes, dtype=torch.int64)
+    instances.scores = torch.ones(len(classes))
+    scores = torch.tensor([t[3] for t in triplets], dtype=torch.float32)
+    table = torch.tensor([t[:3] for t in triplets], dtype=torch.int64).reshape(-1, 3)
+    relations = predicted_relations(size, table[:, :2], table[:, 2], scores, scores)
+    return {"instances": instances, "relations": relations}
+
+
+def texts(picture):
+    return [child.get_text() for child in picture.overlay.texts]
+
+
+def all_pairs(count):
+    """``count`` predictions over the four entities, in descending order of score."""
+    pairs = itertools.cycle(itertools.permutations(range(4), 2))
+    return [(s, o, n % 2, 0.9 - 0.02 * n) for n, (s, o) in zip(range(count), pairs)]
+
+
+@pytest.mark.parametrize(
+    "size, scale",
+    [((160, 160), 4.8), ((700, 1000), 1.0), ((1500, 3200), 0.5), ((1, 1), 768.0)],
+)
+def test_picture_is_enlarged_or_reduced_to_readable_size(size, scale, metadata):
+    visualizer = RelationVisualizer(np.zeros((*size, 3), np.uint8), metadata)
+    picture = visualizer.draw_triplets(np.zeros((0, 4)), [], [])
+    shown = picture.get_image()
+    assert visualizer.scale == pytest.approx(scale)
+    assert shown.dtype == np.uint8 and shown.shape[2] == 3
+    assert shown.shape[0] >= size[0] * scale and shown.shape[1] > size[1] * scale
+
+
+def test_image_is_shown_unchanged_beside_a_white_panel(metadata):
+    image = np.random.default_rng(0).integers(0, 255, (300, 400, 3), dtype=np.uint8)
+    picture = RelationVisualizer(image, metadata, scale=1.0).draw_triplets([], [], [])
+    shown = picture.get_image()
+    assert np.array_equal(shown[:300, :400], image)
+    panel = shown[:, 400:]
+    assert (panel[-5:] == 255).all() and panel.min() < 200  # white, with the words on it
+    assert texts(picture) == ["no relations"]
+
+
+def test_drawing_twice_gives_the_same_pixels(image, metadata):
+    output = model_output(triplets=all_pairs(20))
+    first, second = (
+        RelationVisualizer(image, metadata, scale=2.0).draw_predictions(**output).get_image()
+        for _ in range(2)
+    )
+    assert np.array_equal(first, second)
+
+
+def test_panel_lists_ranked_triplets_with_scores(image, metadata):
+    triplets = [(0, 1, 0, 0.873), (2, 3, 1, 0.5), (0, 2, 0, 0.0042)]
+    picture = RelationVisualizer(image, metadata).draw_predictions(
+        **model_output(triplets=triplets), topk=2
+    )
+    words = texts(picture)
+    assert "2 best of 3 relations" in words and "0.87" in words and "0.50" in words
+    assert "0.0042" not in words
+    row = words[words.index("0.87") :]
+    assert row[1:7] == ["\u20071  ", "person", " \u2013 ", "holds", " \u2013 ", "cup 1"]
+
+
+def test_min_score_leaves_relations_out(image, metadata):
+    output = model_output(triplets=[(0, 1, 0, 0.8), (2, 3, 1, 0.3)])
+    visualizer = RelationVisualizer(image, metadata)
+    words = texts(visualizer.draw_predictions(**output, min_score=0.5))
+    assert "1 best of 2 relations" in words and "table" not in words
+    assert texts(visualizer.draw_predictions(**output, min_score=0.9)) == ["no relations"]
+
+
+def test_only_entities_that_take_part_are_drawn(image, metadata):
+    picture = RelationVisualizer(image, metadata).draw_ground_truth(
+        dataset_dict(relations=[(0, 2, 0)])
+    )
+    assert texts(picture)[:3] == ["person", "cup", "holds"]  # one cup takes part: no number
+    assert "table" not in texts(picture)
+
+
+@pytest.mark.parametrize("panel", ["right", "below", "none"])
+def test_nothing_is_drawn_beyond_the_sheet(panel, image, metadata):
+    picture = RelationVisualizer(image, metadata).draw_triplets(
+        BOXES, CLASSES, all_pairs(45), panel=panel, title="A title"
+    )
+    width, height = picture.sheet.size
+    renderer = picture.canvas.get_renderer()
+    for text in picture.overlay.texts:
+        extent = text.get_window_extent(renderer)
+        assert extent.x0 >= 0 and extent.x1 <= width, text.get_text()
+        assert extent.y0 >= 0 and extent.y1 <= height, text.get_text()
+
+
+def test_texts_of_twenty_triplets_do_not_overlap(image, metadata):
+    picture = RelationVisualizer(image, metadata).draw_triplets(BOXES, CLASSES, all_pairs(20))
+    renderer = picture.canvas.get_renderer()
+    extents = [text.get_window_extent(renderer).padded(-1) for text in picture.overlay.texts]
+    assert len(extents) > 20 * 7
+    for first, second in itertools.combinations(extents, 2):
+        assert not first.overlaps(second)
+
+
+@pytest.mark.parametrize("size", [(160, 160), (40, 400), (400, 40)])
+def test_plates_do_not_overlap(size, metadata, monkeypatch):
+    plates = []
+    draw = RelationImage.plate
+    monkeypatch.setattr(
+        RelationImage,
+        "plate",
+        lambda self, label, *a: (plates.append(label), draw(self, label, *a)),
+    )
+    boxes = np.array(BOXES) * np.array([size[1], size[0], size[1], size[0]]) / 160
+    picture = RelationVisualizer(np.zeros((*size, 3), np.uint8), metadata).draw_triplets(
+        boxes, CLASSES, all_pairs(12)
+    )
+    assert len(plates) == 4 + 12
+    x0, y0, x1, y1 = picture.sheet.area
+    for left, top, right, bottom in (plate.rect for plate in plates):
+        assert x0 <= left < right <= x1 and y0 <= top < bottom <= y1
+    for a, b in itertools.combinations([plate.rect for plate in plates], 2):
+        assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        [[0, 0, 160, 160], [0, 0, 160, 160]],  # the same, and at the border
+        [[-20, -30, 10, 10], [150, 150, 400, 300]],  # partly outside
+        [[300, 300, 310, 310], [50, 50, 50, 50]],  # outside, and without an area
+    ],
+)
+def test_odd_boxes_are_drawn(boxes, image, metadata):
+    triplets = [(0, 1, 0, None), (0, 1, 1, None), (1, 0, 0, None)]
+    picture = RelationVisualizer(image, metadata).draw_triplets(boxes, [0, 1], triplets)
+    plain = RelationVisualizer(image, metadata).draw_triplets(boxes, [0, 1], [])
+    shown, empty = picture.get_image(), plain.get_image()
+    assert (shown[:768, :768] != empty[:768, :768]).any()
+    assert texts(picture).count("holds") == 4  # on the arrows and in the panel
+
+
+def test_empty_inputs_are_drawn(image, metadata):
+    visualizer = RelationVisualizer(image, metadata)
+    nothing = model_output(boxes=[], classes=[])
+    assert texts(visualizer.draw_predictions(**nothing)) == ["no relations"]
+    unrelated = dataset_dict(relations=[])
+    assert texts(visualizer.draw_ground_truth(unrelated)) == ["no relations"]
+    empty = dataset_dict([], [], [])
+    for record in (empty, unrelated, dataset_dict()):
+        assert compare_image(image, record, nothing, metadata, side=200).ndim == 3
+    invented = model_output(triplets=[(0, 1, 0, 0.5)])
+    assert compare_image(image, unrelated, invented, metadata, side=200).ndim == 3
+
+
+def test_ids_stand_for_missing_names(image):
+    words = texts(RelationVisualizer(image).draw_triplets(BOXES, CLASSES, [(0, 3, 5, None)]))
+    assert {"class 0", "class 2", "predicate 5"} <= set(words)
+
+
+def test_names_with_special_characters_are_written_as_they_are(image):
+    odd = SimpleNamespace(thing_classes=["$cup$", "_x^2"], predicate_classes=["a_{b}$"])
+    metadata = Metadata(name="odd", **vars(odd))
+    picture = RelationVisualizer(image, metadata).draw_triplets(BOXES, CLASSES, [(0, 1, 0, None)])
+    assert "$cup$" in texts(picture) and picture.get_image().ndim == 3
+
+
+@pytest.mark.parametrize("shape", [(160, 160), (160, 160, 4), (0, 160, 3)])
+def test_image_of_wrong_shape_is_refused(shape, metadata):
+    with pytest.raises(ValueError, match="expected .height, width, 3."):
+        RelationVisualizer(np.zeros(shape, np.uint8), metadata)
+
+
+def test_image_of_another_size_than_the_record_is_refused(image, metadata):
+    with pytest.raises(ValueError, match="drawn.png: the image is 160 x 160 .* says 300 x 200"):
+        RelationVisualizer(image, metadata).draw_ground_truth(dataset_dict(size=(200, 300)))
+
+
+def test_relation_outside_the_entities_is_refused(image, metadata):
+    visualizer = RelationVisualizer(image, metadata)
+    with pytest.raises(ValueError, match="drawn.png: relation 0 .* object index 9"):
+        visualizer.draw_ground_truth(dataset_dict(relations=[(0, 9, 0)]))
+    with pytest.raises(ValueError, match="object index 9"):
+        visualizer.draw_triplets(BOXES, CLASSES, [(0, 9, 0, None)])
+
+
+def test_hits_need_all_labels_and_both_boxes():
+    truth = Scene(np.array(BOXES, float), CLASSES, [(*r, None) for r in RELATIONS])
+    moved = np.array([*BOXES, [45, 60, 60, 67.5], [45, 60, 60, 67.4], [45, 60, 60, 75]], float)
+    classes = [*CLASSES, 1, 1, 2]
+    expected = {
+        (0, 1, 0): True,  # the very relation
+        (0, 4, 0): True,  # the object's box overlaps by exactly a half
+        (0, 5, 0): False,  # by a little less
+        (0, 6, 0): False,  # the object's class differs
+        (0, 1, 1): False,  # the predicate differs
+        (1, 0, 0): False,  # subject and object are swapped
+        (0, 2, 0): False,  # the other cup
+    }
+    predicted = Scene(moved, classes, [(*triplet, 0.5) for triplet in expected])
+    hits, found = match_triplets(predicted, truth)
+    assert dict(zip(expected, hits)) == expected
+    assert found == [True, False, False]
+
+
+def test_matching_of_nothing():
+    nothing = Scene(np.zeros((0, 4)), [], [])
+    truth = Scene(np.array(BOXES, float), CLASSES, [(0, 1, 0, None)])
+    assert match_triplets(nothing, truth) == ([], [False])
+    assert match_triplets(truth, nothing) == ([False], [])
+
+
+def test_same_entities_over_scenes():
+    truth = Scene(np.array(BOXES[:2], float), CLASSES[:2], [(0, 1, 0, None)])
+    # Two detections of the cup (the second fits better), one of another cup, and an idle one.
+    boxes = np.array([BOXES[0], [45, 60, 60, 70], [45, 60, 60, 75], BOXES[2], BOXES[3]], float)
+    other = Scene(boxes, [0, 1, 1, 1, 2], [(0, 1, 0, 0.9), (0, 2, 0, 0.8), (0, 3, 0, 0.7)])
+    everything, maps = same_entities(truth, [other, other])
+    assert maps[0] == {0: 0, 2: 1, 1: 2, 3: 3} and maps[1] == maps[0]
+    assert everything.classes == [0, 1, 1, 1]
+
+
+def test_compare_models_puts_pictures_in_one_row(image, metadata):
+    right = model_output(triplets=[(*r, 0.9) for r in RELATIONS])
+    wrong = model_output(triplets=[(0, 2, 0, 0.9), (2, 3, 1, 0.8), (2, 1, 1, 0.7)])
+    row = compare_models(image, dataset_dict(), {"A": wrong, "B": right}, metadata, side=300)
+    assert row.dtype == np.uint8
+    assert row.shape[1] == 3 * 300 + 2 * 12 and row.shape[0] > 300
+    again = compare_models(image, dataset_dict(), {"A": wrong, "B": right}, metadata, side=300)
+    assert np.array_equal(row, again)
+
+
+def test_compare_image_marks_hits_and_misses(image, metadata, monkeypatch):
+    drawn = []
+    draw = RelationVisualizer.draw_triplets
+
+    def record(self, *args, **style):
+        picture = draw(self, *args, **style)
+        drawn.append((style, texts(picture)))
+        return picture
+
+    monkeypatch.setattr(RelationVisualizer, "draw_triplets", record)
+    output = model_output(triplets=[(0, 2, 0, 0.9), (2, 3, 1, 0.8), (2, 1, 1, 0.7), (0, 1, 0, 0.6)])
+    compare_image(image, dataset_dict(), output, metadata)  # as many as there are true relations
+    (truth, true_words), (prediction, words) = drawn
+    assert truth["marks"] == [False, True, False]
+    assert prediction["marks"] == [False, True, False]
+    assert prediction["title"] == "Prediction: 1 of 3 found"
+    assert words.count("\u2713  ") == 1 and words.count("\u2717  ") == 2
+    assert truth["names"][2] == prediction["names"][2] == "cup 2"
+    assert truth["colors"] == {e: prediction["colors"][e] for e in truth["colors"]}
+
+    drawn.clear()
+    compare_image(image, dataset_dict(), output, metadata, topk=4)
+    assert drawn[1][0]["marks"] == [False, True, False, True]
+    assert drawn[0][0]["marks"] == [True, True, False]
+
+
+def test_hits_are_green_and_misses_red(image, metadata):
+    visualizer = RelationVisualizer(np.full((160, 160, 3), 128, np.uint8), metadata)
+    for mark, strong, weak in ((True, 1, 0), (False, 0, 1)):
+        picture = visualizer.draw_triplets(BOXES, CLASSES, [(0, 3, 0, None)], marks=[mark])
+        arrow = picture.overlay.patches[0].get_facecolor()
+        assert arrow[strong] > 2 * arrow[weak]
+
+
+def test_colours_are_fixed_distinct_and_dark_enough_for_white_text():
+    assert predicate_color(0) == pytest.approx((0xC6 / 255, 0x28 / 255, 0x28 / 255))
+    for color, count in ((predicate_color, 100), (entity_color, 50)):
+        colors = np.array([color(index) for index in range(count)])
+        assert np.array_equal(colors, [color(index) for index in range(count)])
+        assert len({tuple(c) for c in colors.round(2)}) == count
+        linear = np.where(colors <= 0.04045, colors / 12.92, ((colors + 0.055) / 1.055) ** 2.4)
+        contrast = 1.05 / (linear @ [0.2126, 0.7152, 0.0722] + 0.05)
+        assert contrast.min() > 4.5
+
+
+def test_names_are_numbered_from_left_to_right():
+    boxes = np.array([[50, 0, 60, 9], [0, 0, 9, 9], [20, 0, 30, 9], [70, 0, 80, 9]], float)
+    names = name_entities(boxes, [1, 1, 0, 7], [0, 1, 2, 3], THINGS)
+    assert names == {0: "cup 2", 1: "cup 1", 2: "person", 3: "class 7"}
+
+
+def test_anchors_lie_inside_their_boxes_and_apart():
+    boxes = np.array([[0, 0, 200, 400], [40, 100, 160, 300], [60, 20, 140, 80]], float)
+    anchors = choose_anchors(boxes, spacing=60)
+    assert (anchors >= boxes[:, :2]).all() and (anchors <= boxes[:, 2:]).all()
+    for first, second in itertools.combinations(anchors, 2):
+        assert np.linalg.norm(first - second) >= 60
+    within = (anchors[0] >= boxes[1:, :2]) & (anchors[0] <= boxes[1:, 2:])
+    assert not within.all(axis=1).any()  # the person's point is on neither shirt nor hat
+
+
+def test_arcs_of_one_pair_lie_apart_and_within_the_frame():
+    anchors = {0: np.array([10.0, 50.0]), 1: np.array([190.0, 50.0])}
+    pairs = [(0, 1), (0, 1), (1, 0)]
+    bulges = arc_bulges(pairs, anchors, step=20)
+    frame = (0, 0, 200, 80)
+    arcs = [arc(anchors[s], anchors[o], b, frame, trim=5) for (s, o), b in zip(pairs, bulges)]
+    middles = [points[20, 1] for points in arcs]
+    assert middles[1] < middles[0] - 5 < 50 < middles[2]  # the way back bends to the other side
+    for points, (subject, object_) in zip(arcs, pairs):
+        assert np.linalg.norm(points[0] - anchors[subject]) == pytest.approx(5, abs=0.5)
+        assert np.linalg.norm(points[-1] - anchors[object_]) == pytest.approx(5, abs=0.5)
+        assert (points >= 0).all() and (points <= frame[2:]).all()
+
+
+def test_label_far_from_its_line_gets_a_leader():
+    placer = LabelPlacer((0, 0, 200, 100), np.zeros((0, 4)))
+    line = np.stack([np.linspace(40, 160, 41), np.full(41, 50.0)], axis=1)
+    labels = [placer.place_on_line((60, 20), line, []) for _ in range(6)]
+    assert labels[0].target is None and labels[0].rect == pytest.approx((70, 40, 130, 60))
+    assert all(label.target is not None for label in labels if not 31 <= label.rect[1] <= 49)
+    assert any(label.target is not None for label in labels)
+
+
+def test_full_frame_still_gives_a_place():
+    placer = LabelPlacer((0, 0, 50, 25), np.zeros((0, 4)))
+    line = np.stack([np.linspace(0, 50, 41), np.full(41, 12.0)], axis=1)
+    rects = [placer.place_on_line((40, 20), line, []).rect for _ in range(3)]
+    assert all(0 <= r[0] and r[2] <= 50 and 0 <= r[1] and r[3] <= 25 for r in rects)
+
+
+def test_long_text_is_shortened_to_its_width():
+    assert shorten("cup", 13, 100) == "cup"
+    short = shorten("a very long name of a class indeed", 13, 100)
+    assert short.endswith("\u2026") and 60 < text_width(short, 13) <= 100
+
+
+def test_sheet_is_never_lower_than_its_panel():
+    rows = [Row([(f"row {number}", (0, 0, 0), False)]) for number in range(101)]
+    sheet = plan_sheet(1000, 10, 0.5, rows, "right", title=False)
+    assert sheet.area[3] == MIN_AREA
+    assert sheet.size[1] >= sheet.rows_per_column * sheet.row_height
+    assert sheet.size[0] >= sheet.area[2] + sheet.column_width * -(-101 // sheet.rows_per_column)
+    assert fit_size(10, 5, 640, 1600) == 64 and fit_size(800, 5, 640, 1600) == 1
+
+
+def test_figures_are_freed_and_unknown_to_pyplot(image, metadata):
+    import matplotlib.pyplot as plt
+
+    figures = []
+    for _ in range(3):
+        picture = RelationVisualizer(image, metadata, scale=1.0).draw_ground_truth(dataset_dict())
+        picture.get_image()
+        figures.append(weakref.ref(picture.fig))
+    del picture
+    gc.collect()
+    assert [figure() for figure in figures] == [None] * 3
+    assert plt.get_fignums() == []
+
+
+def test_detectron2_tools_keep_drawing_in_the_image_frame(metadata):
+    visualizer = RelationVisualizer(np.zeros((400, 600, 3), np.uint8), metadata, scale=1.0)
+    before = visualizer.draw_triplets(BOXES, CLASSES, [(0, 1, 0, None)]).get_image()
+    after = visualizer.draw_box((300, 200, 400, 300), edge_color="r").get_image()
+    changed = np.argwhere((before != after).any(axis=2))
+    assert changed.min(axis=0) == pytest.approx([200, 300], abs=3)
+    assert changed.max(axis=0) == pytest.approx([300, 400], abs=3)
+
+
+def test_save_writes_the_picture(tmp_path, image, metadata):
+    from PIL import Image
+
+    picture = RelationVisualizer(image, metadata).draw_ground_truth(dataset_dict())
+    picture.save(str(tmp_path / "picture.png"))
+    saved = np.asarray(Image.open(tmp_path / "picture.png").convert("RGB"))
+    assert np.array_equal(saved, picture.get_image())

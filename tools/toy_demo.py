@@ -1,0 +1,219 @@
+#!/usr/bin/env python
+"""Train, evaluate and draw RelDN on the built-in data set, on a laptop's CPU.
+
+One detector, then RelDN twice on top of it: with cross entropy alone (L0) and with the graphical
+contrastive losses as well. What has been trained already is used again.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Dict, List, Optional
+
+PROJECT = Path(__file__).resolve().parent.parent
+MODELS = {"L0": "reldn_l0", "L0 + L1 + L2 + L3": "reldn"}  # name in the table: config
+TASKS = ("sgdet", "prdcls")
+METRICS = {  # key in the results: head of the column
+    "R@n": "R@n",
+    "mAP": "mAP",
+    "AP-holds": "AP holds",
+    "AP-plays": "AP plays",
+    "AP-wears": "AP wears",
+    "AP-on": "AP on",
+    "AP-under": "AP under",
+    "AP-inside of": "AP inside of",
+    "instance_accuracy": "instance accuracy",
+    "pairing_accuracy": "pairing accuracy",
+}
+_print_lock = threading.Lock()
+
+
+class StageFailed(Exception):
+    """A training or evaluation ended with an error; the message says where its log is."""
+
+
+def say(text: str) -> None:
+    """Print a line at once, whole, whichever thread says it."""
+    with _print_lock:
+        print(text, flush=True)
+
+
+def configuration_fingerprint(config: str, options: List[str], inputs: List[Path]) -> str:
+    """Changes when the config, its bases, the options or a file that the run starts from do."""
+    digest = hashlib.sha256(json.dumps(options).encode())
+    for path in sorted((PROJECT / "configs" / "Toy").glob("*.yaml")):
+        digest.update(path.read_bytes())
+    for path in sorted((PROJECT / "reldn_d2" / "data" / "datasets").glob("toy_*.py")):
+        digest.update(path.read_bytes())
+    for path in inputs:
+        digest.update(f"{path.stat().st_size} {path.stat().st_mtime_ns}".encode())
+    return f"{config} {digest.hexdigest()}"
+
+
+def run_train_net(name: str, config: str, output: Path, options: List[str]) -> None:
+    """Run ``train_net.py`` in a process of its own, passing on its progress, shortened.
+
+    Raises:
+        StageFailed: it ended with an error.
+    """
+    command = [sys.executable, "-W", "ignore", str(PROJECT / "train_net.py")]
+    command += ["--config-file", str(PROJECT / "configs" / "Toy" / f"{config}.yaml")]
+    command += [*options, "OUTPUT_DIR", str(output)]
+    output.mkdir(parents=True, exist_ok=True)
+    # One thread each: two trainings side by side are faster than two threads for one.
+    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
+    log = output / "demo.log"
+    with log.open("w") as file, subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as process:
+        for line in process.stdout:
+            file.write(line)
+            if " eta: " in line:
+                say(f"  {name}: {' '.join(line.split(' eta: ')[1].split('  time:')[0].split())}")
+            elif "Inference done" in line:
+                say(f"  {name}: evaluating, {line.split('Inference done ')[1].split('.')[0]}")
+    if process.returncode:
+        tail = "".join(log.read_text().splitlines(keepends=True)[-15:])
+        raise StageFailed(f"{name} stopped with an error. The end of {log}:\n{tail}")
+
+
+def stage(
+    name: str, config: str, output: Path, options: List[str], inputs: List[Path]
+) -> Path:
+    """Train (evaluating SGDET at the end) and evaluate PRDCLS, unless that has been done.
+
+    Returns:
+        The trained model's file.
+    """
+    stamp, model = output / "demo_stamp.txt", output / "model_final.pth"
+    fingerprint = configuration_fingerprint(config, options, inputs)
+    if model.exists() and stamp.exists() and stamp.read_text() == fingerprint:
+        say(f"  {name}: already trained, in {output}")
+        return model
+    shutil.rmtree(output, ignore_errors=True)
+    started = time.time()
+    run_train_net(name, config, output, options)
+    if config != "detector":
+        task = ["TEST.RELATIONS.TASK", "prdcls", "MODEL.WEIGHTS", str(model)]
+        run_train_net(f"{name}, PRDCLS", config, output, ["--eval-only", *options, *task])
+    stamp.write_text(fingerprint)
+    say(f"  {name}: done in {time.time() - started:.0f} s")
+    return model
+
+
+def draw_data_set() -> None:
+    """Draw the images of the data set where they are not there yet."""
+    code = (
+        "import reldn_d2; from detectron2.data import DatasetCatalog as c;"
+        "print('  ' + ', '.join(f'{len(c.get(n))} images in {n}'"
+        " for n in ('toy_vrd_train', 'toy_vrd_test')))"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=PROJECT)
+
+
+def train_relations(
+    output: Path, detector: Path, seeds: List[int], options: List[str], jobs: int
+) -> None:
+    """Train both models for every seed, ``jobs`` at a time."""
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = []
+        for seed in seeds:
+            for name, config in MODELS.items():
+                extra = [*options, "MODEL.WEIGHTS", str(detector), "SEED", str(seed)]
+                label = name if len(seeds) == 1 else f"{name}, seed {seed}"
+                folder = output / f"seed_{seed}" / config
+                futures.append(pool.submit(stage, label, config, folder, extra, [detector]))
+        for future in futures:
+            future.result()
+
+
+def read_results(output: Path, seeds: List[int]) -> Dict[str, Dict[str, List[Dict[str, float]]]]:
+    """Metrics by task, then model: one dict a seed."""
+    results: Dict[str, Dict[str, List[Dict[str, float]]]] = {}
+    for task in TASKS:
+        for name, config in MODELS.items():
+            files = [output / f"seed_{s}" / config / f"results_{task}.json" for s in seeds]
+            found = [json.loads(path.read_text())[f"relations_{task}"] for path in files]
+            results.setdefault(task, {})[name] = found
+    return results
+
+
+def format_table(results: Dict[str, Dict[str, List[Dict[str, float]]]]) -> str:
+    """The comparison as a Markdown table; with several seeds mean and standard deviation."""
+    from statistics import mean, stdev
+
+    from tabulate import tabulate
+
+    def cell(runs: List[Dict[str, float]], key: str) -> str:
+        values = [run[key] for run in runs]
+        spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
+        return f"{mean(values):.1f}{spread}"
+
+    rows = []
+    for key, head in METRICS.items():
+        runs = [results[task][name] for task in TASKS for name in MODELS]
+        rows.append([head] + [cell(x, key) for x in runs])
+    heads = ["%"] + [f"{task.upper()}, {name}" for task in TASKS for name in MODELS]
+    return tabulate(rows, heads, tablefmt="github", disable_numparse=True)
+
+
+def main(arguments: Optional[List[str]] = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("output/toy"), help="folder of it all")
+    parser.add_argument("--retrain", action="store_true", help="train anew what is there already")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="one run of each a seed")
+    parser.add_argument("--jobs", type=int, default=2, help="trainings side by side")
+    parser.add_argument(
+        "--pictures", type=int, default=6, help="test images drawn; 0 draws none"
+    )
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, help="KEY VALUE config options of the RelDN trainings"
+    )
+    args = parser.parse_args(arguments)
+    if args.retrain:
+        shutil.rmtree(args.output, ignore_errors=True)
+    output, started = args.output.resolve(), time.time()
+    try:
+        say("[1/5] the data set")
+        draw_data_set()
+        say("[2/5] training and evaluating the detector")
+        detector = stage("detector", "detector", output / "detector", [], [])
+        say("[3/5] training and evaluating RelDN with L0 alone and with all four losses")
+        train_relations(output, detector, args.seeds, args.opts, args.jobs)
+    except (StageFailed, subprocess.CalledProcessError) as error:
+        print(f"\n{error}\nRun the same command again when it is mended.", file=sys.stderr)
+        return 1
+    say("[4/5] the table")
+    table = format_table(read_results(output, args.seeds))
+    (output / "table.md").write_text(table + "\n")
+    print(f"\n{table}\n\n{EXPLANATION}\n")
+    if args.pictures:
+        say("[5/5] the pictures")
+        from toy_pictures import draw_pictures
+
+        folders = {
+            name: output / f"seed_{args.seeds[0]}" / config for name, config in MODELS.items()
+        }
+        for path in draw_pictures(folders, output / "pictures", args.pictures):
+            print(f"  {path}")
+    say(f"Done in {time.time() - started:.0f} s; everything is in {output}")
+    return 0
+
+
+EXPLANATION = """\
+SGDET: everything is predicted. PRDCLS: boxes and classes are given.
+R@n: share of the true relations among the n best triplets of their image, n being its number of
+true relations.
+Instance accuracy: is the related one of several entities of a class ranked first?
+Pairing accuracy: is the true pairing ranked above the swapped ones of neighbouring pairs?"""
+
+if __name__ == "__main__":
+    sys.exit(main())
