@@ -68,6 +68,9 @@ def apply() -> None:
     folder = find_detectron2()
     restore_removed_names(folder)
     stand_in_for_compiled_ops()
+    with warnings.catch_warnings():  # fvcore and Detectron2 script functions when imported
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+        importlib.import_module("detectron2.modeling")
     import_model_zoo_without_pkg_resources(folder)
 
 
@@ -139,7 +142,7 @@ def import_model_zoo_without_pkg_resources(folder: Path) -> None:
         return
     if "detectron2.model_zoo" in sys.modules or importlib.util.find_spec("pkg_resources"):
         return
-    for name in ("checkpoint", "config", "modeling"):  # what model_zoo imports beside it
+    for name in ("checkpoint", "config"):  # what model_zoo imports, beside detectron2.modeling
         importlib.import_module(f"detectron2.{name}")
     stand_in = types.ModuleType("pkg_resources")
     stand_in.resource_filename = _resource_filename

@@ -1,7 +1,9 @@
 """Training and evaluation with Detectron2's ``DefaultTrainer``."""
 
+import json
 import logging
-from typing import Any, Dict, List
+import os
+from typing import Any, Dict, List, Optional
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -14,6 +16,7 @@ from detectron2.data import (
 )
 from detectron2.engine import DefaultTrainer
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from detectron2.utils import comm
 from torch import nn
 
 from .checkpoint import RelDNCheckpointer
@@ -31,6 +34,11 @@ _OPTIMIZERS = ("SGD", "AdamW")
 
 def _unwrap(model: nn.Module) -> nn.Module:
     return getattr(model, "module", model)
+
+
+def _task(cfg: CfgNode) -> str:
+    """What the config's model is evaluated for: ``sgdet``, ...; ``bbox`` for a detector."""
+    return cfg.TEST.RELATIONS.TASK if cfg.MODEL.META_ARCHITECTURE == "RelDN" else "bbox"
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -137,8 +145,20 @@ class RelDNTrainer(DefaultTrainer):
         )
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str = ""):
-        return build_relation_evaluator(cfg, dataset_name, output_folder or cfg.OUTPUT_DIR)
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: Optional[str] = None):
+        return build_relation_evaluator(
+            cfg, dataset_name, output_folder or os.path.join(cfg.OUTPUT_DIR, "inference", _task(cfg))
+        )
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> Dict[str, Any]:
+        """As Detectron2's; also writes ``OUTPUT_DIR/results_TASK.json``."""
+        results = super().test(cfg, model, evaluators)
+        if comm.is_main_process():
+            os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+            with open(os.path.join(cfg.OUTPUT_DIR, f"results_{_task(cfg)}.json"), "w") as file:
+                json.dump(results, file, indent=2)
+        return results
 
     @classmethod
     def evaluate_checkpoint(cls, cfg: CfgNode, resume: bool = False) -> Dict[str, Any]:

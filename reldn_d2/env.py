@@ -1,7 +1,6 @@
 """Prints the environment, for bug reports: ``python -m reldn_d2.env``."""
 
 import importlib
-import importlib.metadata
 import os
 import platform
 import sys
@@ -14,7 +13,7 @@ from tabulate import tabulate
 import detectron2
 from detectron2.data import MetadataCatalog
 
-from . import compat
+from . import __version__, compat
 
 __all__ = ["environment_rows", "environment_table"]
 
@@ -27,7 +26,7 @@ def environment_table() -> str:
 def environment_rows() -> list[tuple[str, str]]:
     """Returns (what, value) for the libraries, the hardware and the data sets."""
     return [
-        ("reldn_d2", f"{_version('reldn_d2')}, {Path(__file__).parent}"),
+        ("reldn_d2", f"{__version__}, {Path(__file__).parent}"),
         ("Python", f"{platform.python_version()}, {sys.executable}"),
         ("system", platform.platform()),
         ("torch", f"{torch.__version__}, {_torch_build()}"),
@@ -42,13 +41,6 @@ def environment_rows() -> list[tuple[str, str]]:
         *_gpu_rows(),
         *_dataset_rows(),
     ]
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed, used from its folder"
 
 
 def _module_version(name: str) -> str:

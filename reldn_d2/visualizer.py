@@ -230,7 +230,7 @@ class RelationVisualizer(Visualizer):
             )
 
         dots = np.stack([np.tile(anchors[e], 2) for e in drawn]) + radius * np.array([-1, -1, 1, 1])
-        placer = LabelPlacer(sheet.area, details=np.concatenate([boxes, dots]))
+        placer = LabelPlacer(sheet.area, taken=dots, details=boxes)
         room = 0.5 * (sheet.area[2] - sheet.area[0])
         for entity, box in zip(drawn, boxes):
             text = shorten(names[entity], size, room)

@@ -120,13 +120,14 @@ def choose_anchors(boxes: np.ndarray, spacing: float) -> np.ndarray:
     for entity in np.argsort(area, kind="stable"):
         points = boxes[entity, :2] + grid * size[entity]
         cost = np.linalg.norm(grid - 0.5, axis=1) + 0.15 * (grid[:, 1] < 0.3)  # faces are above
+        covering = np.zeros(len(grid))  # smaller boxes at each point
         for other in placed:
             distance = np.linalg.norm(points - anchors[other], axis=1)
             cost += 1.5 * (1 - distance / spacing).clip(min=0)
             if area[other] < 0.8 * area[entity]:
                 inside = (points >= boxes[other, :2]) & (points <= boxes[other, 2:])
-                cost += 0.25 * inside.all(axis=1)
-        anchors[entity] = points[np.argmin(cost)]
+                covering += inside.all(axis=1)
+        anchors[entity] = points[np.argmin(cost + 0.2 * (covering > 0) + 0.07 * covering)]
         placed.append(entity)
     return anchors
 
@@ -196,15 +197,16 @@ def _overlap(rects: np.ndarray, obstacles: np.ndarray) -> np.ndarray:
 class LabelPlacer:
     """Puts labels one after the other where they cover no earlier label and little else."""
 
-    def __init__(self, frame: Sequence[float], details: np.ndarray):
+    def __init__(self, frame: Sequence[float], taken: np.ndarray, details: np.ndarray):
         """
         Args:
             frame: rectangle in which all labels must lie.
+            taken: (O, 4) areas that no label may cover, such as the ends of arrows.
             details: (O, 4) areas better left free, such as small objects.
         """
         self.frame = np.asarray(frame, dtype=float)
         self.details = np.asarray(details, dtype=float).reshape(-1, 4)
-        self.taken = np.zeros((0, 4))
+        self.taken = np.asarray(taken, dtype=float).reshape(-1, 4)
 
     def place_at_box(
         self, size: Tuple[float, float], box: np.ndarray, lines: Sequence[np.ndarray]

@@ -231,6 +231,13 @@ def test_masks_are_carried_and_give_the_box(folder):
     assert len(mapper(**options)(empty)["instances"]) == 0
 
 
+def test_integer_boxes_are_not_rounded(folder):
+    record = patches_dict(folder, [(3, 3, 22, 10)], [])
+    output = mapper([T.Resize((32, 32)), T.Resize((144, 144))])(record)
+    expected = torch.tensor([[3, 3, 22, 10]]) * 1.5
+    torch.testing.assert_close(output["instances"].gt_boxes.tensor, expected)
+
+
 class CropAroundFirstBox(T.Augmentation):
     """An augmentation that looks at the boxes."""
 

@@ -310,17 +310,10 @@ def test_concurrent_loads_draw_once(tmp_path, monkeypatch):
     assert all(result == results[0] for result in results)
 
 
-def test_read_only_root_falls_back_to_the_cache(tmp_path, monkeypatch):
-    root, cache = tmp_path / "root", tmp_path / "cache"
-    root.mkdir()
-    monkeypatch.setenv("FVCORE_CACHE", str(cache))
-    monkeypatch.setattr(toy_vrd, "_can_write", lambda folder: not folder.startswith(str(root)))
-    dicts = toy_vrd.load_toy_vrd(str(root), "test", num_images=2)
-    assert dicts[0]["file_name"] == str(cache / "toy_vrd" / "test" / "00001.png")
-    assert os.path.isfile(dicts[0]["file_name"]) and not list(root.iterdir())
+def test_the_registered_sets_are_kept_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
+    monkeypatch.setattr(toy_vrd, "_SPLITS", {"test": (1, 2)})
+    dicts = DatasetCatalog.get("toy_vrd_test")
+    assert dicts[0]["file_name"] == str(tmp_path / "toy_vrd" / "test" / "00001.png")
+    assert os.path.isfile(dicts[0]["file_name"])
 
-
-def test_can_write(tmp_path):
-    assert toy_vrd._can_write(str(tmp_path / "not" / "there"))
-    (tmp_path / "file").touch()
-    assert not toy_vrd._can_write(str(tmp_path / "file" / "below"))

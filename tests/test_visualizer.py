@@ -365,7 +365,7 @@ def test_arcs_of_one_pair_lie_apart_and_within_the_frame():
 
 
 def test_label_far_from_its_line_gets_a_leader():
-    placer = LabelPlacer((0, 0, 200, 100), np.zeros((0, 4)))
+    placer = LabelPlacer((0, 0, 200, 100), taken=[], details=[])
     line = np.stack([np.linspace(40, 160, 41), np.full(41, 50.0)], axis=1)
     labels = [placer.place_on_line((60, 20), line, []) for _ in range(6)]
     assert labels[0].target is None and labels[0].rect == pytest.approx((70, 40, 130, 60))
@@ -374,7 +374,7 @@ def test_label_far_from_its_line_gets_a_leader():
 
 
 def test_full_frame_still_gives_a_place():
-    placer = LabelPlacer((0, 0, 50, 25), np.zeros((0, 4)))
+    placer = LabelPlacer((0, 0, 50, 25), taken=[], details=[])
     line = np.stack([np.linspace(0, 50, 41), np.full(41, 12.0)], axis=1)
     rects = [placer.place_on_line((40, 20), line, []).rect for _ in range(3)]
     assert all(0 <= r[0] and r[2] <= 50 and 0 <= r[1] and r[3] <= 25 for r in rects)

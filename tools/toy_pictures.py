@@ -13,7 +13,7 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 from reldn_d2.structures.relations import predicted_relations
-from reldn_d2.visualizer import compare_models, count_hits
+from reldn_d2.visualizer import Scene, compare_models, match_triplets
 
 __all__ = ["draw_pictures"]
 
@@ -39,6 +39,13 @@ def outputs_of(record: Dict[str, Any], height: int, width: int) -> Dict[str, Ins
     return {"instances": instances, "relations": relations}
 
 
+def count_found(dataset_dict: Dict[str, Any], outputs: Dict[str, Instances]) -> int:
+    """How many true relations are among as many best triplets."""
+    truth = Scene.from_dataset_dict(dataset_dict)
+    best = Scene.from_outputs(outputs["instances"], outputs["relations"], len(truth.triplets))
+    return sum(match_triplets(best, truth)[1])
+
+
 def draw_pictures(folders: Dict[str, Path], output: Path, number: int) -> List[Path]:
     """Draw test images: most of them where the second model finds more than the first, and a
     third where it finds less, if there are such.
@@ -61,7 +68,7 @@ def draw_pictures(folders: Dict[str, Path], output: Path, number: int) -> List[P
         }
     first, second = predictions.values()
     gains = {
-        image_id: count_hits(x, second[image_id]) - count_hits(x, first[image_id])
+        image_id: count_found(x, second[image_id]) - count_found(x, first[image_id])
         for image_id, x in dicts.items()
     }
     order = sorted(gains, key=lambda image_id: gains[image_id])

@@ -105,6 +105,8 @@ class RelationDatasetMapper(DatasetMapper):
         annotations = dataset_dict.pop("annotations")
         kept = torch.ones(len(annotations), dtype=torch.bool)
         for index, annotation in enumerate(annotations):
+            # Detectron2's transforms work in place: they would round a box of integers.
+            annotation["bbox"] = [float(value) for value in annotation["bbox"]]
             if not self.use_instance_mask:
                 annotation.pop("segmentation", None)
             if not self.use_keypoint:

@@ -41,12 +41,12 @@ def register_all_vrd(root: str) -> None:
         )
 
 
-def register_all_toy_vrd(root: str) -> None:
-    """Register the splits of the toy set, which is drawn below ``root`` when it is first used."""
+def register_all_toy_vrd() -> None:
+    """Register the splits of the toy set, which is drawn when it is first used."""
     for name, split in _TOY_VRD_SPLITS.items():
-        register_toy_vrd(name, root, split)
+        register_toy_vrd(name, split)
 
 
 _root = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
 register_all_vrd(_root)
-register_all_toy_vrd(_root)
+register_all_toy_vrd()

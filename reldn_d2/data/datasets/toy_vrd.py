@@ -71,8 +71,7 @@ def load_toy_vrd(root: str, split: str, num_images: Optional[int] = None) -> Lis
     """Load a split, after drawing it if it is missing, incomplete or of another version.
 
     Args:
-        root: folder of the data sets. Where it cannot be written to, the cache folder of iopath
-            (``$FVCORE_CACHE``) is used in its place.
+        root: folder that the drawn images are kept in, as ``<root>/toy_vrd/<split>``.
         split: "train" or "test".
         num_images: draw only that many; the split's full number when None.
 
@@ -84,9 +83,6 @@ def load_toy_vrd(root: str, split: str, num_images: Optional[int] = None) -> Lis
     manifest = _manifest(split, num_images)
     folder = os.path.join(root, "toy_vrd", split)
     records = _read_records(folder, manifest)
-    if records is None and not _can_write(os.path.dirname(folder)):
-        folder = os.path.join(get_cache_dir(), "toy_vrd", split)
-        records = _read_records(folder, manifest)
     if records is None:
         with file_lock(folder):
             # Another process may have drawn it while this one waited for the lock.
@@ -94,28 +90,21 @@ def load_toy_vrd(root: str, split: str, num_images: Optional[int] = None) -> Lis
     return [_dataset_dict(folder, number, record) for number, record in enumerate(records, 1)]
 
 
-def register_toy_vrd(name: str, root: str, split: str) -> None:
+def register_toy_vrd(name: str, split: str, root: Optional[str] = None) -> None:
     """Register a split; nothing is drawn before it is used.
 
     Args:
         name: under which it is registered, e.g. "toy_vrd_train".
-        root: folder of the data sets, as in :func:`load_toy_vrd`.
         split: "train" or "test".
+        root: as in :func:`load_toy_vrd`; Detectron2's cache folder (``$FVCORE_CACHE``) when None,
+            because a folder of downloaded data sets may be shared or read-only.
     """
-    DatasetCatalog.register(name, lambda: load_toy_vrd(root, split))
+    DatasetCatalog.register(name, lambda: load_toy_vrd(root or get_cache_dir(), split))
     MetadataCatalog.get(name).set(
         thing_classes=list(TOY_CLASSES),
         predicate_classes=list(TOY_PREDICATES),
         evaluator_type="relation",
     )
-
-
-def _can_write(folder: str) -> bool:
-    """Whether files can be made in a folder, which need not exist yet."""
-    folder = os.path.abspath(folder)
-    while not os.path.exists(folder):
-        folder = os.path.dirname(folder)
-    return os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
 
 
 def _manifest(split: str, num_images: Optional[int]) -> Dict[str, int]:
