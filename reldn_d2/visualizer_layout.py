@@ -127,7 +127,7 @@ def choose_anchors(boxes: np.ndarray, spacing: float) -> np.ndarray:
             if area[other] < 0.8 * area[entity]:
                 inside = (points >= boxes[other, :2]) & (points <= boxes[other, 2:])
                 covering += inside.all(axis=1)
-        anchors[entity] = points[np.argmin(cost + 0.2 * (covering > 0) + 0.07 * covering)]
+        anchors[entity] = points[np.argmin(cost + 0.25 * covering)]
         placed.append(entity)
     return anchors
 

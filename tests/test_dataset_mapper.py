@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from reldn_d2.data import RelationDatasetMapper
+from reldn_d2.data.datasets import load_vrd
 
 from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
 from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
 
@@ -318,6 +319,30 @@ def test_data_sets_with_different_predicates(metadata):
     )
     with pytest.raises(ValueError, match="different predicate_classes.* 1 names, mapper_test_2 2"):
         RelationDatasetMapper(cfg, True)
+
+
+def test_real_images_through_the_training_loader(real_datasets):
+    """VRD with the usual augmentation: nothing dangles, and flips keep names with their boxes."""
+    records = load_vrd(
+        str(real_datasets / "vrd/json_dataset/annotations_test.json"),
+        str(real_datasets / "vrd/sg_dataset/sg_test_images"),
+    )
+    records = [record for record in records if record["relations"]][:4]
+    # Detectron2 resizes first and flips then.
+    augmentations = [T.ResizeShortestEdge(200, 400), T.RandomFlip(prob=1.0)]
+    mapped = RelationDatasetMapper(True, augmentations=augmentations, image_format="BGR")
+    loader = build_detection_train_loader(
+        records, mapper=mapped, sampler=range(4), total_batch_size=2, aspect_ratio_grouping=False
+    )
+    outputs = [output for batch in loader for output in batch]
+    assert [output["image_id"] for output in outputs] == [r["image_id"] for r in records]
+    for record, output in zip(records, outputs, strict=True):
+        assert triplets(output) == record["relations"]
+        width = output["image"].shape[2]
+        boxes = np.array([annotation["bbox"] for annotation in record["annotations"]])
+        scale = width / record["width"]
+        left = output["instances"].gt_boxes.tensor[:, 0].numpy()
+        np.testing.assert_allclose(left, width - boxes[:, 2] * scale, atol=1e-3)
 
 
 def test_the_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):

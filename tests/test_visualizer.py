@@ -11,17 +11,7 @@ import torch
 
 from reldn_d2.structures.relations import predicted_relations
 from reldn_d2.visualizer import RelationVisualizer, compare_image, compare_models
-from reldn_d2.visualizer_canvas import MIN_AREA, RelationImage, Row, plan_sheet, shorten, text_width
-from reldn_d2.visualizer_layout import (
-    LabelPlacer,
-    arc,
-    arc_bulges,
-    choose_anchors,
-    entity_color,
-    fit_size,
-    name_entities,
-    predicate_color,
-)
+from reldn_d2.visualizer_canvas import RelationImage
 from reldn_d2.visualizer_scene import Scene, match_triplets, same_entities
 
 from detectron2.data import Metadata
@@ -321,78 +311,6 @@ def test_hits_are_green_and_misses_red(image, metadata):
         picture = visualizer.draw_triplets(BOXES, CLASSES, [(0, 3, 0, None)], marks=[mark])
         arrow = picture.overlay.patches[0].get_facecolor()
         assert arrow[strong] > 2 * arrow[weak]
-
-
-def test_colours_are_fixed_distinct_and_dark_enough_for_white_text():
-    assert predicate_color(0) == pytest.approx((0xC6 / 255, 0x28 / 255, 0x28 / 255))
-    for color, count in ((predicate_color, 100), (entity_color, 50)):
-        colors = np.array([color(index) for index in range(count)])
-        assert np.array_equal(colors, [color(index) for index in range(count)])
-        assert len({tuple(c) for c in colors.round(2)}) == count
-        linear = np.where(colors <= 0.04045, colors / 12.92, ((colors + 0.055) / 1.055) ** 2.4)
-        contrast = 1.05 / (linear @ [0.2126, 0.7152, 0.0722] + 0.05)
-        assert contrast.min() > 4.5
-
-
-def test_names_are_numbered_from_left_to_right():
-    boxes = np.array([[50, 0, 60, 9], [0, 0, 9, 9], [20, 0, 30, 9], [70, 0, 80, 9]], float)
-    names = name_entities(boxes, [1, 1, 0, 7], [0, 1, 2, 3], THINGS)
-    assert names == {0: "cup 2", 1: "cup 1", 2: "person", 3: "class 7"}
-
-
-def test_anchors_lie_inside_their_boxes_and_apart():
-    boxes = np.array([[0, 0, 200, 400], [40, 100, 160, 300], [60, 20, 140, 80]], float)
-    anchors = choose_anchors(boxes, spacing=60)
-    assert (anchors >= boxes[:, :2]).all() and (anchors <= boxes[:, 2:]).all()
-    for first, second in itertools.combinations(anchors, 2):
-        assert np.linalg.norm(first - second) >= 60
-    within = (anchors[0] >= boxes[1:, :2]) & (anchors[0] <= boxes[1:, 2:])
-    assert not within.all(axis=1).any()  # the person's point is on neither shirt nor hat
-
-
-def test_arcs_of_one_pair_lie_apart_and_within_the_frame():
-    anchors = {0: np.array([10.0, 50.0]), 1: np.array([190.0, 50.0])}
-    pairs = [(0, 1), (0, 1), (1, 0)]
-    bulges = arc_bulges(pairs, anchors, step=20)
-    frame = (0, 0, 200, 80)
-    arcs = [arc(anchors[s], anchors[o], b, frame, trim=5) for (s, o), b in zip(pairs, bulges)]
-    middles = [points[20, 1] for points in arcs]
-    assert middles[1] < middles[0] - 5 < 50 < middles[2]  # the way back bends to the other side
-    for points, (subject, object_) in zip(arcs, pairs):
-        assert np.linalg.norm(points[0] - anchors[subject]) == pytest.approx(5, abs=0.5)
-        assert np.linalg.norm(points[-1] - anchors[object_]) == pytest.approx(5, abs=0.5)
-        assert (points >= 0).all() and (points <= frame[2:]).all()
-
-
-def test_label_far_from_its_line_gets_a_leader():
-    placer = LabelPlacer((0, 0, 200, 100), taken=[], details=[])
-    line = np.stack([np.linspace(40, 160, 41), np.full(41, 50.0)], axis=1)
-    labels = [placer.place_on_line((60, 20), line, []) for _ in range(6)]
-    assert labels[0].target is None and labels[0].rect == pytest.approx((70, 40, 130, 60))
-    assert all(label.target is not None for label in labels if not 31 <= label.rect[1] <= 49)
-    assert any(label.target is not None for label in labels)
-
-
-def test_full_frame_still_gives_a_place():
-    placer = LabelPlacer((0, 0, 50, 25), taken=[], details=[])
-    line = np.stack([np.linspace(0, 50, 41), np.full(41, 12.0)], axis=1)
-    rects = [placer.place_on_line((40, 20), line, []).rect for _ in range(3)]
-    assert all(0 <= r[0] and r[2] <= 50 and 0 <= r[1] and r[3] <= 25 for r in rects)
-
-
-def test_long_text_is_shortened_to_its_width():
-    assert shorten("cup", 13, 100) == "cup"
-    short = shorten("a very long name of a class indeed", 13, 100)
-    assert short.endswith("\u2026") and 60 < text_width(short, 13) <= 100
-
-
-def test_sheet_is_never_lower_than_its_panel():
-    rows = [Row([(f"row {number}", (0, 0, 0), False)]) for number in range(101)]
-    sheet = plan_sheet(1000, 10, 0.5, rows, "right", title=False)
-    assert sheet.area[3] == MIN_AREA
-    assert sheet.size[1] >= sheet.rows_per_column * sheet.row_height
-    assert sheet.size[0] >= sheet.area[2] + sheet.column_width * -(-101 // sheet.rows_per_column)
-    assert fit_size(10, 5, 640, 1600) == 64 and fit_size(800, 5, 640, 1600) == 1
 
 
 def test_figures_are_freed_and_unknown_to_pyplot(image, metadata):

@@ -289,23 +289,43 @@ def test_metadata_needs_no_files(name):
 
 
 @pytest.fixture
-def registered(real_datasets):
-    """The built-in splits, registered on the real files under the names' own table."""
+def register_below():
+    """Registers the built-in splits below another folder for the time of a test."""
     names = ("vrd_train", "vrd_test")
     loaders = {name: DatasetCatalog.pop(name) for name in names}
     metadata = {name: MetadataCatalog.pop(name) for name in names}
-    builtin.register_all_vrd(str(real_datasets))
-    yield real_datasets
+    yield lambda root: builtin.register_all_vrd(str(root))
     for name in names:
-        DatasetCatalog.remove(name)
+        DatasetCatalog.pop(name, None)
         DatasetCatalog.register(name, loaders[name])
         MetadataCatalog[name] = metadata[name]
 
 
+@pytest.mark.parametrize(("split", "count"), [("train", 1), ("test", 2)])
+def test_splits_of_the_official_layout(tmp_path, register_below, split, count):
+    """Equal relationships are merged for training, and counted for evaluation."""
+    folder = tmp_path / "vrd"
+    image_root = folder / f"sg_dataset/sg_{split}_images"
+    image_root.mkdir(parents=True)
+    Image.new("RGB", (60, 40)).save(image_root / "a.jpg")
+    (folder / "json_dataset").mkdir()
+    for name, content in (
+        (f"annotations_{split}", {"a.jpg": [RIDES, RIDES]}),
+        ("objects", VRD_CLASSES),
+        ("predicates", VRD_PREDICATES),
+    ):
+        (folder / f"json_dataset/{name}.json").write_text(json.dumps(content))
+    register_below(tmp_path)
+    (record,) = DatasetCatalog.get(f"vrd_{split}")
+    assert record["file_name"] == str(image_root / "a.jpg")
+    assert record["relations"] == [(0, 1, 35)] * count
+
+
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_real_files(registered, split):
+def test_real_files(real_datasets, register_below, split):
     """Against the JSON read by hand: every relationship, box and image size."""
-    with open(registered / f"vrd/json_dataset/annotations_{split}.json") as file:
+    register_below(real_datasets)
+    with open(real_datasets / f"vrd/json_dataset/annotations_{split}.json") as file:
         content = json.load(file)
     records = DatasetCatalog.get(f"vrd_{split}")
     assert [record["image_id"] for record in records] == list(content)

@@ -108,6 +108,7 @@ def sample_pairs(
         generator: source of randomness.
     """
     positive, negative = grid.positive, grid.negative
+    num_positive = min(num_positive, num_pairs)
     chosen = sample_mask(positive, num_positive, num_positive, generator=generator)
     left = num_pairs - chosen.sum()
     for_predicate = chosen | sample_mask(negative, left, num_pairs, generator=generator)

@@ -1,0 +1,296 @@
+"""Pairs of entities: enumeration, matching with the ground truth, sampling; training entities."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reldn_d2.modeling.detector import label_entities
+from reldn_d2.modeling.relation_head.pairs import candidate_pairs, match_pairs, union_boxes
+from reldn_d2.modeling.relation_head.sampling import SampledPairs, sample_mask, sample_pairs
+
+from detectron2.structures import Boxes, Instances
+
+NUM_PREDICATES = 3
+
+
+def area(box):
+    return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
+
+
+def iou(a, b):
+    both = area([max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])])
+    return both / (area(a) + area(b) - both) if both > 0 else 0.0
+
+
+def match_in_loops(entities, targets, relations, overlap_filter):
+    """Per pair (i, j): None if it is no candidate, else the acceptable label sets."""
+    result = {}
+    for i, (box_i, class_i) in enumerate(entities):
+        for j, (box_j, class_j) in enumerate(entities):
+            if i == j or (overlap_filter and iou(box_i, box_j) == 0):
+                result[i, j] = None
+                continue
+            best, sets = 0.0, [set()]
+            for s, o, _ in relations:
+                overlap = min(iou(box_i, targets[s][0]), iou(box_j, targets[o][0]))
+                if class_i != targets[s][1] or class_j != targets[o][1] or overlap < 0.5:
+                    continue
+                labels = {p for s2, o2, p in relations if (s2, o2) == (s, o)}
+                if overlap > best + 1e-6:
+                    best, sets = overlap, [labels]
+                elif overlap > best - 1e-6:
+                    sets.append(labels)  # two relations match equally well
+            result[i, j] = sets
+    return result
+
+
+def as_grid(entities, targets, relations, **kwargs):
+    def split(entries):
+        boxes = torch.tensor([box for box, _ in entries]).reshape(-1, 4)
+        return Boxes(boxes), torch.tensor([c for _, c in entries], dtype=torch.int64)
+
+    table = torch.tensor(relations, dtype=torch.int64).reshape(-1, 3)
+    return match_pairs(
+        split(entities),
+        split(targets),
+        table[:, :2],
+        table[:, 2],
+        num_predicates=NUM_PREDICATES,
+        **kwargs,
+    )
+
+
+def labels_of(grid, i, j):
+    return {p for p, on in enumerate(grid.label_sets[grid.match[i, j]].tolist()) if on}
+
+
+# Boxes on a coarse grid: exact halves, equal boxes and touching boxes abound.
+boxes = st.tuples(*[st.integers(0, 4)] * 2, *[st.integers(1, 4)] * 2).map(
+    lambda t: (float(t[0]), float(t[1]), float(t[0] + t[2]), float(t[1] + t[3]))
+)
+entries = st.tuples(boxes, st.integers(0, 1))
+
+
+@st.composite
+def scenes(draw):
+    targets = draw(st.lists(entries, max_size=5))
+    indices = st.integers(0, max(len(targets) - 1, 0))
+    relations = draw(
+        st.lists(st.tuples(indices, indices, st.integers(0, NUM_PREDICATES - 1)), max_size=6)
+    )
+    relations = [r for r in relations if r[0] != r[1]]
+    near = st.sampled_from(targets) if targets else entries
+    entities = draw(st.lists(st.one_of(entries, near), max_size=6))
+    return entities, targets, relations
+
+
+@settings(deadline=None, max_examples=300)
+@given(scenes(), st.booleans())
+def test_matching_equals_plain_loops(scene, overlap_filter):
+    entities, targets, relations = scene
+    grid = as_grid(entities, targets, relations, overlap_filter=overlap_filter)
+    expected = match_in_loops(entities, targets, relations, overlap_filter)
+    assert grid.match.shape == grid.candidates.shape == (len(entities),) * 2
+    for (i, j), sets in expected.items():
+        assert bool(grid.candidates[i, j]) == (sets is not None)
+        if sets is None:
+            assert not grid.positive[i, j] and not grid.negative[i, j]
+        else:
+            labels = labels_of(grid, i, j)
+            assert labels in sets and (bool(labels) or sets == [set()])
+            assert bool(grid.positive[i, j]) == bool(labels)
+            assert bool(grid.negative[i, j]) == (not labels)
+    for i, (box, category) in enumerate(entities):
+        for side, table in enumerate((grid.is_subject, grid.is_object)):
+            wanted = any(
+                iou(box, targets[r[side]][0]) >= 0.5 and targets[r[side]][1] == category
+                for r in relations
+            )
+            assert bool(table[i]) == wanted
+
+
+BIG, SMALL, FAR = (0.0, 0.0, 10.0, 10.0), (0.0, 0.0, 10.0, 6.0), (50.0, 50.0, 60.0, 60.0)
+
+
+def test_a_pair_takes_all_predicates_of_the_best_matching_pair_only():
+    targets = [(BIG, 0), (SMALL, 0), (FAR, 1)]
+    relations = [(1, 2, 1), (0, 2, 0), (0, 2, 2)]
+    grid = as_grid(targets, targets, relations)
+    assert labels_of(grid, 0, 2) == {0, 2}  # IoU with the small one is 0.6: it matches, but less
+    assert labels_of(grid, 1, 2) == {1}
+    assert labels_of(grid, 2, 0) == set()  # the direction counts
+
+
+def test_a_pair_of_another_class_does_not_match():
+    targets = [(BIG, 0), (FAR, 1)]
+    for subject, object_, positive in ((0, 1, True), (1, 1, False), (0, 0, False)):
+        grid = as_grid([(BIG, subject), (FAR, object_)], targets, [(0, 1, 0)])
+        assert bool(grid.positive[0, 1]) == positive
+        assert bool(grid.negative[0, 1]) == (not positive)
+
+
+def test_the_same_predicate_listed_twice_is_one_label():
+    grid = as_grid([(BIG, 0), (FAR, 1)], [(BIG, 0), (FAR, 1)], [(0, 1, 2), (0, 1, 2)])
+    assert labels_of(grid, 0, 1) == {2}
+
+
+def test_overlap_filter_drops_pairs_that_touch_or_lie_apart():
+    table = [[0, 0, 10, 10], [10, 0, 20, 10], [5, 5, 15, 15], [0, 0, 10, 10]]
+    kept = candidate_pairs(Boxes(torch.tensor(table).float()), True)
+    wanted = [[0, 0, 1, 1], [0, 0, 1, 0], [1, 1, 0, 1], [1, 0, 1, 0]]
+    assert kept.tolist() == torch.tensor(wanted).bool().tolist()
+    assert candidate_pairs(Boxes(torch.tensor(table).float()), False).sum() == 12
+
+
+def test_union_box_is_the_tightest_around_both():
+    union = union_boxes(torch.tensor([[1.0, 8.0, 5.0, 9.0]]), torch.tensor([[0.0, 2.0, 7.0, 8.5]]))
+    assert union.tolist() == [[0.0, 2.0, 7.0, 9.0]]
+
+
+masks = st.lists(st.booleans(), max_size=20).map(lambda x: torch.tensor(x, dtype=torch.bool))
+
+
+@settings(deadline=None, max_examples=200)
+@given(masks, st.integers(0, 25), st.integers(0, 25), st.integers(0, 10**6))
+def test_sample_mask_draws_as_many_candidates_as_asked(candidates, number, most, seed):
+    number = min(number, most)
+    drawn = sample_mask(candidates, number, most, generator=torch.Generator().manual_seed(seed))
+    assert not (drawn & ~candidates).any()
+    assert int(drawn.sum()) == min(number, int(candidates.sum()))
+    again = sample_mask(candidates, number, most, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(drawn, again)
+
+
+def test_sample_mask_is_uniform_and_takes_preferred_ones_first():
+    candidates = torch.tensor([1, 1, 1, 1, 0]).bool()
+    generator = torch.Generator().manual_seed(0)
+    drawn = sum(sample_mask(candidates, 2, 2, generator=generator).int() for _ in range(2000))
+    assert drawn[4] == 0 and ((drawn[:4] - 1000).abs() < 120).all()  # 5 sigma
+    preferred = torch.tensor([0, 0, 1, 0, 1]).bool()
+    drawn = sum(
+        sample_mask(candidates, 2, 2, preferred, generator=generator).int() for _ in range(300)
+    )
+    assert drawn[2] == 300 and (drawn[[0, 1, 3]] > 60).all() and drawn[4] == 0
+
+
+def crowded_grid(num_targets=12):
+    """Cups, every third on a table, every third under another; a proposal around every box."""
+    targets = [((0.0, 0.0, 100.0, 50.0), 1), ((0.0, 50.0, 100.0, 90.0), 1)]
+    targets += [((8.0 * i, 10.0, 8.0 * i + 7, 20.0), 0) for i in range(num_targets)]
+    entities = targets + [((b[0], b[1], b[2] + 0.5, b[3] + 0.5), c) for b, c in targets]
+    relations = [(i + 2, i % 3, i % 3) for i in range(num_targets) if i % 3 < 2] + [(2, 0, 2)]
+    return as_grid(entities, targets, relations)
+
+
+def table(pairs, mask):
+    return set(zip(pairs.subjects[mask].tolist(), pairs.objects[mask].tolist()))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        dict(num_pairs=512, num_positive=128, num_anchor_positive=128, num_anchor_negative=128),
+        dict(num_pairs=30, num_positive=8, num_anchor_positive=5, num_anchor_negative=7),
+        dict(num_pairs=10, num_positive=30, num_anchor_positive=0, num_anchor_negative=3),
+        dict(num_pairs=0, num_positive=0, num_anchor_positive=0, num_anchor_negative=0),
+    ],
+)
+def test_sampling_keeps_to_its_numbers_and_constraints(asked):
+    grid = crowded_grid()
+    num_positive, num_negative = int(grid.positive.sum()), int(grid.negative.sum())
+    pairs = sample_pairs(grid, **asked, generator=torch.Generator().manual_seed(1))
+    indices = list(zip(pairs.subjects.tolist(), pairs.objects.tolist()))
+    assert len(set(indices)) == len(indices) == len(pairs)
+    assert all(i != j for i, j in indices)
+    assert (pairs.for_predicate | pairs.for_subjects | pairs.for_objects).all()
+    positive = pairs.labels.any(dim=1)
+    assert torch.equal(positive, grid.positive[pairs.subjects, pairs.objects])
+    for i, j, labels in zip(*zip(*indices), pairs.labels.tolist()) if indices else ():
+        assert {p for p, on in enumerate(labels) if on} == labels_of(grid, i, j)
+
+    drawn = int((pairs.for_predicate & positive).sum())
+    assert drawn == min(num_positive, asked["num_positive"], asked["num_pairs"])
+    wanted = min(num_negative, asked["num_pairs"] - drawn)
+    assert int((pairs.for_predicate & ~positive).sum()) == wanted
+
+    grids = (grid.is_subject[:, None], grid.is_object[None])
+    for mask, anchors in zip((pairs.for_subjects, pairs.for_objects), grids):
+        allowed = grid.negative & anchors
+        wanted = min(num_positive, asked["num_anchor_positive"])
+        assert int((mask & positive).sum()) == wanted
+        negatives = mask & ~positive
+        assert int(negatives.sum()) == min(int(allowed.sum()), asked["num_anchor_negative"])
+        assert all(allowed[i, j] for i, j in table(pairs, negatives))
+
+
+def test_negatives_whose_other_end_is_related_come_first():
+    grid = crowded_grid()
+    preferred = grid.negative & grid.is_subject[:, None] & grid.is_object[None]
+    count = int(preferred.sum())
+    assert count > 3
+    for name in ("for_subjects", "for_objects"):
+        few = sample_pairs(grid, num_anchor_negative=count - 3)
+        mask = getattr(few, name) & ~few.labels.any(dim=1)
+        assert all(preferred[i, j] for i, j in table(few, mask))
+        more = sample_pairs(grid, num_anchor_negative=count + 3)
+        mask = getattr(more, name) & ~more.labels.any(dim=1)
+        assert int(sum(preferred[i, j] for i, j in table(more, mask))) == count
+
+
+def test_losses_are_sampled_independently_and_reproducibly():
+    def draw(seed):
+        options = dict(num_positive=4, num_anchor_positive=4, num_anchor_negative=4)
+        generator = torch.Generator().manual_seed(seed)
+        return sample_pairs(crowded_grid(), **options, generator=generator)
+
+    first, again, other = draw(0), draw(0), draw(1)
+    for name, value in vars(first).items():
+        assert torch.equal(value, getattr(again, name))
+    assert table(first, first.for_subjects) != table(other, other.for_subjects)
+    positive = first.labels.any(dim=1)
+    sides = [table(first, mask & positive) for mask in (first.for_predicate, first.for_subjects)]
+    assert sides[0] != sides[1]
+
+
+def test_joined_samples_point_into_the_entities_of_the_batch():
+    grid = crowded_grid(3)
+    empty = sample_pairs(as_grid([], [], []))
+    one, two = sample_pairs(grid), sample_pairs(grid)
+    joined = SampledPairs.cat([one, empty, two], [10, 0, 10])
+    assert joined.subjects.tolist() == one.subjects.tolist() + [10 + i for i in two.subjects]
+    assert joined.objects.tolist() == one.objects.tolist() + [10 + i for i in two.objects]
+    assert len(joined) == len(joined.labels) == len(one) + len(two)
+
+
+def target(entries):
+    instances = Instances((100, 100))
+    instances.gt_boxes = Boxes(torch.tensor([box for box, _ in entries]).reshape(-1, 4))
+    instances.gt_classes = torch.tensor([c for _, c in entries], dtype=torch.int64)
+    return instances
+
+
+def test_entities_are_proposals_that_match_and_the_ground_truth():
+    proposals = Boxes(
+        torch.tensor([[0, 0, 10, 5], [0, 0, 10, 4.9], [51, 50, 60, 60], [20, 20, 30, 30]])
+    )
+    (entities,) = label_entities(
+        [proposals], [target([(BIG, 2), (FAR, 1)])], iou_threshold=0.5, most=10
+    )
+    boxes = [tuple(box) for box in entities.proposal_boxes.tensor.tolist()]
+    assert dict(zip(boxes, entities.gt_classes.tolist())) == {
+        (0, 0, 10, 5): 2,  # an IoU of exactly 0.5
+        (51, 50, 60, 60): 1,
+        BIG: 2,
+        FAR: 1,
+    }
+    assert entities.image_size == (100, 100)
+
+
+def test_entities_are_bounded_and_may_be_none():
+    many = Boxes(torch.tensor([list(BIG)] * 30))
+    bounded, none = label_entities(
+        [many, many], [target([(BIG, 0)]), target([])], iou_threshold=0.5, most=8
+    )
+    assert len(bounded) == 8
+    assert len(none) == 0 and none.proposal_boxes.tensor.shape == (0, 4)
