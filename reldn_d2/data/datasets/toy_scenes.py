@@ -42,7 +42,7 @@ _HOLDABLE: Dict[str, Callable[..., Entity]] = {"cup": cup, "ball": ball}
 def make_scene(rng: np.random.Generator) -> Scene:
     """Lay out one image."""
     scene = Scene(rng, quiet=bool(rng.random() < _QUIET_SHARE))
-    kind = rng.choice(["reach", "players", "things"], p=[0.54, 0.33, 0.13])
+    kind = rng.choice(["reach", "players", "things"], p=[0.5, 0.42, 0.08])
     if kind == "reach":
         reach_scene(scene)
     elif kind == "players":
