@@ -7,13 +7,13 @@ Example::
 """
 
 import reldn_d2  # isort: skip  registers everything, before Detectron2 is imported
+from reldn_d2.engine import RelDNTrainer
+
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-
-from reldn_d2.engine import RelDNTrainer
 
 
 class Trainer(RelDNTrainer):

@@ -8,9 +8,10 @@ import logging
 import os
 from typing import Any, Dict, List, Optional, Sequence
 
+from torch import nn
+
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from torch import nn
 
 from .modeling.meta_arch import RelDN
 
@@ -99,8 +100,10 @@ class RelDNCheckpointer(DetectionCheckpointer):
         return super().load(path, *args, **kwargs)
 
     def _load_model(self, checkpoint: Dict[str, Any]):
-        names = [name[len("module.") :] if name.startswith("module.") else name
-                 for name in checkpoint["model"]]
+        names = [
+            name[len("module.") :] if name.startswith("module.") else name
+            for name in checkpoint["model"]
+        ]
         if any(name.startswith(_RELDN_PREFIXES) for name in names):
             incompatible = super()._load_model(checkpoint)
             self._raise_if_incomplete(self.model, incompatible, "RelDN")

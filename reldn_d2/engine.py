@@ -6,6 +6,8 @@ import os
 from typing import Any, Dict, List, Optional
 
 import torch
+from torch import nn
+
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import (
@@ -17,7 +19,6 @@ from detectron2.data import (
 from detectron2.engine import DefaultTrainer
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
-from torch import nn
 
 from .checkpoint import RelDNCheckpointer
 from .data.dataset_mapper import RelationDatasetMapper
@@ -147,7 +148,9 @@ class RelDNTrainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: Optional[str] = None):
         return build_relation_evaluator(
-            cfg, dataset_name, output_folder or os.path.join(cfg.OUTPUT_DIR, "inference", _task(cfg))
+            cfg,
+            dataset_name,
+            output_folder or os.path.join(cfg.OUTPUT_DIR, "inference", _task(cfg)),
         )
 
     @classmethod

@@ -118,9 +118,7 @@ def write_dataset(folder: Path, count: int = 4) -> list:
         boxes, relations = mapped["instances"].gt_boxes, mapped["relations"]
         annotations = [
             {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": category, "iscrowd": 0}
-            for box, category in zip(
-                boxes.tensor.tolist(), mapped["instances"].gt_classes.tolist()
-            )
+            for box, category in zip(boxes.tensor.tolist(), mapped["instances"].gt_classes.tolist())
         ]
         triplets = [
             (*pair, predicate)

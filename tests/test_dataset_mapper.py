@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils.data import SequentialSampler
 
 from reldn_d2.data import RelationDatasetMapper
 from reldn_d2.data.datasets import load_vrd
@@ -332,7 +333,11 @@ def test_real_images_through_the_training_loader(real_datasets):
     augmentations = [T.ResizeShortestEdge(200, 400), T.RandomFlip(prob=1.0)]
     mapped = RelationDatasetMapper(True, augmentations=augmentations, image_format="BGR")
     loader = build_detection_train_loader(
-        records, mapper=mapped, sampler=range(4), total_batch_size=2, aspect_ratio_grouping=False
+        records,
+        mapper=mapped,
+        sampler=SequentialSampler(records),
+        total_batch_size=2,
+        aspect_ratio_grouping=False,
     )
     outputs = [output for batch in loader for output in batch]
     assert [output["image_id"] for output in outputs] == [r["image_id"] for r in records]

@@ -58,8 +58,10 @@ def oracle(case, logits, alphas=ALPHAS, normalization="paper"):
             groups = [  # of each loss: (positives, negatives) of each group
                 [(positive, negative)],
                 [
-                    tuple([p for p in side if case["other_class"][p] == c] for side in
-                          (positive, negative))
+                    tuple(
+                        [p for p in side if case["other_class"][p] == c]
+                        for side in (positive, negative)
+                    )
                     for c in classes
                 ],
                 [
@@ -147,9 +149,7 @@ def cases(draw):
     # A few distinct rows that repeat: ties between pairs; with rounding, between predicates too.
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
     num_rows = draw(st.integers(1, 30))
-    rows = 2 * torch.randn(
-        (num_rows, num_predicates + 1), dtype=torch.float64, generator=generator
-    )
+    rows = 2 * torch.randn((num_rows, num_predicates + 1), dtype=torch.float64, generator=generator)
     if draw(st.booleans()):
         rows[:, :-1] = rows[:, :-1].round()
     chosen = torch.randint(0, num_rows, (len(case["labels"]),), generator=generator)

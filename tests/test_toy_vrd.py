@@ -316,4 +316,3 @@ def test_the_registered_sets_are_kept_in_the_cache(tmp_path, monkeypatch):
     dicts = DatasetCatalog.get("toy_vrd_test")
     assert dicts[0]["file_name"] == str(tmp_path / "toy_vrd" / "test" / "00001.png")
     assert os.path.isfile(dicts[0]["file_name"])
-

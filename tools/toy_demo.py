@@ -71,9 +71,12 @@ def run_train_net(name: str, config: str, output: Path, options: List[str]) -> N
     # One thread each: two trainings side by side are faster than two threads for one.
     environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
     log = output / "demo.log"
-    with log.open("w") as file, subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    ) as process:
+    with (
+        log.open("w") as file,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        ) as process,
+    ):
         for line in process.stdout:
             file.write(line)
             if " eta: " in line:
@@ -85,9 +88,7 @@ def run_train_net(name: str, config: str, output: Path, options: List[str]) -> N
         raise StageFailed(f"{name} stopped with an error. The end of {log}:\n{tail}")
 
 
-def stage(
-    name: str, config: str, output: Path, options: List[str], inputs: List[Path]
-) -> Path:
+def stage(name: str, config: str, output: Path, options: List[str], inputs: List[Path]) -> Path:
     """Train (evaluating SGDET at the end) and evaluate PRDCLS, unless that has been done.
 
     Returns:
@@ -166,14 +167,13 @@ def format_table(results: Dict[str, Dict[str, List[Dict[str, float]]]]) -> str:
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
+    """Run all five steps; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("output/toy"), help="folder of it all")
     parser.add_argument("--retrain", action="store_true", help="train anew what is there already")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="one run of each a seed")
     parser.add_argument("--jobs", type=int, default=2, help="trainings side by side")
-    parser.add_argument(
-        "--pictures", type=int, default=6, help="test images drawn; 0 draws none"
-    )
+    parser.add_argument("--pictures", type=int, default=6, help="test images drawn; 0 draws none")
     parser.add_argument(
         "opts", nargs=argparse.REMAINDER, help="KEY VALUE config options of the RelDN trainings"
     )

@@ -1,19 +1,20 @@
-"""Pictures of the demo: ground truth and both models' best triplets, from their predictions files."""
+"""Pictures of the demo: ground truth and both models' best triplets, from their predictions."""
 
 import json
 from pathlib import Path
 from typing import Any, Dict, List
 
-import reldn_d2  # isort: skip  registers the data sets
+import reldn_d2  # noqa: F401  # isort: skip  registers the data sets
 import numpy as np
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.detection_utils import read_image
-from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 from reldn_d2.structures.relations import predicted_relations
 from reldn_d2.visualizer import Scene, compare_models, match_triplets
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import read_image
+from detectron2.structures import Boxes, Instances
 
 __all__ = ["draw_pictures"]
 
@@ -61,9 +62,13 @@ def draw_pictures(folders: Dict[str, Path], output: Path, number: int) -> List[P
     dicts = {x["image_id"]: x for x in DatasetCatalog.get(DATASET)}
     predictions: Dict[str, Dict[Any, Dict[str, Instances]]] = {}
     for name, folder in folders.items():
-        records = json.loads((folder / "inference" / TASK / "relation_predictions.json").read_text())
+        records = json.loads(
+            (folder / "inference" / TASK / "relation_predictions.json").read_text()
+        )
         predictions[name] = {
-            x["image_id"]: outputs_of(x, dicts[x["image_id"]]["height"], dicts[x["image_id"]]["width"])
+            x["image_id"]: outputs_of(
+                x, dicts[x["image_id"]]["height"], dicts[x["image_id"]]["width"]
+            )
             for x in records
         }
     first, second = predictions.values()

@@ -8,15 +8,16 @@ A new kind of detector plugs in as a subclass of :class:`EntityDetector` in
 """
 
 from abc import ABC, abstractmethod
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Optional
 
 import torch
+from torch import Tensor, nn
+
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from detectron2.utils.registry import Registry
-from torch import Tensor, nn
 
 from .relation_head.sampling import sample_mask
 
@@ -50,7 +51,7 @@ class EntityDetector(nn.Module, ABC):
         self.eval()
 
     def train(self, mode: bool = True):
-        """Stay in eval mode whatever ``mode`` is, so that no statistics move and no dropout acts."""
+        """Stay in eval mode whatever ``mode`` is: no statistics move, no dropout acts."""
         del mode
         return super().train(False)
 
@@ -100,7 +101,7 @@ class EntityDetector(nn.Module, ABC):
 
 @ENTITY_DETECTOR_REGISTRY.register()
 class GeneralizedRCNNDetector(EntityDetector):
-    """Detectron2's ``GeneralizedRCNN`` with ``StandardROIHeads``: Faster and Mask R-CNN with FPN."""
+    """``GeneralizedRCNN`` with ``StandardROIHeads``: Faster and Mask R-CNN with FPN."""
 
     @configurable
     def __init__(self, model: nn.Module):

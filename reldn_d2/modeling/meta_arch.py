@@ -6,10 +6,11 @@ Shapes: N images, R entities and M relations of one image.
 from typing import List, Optional, Tuple
 
 import torch
+from torch import Tensor, nn
+
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone, detector_postprocess
 from detectron2.structures import ImageList, Instances
-from torch import Tensor, nn
 
 from ..structures.relations import remap_relations
 from .detector import EntityDetector, build_entity_detector, label_entities
@@ -72,9 +73,7 @@ class RelDN(nn.Module):
     def from_config(cls, cfg: CfgNode):
         detector = build_entity_detector(cfg)
         predicate_backbone = build_backbone(cfg)
-        head = build_relation_head(
-            cfg, detector.output_shape(), predicate_backbone.output_shape()
-        )
+        head = build_relation_head(cfg, detector.output_shape(), predicate_backbone.output_shape())
         return {
             "detector": detector,
             "predicate_backbone": predicate_backbone if head.needs_predicate_features else None,
@@ -90,7 +89,8 @@ class RelDN(nn.Module):
         return next(self.detector.parameters()).device
 
     def forward(self, batched_inputs: List[dict]):
-        """
+        """Losses in training, predictions otherwise.
+
         Args:
             batched_inputs: mapped dicts, one an image:
 
@@ -142,9 +142,7 @@ class RelDN(nn.Module):
         entities = self._entities(batched_inputs, images, features)
         relations = self.relation_head(features, self._predicate_features(images), entities)
         results = []
-        for x, size, found, related in zip(
-            batched_inputs, images.image_sizes, entities, relations
-        ):
+        for x, size, found, related in zip(batched_inputs, images.image_sizes, entities, relations):
             if do_postprocess:
                 height, width = x.get("height", size[0]), x.get("width", size[1])
                 found, related = postprocess_relations(found, related, height, width)

@@ -5,28 +5,29 @@ Shapes: R entities (boxes), M ground-truth relations, K predicted relations.
 All fields of one :class:`detectron2.structures.Instances` have one length, so the relations of an
 image are an ``Instances`` of their own that points into the image's entities by index:
 
-=================  ===========  =====================================================================
+=================  ===========  ====================================================================
 ground truth       shape        meaning
-=================  ===========  =====================================================================
+=================  ===========  ====================================================================
 ``gt_pairs``       (M, 2)       subject index, object index into the image's ``instances``
 ``gt_predicates``  (M,)         predicate in ``[0, num_predicates)``
-=================  ===========  =====================================================================
+=================  ===========  ====================================================================
 
-====================  ===========  ==================================================================
+====================  ===========  =================================================================
 prediction            shape        meaning
-====================  ===========  ==================================================================
+====================  ===========  =================================================================
 ``pairs``             (K, 2)       subject index, object index into the image's ``instances``
 ``predicates``        (K,)         predicate in ``[0, num_predicates)``
 ``scores``            (K,)         ``p_det(s) * p(pred | s, o) * p_det(o)``, in descending order
 ``predicate_scores``  (K,)         ``p(pred | s, o)``
-====================  ===========  ==================================================================
+====================  ===========  =================================================================
 """
 
 from typing import Iterable, Optional, Sequence, Tuple
 
 import torch
-from detectron2.structures import Instances
 from torch import Tensor
+
+from detectron2.structures import Instances
 
 __all__ = [
     "check_relation_triplets",

@@ -1,9 +1,12 @@
+"""The registry of relation heads."""
+
 from typing import Dict
+
+from torch import nn
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.utils.registry import Registry
-from torch import nn
 
 __all__ = ["ROI_RELATION_HEAD_REGISTRY", "build_relation_head"]
 

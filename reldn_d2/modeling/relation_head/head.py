@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Dict, List, Optional, Tuple
 
 import torch
+from torch import Tensor, nn
+
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.roi_heads.box_head import build_box_head
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import get_event_storage
-from torch import Tensor, nn
 
 from ...structures.relations import predicted_relations
 from ..losses import contrastive_losses, draw_predicate_targets, predicate_loss

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Tuple
 
 import torch
-from detectron2.structures import Boxes, pairwise_iou
 from torch import Tensor
+
+from detectron2.structures import Boxes, pairwise_iou
 
 __all__ = ["PairGrid", "candidate_pairs", "match_pairs", "union_boxes"]
 

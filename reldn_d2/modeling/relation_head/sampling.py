@@ -114,9 +114,7 @@ def sample_pairs(
     for_predicate = chosen | sample_mask(negative, left, num_pairs, generator=generator)
 
     def for_anchors(is_anchor: Tensor, is_other: Tensor) -> Tensor:
-        drawn = sample_mask(
-            positive, num_anchor_positive, num_anchor_positive, generator=generator
-        )
+        drawn = sample_mask(positive, num_anchor_positive, num_anchor_positive, generator=generator)
         return drawn | sample_mask(
             negative & is_anchor,
             num_anchor_negative,
