@@ -151,3 +151,80 @@ def register_dataset(name: str, folder: Path, count: int = 4) -> None:
 def unregister_dataset(name: str) -> None:
     DatasetCatalog.remove(name)
     MetadataCatalog.remove(name)
+
+
+def hinge(alpha, positives, negatives):
+    """max(0, alpha - (min positive - max negative)), the first of equal elements being chosen."""
+    low = positives[0]
+    for value in positives[1:]:
+        if value < low:
+            low = value
+    high = negatives[0]
+    for value in negatives[1:]:
+        if value > high:
+            high = value
+    loss = alpha - (low - high)
+    return loss if loss > 0 else loss * 0.0
+
+
+def contrastive_in_loops(case, logits, alphas=(0.2, 0.2, 0.2), normalization="paper"):
+    """Eq 1 to 7 for one kind of anchor, in plain loops.
+
+    Args:
+        case: the other arguments of ``contrastive_losses``, by name.
+        logits: (P, C + 1).
+
+    Returns:
+        L1, L2, L3.
+    """
+    num_predicates = case["labels"].shape[1]
+    phi = [1 - row.exp()[-1] / row.exp().sum() for row in logits]  # Eq 1
+    labels = [{e for e in range(num_predicates) if row[e]} for row in case["labels"]]
+    predicted = [max(range(num_predicates), key=lambda e, row=row: row[e]) for row in logits]
+    totals = [logits.sum() * 0.0 for _ in alphas]
+    for image in range(case["num_images"]):
+        sums = [0.0, 0.0, 0.0]
+        num_anchors, num_margins = 0, [0, 0, 0]
+        for anchor, its_image in enumerate(case["anchor_image"].tolist()):
+            pairs = [
+                p
+                for p in range(len(logits))
+                if case["anchor"][p] == anchor and case["sampled"][p] and its_image == image
+            ]
+            positive = [p for p in pairs if labels[p]]
+            negative = [p for p in pairs if not labels[p]]
+            if not positive:
+                continue
+            num_anchors += 1
+            classes = sorted({int(case["other_class"][p]) for p in positive})
+            predicates = sorted(set().union(*(labels[p] for p in positive)))
+            groups = [  # of each loss: (positives, negatives) of each group
+                [(positive, negative)],
+                [
+                    tuple(
+                        [p for p in side if case["other_class"][p] == c]
+                        for side in (positive, negative)
+                    )
+                    for c in classes
+                ],
+                [
+                    (
+                        [p for p in positive if e in labels[p]],
+                        [p for p in negative if predicted[p] == e],
+                    )
+                    for e in predicates
+                ],
+            ]
+            for i, alpha in enumerate(alphas):
+                terms = [
+                    hinge(alpha, [phi[p] for p in group[0]], [phi[p] for p in group[1]])
+                    for group in groups[i]
+                    if group[1]
+                ]
+                num_margins[i] += len(terms)
+                share = len(groups[i]) if normalization == "paper" else 1
+                sums[i] = sums[i] + sum(terms) / share
+        for i in range(3):
+            count = max(num_anchors, 1) if normalization == "paper" else num_margins[i] + 1
+            totals[i] = totals[i] + sums[i] / count
+    return [total / case["num_images"] for total in totals]

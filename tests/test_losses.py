@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from model_utils import contrastive_in_loops
 
 from reldn_d2.modeling.losses import (
     affinity,
@@ -16,75 +17,6 @@ from reldn_d2.modeling.losses import (
 from reldn_d2.modeling.losses.contrastive import NORMALIZATIONS
 
 ALPHAS = (0.2, 0.35, 0.5)
-
-
-def hinge(alpha, positives, negatives):
-    """max(0, alpha - (min positive - max negative)), the first of equal elements being chosen."""
-    low = positives[0]
-    for value in positives[1:]:
-        if value < low:
-            low = value
-    high = negatives[0]
-    for value in negatives[1:]:
-        if value > high:
-            high = value
-    loss = alpha - (low - high)
-    return loss if loss > 0 else loss * 0.0
-
-
-def oracle(case, logits, alphas=ALPHAS, normalization="paper"):
-    """Eq 1 to 7 for one kind of anchor, in loops; (L1, L2, L3)."""
-    num_predicates = case["labels"].shape[1]
-    phi = [1 - row.exp()[-1] / row.exp().sum() for row in logits]  # Eq 1
-    labels = [{e for e in range(num_predicates) if row[e]} for row in case["labels"]]
-    predicted = [max(range(num_predicates), key=lambda e, row=row: row[e]) for row in logits]
-    totals = [logits.sum() * 0.0 for _ in alphas]
-    for image in range(case["num_images"]):
-        sums = [0.0, 0.0, 0.0]
-        num_anchors, num_margins = 0, [0, 0, 0]
-        for anchor, its_image in enumerate(case["anchor_image"].tolist()):
-            pairs = [
-                p
-                for p in range(len(logits))
-                if case["anchor"][p] == anchor and case["sampled"][p] and its_image == image
-            ]
-            positive = [p for p in pairs if labels[p]]
-            negative = [p for p in pairs if not labels[p]]
-            if not positive:
-                continue
-            num_anchors += 1
-            classes = sorted({int(case["other_class"][p]) for p in positive})
-            predicates = sorted(set().union(*(labels[p] for p in positive)))
-            groups = [  # of each loss: (positives, negatives) of each group
-                [(positive, negative)],
-                [
-                    tuple(
-                        [p for p in side if case["other_class"][p] == c]
-                        for side in (positive, negative)
-                    )
-                    for c in classes
-                ],
-                [
-                    (
-                        [p for p in positive if e in labels[p]],
-                        [p for p in negative if predicted[p] == e],
-                    )
-                    for e in predicates
-                ],
-            ]
-            for i, alpha in enumerate(alphas):
-                terms = [
-                    hinge(alpha, [phi[p] for p in group[0]], [phi[p] for p in group[1]])
-                    for group in groups[i]
-                    if group[1]
-                ]
-                num_margins[i] += len(terms)
-                share = len(groups[i]) if normalization == "paper" else 1
-                sums[i] = sums[i] + sum(terms) / share
-        for i in range(3):
-            count = max(num_anchors, 1) if normalization == "paper" else num_margins[i] + 1
-            totals[i] = totals[i] + sums[i] / count
-    return [total / case["num_images"] for total in totals]
 
 
 def run(case, logits, alphas=ALPHAS, normalization="paper"):
@@ -174,7 +106,7 @@ def test_losses_and_gradients_equal_plain_loops(normalization, case_and_logits):
     ours = logits.clone().requires_grad_()
     theirs = logits.clone().requires_grad_()
     losses = run(case, ours, normalization=normalization)
-    expected = oracle(case, theirs, normalization=normalization)
+    expected = contrastive_in_loops(case, theirs, ALPHAS, normalization)
     for loss, value in zip(losses, expected):
         assert loss.dtype == torch.float64 and loss.shape == ()
         assert loss.item() == pytest.approx(float(value), abs=1e-9)

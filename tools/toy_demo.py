@@ -80,7 +80,8 @@ def run_train_net(name: str, config: str, output: Path, options: List[str]) -> N
         for line in process.stdout:
             file.write(line)
             if " eta: " in line:
-                say(f"  {name}: {' '.join(line.split(' eta: ')[1].split('  time:')[0].split())}")
+                progress = line.split(" eta: ")[1].split("  time:")[0]
+                say(f"  {name}: eta {' '.join(progress.split())}")
             elif "Inference done" in line:
                 say(f"  {name}: evaluating, {line.split('Inference done ')[1].split('.')[0]}")
     if process.returncode:

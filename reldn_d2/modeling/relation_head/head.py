@@ -4,7 +4,6 @@ Shapes: N images, R entities of the whole batch, P pairs of the whole batch, C p
 an ROI vector. Boxes are XYXY in pixels of the network's input.
 """
 
-from dataclasses import dataclass
 from typing import Dict, List, Optional, Tuple
 
 import torch
@@ -19,54 +18,18 @@ from detectron2.utils.events import get_event_storage
 
 from ...structures.relations import predicted_relations
 from ..losses import contrastive_losses, draw_predicate_targets, predicate_loss
+from ..losses.contrastive import NORMALIZATIONS
 from .build import ROI_RELATION_HEAD_REGISTRY
+from .entities import EntityBatch
 from .inference import rank_triplets
 from .pairs import candidate_pairs, match_pairs, union_boxes
 from .sampling import SampledPairs, sample_pairs
 from .semantic import SemanticModule
 from .spatial import SpatialModule, spatial_features
 from .statistics import training_statistics
-from .visual import VisualModule
+from .visual import VisualModule, without_last_relu
 
-__all__ = ["EntityBatch", "RelDNHead", "without_last_relu"]
-
-
-def without_last_relu(box_head: nn.Sequential) -> nn.Sequential:
-    """Replace the ReLU that ends a box head by the identity (the released ``NO_FC7_RELU``).
-
-    Raises:
-        ValueError: the head does not end in a ReLU.
-    """
-    name, last = list(box_head.named_children())[-1]
-    if not isinstance(last, nn.ReLU):
-        raise ValueError(
-            f"MODEL.ROI_RELATION_HEAD.NO_FC7_RELU is on, but {type(box_head).__name__} ends in "
-            f"{type(last).__name__}, not in a ReLU. Set the key to False for this box head."
-        )
-    setattr(box_head, name, nn.Identity())
-    return box_head
-
-
-@dataclass
-class EntityBatch:
-    """The entities of all images, one after another, each encoded once.
-
-    Attributes:
-        boxes: (R, 4).
-        classes: (R,) int64.
-        image: (R,) int64, index of the entity's image.
-        image_sizes: (N, 2) height and width.
-        sizes: number of entities of each of the N images.
-        subject_vectors, object_vectors: (R, d), or None where nothing reads them.
-    """
-
-    boxes: Tensor
-    classes: Tensor
-    image: Tensor
-    image_sizes: Tensor
-    sizes: List[int]
-    subject_vectors: Optional[Tensor]
-    object_vectors: Optional[Tensor]
+__all__ = ["RelDNHead"]
 
 
 @ROI_RELATION_HEAD_REGISTRY.register()
@@ -128,6 +91,16 @@ class RelDNHead(nn.Module):
                 "The relation head has no module left: switch on at least one of SEMANTIC.ENABLED, "
                 "SPATIAL.ENABLED, VISUAL.SPO, VISUAL.SUBJECT_SKIP, VISUAL.OBJECT_SKIP under "
                 "MODEL.ROI_RELATION_HEAD."
+            )
+        if normalization not in NORMALIZATIONS:
+            raise ValueError(
+                f"MODEL.ROI_RELATION_HEAD.LOSS.NORMALIZATION is '{normalization}'; known: "
+                f"{', '.join(NORMALIZATIONS)}"
+            )
+        if len(predicates_per_pair) == 0 or min(predicates_per_pair) < 0:
+            raise ValueError(
+                f"TEST.RELATIONS.PREDICATES_PER_PAIR is {list(predicates_per_pair)}; expected one "
+                "or several numbers of predicates, 0 for all of them."
             )
         self.num_classes = num_classes
         self.num_predicates = num_predicates
@@ -215,7 +188,7 @@ class RelDNHead(nn.Module):
         if switch.SPO:
             ret["predicate_pooler"] = pooler(predicate_shape)
             ret["predicate_box_head"] = box_head(predicate_shape)
-        some_head = ret.get("subject_box_head") or ret["object_box_head"]
+        some_head = next(head for name, head in ret.items() if name.endswith("box_head"))
         ret["visual"] = VisualModule(
             some_head.output_shape.channels,
             head.NUM_PREDICATES,
@@ -250,10 +223,6 @@ class RelDNHead(nn.Module):
             boxes, classes: of each image.
             image_sizes: (height, width) of each image.
         """
-        sizes = [len(x) for x in boxes]
-        stacked = torch.cat([x.tensor for x in boxes])
-        device = stacked.device
-        counts = torch.tensor(sizes, device=device)
         subject_vectors = object_vectors = None
         if self.entity_pooler is not None:
             pooled = self.entity_pooler([features[name] for name in self.in_features], boxes)
@@ -261,17 +230,7 @@ class RelDNHead(nn.Module):
                 subject_vectors = self.subject_box_head(pooled)
             if self.object_box_head is not None:
                 object_vectors = self.object_box_head(pooled)
-        return EntityBatch(
-            boxes=stacked,
-            classes=torch.cat(classes),
-            image=torch.arange(len(sizes), device=device).repeat_interleave(
-                counts, output_size=sum(sizes)
-            ),
-            image_sizes=torch.tensor(image_sizes, device=device, dtype=stacked.dtype).view(-1, 2),
-            sizes=sizes,
-            subject_vectors=subject_vectors,
-            object_vectors=object_vectors,
-        )
+        return EntityBatch.stack(boxes, classes, image_sizes, subject_vectors, object_vectors)
 
     def pair_logits(
         self,

@@ -8,7 +8,7 @@ from typing import Optional
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["VisualModule"]
+__all__ = ["VisualModule", "without_last_relu"]
 
 
 class VisualModule(nn.Module):
@@ -82,3 +82,19 @@ class VisualModule(nn.Module):
         if self.object_skip is not None:
             logits = logits + self.object_skip(object_vectors)[objects]
         return logits
+
+
+def without_last_relu(box_head: nn.Sequential) -> nn.Sequential:
+    """Replace the ReLU that ends a box head by the identity (the released ``NO_FC7_RELU``).
+
+    Raises:
+        ValueError: the head does not end in a ReLU.
+    """
+    name, last = list(box_head.named_children())[-1]
+    if not isinstance(last, nn.ReLU):
+        raise ValueError(
+            f"MODEL.ROI_RELATION_HEAD.NO_FC7_RELU is on, but {type(box_head).__name__} ends in "
+            f"{type(last).__name__}, not in a ReLU. Set the key to False for this box head."
+        )
+    setattr(box_head, name, nn.Identity())
+    return box_head
