@@ -6,6 +6,7 @@ from typing import List, Optional, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.config import CfgNode as CN
+from detectron2.utils.file_io import PathManager
 
 __all__ = ["add_reldn_config", "merge_config"]
 
@@ -111,13 +112,18 @@ def merge_config(
         opts: ``[key, value, key, value, ...]``.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file, or none that it is based on.
         KeyError: an unknown key; the message names the source and the nearest known keys.
         ValueError: ``opts`` has a key without a value.
     """
     opts = list(opts or [])
     if len(opts) % 2:
         raise ValueError(f"Options come as KEY VALUE pairs, but '{opts[-1]}' has no value: {opts}")
+    if config_file and not PathManager.isfile(config_file):
+        raise FileNotFoundError(
+            f"No config file '{config_file}'. Paths are relative to the current folder; the "
+            "project's configs are under configs/."
+        )
     try:
         source = config_file
         if config_file:
@@ -126,8 +132,8 @@ def merge_config(
         cfg.merge_from_list(opts)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"No config file '{config_file}'. Paths are relative to the current folder; the "
-            "project's configs are under configs/."
+            f"No file '{error.filename}', which _BASE_ in {config_file} or in one of its bases "
+            "names. Such paths are relative to the file that names them."
         ) from error
     except (KeyError, AssertionError) as error:
         match = re.search(r"[Nn]on-existent (?:config )?key: ([\w.]+)", str(error))

@@ -117,6 +117,26 @@ def ensure_frequency_table(cfg: CfgNode, model: nn.Module) -> None:
     )
 
 
+def check_counts(cfg: CfgNode) -> None:
+    """Compare the numbers of classes and predicates of the config with those of its data sets.
+
+    Raises:
+        ValueError: they differ; with both numbers and the key.
+    """
+    pairs = [("thing_classes", "MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES)]
+    if cfg.MODEL.META_ARCHITECTURE == "RelDN":
+        number = cfg.MODEL.ROI_RELATION_HEAD.NUM_PREDICATES
+        pairs.append(("predicate_classes", "MODEL.ROI_RELATION_HEAD.NUM_PREDICATES", number))
+    for dataset in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)):
+        for field, key, number in pairs:
+            names = MetadataCatalog.get(dataset).get(field, None)
+            if names is not None and len(names) != number:
+                raise ValueError(
+                    f"{key} is {number}, but the data set '{dataset}' has {len(names)} {field}. "
+                    f"Set {key} to {len(names)} or name another data set in DATASETS."
+                )
+
+
 class RelDNTrainer(DefaultTrainer):
     """``DefaultTrainer`` for RelDN and, with any other meta-architecture, for its detector."""
 
@@ -130,6 +150,21 @@ class RelDNTrainer(DefaultTrainer):
         """As Detectron2's; a run that starts anew also counts the frequency table."""
         super().resume_or_load(resume=resume)
         ensure_frequency_table(self.cfg, self.model)
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        check_counts(cfg)
+        return super().build_model(cfg)
+
+    def state_dict(self) -> Dict[str, Any]:
+        """As Detectron2's, with the optimiser's state, which v0.6 leaves out."""
+        state = super().state_dict()
+        state["_trainer"] = self._trainer.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._trainer.load_state_dict(state_dict["_trainer"])
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

@@ -95,7 +95,7 @@ def commands(monkeypatch, setup_env):
     """Records the set-up's commands; the first makes an environment, none is run."""
     made = []
 
-    def call(command, env):
+    def call(command, env, cwd):
         made.append(command)
         if "venv" in command:
             setup_env.VENV_PYTHON.parent.mkdir()

@@ -76,6 +76,9 @@ def test_table_shows_mean_and_spread(tmp_path, trainings):
 def test_a_failed_training_says_where_its_log_is(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(toy_demo, "draw_data_set", lambda: None)
     monkeypatch.setattr(toy_demo, "PROJECT", tmp_path)
+    configs = tmp_path / "configs" / "Toy"
+    configs.mkdir(parents=True)
+    (configs / "detector.yaml").write_text("VERSION: 2")
     (tmp_path / "train_net.py").write_text("raise SystemExit('the disk is full')")
     assert _demo(tmp_path / "out") == 1
     message = capsys.readouterr().err

@@ -29,7 +29,8 @@ VENV_PYTHON = VENV / "bin" / "python"
 NOTE = VENV / "reldn_d2_setup.json"  # {group: fingerprint}; also marks .venv as made by this file
 SUPPORTED = ((3, 12), (3, 11), (3, 10))  # the Pythons that the pinned versions were tested on
 
-USE_PINS = ("-c", str(PINS))
+# The warnings would be about what Detectron2 0.6 asks for (a formatter of 2021) and does not use.
+USE_PINS = ("-c", str(PINS), "--no-warn-conflicts")
 # group: its steps, each (what the user reads, requirement file, further arguments for pip)
 STEPS = {
     "base": (
@@ -40,7 +41,7 @@ STEPS = {
             "detectron2.txt",
             ("--no-deps", "--no-build-isolation", "--require-hashes"),
         ),
-        ("installing the other libraries", "libraries.txt", USE_PINS),
+        ("installing the other libraries", "libraries.txt", ("--no-build-isolation", *USE_PINS)),
     ),
     "test": (("installing the test tools", "test.txt", USE_PINS),),
     "dev": (("installing the formatters", "dev.txt", USE_PINS),),
@@ -133,7 +134,7 @@ class Steps:
         step = f"[{self.number}/{self.count}] {title}"
         print(f"\n{step}", flush=True)
         try:
-            failed = subprocess.call(command, env=self.environment) != 0
+            failed = subprocess.call(command, env=self.environment, cwd=ROOT) != 0
         except KeyboardInterrupt:
             failed = True
         if failed:

@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -46,10 +47,16 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+def config_with_bases(path: Path) -> List[Path]:
+    """A config file and those that it builds on."""
+    base = re.search(r'^_BASE_: "(.+)"', path.read_text(), re.MULTILINE)
+    return [path] + (config_with_bases(path.parent / base.group(1)) if base else [])
+
+
 def configuration_fingerprint(config: str, options: List[str], inputs: List[Path]) -> str:
     """Changes when the config, its bases, the options or a file that the run starts from do."""
     digest = hashlib.sha256(json.dumps(options).encode())
-    for path in sorted((PROJECT / "configs" / "Toy").glob("*.yaml")):
+    for path in config_with_bases(PROJECT / "configs" / "Toy" / f"{config}.yaml"):
         digest.update(path.read_bytes())
     for path in sorted((PROJECT / "reldn_d2" / "data" / "datasets").glob("toy_*.py")):
         digest.update(path.read_bytes())

@@ -200,6 +200,7 @@ def postprocess_relations(
         Instances and relations in the frame of ``height`` and ``width``.
     """
     numbered = Instances(instances.image_size, **instances.get_fields())
+    numbered.pred_boxes = instances.pred_boxes.clone()  # detector_postprocess scales in place
     numbered.set("entity_number", torch.arange(len(instances), device=relations.pairs.device))
     scaled = detector_postprocess(numbered, height, width)
     number: Tensor = scaled.get("entity_number")
