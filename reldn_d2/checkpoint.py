@@ -91,13 +91,24 @@ class RelDNCheckpointer(DetectionCheckpointer):
             FileNotFoundError: there is no such file.
             ValueError: weights that must be loaded are missing or of another shape.
         """
-        if path and "://" not in path and not os.path.isfile(path):
+        # Detectron2's main branch takes options behind a question mark.
+        if path and "://" not in path and not os.path.isfile(path.split("?")[0]):
             raise FileNotFoundError(
                 f"No checkpoint '{path}' (MODEL.WEIGHTS). RelDN starts from a trained detector or "
                 "continues from a RelDN checkpoint; README.md shows how to train the detector."
             )
+        if not path:
+            logger.warning("MODEL.WEIGHTS is empty: the frozen detector has random weights.")
         self._path = path
-        return super().load(path, *args, **kwargs)
+        rest = super().load(path, *args, **kwargs)
+        for field in ("thing_classes", "predicate_classes"):
+            saved, known = rest.get("reldn", {}).get(field), self.description[field]
+            if saved and known and saved != known:
+                logger.warning(
+                    f"{path} was trained with other {field}, or in another order, than the data "
+                    f"set has: {saved[:3]}..., {known[:3]}... Its predictions carry the numbers."
+                )
+        return rest
 
     def _load_model(self, checkpoint: Dict[str, Any]):
         names = [
@@ -107,19 +118,22 @@ class RelDNCheckpointer(DetectionCheckpointer):
         if any(name.startswith(_RELDN_PREFIXES) for name in names):
             incompatible = super()._load_model(checkpoint)
             self._raise_if_incomplete(self.model, incompatible, "RelDN")
-            logger.info(f"Loaded all {len(names)} weights of the RelDN checkpoint {self._path}.")
+            self._log_loaded("RelDN", len(names), incompatible)
             return incompatible
 
         detector = self.model.detector.model
         incompatible = DetectionCheckpointer(detector)._load_model(checkpoint)
         self._raise_if_incomplete(detector, incompatible, "detector")
-        unused = len(incompatible.unexpected_keys)
-        logger.info(
-            f"Loaded {len(names) - unused} weights of the detector checkpoint {self._path}"
-            + (f"; {unused} others have no place in this detector." if unused else ".")
-        )
+        self._log_loaded("detector", len(names), incompatible)
         initialize_relation_branch(self.model)
         return incompatible
+
+    def _log_loaded(self, kind: str, number: int, incompatible) -> None:
+        unused = len(incompatible.unexpected_keys)
+        logger.info(
+            f"Loaded {number - unused} weights of the {kind} checkpoint {self._path}"
+            + (f"; {unused} others have no place in this model." if unused else ".")
+        )
 
     def _raise_if_incomplete(self, module: nn.Module, incompatible, kind: str) -> None:
         """Raise if a weight of ``module`` was not loaded; name class and predicate counts."""

@@ -129,7 +129,7 @@ def merge_config(
         if config_file:
             cfg.merge_from_file(config_file)
         source = "the command line"
-        cfg.merge_from_list(opts)
+        cfg.merge_from_list(_floats_written_as_integers(cfg, opts))
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"No file '{error.filename}', which _BASE_ in {config_file} or in one of its bases "
@@ -140,6 +140,18 @@ def merge_config(
         if match is None:
             raise
         raise KeyError(_unknown_key_message(cfg, match.group(1), source)) from error
+
+
+def _floats_written_as_integers(cfg: CfgNode, opts: List[str]) -> List[str]:
+    """``KEY 0`` for a key whose value is a float means ``KEY 0.0``; yacs would refuse it."""
+    result = list(opts)
+    for i in range(0, len(opts), 2):
+        node = cfg
+        for part in str(opts[i]).split("."):
+            node = node.get(part) if isinstance(node, CfgNode) else None
+        if isinstance(node, float) and re.fullmatch(r"[+-]?\d+", str(opts[i + 1])):
+            result[i + 1] = f"{opts[i + 1]}.0"
+    return result
 
 
 def _unknown_key_message(cfg: CfgNode, key: str, source: Optional[str]) -> str:

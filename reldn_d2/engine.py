@@ -11,6 +11,7 @@ from torch import nn
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import (
+    DatasetCatalog,
     MetadataCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
@@ -21,6 +22,7 @@ from detectron2.solver.build import get_default_optimizer_params, maybe_add_grad
 from detectron2.utils import comm
 
 from .checkpoint import RelDNCheckpointer
+from .data.annotations import check_annotations
 from .data.dataset_mapper import RelationDatasetMapper
 from .data.frequency import count_predicates, log_frequencies
 from .evaluation.build import build_relation_evaluator
@@ -35,6 +37,13 @@ _OPTIMIZERS = ("SGD", "AdamW")
 
 def _unwrap(model: nn.Module) -> nn.Module:
     return getattr(model, "module", model)
+
+
+def _finite_or_none(results: Any) -> Any:
+    """JSON knows no NaN, which stands for metrics without any case: null instead."""
+    if isinstance(results, dict):
+        return {key: _finite_or_none(value) for key, value in results.items()}
+    return None if results != results else results
 
 
 def _task(cfg: CfgNode) -> str:
@@ -158,13 +167,16 @@ class RelDNTrainer(DefaultTrainer):
 
     def state_dict(self) -> Dict[str, Any]:
         """As Detectron2's, with the optimiser's state, which v0.6 leaves out."""
-        state = super().state_dict()
+        state = super(DefaultTrainer, self).state_dict()
         state["_trainer"] = self._trainer.state_dict()
         return state
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self._trainer.load_state_dict(state_dict["_trainer"])
+        super(DefaultTrainer, self).load_state_dict(state_dict)
+        if "_trainer" in state_dict:
+            self._trainer.load_state_dict(state_dict["_trainer"])
+        else:
+            logger.warning("The checkpoint has no optimiser state (Detectron2 v0.6): it is lost.")
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -172,7 +184,11 @@ class RelDNTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
-        return build_detection_train_loader(cfg, mapper=RelationDatasetMapper(cfg, is_train=True))
+        mapper = RelationDatasetMapper(cfg, is_train=True)
+        for name in cfg.DATASETS.TRAIN:  # before Detectron2 filters them by their annotations
+            for record in DatasetCatalog.get(name):
+                check_annotations(record, mapper.num_classes, mapper.num_predicates)
+        return build_detection_train_loader(cfg, mapper=mapper)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
@@ -195,7 +211,7 @@ class RelDNTrainer(DefaultTrainer):
         if comm.is_main_process():
             os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
             with open(os.path.join(cfg.OUTPUT_DIR, f"results_{_task(cfg)}.json"), "w") as file:
-                json.dump(results, file, indent=2)
+                json.dump(_finite_or_none(results), file, indent=2)
         return results
 
     @classmethod

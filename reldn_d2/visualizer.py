@@ -32,12 +32,12 @@ from reldn_d2.visualizer_layout import (
     name_entities,
     predicate_color,
 )
-from reldn_d2.visualizer_scene import Scene, Triplet, match_triplets, same_entities
+from reldn_d2.visualizer_scene import Scene, Triplet, find_hits, same_entities
 
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.visualizer import VisImage, Visualizer
 
-__all__ = ["RelationVisualizer", "Scene", "compare_image", "compare_models", "match_triplets"]
+__all__ = ["RelationVisualizer", "Scene", "compare_image", "compare_models", "find_hits"]
 
 MIN_SIDE, MAX_SIDE = 768, 1600
 _DIGIT_SPACE = "\u2007"  # as wide as a digit
@@ -314,7 +314,7 @@ def compare_models(
     if topk is None:
         topk = len(truth.triplets) or 5
     scenes = [Scene.from_outputs(o["instances"], o["relations"], topk) for o in outputs.values()]
-    matches = [match_triplets(scene, truth) for scene in scenes]
+    matches = [find_hits(scene, truth) for scene in scenes]
     everything, maps = same_entities(truth, scenes)
     maps = [{entity: entity for entity in truth.drawn}] + maps
     used = sorted({same for known in maps for same in known.values()})

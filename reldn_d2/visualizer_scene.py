@@ -12,7 +12,7 @@ from reldn_d2.structures.relations import check_relation_triplets
 
 from detectron2.structures import BoxMode, Instances
 
-__all__ = ["Scene", "Triplet", "match_triplets", "same_entities"]
+__all__ = ["Scene", "Triplet", "find_hits", "same_entities"]
 
 Triplet = Tuple[int, int, int, Optional[float]]  # subject, object, predicate, score
 
@@ -70,7 +70,7 @@ class Scene(NamedTuple):
         )
 
 
-def match_triplets(
+def find_hits(
     predicted: Scene, truth: Scene, iou_threshold: float = 0.5
 ) -> Tuple[List[bool], List[bool]]:
     """Which predictions are hits, and which ground-truth relations they find.

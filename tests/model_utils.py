@@ -20,15 +20,12 @@ CLASSES = ["person", "cup", "ball", "guitar", "drum", "hat", "chair", "table", "
 PREDICATES = ["holds", "plays", "wears", "on", "under", "inside of"]
 
 # configs/Toy, much smaller: a training step takes a fraction of a second.
-_SMALL = (
-    ("MODEL.WEIGHTS", ""),
-    ("MODEL.RESNETS.STEM_OUT_CHANNELS", 8),
-    ("MODEL.FPN.OUT_CHANNELS", 8),
-    ("MODEL.RPN.PRE_NMS_TOPK_TEST", 60),
-    ("MODEL.RPN.POST_NMS_TOPK_TEST", 20),
-    ("MODEL.ROI_BOX_HEAD.FC_DIM", 16),
-    ("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0),
-    ("TEST.DETECTIONS_PER_IMAGE", 6),
+SMALL = (
+    *("MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu"),
+    *("MODEL.RESNETS.STEM_OUT_CHANNELS", 8, "MODEL.FPN.OUT_CHANNELS", 8),
+    *("MODEL.RPN.PRE_NMS_TOPK_TEST", 60, "MODEL.RPN.POST_NMS_TOPK_TEST", 20),
+    *("MODEL.ROI_BOX_HEAD.FC_DIM", 16, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0),
+    *("TEST.DETECTIONS_PER_IMAGE", 6),
 )
 SIZE = (64, 96)  # height and width of the images
 
@@ -42,8 +39,7 @@ def small_config(*options, config: str = "configs/Toy/reldn.yaml") -> CfgNode:
     """
     cfg = get_cfg()
     reldn_d2.add_reldn_config(cfg)
-    small = [part for pair in _SMALL for part in pair]
-    reldn_d2.merge_config(cfg, str(ROOT / config), [*small, "MODEL.DEVICE", "cpu", *options])
+    reldn_d2.merge_config(cfg, str(ROOT / config), [*SMALL, *options])
     return cfg
 
 

@@ -150,7 +150,7 @@ def options(folder, *more):
     )
 
 
-def test_training_resumes_where_it_stopped(tmp_path, dataset, detector):
+def test_training_resumes_where_it_stopped(tmp_path, dataset, detector, caplog):
     """The second run neither copies the detector nor counts the frequency table again."""
     weights = ("MODEL.WEIGHTS", write(detector, tmp_path, "pth"))
     folder = tmp_path / "run"
@@ -177,6 +177,12 @@ def test_training_resumes_where_it_stopped(tmp_path, dataset, detector):
     second.train()
     assert second.iter == 5
     assert_equal_state(second.model.detector.model, detector)
+
+    # What Detectron2 v0.6 saves has no optimiser state.
+    state = {name: value for name, value in second.state_dict().items() if name != "_trainer"}
+    with caplog.at_level("WARNING", logger="reldn_d2.engine"):
+        second.load_state_dict(state)
+    assert "no optimiser state" in caplog.text
 
     # Without --resume the same folder starts from the detector again.
     third = RelDNTrainer(longer)
@@ -224,7 +230,9 @@ def test_another_number_of_classes_says_both(tmp_path, detector, kind):
 
 @pytest.mark.parametrize("zoo", [True, False])
 def test_backbone_alone_is_no_detector(tmp_path, detector, zoo):
-    backbone = {name: value.numpy() for name, value in detector.backbone.bottom_up.state_dict().items()}
+    backbone = {
+        name: value.numpy() for name, value in detector.backbone.bottom_up.state_dict().items()
+    }
     if zoo:  # ImageNet weights of the model zoo: matched by name
         content = {"model": backbone, "__author__": "x", "matching_heuristics": True}
     else:
@@ -247,6 +255,11 @@ def test_reldn_checkpoint_of_fewer_modules_is_refused(tmp_path):
 def test_missing_file_is_named():
     with pytest.raises(FileNotFoundError, match=r"No checkpoint 'no/such\.pth' .MODEL.WEIGHTS"):
         RelDNCheckpointer(small_model()).load("no/such.pth")
+
+
+def test_no_file_at_all_is_told(caplog):
+    RelDNCheckpointer(small_model()).load("")
+    assert "MODEL.WEIGHTS is empty: the frozen detector has random weights" in caplog.text
 
 
 def test_more_weights_than_the_detector_has_are_told(tmp_path, detector, caplog):

@@ -91,9 +91,7 @@ def test_any_batch_gives_finite_losses_and_every_parameter_a_gradient(kind, enti
     }
     assert all(torch.isfinite(torch.tensor(x)) for x in losses.values())
     assert without_gradient(model) == []
-    assert all(
-        torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None
-    )
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
     if kind in ("one box", "no annotation"):
         assert all(x == 0 for x in losses.values())
     if kind == "normal":

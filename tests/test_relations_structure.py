@@ -53,8 +53,10 @@ def test_no_relation_keeps_the_shapes():
 def test_bad_triplet_names_the_place_the_record_and_the_mend(triplet, message):
     with pytest.raises(ValueError, match=rf"img\.jpg: relation 1 is .*{message}") as error:
         check_relation_triplets([(0, 1, 2), triplet], 3, 4, "img.jpg")
-    assert "expected" in str(error.value) or "outside" in str(error.value) or (
-        "Mend" in str(error.value)
+    assert (
+        "expected" in str(error.value)
+        or "outside" in str(error.value)
+        or ("Mend" in str(error.value))
     )
 
 

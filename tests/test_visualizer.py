@@ -12,7 +12,7 @@ import torch
 from reldn_d2.structures.relations import predicted_relations
 from reldn_d2.visualizer import RelationVisualizer, compare_image, compare_models
 from reldn_d2.visualizer_canvas import RelationImage
-from reldn_d2.visualizer_scene import Scene, match_triplets, same_entities
+from reldn_d2.visualizer_scene import Scene, find_hits, same_entities
 
 from detectron2.data import Metadata
 from detectron2.structures import Boxes, BoxMode, Instances
@@ -247,7 +247,7 @@ def test_hits_need_all_labels_and_both_boxes():
         (0, 2, 0): False,  # the other cup
     }
     predicted = Scene(moved, classes, [(*triplet, 0.5) for triplet in expected])
-    hits, found = match_triplets(predicted, truth)
+    hits, found = find_hits(predicted, truth)
     assert dict(zip(expected, hits)) == expected
     assert found == [True, False, False]
 
@@ -255,8 +255,8 @@ def test_hits_need_all_labels_and_both_boxes():
 def test_matching_of_nothing():
     nothing = Scene(np.zeros((0, 4)), [], [])
     truth = Scene(np.array(BOXES, float), CLASSES, [(0, 1, 0, None)])
-    assert match_triplets(nothing, truth) == ([], [False])
-    assert match_triplets(truth, nothing) == ([False], [])
+    assert find_hits(nothing, truth) == ([], [False])
+    assert find_hits(truth, nothing) == ([False], [])
 
 
 def test_same_entities_over_scenes():

@@ -77,7 +77,7 @@ def run_train_net(name: str, config: str, output: Path, options: List[str]) -> N
     output.mkdir(parents=True, exist_ok=True)
     # One thread each: two trainings side by side are faster than two threads for one.
     environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
-    log = output / "demo.log"
+    log = output / ("demo_prdcls.log" if "--eval-only" in options else "demo.log")
     with (
         log.open("w") as file,
         subprocess.Popen(
@@ -96,18 +96,42 @@ def run_train_net(name: str, config: str, output: Path, options: List[str]) -> N
         raise StageFailed(f"{name} stopped with an error. The end of {log}:\n{tail}")
 
 
-def stage(name: str, config: str, output: Path, options: List[str], inputs: List[Path]) -> Path:
+def stage(
+    name: str,
+    config: str,
+    output: Path,
+    options: List[str],
+    inputs: List[Path],
+    retrain: bool = False,
+) -> Path:
     """Train (evaluating SGDET at the end) and evaluate PRDCLS, unless that has been done.
+
+    Args:
+        name: for the progress lines.
+        config: file under ``configs/Toy``, without its suffix.
+        output: folder of the training; it is emptied first.
+        options: ``KEY VALUE`` config options.
+        inputs: files that the training starts from.
+        retrain: train anew even if it has been done.
 
     Returns:
         The trained model's file.
+
+    Raises:
+        StageFailed: it ended with an error, or the folder holds something else's model.
     """
     stamp, model = output / "demo_stamp.txt", output / "model_final.pth"
     fingerprint = configuration_fingerprint(config, options, inputs)
-    if model.exists() and stamp.exists() and stamp.read_text() == fingerprint:
+    if stamp.exists() and model.exists() and stamp.read_text() == fingerprint and not retrain:
         say(f"  {name}: already trained, in {output}")
         return model
+    if model.exists() and not stamp.exists():
+        raise StageFailed(
+            f"{output} holds a model that is not the demo's: choose another --output."
+        )
     shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True)
+    stamp.write_text("not finished")
     started = time.time()
     run_train_net(name, config, output, options)
     if config != "detector":
@@ -129,7 +153,12 @@ def draw_data_set() -> None:
 
 
 def train_relations(
-    output: Path, detector: Path, seeds: List[int], options: List[str], jobs: int
+    output: Path,
+    detector: Path,
+    seeds: List[int],
+    options: List[str],
+    jobs: int,
+    retrain: bool = False,
 ) -> None:
     """Train both models for every seed, ``jobs`` at a time."""
     with ThreadPoolExecutor(jobs) as pool:
@@ -139,9 +168,15 @@ def train_relations(
                 extra = [*options, "MODEL.WEIGHTS", str(detector), "SEED", str(seed)]
                 label = name if len(seeds) == 1 else f"{name}, seed {seed}"
                 folder = output / f"seed_{seed}" / config
-                futures.append(pool.submit(stage, label, config, folder, extra, [detector]))
-        for future in futures:
-            future.result()
+                futures.append(
+                    pool.submit(stage, label, config, folder, extra, [detector], retrain)
+                )
+        try:
+            for future in futures:
+                future.result()
+        except StageFailed:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def read_results(output: Path, seeds: List[int]) -> Dict[str, Dict[str, List[Dict[str, float]]]]:
@@ -150,7 +185,11 @@ def read_results(output: Path, seeds: List[int]) -> Dict[str, Dict[str, List[Dic
     for task in TASKS:
         for name, config in MODELS.items():
             files = [output / f"seed_{s}" / config / f"results_{task}.json" for s in seeds]
-            found = [json.loads(path.read_text())[f"relations_{task}"] for path in files]
+            found = [json.loads(path.read_text()).get(f"relations_{task}") for path in files]
+            if None in found:
+                raise StageFailed(
+                    f"{files[0]} has no results for {task}: leave TEST.RELATIONS as it is."
+                )
             results.setdefault(task, {})[name] = found
     return results
 
@@ -186,21 +225,21 @@ def main(arguments: Optional[List[str]] = None) -> int:
         "opts", nargs=argparse.REMAINDER, help="KEY VALUE config options of the RelDN trainings"
     )
     args = parser.parse_args(arguments)
-    if args.retrain:
-        shutil.rmtree(args.output, ignore_errors=True)
     output, started = args.output.resolve(), time.time()
     try:
         say("[1/5] the data set")
         draw_data_set()
         say("[2/5] training and evaluating the detector")
-        detector = stage("detector", "detector", output / "detector", [], [])
+        detector = stage(
+            "detector", "detector", output / "detector", ["SEED", "1"], [], args.retrain
+        )
         say("[3/5] training and evaluating RelDN with L0 alone and with all four losses")
-        train_relations(output, detector, args.seeds, args.opts, args.jobs)
+        train_relations(output, detector, args.seeds, args.opts, args.jobs, args.retrain)
+        say("[4/5] the table")
+        table = format_table(read_results(output, args.seeds))
     except (StageFailed, subprocess.CalledProcessError) as error:
         print(f"\n{error}\nRun the same command again when it is mended.", file=sys.stderr)
         return 1
-    say("[4/5] the table")
-    table = format_table(read_results(output, args.seeds))
     (output / "table.md").write_text(table + "\n")
     print(f"\n{table}\n\n{EXPLANATION}\n")
     if args.pictures:

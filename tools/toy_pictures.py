@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from reldn_d2.structures.relations import predicted_relations
-from reldn_d2.visualizer import Scene, compare_models, match_triplets
+from reldn_d2.visualizer import Scene, compare_models, find_hits
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
@@ -44,7 +44,7 @@ def count_found(dataset_dict: Dict[str, Any], outputs: Dict[str, Instances]) -> 
     """How many true relations are among as many best triplets."""
     truth = Scene.from_dataset_dict(dataset_dict)
     best = Scene.from_outputs(outputs["instances"], outputs["relations"], len(truth.triplets))
-    return sum(match_triplets(best, truth)[1])
+    return sum(find_hits(best, truth)[1])
 
 
 def draw_pictures(folders: Dict[str, Path], output: Path, number: int) -> List[Path]:

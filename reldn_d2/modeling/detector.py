@@ -159,9 +159,8 @@ class GeneralizedRCNNDetector(EntityDetector):
     def classify(self, features: Dict[str, Tensor], boxes: List[Boxes]) -> List[Tensor]:
         heads = self.model.roi_heads
         pooled = heads.box_pooler([features[name] for name in heads.box_in_features], boxes)
-        scores = heads.box_predictor(heads.box_head(pooled))[0]
-        probabilities = scores.softmax(dim=1)[:, :-1]
-        return list(probabilities.split([len(x) for x in boxes]))
+        predictions = heads.box_predictor(heads.box_head(pooled))
+        return [x[:, :-1] for x in heads.box_predictor.predict_probs(predictions, boxes)]
 
 
 def build_entity_detector(cfg: CfgNode) -> EntityDetector:

@@ -22,6 +22,7 @@ prediction            shape        meaning
 ====================  ===========  =================================================================
 """
 
+from numbers import Integral
 from typing import Iterable, Optional, Sequence, Tuple
 
 import torch
@@ -63,6 +64,11 @@ def check_relation_triplets(
                 "(subject_index, object_index, predicate_id)."
             )
         subject, object_, predicate = triplet
+        if not all(isinstance(x, Integral) for x in triplet):
+            raise ValueError(
+                f"{where}: relation {number} is {tuple(triplet)}; expected three integers: "
+                "(subject_index, object_index, predicate_id)."
+            )
         for role, index in (("subject", subject), ("object", object_)):
             if not 0 <= index < num_entities:
                 raise ValueError(

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import List, Optional, Tuple
 
 import torch
-from detectron2.structures import Boxes
 from torch import Tensor
+
+from detectron2.structures import Boxes
 
 __all__ = ["EntityBatch"]
 

@@ -38,7 +38,7 @@ def rank_triplets(
         for k in predicates_per_pair:
             allowed = scores if k == 0 else scores.masked_fill(rank >= k, -1.0)
             best, index = allowed.topk(min(topk, len(allowed)))
-            kept[index[best >= 0]] = True
+            kept[index[~(best < 0)]] = True
     chosen = kept.nonzero().squeeze(1)
     chosen = chosen[scores[chosen].argsort(descending=True, stable=True)]
     pairs = torch.div(chosen, num_predicates, rounding_mode="floor")

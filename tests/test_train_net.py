@@ -1,0 +1,141 @@
+"""``train_net.py``: its arguments, and whole runs on a small registered data set."""
+
+import importlib.util
+import json
+import runpy
+import sys
+
+import pytest
+import torch
+from model_utils import ROOT, SMALL, register_dataset, small_model, unregister_dataset
+
+from reldn_d2 import RelDNCheckpointer
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import default_argument_parser
+
+DATASET = "train_net_test_set"
+FILE = ROOT / "train_net.py"
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    register_dataset(DATASET, tmp_path / "images")
+    yield
+    unregister_dataset(DATASET)
+
+
+@pytest.fixture(scope="module")
+def train_net():
+    spec = importlib.util.spec_from_file_location("train_net_under_test", FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def arguments(folder, *options, config="reldn.yaml", flags=()):
+    """Parsed by Detectron2's own parser, as the command line would be."""
+    values = (
+        *SMALL,
+        *("OUTPUT_DIR", folder, "DATASETS.TRAIN", (DATASET,), "DATASETS.TEST", (DATASET,)),
+        *("SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 2, "SOLVER.WARMUP_ITERS", 1),
+        *("INPUT.MIN_SIZE_TRAIN", (64,), "INPUT.MAX_SIZE_TRAIN", 96),
+        *("INPUT.MIN_SIZE_TEST", 64, "INPUT.MAX_SIZE_TEST", 96, "SEED", 1, *options),
+    )
+    file = str(ROOT / "configs/Toy" / config)
+    return default_argument_parser().parse_args(
+        ["--config-file", file, *flags, *(str(value) for value in values)]
+    )
+
+
+def save_detector(folder):
+    DetectionCheckpointer(
+        small_model(config="configs/Toy/detector.yaml", seed=4), str(folder)
+    ).save("detector")
+    return folder / "detector.pth"
+
+
+def recall(results):
+    return {name: value for name, value in results.items() if name.startswith("R@")}
+
+
+def test_arguments_are_exactly_detectron2s(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(FILE), "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(FILE), run_name="__main__")
+    assert end.value.code == 0
+    assert capsys.readouterr().out == default_argument_parser().format_help()
+    for name in ("--config-file", "--num-gpus", "--num-machines", "--machine-rank", "--dist-url"):
+        assert name in default_argument_parser().format_help()
+
+
+@pytest.mark.parametrize("task", ["sgdet", "sgcls", "prdcls"])
+def test_training_ends_with_the_evaluation_of_the_task(tmp_path, dataset, train_net, task):
+    folder = tmp_path / "run"
+    weights = save_detector(tmp_path)
+    options = ("MODEL.WEIGHTS", weights, "TEST.RELATIONS.TASK", task)
+    train_net.main(arguments(folder, *options))
+    results = json.loads((folder / f"results_{task}.json").read_text())
+    (values,) = (x for x in results.values() if any(name.startswith("R@") for name in x))
+    assert all(0 <= value <= 100 for value in recall(values).values())
+    if task == "prdcls":  # few pairs, boxes given, 100 triplets of an image: most are among them
+        assert max(recall(values).values()) > 50
+    losses = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    assert any("loss_predicate" in line and line["total_loss"] > 0 for line in losses)
+    content = torch.load(folder / "model_final.pth", weights_only=True)
+    assert content["iteration"] == 1 and bool(content["model"]["relation_head.semantic.counted"])
+
+    again = train_net.main(
+        arguments(
+            folder, *options, "MODEL.WEIGHTS", folder / "model_final.pth", flags=["--eval-only"]
+        )
+    )
+    again = json.loads(json.dumps(again))
+    for name, metrics in results.items():
+        assert recall(again[name]) == pytest.approx(recall(metrics))
+
+
+def test_resuming_trains_the_iterations_that_are_left(tmp_path, dataset, train_net):
+    folder = tmp_path / "run"
+    weights = ("MODEL.WEIGHTS", save_detector(tmp_path), "TEST.RELATIONS.TASK", "prdcls")
+    train_net.main(arguments(folder, *weights))
+    train_net.main(arguments(folder, *weights, "SOLVER.MAX_ITER", 3, flags=["--resume"]))
+    assert torch.load(folder / "model_final.pth", weights_only=True)["iteration"] == 2
+
+
+def test_the_detector_trains_and_is_evaluated_with_the_same_script(tmp_path, dataset, train_net):
+    train_net.main(arguments(tmp_path / "run", config="detector.yaml"))
+    results = json.loads((tmp_path / "run" / "results_bbox.json").read_text())
+    assert "AP" in results["bbox"]
+    model = small_model(seed=3)
+    RelDNCheckpointer(model).load(str(tmp_path / "run" / "model_final.pth"))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (("SOLVER.BASE_RL", 1), KeyError, "SOLVER.BASE_RL in the command line.*SOLVER.BASE_LR"),
+        (("SEED",), ValueError, "'SEED' has no value"),
+        (("MODEL.WEIGHTS", "no/such.pth"), FileNotFoundError, "No checkpoint 'no/such.pth'"),
+        (("DATASETS.TRAIN", ("no_such_set",)), KeyError, "no_such_set"),
+        (
+            ("MODEL.ROI_RELATION_HEAD.NUM_PREDICATES", 9),
+            ValueError,
+            f"NUM_PREDICATES is 9, but the data set '{DATASET}' has 6 predicate_classes",
+        ),
+        (
+            ("MODEL.ROI_HEADS.NUM_CLASSES", 57),
+            ValueError,
+            f"NUM_CLASSES is 57, but the data set '{DATASET}' has 9 thing_classes",
+        ),
+    ],
+)
+def test_wrong_options_say_what_is_wrong(tmp_path, dataset, train_net, options, error, message):
+    with pytest.raises(error, match=message):
+        train_net.main(arguments(tmp_path / "run", *options))
+
+
+def test_missing_config_file_is_named(tmp_path, train_net):
+    args = default_argument_parser().parse_args(["--config-file", str(tmp_path / "no.yaml")])
+    with pytest.raises(FileNotFoundError, match="No config file '.*no.yaml'"):
+        train_net.main(args)
