@@ -189,6 +189,7 @@ def test_extreme_logits_stay_finite(dtype, scale):
     logits[::2, 0] = -scale
     logits.requires_grad_()
     losses = run(case, logits)
+    assert all(loss.dtype == torch.float32 for loss in losses)
     total = sum(losses) + predicate_loss(
         logits, draw_predicate_targets(case["labels"]), torch.full((count,), 1 / count)
     )

@@ -130,6 +130,15 @@ def test_a_pair_of_another_class_does_not_match():
         assert bool(grid.negative[0, 1]) == (not positive)
 
 
+def test_an_overlap_of_exactly_the_threshold_matches():
+    half, less = (0.0, 0.0, 10.0, 5.0), (0.0, 0.0, 10.0, 4.99)
+    for box, positive in ((half, True), (less, False)):
+        grid = as_grid([(box, 0), (FAR, 1)], [(BIG, 0), (FAR, 1)], [(0, 1, 0)])
+        assert bool(grid.positive[0, 1]) == bool(grid.is_subject[0]) == positive
+        grid = as_grid([(box, 0), (FAR, 1)], [(BIG, 0), (FAR, 1)], [(0, 1, 0)], iou_threshold=0.4)
+        assert grid.positive[0, 1]
+
+
 def test_the_same_predicate_listed_twice_is_one_label():
     grid = as_grid([(BIG, 0), (FAR, 1)], [(BIG, 0), (FAR, 1)], [(0, 1, 2), (0, 1, 2)])
     assert labels_of(grid, 0, 1) == {2}

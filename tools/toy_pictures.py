@@ -1,43 +1,22 @@
 """Pictures of the demo: ground truth and both models' best triplets, from their predictions."""
 
-import json
 from pathlib import Path
 from typing import Any, Dict, List
 
-import reldn_d2  # noqa: F401  # isort: skip  registers the data sets
 import numpy as np
-import torch
+from draw_relations import read_predictions
 from PIL import Image
 
-from reldn_d2.structures.relations import predicted_relations
 from reldn_d2.visualizer import Scene, compare_models, find_hits
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Instances
 
 __all__ = ["draw_pictures"]
 
 DATASET = "toy_vrd_test"
 TASK = "prdcls"
-
-
-def outputs_of(record: Dict[str, Any], height: int, width: int) -> Dict[str, Instances]:
-    """The model's output for one image, from its record in ``relation_predictions.json``."""
-    instances = Instances((height, width))
-    entities, related = record["instances"], record["relations"]
-    instances.pred_boxes = Boxes(torch.tensor(entities["boxes"]).reshape(-1, 4))
-    instances.scores = torch.tensor(entities["scores"])
-    instances.pred_classes = torch.tensor(entities["classes"], dtype=torch.int64)
-    scores = torch.tensor(related["scores"])
-    relations = predicted_relations(
-        (height, width),
-        torch.tensor(related["pairs"], dtype=torch.int64).reshape(-1, 2),
-        torch.tensor(related["predicates"], dtype=torch.int64),
-        scores,
-        scores,  # with given boxes and classes a triplet's score is the predicate's
-    )
-    return {"instances": instances, "relations": relations}
 
 
 def count_found(dataset_dict: Dict[str, Any], outputs: Dict[str, Instances]) -> int:
@@ -48,29 +27,26 @@ def count_found(dataset_dict: Dict[str, Any], outputs: Dict[str, Instances]) -> 
 
 
 def draw_pictures(folders: Dict[str, Path], output: Path, number: int) -> List[Path]:
-    """Draw test images: most of them where the second model finds more than the first, and a
-    third where it finds less, if there are such.
+    """Draw the test images in which two models differ most, in both directions.
+
+    Two thirds are images where the second model finds more than the first, one third images where
+    it finds less, if there are such.
 
     Args:
         folders: two models' output folders by name.
-        output: folder for the pictures.
+        output: folder for the pictures; PNG files that are in it go.
         number: how many.
 
     Returns:
         The files.
     """
     dicts = {x["image_id"]: x for x in DatasetCatalog.get(DATASET)}
-    predictions: Dict[str, Dict[Any, Dict[str, Instances]]] = {}
-    for name, folder in folders.items():
-        records = json.loads(
-            (folder / "inference" / TASK / "relation_predictions.json").read_text()
+    predictions = {
+        name: read_predictions(
+            folder / "inference" / TASK / "relation_predictions.json", list(dicts.values())
         )
-        predictions[name] = {
-            x["image_id"]: outputs_of(
-                x, dicts[x["image_id"]]["height"], dicts[x["image_id"]]["width"]
-            )
-            for x in records
-        }
+        for name, folder in folders.items()
+    }
     first, second = predictions.values()
     gains = {
         image_id: count_found(x, second[image_id]) - count_found(x, first[image_id])

@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from typing import Optional, Sequence
 
+from .confusion import confusion_report
 from .evaluator import RelationDatasetEvaluator, Results, task_name
 from .lu2016 import pooled_recall
 from .records import ImagePair
@@ -16,7 +17,8 @@ class VRDEvaluator(RelationDatasetEvaluator):
     Results: for each k, ``{"lu2016_<task>_k<k>": {"relationship R@50", "relationship R@100",
     "phrase R@50", "phrase R@100"}}``. In the task PRDCLS, where boxes and classes are given, the
     relationship recall is what Lu et al. call predicate detection: ``"predicate R@50"``, and the
-    phrase recall is left out.
+    phrase recall is left out. ``confusion_<task>_k<k>`` holds the accuracies of
+    :mod:`.confusion`.
     """
 
     TOPK = (50, 100)
@@ -60,4 +62,7 @@ class VRDEvaluator(RelationDatasetEvaluator):
             for name, kind in kinds.items():
                 for n, recall in zip(self._topk, pooled_recall(images, self._topk, k, kind)):
                     metrics[f"{name} R@{n}"] = recall
+        for k in self._predicates_per_pair:
+            report = confusion_report(images, k, max(self._topk, default=100))
+            results[task_name("confusion", self._task, k)] = OrderedDict(report)
         return results
