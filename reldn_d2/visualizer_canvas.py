@@ -151,11 +151,18 @@ class RelationImage(VisImage):
         width, height = self.sheet.size
         self.fig = Figure(facecolor="white")
         self.dpi = self.fig.get_dpi()
-        self.fig.set_size_inches((width + 1e-2) / self.dpi, (height + 1e-2) / self.dpi)
+        # A little more than whole pixels, as Detectron2 does: the canvas rounds down.
+        full_width, full_height = width + 1e-2, height + 1e-2
+        self.fig.set_size_inches(full_width / self.dpi, full_height / self.dpi)
         self.canvas = FigureCanvasAgg(self.fig)
         x0, y0, x1, y1 = self.sheet.image
         self.ax = self.fig.add_axes(
-            (x0 / width, 1 - y1 / height, (x1 - x0) / width, (y1 - y0) / height)
+            (
+                x0 / full_width,
+                (height - y1) / full_height,
+                (x1 - x0) / full_width,
+                (y1 - y0) / full_height,
+            )
         )
         self.ax.axis("off")
         self.reset_image(img)

@@ -292,6 +292,20 @@ def test_each_task_gives_the_output_contract(task):
         assert ((found.scores > 1 / 10) & (found.scores < 1)).all()
 
 
+def test_sgcls_takes_the_best_class_of_the_detector_and_never_background():
+    model = small_model("TEST.RELATIONS.TASK", "sgcls")
+    shares = torch.tensor([1.0, 1, 1, 1, 1, 1, 5, 1, 1, 7]) / 20  # the last one is background
+    classifier = model.detector.model.roi_heads.box_predictor.cls_score
+    with torch.no_grad():
+        classifier.weight.zero_()
+        classifier.bias.copy_(shares.log())
+    (result,) = predict(model, [busy_item(0)])
+    assert result["instances"].pred_classes.tolist() == [6] * 4
+    assert result["instances"].scores.tolist() == pytest.approx([0.25] * 4)
+    relations = result["relations"]
+    torch.testing.assert_close(relations.scores, relations.predicate_scores / 16)
+
+
 def test_input_is_left_as_it_was_and_predicting_again_gives_the_same():
     model = small_model("TEST.RELATIONS.TASK", "prdcls")
     batch = [busy_item(0, height=128, width=192)]
