@@ -105,9 +105,17 @@ def install(groups: list[str]) -> None:
             steps.run(title, [*pip_install, "-r", str(REQUIREMENTS / requirements), *options])
         if group == "base":
             steps.run("checking that everything loads", [str(VENV_PYTHON), "-c", LOADS])
+            make_importable()
         note[group] = fingerprint(group)
         write_note(note)
     print("\nThe environment is complete.\n", flush=True)
+
+
+def make_importable() -> None:
+    """Lets the Python of `.venv` import the package from here, as `pip install -e .` would."""
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    folder = subprocess.check_output([str(VENV_PYTHON), "-c", code], text=True).strip()
+    Path(folder, "reldn_d2_clone.pth").write_text(f"{ROOT}\n")
 
 
 class Steps:
