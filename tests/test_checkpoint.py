@@ -8,11 +8,14 @@ from model_utils import (
     CLASSES,
     PREDICATES,
     busy_item,
+    empty_item,
     give_distinct_statistics,
+    one_box_item,
     register_dataset,
     small_config,
     small_model,
     unregister_dataset,
+    unrelated_item,
 )
 
 import reldn_d2
@@ -22,6 +25,7 @@ from reldn_d2.modeling.relation_head.semantic import SemanticModule
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
+from detectron2.utils.events import EventStorage
 
 DETECTOR = "configs/Toy/detector.yaml"
 DATASET = "checkpoint_test_set"
@@ -262,6 +266,18 @@ def test_no_file_at_all_is_told(caplog):
     assert "MODEL.WEIGHTS is empty: the frozen detector has random weights" in caplog.text
 
 
+@pytest.mark.parametrize("field", ["thing_classes", "predicate_classes"])
+def test_other_names_or_another_order_are_told(tmp_path, caplog, field):
+    names = {"thing_classes": CLASSES, "predicate_classes": PREDICATES}
+    RelDNCheckpointer(small_model(), str(tmp_path), **names).save("reldn")
+    path = str(tmp_path / "reldn.pth")
+    RelDNCheckpointer(small_model(), **names).load(path)
+    assert "trained with other" not in caplog.text
+    names[field] = names[field][::-1]
+    RelDNCheckpointer(small_model(), **names).load(path)
+    assert f"reldn.pth was trained with other {field}, or in another order" in caplog.text
+
+
 def test_more_weights_than_the_detector_has_are_told(tmp_path, detector, caplog):
     """A Mask R-CNN checkpoint, say, for a detector without masks."""
     state = {**detector.state_dict(), "roi_heads.mask_head.mask_fcn1.weight": torch.zeros(2, 2)}
@@ -270,7 +286,7 @@ def test_more_weights_than_the_detector_has_are_told(tmp_path, detector, caplog)
     with caplog.at_level("INFO", logger="reldn_d2.checkpoint"):
         RelDNCheckpointer(model).load(str(tmp_path / "mask.pth"))
     assert_equal_state(model.detector.model, detector)
-    assert "1 others have no place in this detector" in caplog.text
+    assert "1 others have no place in this model" in caplog.text
 
 
 def test_checkpointer_of_each_kind_of_model(tmp_path, dataset):
@@ -280,3 +296,26 @@ def test_checkpointer_of_each_kind_of_model(tmp_path, dataset):
     assert ours.description["thing_classes"] == CLASSES
     theirs = build_checkpointer(cfg, small_model(config=DETECTOR))
     assert type(theirs) is DetectionCheckpointer and theirs.save_dir == str(tmp_path)
+
+
+def test_distributed_training_takes_any_batch_and_its_checkpoint_loads(tmp_path, detector):
+    """DDP raises in a step if a parameter had no part in the loss of the step before."""
+    path = write(detector, tmp_path, "pth")
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        model = torch.nn.parallel.DistributedDataParallel(small_model().train())
+        checkpointer = RelDNCheckpointer(model, str(tmp_path))
+        checkpointer.load(path)
+        assert_equal_state(model.module.predicate_backbone, detector.backbone)
+        for batch in ([empty_item()], [unrelated_item(), one_box_item()], [busy_item()]):
+            model.zero_grad()
+            with EventStorage():
+                sum(model(batch).values()).backward()
+        checkpointer.save("reldn")
+    finally:
+        torch.distributed.destroy_process_group()
+    other = small_model(seed=9)
+    RelDNCheckpointer(other).load(str(tmp_path / "reldn.pth"))
+    assert_equal_state(other, model.module)

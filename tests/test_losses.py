@@ -109,7 +109,7 @@ def test_losses_and_gradients_equal_plain_loops(normalization, case_and_logits):
     expected = contrastive_in_loops(case, theirs, ALPHAS, normalization)
     for loss, value in zip(losses, expected):
         assert loss.dtype == torch.float64 and loss.shape == ()
-        assert loss.item() == pytest.approx(float(value), abs=1e-9)
+        assert loss.item() == pytest.approx(value.item(), abs=1e-9)
         (gradient,) = torch.autograd.grad(loss, ours, retain_graph=True)
         (wanted,) = torch.autograd.grad(value, theirs, retain_graph=True)
         torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-9)
