@@ -26,7 +26,7 @@ from .data.annotations import check_annotations
 from .data.dataset_mapper import RelationDatasetMapper
 from .data.frequency import count_predicates, log_frequencies
 from .evaluation.build import build_relation_evaluator
-from .modeling.meta_arch import RelDN
+from .modeling.meta_arch import RelDN, predicts_relations
 
 __all__ = ["RelDNTrainer", "build_checkpointer", "build_optimizer", "ensure_frequency_table"]
 
@@ -48,7 +48,7 @@ def _finite_or_none(results: Any) -> Any:
 
 def _task(cfg: CfgNode) -> str:
     """What the config's model is evaluated for: ``sgdet``, ...; ``bbox`` for a detector."""
-    return cfg.TEST.RELATIONS.TASK if cfg.MODEL.META_ARCHITECTURE == "RelDN" else "bbox"
+    return cfg.TEST.RELATIONS.TASK if predicts_relations(cfg) else "bbox"
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -133,7 +133,7 @@ def check_counts(cfg: CfgNode) -> None:
         ValueError: they differ; with both numbers and the key.
     """
     pairs = [("thing_classes", "MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES)]
-    if cfg.MODEL.META_ARCHITECTURE == "RelDN":
+    if predicts_relations(cfg):
         number = cfg.MODEL.ROI_RELATION_HEAD.NUM_PREDICATES
         pairs.append(("predicate_classes", "MODEL.ROI_RELATION_HEAD.NUM_PREDICATES", number))
     for dataset in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)):

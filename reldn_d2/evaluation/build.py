@@ -8,6 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 
+from ..modeling.meta_arch import predicts_relations
 from .box_evaluation import box_evaluator
 from .relation_evaluation import RelationEvaluator
 from .vrd_evaluation import VRDEvaluator
@@ -36,7 +37,7 @@ def build_relation_evaluator(
     """
     if len(cfg.DATASETS.TEST) > 1:
         output_folder = os.path.join(output_folder, dataset_name)
-    if cfg.MODEL.META_ARCHITECTURE != "RelDN":
+    if not predicts_relations(cfg):
         return box_evaluator(dataset_name, output_folder)
     evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
     if evaluator_type not in _EVALUATORS:

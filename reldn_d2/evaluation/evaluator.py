@@ -12,6 +12,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
+from ..structures.relations import TASKS
 from .lu2016 import match_triplets
 from .records import (
     GroundTruth,
@@ -26,7 +27,6 @@ __all__ = ["RelationDatasetEvaluator", "Results", "task_name"]
 
 Results = Dict[str, Dict[str, float]]
 PREDICTIONS_FILE = "relation_predictions.json"
-TASKS = ("sgdet", "sgcls", "prdcls")
 
 logger = logging.getLogger(__name__)
 

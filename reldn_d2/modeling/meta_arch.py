@@ -12,13 +12,12 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone, detector_postprocess
 from detectron2.structures import ImageList, Instances
 
-from ..structures.relations import remap_relations
+from ..structures.relations import TASKS, remap_relations
 from .detector import EntityDetector, build_entity_detector, label_entities
 from .relation_head import build_relation_head
 
-__all__ = ["TASKS", "RelDN", "postprocess_relations"]
+__all__ = ["RelDN", "postprocess_relations", "predicts_relations"]
 
-TASKS = ("sgdet", "sgcls", "prdcls")
 TRAIN_ENTITIES = ("proposals", "ground_truth")
 
 
@@ -184,6 +183,12 @@ class RelDN(nn.Module):
             instances.pred_classes = image_classes
             entities.append(instances)
         return entities
+
+
+def predicts_relations(cfg: CfgNode) -> bool:
+    """Whether the configured meta-architecture is RelDN or a subclass; if not, it is a detector."""
+    kind = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    return isinstance(kind, type) and issubclass(kind, RelDN)
 
 
 def postprocess_relations(

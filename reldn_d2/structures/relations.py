@@ -31,11 +31,15 @@ from torch import Tensor
 from detectron2.structures import Instances
 
 __all__ = [
+    "TASKS",
     "check_relation_triplets",
     "ground_truth_relations",
     "predicted_relations",
     "remap_relations",
 ]
+
+# What is given at test time: nothing; the boxes; the boxes and their classes.
+TASKS = ("sgdet", "sgcls", "prdcls")
 
 _PAIR_FIELDS = ("gt_pairs", "pairs")
 
