@@ -74,6 +74,7 @@ class RelDNCheckpointer(DetectionCheckpointer):
             kwargs: as for ``DetectionCheckpointer``.
         """
         super().__init__(model, save_dir, **kwargs)
+        self.started_from_detector = False  # the last load was of a detector: nothing is trained
         self.description: Dict[str, Any] = {
             "thing_classes": list(thing_classes or []),
             "predicate_classes": list(predicate_classes or []),
@@ -126,6 +127,7 @@ class RelDNCheckpointer(DetectionCheckpointer):
         self._raise_if_incomplete(detector, incompatible, "detector")
         self._log_loaded("detector", len(names), incompatible)
         initialize_relation_branch(self.model)
+        self.started_from_detector = True
         return incompatible
 
     def _log_loaded(self, kind: str, number: int, incompatible) -> None:

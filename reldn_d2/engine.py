@@ -218,6 +218,13 @@ class RelDNTrainer(DefaultTrainer):
     def evaluate_checkpoint(cls, cfg: CfgNode, resume: bool = False) -> Dict[str, Any]:
         """Build the model, load ``MODEL.WEIGHTS`` (or the last checkpoint) and evaluate it."""
         model = cls.build_model(cfg)
-        build_checkpointer(cfg, model).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+        checkpointer = build_checkpointer(cfg, model)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
         ensure_frequency_table(cfg, model)
+        if getattr(checkpointer, "started_from_detector", False):
+            logger.warning(
+                f"MODEL.WEIGHTS ({cfg.MODEL.WEIGHTS}) is a detector: apart from the frequency "
+                "table the relation head is untrained. To evaluate a trained RelDN, name its "
+                "model_final.pth, or add --resume."
+            )
         return cls.test(cfg, model)

@@ -8,12 +8,15 @@ Example::
 """
 
 import argparse
+import difflib
 import json
 import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-import reldn_d2  # noqa: F401  # isort: skip  registers the data sets
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is not installed
+
+import reldn_d2  # noqa: E402,F401  # isort: skip  registers the data sets
 import numpy as np
 import torch
 from PIL import Image
@@ -67,6 +70,13 @@ def main(arguments: Optional[List[str]] = None) -> int:
     parser.add_argument("--number", type=int, default=10, help="images, from the first on")
     parser.add_argument("--top-k", type=int, help="predictions drawn; default: as many as are true")
     args = parser.parse_args(arguments)
+    if args.dataset not in DatasetCatalog.list():
+        near = difflib.get_close_matches(args.dataset, DatasetCatalog.list(), n=3)
+        parser.error(f"no data set '{args.dataset}' is registered; near it: {', '.join(near)}")
+    if args.predictions and not args.predictions.is_file():
+        parser.error(
+            f"no file '{args.predictions}'; evaluating writes it under OUTPUT_DIR/inference"
+        )
 
     dicts, metadata = DatasetCatalog.get(args.dataset), MetadataCatalog.get(args.dataset)
     predictions = read_predictions(args.predictions, dicts) if args.predictions else {}

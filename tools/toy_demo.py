@@ -237,6 +237,9 @@ def main(arguments: Optional[List[str]] = None) -> int:
         train_relations(output, detector, args.seeds, args.opts, args.jobs, args.retrain)
         say("[4/5] the table")
         table = format_table(read_results(output, args.seeds))
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command goes on; a stage that was cut off starts anew.")
+        return 130
     except (StageFailed, subprocess.CalledProcessError) as error:
         print(f"\n{error}\nRun the same command again when it is mended.", file=sys.stderr)
         return 1

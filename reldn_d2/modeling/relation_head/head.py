@@ -4,6 +4,7 @@ Shapes: N images, R entities of the whole batch, P pairs of the whole batch, C p
 an ROI vector. Boxes are XYXY in pixels of the network's input.
 """
 
+import logging
 from typing import Dict, List, Optional, Tuple
 
 import torch
@@ -15,6 +16,7 @@ from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.roi_heads.box_head import build_box_head
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import get_event_storage
+from detectron2.utils.logger import log_first_n
 
 from ...structures.relations import predicted_relations
 from ..losses import contrastive_losses, draw_predicate_targets, predicate_loss
@@ -362,10 +364,16 @@ class RelDNHead(nn.Module):
         storage = get_event_storage()
         if storage.iter % self.statistics_period == 0:
             margins = [side[1] for side in sides]
-            storage.put_scalars(
-                smoothing_hint=False,
-                **training_statistics(logits, targets, pairs, margins, self.alphas),
-            )
+            statistics = training_statistics(logits, targets, pairs, margins, self.alphas)
+            storage.put_scalars(smoothing_hint=False, **statistics)
+            if len(pairs) == 0:
+                log_first_n(
+                    logging.WARNING,
+                    f"Iteration {storage.iter}: no pair to train on in {num_images} images. "
+                    + "With MODEL.ROI_RELATION_HEAD.OVERLAP_FILTER on, pairs whose boxes do not "
+                    + "overlap are left out; images with fewer than two annotations have none.",
+                    n=3,
+                )
         return losses
 
     def _predict(self, features, predicate_features, instances: Instances) -> Instances:
