@@ -328,6 +328,7 @@ def _evaluate_in_process(rank, folder, world_size):
         evaluator.process([record], [output(record, record["relations"][:2])])
     with open(os.path.join(folder, f"{rank}.json"), "w") as file:
         json.dump(evaluator.evaluate(), file)
+    torch.distributed.barrier()  # nobody leaves while the other still talks
     torch.distributed.destroy_process_group()
 
 
