@@ -7,10 +7,11 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
+from reldn_d2.data.annotations import boxes_xyxy
 from reldn_d2.evaluation.matching import pairwise_iou, relationship_overlaps, same_labels
 from reldn_d2.structures.relations import check_relation_triplets
 
-from detectron2.structures import BoxMode, Instances
+from detectron2.structures import Instances
 
 __all__ = ["Scene", "Triplet", "find_hits", "same_entities"]
 
@@ -44,12 +45,11 @@ class Scene(NamedTuple):
     def from_dataset_dict(cls, dataset_dict: Dict[str, Any]) -> "Scene":
         """Ground truth of a dataset dict with ``annotations`` and ``relations``."""
         annotations = dataset_dict.get("annotations", [])
-        boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
         relations = [tuple(int(v) for v in r) for r in dataset_dict.get("relations", [])]
         where = str(dataset_dict.get("file_name", "dataset dict"))
         check_relation_triplets(relations, len(annotations), where=where)
         return cls(
-            np.asarray(boxes, dtype=float).reshape(-1, 4),
+            boxes_xyxy(annotations),
             [int(a["category_id"]) for a in annotations],
             [(*relation, None) for relation in relations],
         )

@@ -21,8 +21,9 @@ from typing import Any, Dict, Iterable, Tuple, Union
 import numpy as np
 
 from detectron2.data import DatasetCatalog
-from detectron2.structures import BoxMode, Instances
+from detectron2.structures import Instances
 
+from ..data.annotations import boxes_xyxy
 from ..structures.relations import check_relation_triplets
 from .matching import rank_by_score
 
@@ -61,11 +62,8 @@ class GroundTruth:
         annotations = record.get("annotations", [])
         relations = record.get("relations", [])
         check_relation_triplets(relations, len(annotations), where=where)
-        boxes = [
-            BoxMode.convert(list(a["bbox"]), a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations
-        ]
         return cls(
-            np.asarray(boxes, dtype=np.float64).reshape(-1, 4),
+            boxes_xyxy(annotations),
             np.asarray([a["category_id"] for a in annotations], dtype=np.int64),
             np.asarray(relations, dtype=np.int64).reshape(-1, 3),
         )
