@@ -1,0 +1,102 @@
+"""How the benchmarks measure: seconds, peak memory, and the table that they print."""
+
+import argparse
+import multiprocessing
+import os
+import platform
+import resource
+import sys
+from typing import Any, Callable, Sequence
+
+import torch
+from tabulate import tabulate
+from torch.utils import benchmark
+
+__all__ = ["add_device_arguments", "describe", "peak_memory", "print_table", "seconds"]
+
+
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``--device`` and ``--threads``."""
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
+
+
+def describe(device: str, threads: int) -> str:
+    """What the figures were measured on, in a line."""
+    where = torch.cuda.get_device_name() if device.startswith("cuda") else platform.machine()
+    return f"torch {torch.__version__}, {where}, {threads} threads of {os.cpu_count()} CPUs"
+
+
+def seconds(function: Callable[[], Any], threads: int = 2, at_least: float = 1.0) -> float:
+    """Median seconds of one call, the device's queue emptied, after a warm-up.
+
+    Args:
+        function: takes no argument.
+        threads: CPU threads of torch.
+        at_least: seconds that all calls together take at least.
+    """
+    timer = benchmark.Timer("f()", globals={"f": function}, num_threads=threads)
+    return timer.blocked_autorange(min_run_time=at_least).median
+
+
+def _child(connection, prepare, arguments, threads: int) -> None:
+    try:
+        torch.set_num_threads(threads)
+        call = prepare(*arguments)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        call()
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        unit = 1 if sys.platform == "darwin" else 1024
+        connection.send((before * unit, after * unit))
+    finally:
+        connection.close()
+
+
+def peak_memory(
+    prepare: Callable[..., Callable[[], Any]],
+    *arguments: Any,
+    device: str = "cpu",
+    threads: int = 2,
+) -> int:
+    """Bytes that one call needs at its peak beyond what it finds prepared.
+
+    On the CPU it is run in a process of its own, by the growth of that process's largest resident
+    set; on a GPU by the allocator's peak.
+
+    Args:
+        prepare: a function of a module, called with ``arguments``; returns the call to measure.
+        arguments: picklable.
+        device: cpu or cuda.
+        threads: CPU threads of torch.
+
+    Raises:
+        RuntimeError: the process failed; its error stands above.
+    """
+    if device.startswith("cuda"):
+        call = prepare(*arguments)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("spawn").Process(
+        target=_child, args=(sender, prepare, arguments, threads)
+    )
+    process.start()
+    sender.close()
+    try:
+        before, after = receiver.recv()
+    except EOFError:
+        raise RuntimeError(f"{prepare.__name__}{arguments} failed in its process.") from None
+    finally:
+        process.join()
+    return after - before
+
+
+def print_table(rows: Sequence[Sequence[Any]], headers: Sequence[str], title: str = "") -> None:
+    """Print a table, its title above."""
+    if title:
+        print(f"\n{title}")
+    print(tabulate(rows, headers=headers, tablefmt="pipe"), flush=True)
