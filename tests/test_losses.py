@@ -1,14 +1,16 @@
 """The losses against plain loops over the paper's equations, and by hand."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from model_utils import contrastive_in_loops
+from loss_oracle import all_pairs, anchor_sides, contrastive_in_loops, groups_in_loops
 
 from reldn_d2.modeling.losses import (
+    AnchorSides,
     affinity,
     contrastive_losses,
     draw_predicate_targets,
@@ -17,66 +19,58 @@ from reldn_d2.modeling.losses import (
 from reldn_d2.modeling.losses.contrastive import NORMALIZATIONS
 
 ALPHAS = (0.2, 0.35, 0.5)
+RANDOM_CASES = 1500  # for each normalisation
 
 
 def run(case, logits, alphas=ALPHAS, normalization="paper"):
-    losses, margins = contrastive_losses(
+    losses, groups = contrastive_losses(
         logits,
         case["labels"],
-        case["sampled"],
-        case["anchor"],
-        case["other_class"],
+        case.get("sides") or anchor_sides(case),
         case["anchor_image"],
         num_images=case["num_images"],
         num_classes=case["num_classes"],
         alphas=alphas,
         normalization=normalization,
     )
-    assert list(margins) == ["class_agnostic", "entity_class", "predicate_class"]
+    assert (groups is None) == (len(logits) == 0)
     return losses
 
 
-def make_case(sizes, labels, num_predicates, num_classes, classes, sampled):
-    """The ordered pairs of images of these sizes; ``labels`` are bit sets, used in turn."""
-    anchor, other, anchor_image = [], [], []
-    start = 0
-    for image, size in enumerate(sizes):
-        anchor_image += [image] * size
-        for i in range(size):
-            for j in range(size):
-                if i != j:
-                    anchor.append(start + i)
-                    other.append(start + j)
-        start += size
-    count = len(anchor)
-    bits = [labels[p % len(labels)] for p in range(count)]
+def make_case(sizes, bits, num_predicates, num_classes, classes=(0,), sampled=((True,), (True,))):
+    """The ordered pairs of images of these sizes; bit sets, classes, samples used in turn."""
+    case = all_pairs(sizes)
+    count, num_entities = len(case["subjects"]), sum(sizes)
+    table = [[b >> e & 1 for e in range(num_predicates)] for b in bits]
     return {
-        "labels": torch.tensor(
-            [[bool(b >> e & 1) for e in range(num_predicates)] for b in bits], dtype=torch.bool
-        ).reshape(count, num_predicates),
-        "sampled": torch.tensor([sampled[p % len(sampled)] for p in range(count)]).bool(),
-        "anchor": torch.tensor(anchor, dtype=torch.int64),
-        "other_class": torch.tensor(
-            [classes[j % len(classes)] % num_classes for j in other], dtype=torch.int64
+        **case,
+        "labels": torch.tensor(table).bool()[torch.arange(count) % len(bits)],
+        "classes": torch.tensor(classes)[torch.arange(num_entities) % len(classes)] % num_classes,
+        "sampled": torch.stack(
+            [torch.tensor(x).bool()[torch.arange(count) % len(x)] for x in sampled]
         ),
-        "anchor_image": torch.tensor(anchor_image, dtype=torch.int64),
-        "num_images": len(sizes),
         "num_classes": num_classes,
     }
 
 
 @st.composite
 def cases(draw):
-    num_predicates = draw(st.integers(1, 3))
-    # Mostly without a label; the others with one or several.
-    bits = st.one_of(st.just(0), st.integers(0, 2**num_predicates - 1))
+    num_predicates = draw(st.integers(1, 4))
+    any_set = st.integers(0, 2**num_predicates - 1)
+    bits = draw(
+        st.one_of(
+            st.lists(st.one_of(st.just(0), any_set), min_size=1, max_size=24),
+            st.lists(any_set.filter(bool), min_size=1, max_size=5),  # all pairs are positive
+        )
+    )
+    some = st.lists(st.sampled_from([True, True, True, False]), min_size=1, max_size=7)
     case = make_case(
-        sizes=draw(st.lists(st.integers(0, 4), min_size=1, max_size=3)),
-        labels=draw(st.lists(bits, min_size=1, max_size=24)),
+        sizes=draw(st.lists(st.integers(0, 5), min_size=1, max_size=3)),
+        bits=bits,
         num_predicates=num_predicates,
         num_classes=draw(st.integers(1, 3)),
         classes=draw(st.lists(st.integers(0, 2), min_size=1, max_size=5)),
-        sampled=draw(st.lists(st.sampled_from([True, True, True, False]), min_size=1, max_size=7)),
+        sampled=draw(st.tuples(some, some)),
     )
     # A few distinct rows that repeat: ties between pairs; with rounding, between predicates too.
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
@@ -88,21 +82,41 @@ def cases(draw):
     return case, rows[chosen]
 
 
-NO_PAIR = make_case([1, 0], [0], 2, 2, [0], [True]), torch.zeros((0, 3), dtype=torch.float64)
-ONE_PAIR = make_case([2], [1], 2, 2, [0], [True, False]), torch.ones((2, 3), dtype=torch.float64)
-ALL_POSITIVE = make_case([3], [1, 3], 2, 2, [0], [True]), torch.ones((6, 3), dtype=torch.float64)
-NO_POSITIVE = make_case([3], [0], 2, 2, [0], [True]), torch.ones((6, 3), dtype=torch.float64)
+def kinds_of(case, logits):
+    """What is special about a case, to see that the random ones have everything."""
+    kinds = set()
+    used = case["sampled"].any(dim=0)
+    positive = case["labels"].any(dim=1) & used
+    negative = ~case["labels"].any(dim=1) & used
+    sizes = case["anchor_image"].bincount(minlength=case["num_images"]).tolist()
+    if not positive.any():
+        kinds.add("no positives")
+    elif not negative.any():
+        kinds.add("all pairs positive")
+    if len(positive) == 0:
+        kinds.add("no pair")
+    if used.sum() == 1:
+        kinds.add("one pair")
+    if (case["labels"].sum(dim=1)[used] > 1).any():
+        kinds.add("several predicates on one pair")
+    if len(set(sizes)) > 1:
+        kinds.add("images of different sizes")
+    if 0 in sizes:
+        kinds.add("an image without boxes")
+    if case["num_classes"] == 1:
+        kinds.add("one class")
+    for image in range(case["num_images"]):
+        for groups_of in groups_in_loops(case, logits, "subject", image):
+            for positives, negatives in (group for x in groups_of.values() for group in x):
+                low = min(logits[p].tolist() for p in positives)
+                if [logits[p].tolist() for p in positives].count(low) > 1:
+                    kinds.add("ties")
+                if not negatives:
+                    kinds.add("a group without negatives")
+    return kinds
 
 
-@pytest.mark.parametrize("normalization", NORMALIZATIONS)
-@settings(deadline=None, max_examples=200)
-@given(cases())
-@example(NO_PAIR)
-@example(ONE_PAIR)
-@example(ALL_POSITIVE)
-@example(NO_POSITIVE)
-def test_losses_and_gradients_equal_plain_loops(normalization, case_and_logits):
-    case, logits = case_and_logits
+def check_against_loops(case, logits, normalization):
     ours = logits.clone().requires_grad_()
     theirs = logits.clone().requires_grad_()
     losses = run(case, ours, normalization=normalization)
@@ -113,6 +127,60 @@ def test_losses_and_gradients_equal_plain_loops(normalization, case_and_logits):
         (gradient,) = torch.autograd.grad(loss, ours, retain_graph=True)
         (wanted,) = torch.autograd.grad(value, theirs, retain_graph=True)
         torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_losses_and_gradients_equal_plain_loops(normalization):
+    seen = Counter()
+
+    @settings(deadline=None, max_examples=RANDOM_CASES, suppress_health_check=list(HealthCheck))
+    @given(cases())
+    def check(case_and_logits):
+        check_against_loops(*case_and_logits, normalization)
+        seen.update(kinds_of(*case_and_logits) | {"case"})
+
+    check()
+    assert seen["case"] >= RANDOM_CASES
+    special = {
+        "no positives",
+        "all pairs positive",
+        "no pair",
+        "one pair",
+        "several predicates on one pair",
+        "images of different sizes",
+        "an image without boxes",
+        "one class",
+        "ties",
+        "a group without negatives",
+    }
+    assert special <= set(seen), f"the random cases have no: {special - set(seen)}"
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_thousands_of_pairs_equal_plain_loops(normalization):
+    generator = torch.Generator().manual_seed(5)
+    bits = torch.randint(0, 60, (997,), generator=generator)  # some 7 of 60 bit sets are labels
+    case = make_case(
+        [50, 0, 35],
+        torch.where(bits < 8, bits, 0).tolist(),
+        num_predicates=3,
+        num_classes=4,
+        classes=torch.randint(0, 4, (41,), generator=generator).tolist(),
+        sampled=((True, True, False), (True, False)),
+    )
+    assert len(case["labels"]) == 50 * 49 + 35 * 34
+    logits = torch.randn((len(case["labels"]), 4), dtype=torch.float64, generator=generator)
+    check_against_loops(case, logits, normalization)
+
+
+def test_nothing_to_compare_is_a_zero_with_a_zero_gradient():
+    """No positive, no negative, one pair; each alone and beside others."""
+    for sizes, bits in (([3], [0]), ([3], [1, 3]), ([2, 1, 0], [1]), ([2], [1, 0])):
+        case = make_case(sizes, bits, 2, 2)
+        logits = torch.randn((len(case["labels"]), 3), requires_grad=True)
+        total = sum(run(case, logits))
+        total.backward()
+        assert total.item() == 0 and torch.equal(logits.grad, torch.zeros_like(logits))
 
 
 def logits_of(phi, predicate=None, num_predicates=2):
@@ -128,9 +196,11 @@ def test_golden_values_by_hand():
     """
     case = {
         "labels": torch.tensor([[1, 0], [0, 0], [1, 1], [0, 0], [0, 1]]).bool(),
-        "sampled": torch.ones(5, dtype=torch.bool),
-        "anchor": torch.tensor([0, 0, 0, 0, 5]),
-        "other_class": torch.tensor([0, 0, 1, 1, 1]),
+        "sides": AnchorSides(
+            sampled=torch.ones((1, 5), dtype=torch.bool),
+            anchor=torch.tensor([[0, 0, 0, 0, 5]]),
+            other_class=torch.tensor([[0, 0, 1, 1, 1]]),
+        ),
         "anchor_image": torch.zeros(6, dtype=torch.int64),
         "num_images": 1,
         "num_classes": 2,
@@ -153,8 +223,22 @@ def test_golden_values_by_hand():
     assert [float(x) for x in losses] == pytest.approx(expected, abs=1e-7)
 
 
+def test_sides_add_up():
+    """Subjects as anchors and objects as anchors, each alone, give both together."""
+    case = make_case([4, 3], [1, 0, 2, 0, 0], 2, 2, [0, 1, 1], ((True, True, False), (True,)))
+    logits = torch.randn(18, 3).double()
+    sides = anchor_sides(case)
+    alone = [
+        run({**case, "sides": AnchorSides(*(x[i : i + 1] for x in vars(sides).values()))}, logits)
+        for i in (0, 1)
+    ]
+    for both, one, other in zip(run(case, logits), *alone):
+        assert float(one) != float(other)
+        assert float(both) == pytest.approx(float(one + other))
+
+
 def test_an_image_without_pairs_counts_in_the_mean_over_images():
-    case, logits = make_case([3], [1, 0], 2, 2, [0], [True]), torch.randn(6, 3).double()
+    case, logits = make_case([3], [1, 0], 2, 2), torch.randn(6, 3).double()
     alone = run(case, logits)
     with_empty = run({**case, "num_images": 2}, logits)
     for one, half in zip(alone, with_empty):
@@ -165,15 +249,16 @@ def test_an_image_without_pairs_counts_in_the_mean_over_images():
 def test_loss_of_a_batch_is_the_mean_of_its_images():
     """So that one device with two images does what two devices with one image do."""
     torch.manual_seed(0)
-    first = make_case([4], [1, 0, 2, 0, 0], 2, 2, [0, 1, 1], [True])
-    second = make_case([3], [3, 0], 2, 2, [0, 1, 1], [True])
-    logits = torch.randn(18, 3).double()
+    first = make_case([4], [1, 0, 2, 0, 0], 2, 2, [0, 1, 1])
+    second = make_case([3], [3, 0], 2, 2, [0, 1, 1])
     joined = {
-        key: torch.cat([first[key], second[key]]) for key in ("labels", "sampled", "other_class")
+        **all_pairs([4, 3]),
+        "labels": torch.cat([first["labels"], second["labels"]]),
+        "classes": torch.cat([first["classes"], second["classes"]]),
+        "sampled": torch.ones((2, 18), dtype=torch.bool),
+        "num_classes": 2,
     }
-    joined["anchor"] = torch.cat([first["anchor"], second["anchor"] + 4])
-    joined["anchor_image"] = torch.tensor([0] * 4 + [1] * 3)
-    joined.update(num_images=2, num_classes=2)
+    logits = torch.randn(18, 3).double()
     apart = zip(run(first, logits[:12]), run(second, logits[12:]))
     for together, (one, two) in zip(run(joined, logits), apart):
         assert float(together) == pytest.approx(float(one + two) / 2)
@@ -181,14 +266,15 @@ def test_loss_of_a_batch_is_the_mean_of_its_images():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1e4, -1e4])
-def test_extreme_logits_stay_finite(dtype, scale):
-    case = make_case([3, 2], [1, 0, 2], 2, 2, [0, 1], [True])
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_extreme_logits_stay_finite(dtype, scale, normalization):
+    case = make_case([3, 2], [1, 0, 2], 2, 2, [0, 1])
     count = len(case["labels"])
     logits = torch.zeros((count, 3), dtype=dtype)
     logits[:, -1] = scale
     logits[::2, 0] = -scale
     logits.requires_grad_()
-    losses = run(case, logits)
+    losses = run(case, logits, normalization=normalization)
     assert all(loss.dtype == torch.float32 for loss in losses)
     total = sum(losses) + predicate_loss(
         logits, draw_predicate_targets(case["labels"]), torch.full((count,), 1 / count)
@@ -196,6 +282,37 @@ def test_extreme_logits_stay_finite(dtype, scale):
     assert total.dtype == torch.float32 and torch.isfinite(total)
     total.backward()
     assert torch.isfinite(logits.grad).all()
+
+
+@pytest.mark.parametrize("row", [[-math.inf, -math.inf, 0.0], [-math.inf, 2.0, -math.inf]])
+def test_predicates_that_are_ruled_out_give_no_nan(row):
+    case = make_case([3], [1, 0, 2], 2, 2, [0, 1])
+    logits = torch.randn(6, 3)
+    logits[2:4] = torch.tensor(row)
+    logits.requires_grad_()
+    total = sum(run(case, logits))
+    total.backward()
+    assert torch.isfinite(total) and torch.isfinite(logits.grad).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_leaves_the_losses_in_float32(dtype):
+    """A linear layer under autocast gives logits of few bits; what follows is not rounded again."""
+    torch.manual_seed(0)
+    case = make_case([4, 3], [1, 0, 2, 0, 0], 2, 2, [0, 1, 1])
+    layer, vectors = torch.nn.Linear(5, 3), torch.randn(18, 5)
+    weights, targets = torch.full((18,), 1 / 18), draw_predicate_targets(case["labels"])
+    with torch.autocast("cpu", dtype=dtype):
+        logits = layer(vectors)
+        assert logits.dtype == dtype
+        losses = [*run(case, logits), predicate_loss(logits, targets, weights)]
+        assert all(loss.dtype == torch.float32 for loss in losses)
+    wide = logits.detach().double()
+    exact = [*run(case, wide), predicate_loss(wide, targets, weights)]
+    for loss, value in zip(losses, exact):
+        assert float(loss) == pytest.approx(float(value), abs=1e-6)
+    sum(losses).backward()
+    assert layer.weight.grad.dtype == torch.float32 and torch.isfinite(layer.weight.grad).all()
 
 
 def test_affinity_keeps_its_precision_where_it_is_small():
@@ -208,24 +325,25 @@ def test_affinity_keeps_its_precision_where_it_is_small():
     assert float(logits.grad[0, -1]) == pytest.approx(-exact * (1 - exact), rel=1e-5)
 
 
-def test_gradients_are_those_of_finite_differences():
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_gradients_are_those_of_finite_differences(normalization):
     """Random logits have no ties, and the margins asked for leave no hinge at its corner."""
     torch.manual_seed(3)
-    case = make_case([4, 3], [1, 0, 2, 0, 3, 0, 0], 2, 2, [0, 1, 1], [True])
+    case = make_case([4, 3], [1, 0, 2, 0, 3, 0, 0], 2, 2, [0, 1, 1])
     logits = torch.randn(18, 3, dtype=torch.float64, requires_grad=True)
     assert all(float(loss) > 0.01 for loss in run(case, logits))
-    assert torch.autograd.gradcheck(lambda x: run(case, x), logits)
+    assert torch.autograd.gradcheck(lambda x: run(case, x, normalization=normalization), logits)
 
 
 def test_unknown_normalization_is_named():
-    case = make_case([2], [1, 0], 2, 2, [0], [True])
+    case = make_case([2], [1, 0], 2, 2)
     with pytest.raises(ValueError, match="normalization is 'papre'; known: paper, released_code"):
         run(case, torch.zeros(2, 3), normalization="papre")
 
 
 def test_losses_without_anchors_are_a_zero_with_a_gradient():
     logits = torch.zeros((0, 3), requires_grad=True)
-    case = make_case([0], [0], 2, 2, [0], [True])
+    case = make_case([0], [0], 2, 2)
     for loss in run(case, logits):
         assert float(loss) == 0
         loss.backward(retain_graph=True)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_utils import contrastive_in_loops, small_config, small_model
+from loss_oracle import contrastive_in_loops
+from model_utils import small_config, small_model
 
 from reldn_d2.data.frequency import count_predicates, log_frequencies
 from reldn_d2.modeling.relation_head import RelDNHead, build_relation_head
@@ -217,7 +218,7 @@ def test_losses_of_the_head_equal_plain_loops():
     """L0 and both sides of L1-L3 on boxes that are ground truth and all of which are sampled."""
     lambdas, alphas = (1.5, 0.5, 0.25), (0.2, 0.4, 0.6)
     head = table_head(lambdas=lambdas, alphas=alphas)
-    entities, targets, rows, cases = [], [], [], {"subject": [], "object": []}
+    entities, targets, rows, pairs_of, labels_of, sampled_of = [], [], [], [], [], []
     classes_of, image_of, l0, start = [], [], 0.0, 0
     for image, (classes, relations) in enumerate(SCENES):
         boxes = random_boxes(len(classes), seed=image)
@@ -230,29 +231,31 @@ def test_losses_of_the_head_equal_plain_loops():
             log_probability = row.log_softmax(0)[labels.get((i, j), PREDICATES)]
             l0 = l0 - log_probability / len(pairs) / len(SCENES)
             rows.append(row)
-            one_hot = [labels.get((i, j)) == e for e in range(PREDICATES)]
-            ends = {"subject": (i, j), "object": (j, i)}
-            for role, (anchor, other) in ends.items():
-                related = {r[0 if role == "subject" else 1] for r in relations}
-                cases[role].append(
-                    (one_hot, (i, j) in labels or anchor in related, start + anchor, classes[other])
-                )
+            labels_of.append([labels.get((i, j)) == e for e in range(PREDICATES)])
+            pairs_of.append((start + i, start + j))
+            is_subject, is_object = i in {r[0] for r in relations}, j in {r[1] for r in relations}
+            sampled_of.append(((i, j) in labels or is_subject, (i, j) in labels or is_object))
         classes_of += classes
         image_of += [image] * len(classes)
         start += len(classes)
-    expected = torch.zeros(3, dtype=torch.float64)
-    for side in cases.values():
-        labels, sampled, anchor, other_class = (torch.tensor(x) for x in zip(*side))
-        case = dict(labels=labels, sampled=sampled, anchor=anchor, other_class=other_class)
-        case.update(anchor_image=torch.tensor(image_of), num_images=len(SCENES))
-        expected += torch.stack(contrastive_in_loops(case, torch.stack(rows), alphas)).detach()
+    pairs_of = torch.tensor(pairs_of)
+    case = {
+        "subjects": pairs_of[:, 0],
+        "objects": pairs_of[:, 1],
+        "labels": torch.tensor(labels_of),
+        "classes": torch.tensor(classes_of),
+        "sampled": torch.tensor(sampled_of).T,
+        "anchor_image": torch.tensor(image_of),
+        "num_images": len(SCENES),
+    }
+    expected = [x.item() for x in contrastive_in_loops(case, torch.stack(rows).detach(), alphas)]
 
     with EventStorage() as storage:
         losses = head({}, None, entities, targets)
     assert losses["loss_predicate"].item() == pytest.approx(l0.item(), abs=1e-6)
     for i, name in enumerate(("class_agnostic", "entity_class", "predicate_class")):
         assert expected[i] > 0
-        wanted = lambdas[i] * float(expected[i])
+        wanted = lambdas[i] * expected[i]
         assert losses[f"loss_{name}"].item() == pytest.approx(wanted, abs=1e-6)
     numbers = {name: value for name, (value, _) in storage.latest().items()}
     assert numbers["reldn/num_positive_pairs"] == 5

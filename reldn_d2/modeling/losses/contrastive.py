@@ -1,223 +1,256 @@
 """The graphical contrastive losses L1, L2, L3 (section 3, Eq 1-7).
 
-Shapes: P pairs, A anchors, G groups, C predicates; the last of C + 1 logits is "no relationship".
+Shapes: P pairs, C predicates, K entity classes, N images, A entities of the batch. Each entity is
+an anchor once a side, subject or object, so that there are B = S * A anchors of S sides. The last
+of C + 1 logits is "no relationship".
 
-All three losses are one thing: pairs fall into groups, a group's margin is its smallest positive
-affinity less its largest negative one, and an anchor's loss is the mean hinge over its groups:
+All three losses are one thing: an anchor's pairs fall into groups, a group's margin is its smallest
+positive affinity less its largest negative one, and an anchor's loss is the mean hinge over its
+groups:
 
-====  =====================  ===========================  =========================================
-loss  group                  positive members             negative members
-====  =====================  ===========================  =========================================
-L1    anchor                 pairs with a predicate       pairs without
-L2    anchor, class of the   the same                     the same
-      other end
-L3    anchor, predicate e    pairs labelled e             pairs without a predicate, whose highest
-                                                          real predicate is e
-====  =====================  ===========================  =========================================
+====  ====================  ===========================  ==========================================
+loss  group of an anchor    positive members             negative members
+====  ====================  ===========================  ==========================================
+L1    one                   pairs with a predicate       pairs without
+L2    class of the other    the same                     the same
+      end
+L3    predicate e           pairs labelled e             pairs without a predicate, whose highest
+                                                         real predicate is e
+====  ====================  ===========================  ==========================================
 
-Subjects and objects as anchors differ only in which end of a pair is called the anchor.
+Subjects and objects as anchors differ only in which end of a pair is called the anchor: both sides
+pass through together. Pairs are put in order of their affinity once; a group's smallest and largest
+members are then its first and last ones in that order, found for all groups at once by a scatter.
+Nothing is moved to the host.
 """
 
 from dataclasses import dataclass
-from typing import Dict, Tuple
+from typing import List, Optional, Tuple
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "LOSS_NAMES",
     "NORMALIZATIONS",
-    "GroupMargins",
+    "AnchorSides",
+    "ContrastiveGroups",
     "affinity",
     "contrastive_losses",
-    "group_margins",
-    "margin_loss",
+    "find_groups",
+    "group_weights",
 ]
 
+LOSS_NAMES = ("class_agnostic", "entity_class", "predicate_class")
 NORMALIZATIONS = ("paper", "released_code")
 
 
 def affinity(logits: Tensor) -> Tensor:
     """Eq 1: ``1 - p(no relationship | s, o)``, in float32 or wider.
 
-    Computed as the sigmoid of the difference of log-sum-exps, which keeps its precision where the
-    subtraction from 1 would lose it.
+    Computed as the sum of the other probabilities, which keeps its precision where the subtraction
+    from 1 would lose it.
 
     Args:
         logits: (P, C + 1).
 
     Returns:
-        (P,) in ``[0, 1]``.
+        (P,) in ``[0, 1]``, up to rounding.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    return torch.sigmoid(logits[:, :-1].logsumexp(dim=1) - logits[:, -1])
+    return logits.softmax(dim=1)[:, :-1].sum(dim=1)
 
 
 @dataclass
-class GroupMargins:
-    """Margins ``m`` of all groups; fields of shape (G,).
+class AnchorSides:
+    """Which pairs serve each side of L1-L3, and which end of each is the anchor there.
 
-    ``margin`` is ``min positive - max negative`` affinity where ``valid``, and 0 elsewhere.
-    ``valid`` groups have both positives and negatives; ``positive`` groups have positives.
+    Attributes:
+        sampled: (S, P) bool, the pairs that take part.
+        anchor: (S, P) int64 in ``[0, A)``: the pair's subject (or object) in the batch.
+        other_class: (S, P) int64 in ``[0, K)``: the class of the pair's other end.
     """
 
-    margin: Tensor
+    sampled: Tensor
+    anchor: Tensor
+    other_class: Tensor
+
+
+@dataclass
+class ContrastiveGroups:
+    """The groups of L1, L2 and L3, in this order along the first dimension.
+
+    A group that has a margin is represented by its largest negative member, since each negative
+    pair is in just one group of each loss and side.
+
+    Attributes:
+        valid: (3, S, P) bool, where the pair represents a group.
+        positive: (3, S, P) int64, the pair with the smallest affinity among the positive members of
+            the group that the pair represents; any pair where ``valid`` is False.
+        groups_of: (3, S, A) float, number of each anchor's groups that have positive members.
+    """
+
     valid: Tensor
     positive: Tensor
+    groups_of: Tensor
+
+    def margins(self, phi: Tensor) -> Tensor:
+        """(3, S, P): ``m`` of Eq 2, 4 and 6, where ``valid``, from the (P,) affinities."""
+        return phi.gather(0, self.positive.flatten()).view_as(self.positive) - phi
 
 
-def _select(values: Tensor, group: Tensor, num_groups: int) -> Tuple[Tensor, Tensor]:
-    """Index of one smallest value of each group; the first in order where several are equal.
-
-    Args:
-        values: (K,) float, without gradient, K > 0.
-        group: (K,) int64 in ``[0, num_groups]``; ``num_groups`` marks members of no group.
-
-    Returns:
-        (num_groups,) index into ``values`` (0 for an empty group), and (num_groups,) bool
-        telling which groups have a member.
-    """
-    smallest = values.new_full((num_groups + 1,), float("inf"))
-    smallest = smallest.scatter_reduce(0, group, values, "amin")
-    order = torch.arange(len(values), device=values.device)
-    order = order.masked_fill(values != smallest[group], len(values))
-    first = order.new_full((num_groups + 1,), len(values)).scatter_reduce(0, group, order, "amin")
-    first = first[:num_groups]
-    exists = first < len(values)
-    return first.masked_fill(~exists, 0), exists
-
-
-def group_margins(
-    positive: Tensor,
-    positive_group: Tensor,
-    negative: Tensor,
-    negative_group: Tensor,
-    num_groups: int,
-) -> GroupMargins:
-    """Margins of Eq 2, 4 and 6 for all groups at once, without a transfer to the host.
-
-    The gradient of the min and of the max goes to one element each, as in a loop.
+@torch.no_grad()
+def find_groups(
+    phi: Tensor,
+    predicted: Tensor,
+    labels: Tensor,
+    sides: AnchorSides,
+    num_anchors: int,
+    num_classes: int,
+) -> ContrastiveGroups:
+    """Smallest positive and largest negative member of all groups of L1, L2 and L3.
 
     Args:
-        positive, positive_group: (K+,) affinities of positive members and their groups in
-            ``[0, G]``; G marks members of no group, which are left out.
-        negative, negative_group: (K-,) the same of negative members.
-        num_groups: G.
+        phi: (P,) affinities, P > 0. Of equal ones the first counts as the smallest.
+        predicted: (P,) int64, the highest real predicate.
+        labels: (P, C) bool, the label set of each pair; a pair without a label is negative.
+        sides: S sides.
+        num_anchors: A.
+        num_classes: K.
     """
-    if len(positive) == 0 or len(negative) == 0:
-        zero = positive.new_zeros(num_groups) + (positive.sum() + negative.sum()) * 0.0
-        none = torch.zeros(num_groups, dtype=torch.bool, device=positive.device)
-        return GroupMargins(zero, none, none)
-    low, has_positive = _select(positive.detach(), positive_group, num_groups)
-    high, has_negative = _select(-negative.detach(), negative_group, num_groups)
-    valid = has_positive & has_negative
-    margin = (positive[low] - negative[high]).masked_fill(~valid, 0.0)
-    return GroupMargins(margin, valid, has_positive)
+    num_sides, num_pairs = sides.sampled.shape
+    num_predicates, num_rows = labels.shape[1], num_sides * num_anchors
+    order = phi.argsort(stable=True)
+    place = torch.empty_like(order)
+    place.scatter_(0, order, torch.arange(num_pairs, device=phi.device))
+
+    # Groups are numbered through: those of L1, of L2, of L3.
+    anchor = sides.anchor + torch.arange(0, num_rows, num_anchors, device=phi.device)[:, None]
+    by_class = anchor * num_classes + sides.other_class + num_rows
+    by_predicted = anchor * num_predicates + predicted + num_rows * (1 + num_classes)
+    groups = torch.stack([anchor, by_class, by_predicted])
+    shape, groups = groups.shape, groups.view(-1)
+    sizes = (num_rows, num_rows * num_classes, num_rows * num_predicates)
+
+    # A group's last negative; place -1 stands for none.
+    is_positive = labels.sum(dim=1) > 0
+    members = place.where(sides.sampled & ~is_positive, -1).expand(shape).reshape(-1)
+    last = place.new_full((sum(sizes),), -1)
+    last.scatter_reduce_(0, groups, members, "amax")
+    represents = (last.gather(0, groups) == members) & (members >= 0)
+
+    # A group's first positive; place P stands for none. A pair with several labels is a member of
+    # several groups of L3, so a table of (P, C) is scattered row by row: in float32, for which
+    # torch does that fastest, and which tells 2 ** 24 places apart.
+    first = last.fill_(num_pairs)
+    members = place.where(sides.sampled & is_positive, num_pairs).expand(2, -1, -1).reshape(-1)
+    first.scatter_reduce_(0, groups[: len(members)], members, "amin")
+    table = place.float()[:, None].where(labels, float(num_pairs))
+    of_label = table.new_full((num_rows + 1, num_predicates), float(num_pairs))
+    for rows in anchor.where(sides.sampled, num_rows):  # two sides
+        of_label.scatter_reduce_(0, rows[:, None].expand_as(table), table, "amin")
+    first[-sizes[2] :] = of_label[:-1].view(-1)
+    found = (first < num_pairs).to(phi.dtype).split(sizes)
+
+    first = first.gather(0, groups)
+    positive = order.gather(0, first.clamp(max=num_pairs - 1))
+    return ContrastiveGroups(
+        valid=(represents & (first < num_pairs)).view(shape),
+        positive=positive.view(shape),
+        groups_of=torch.stack(
+            [part.view(num_sides, num_anchors, -1).sum(dim=2) for part in found]
+        ),
+    )
 
 
-def margin_loss(
-    groups: GroupMargins, alpha: float, anchor_image: Tensor, num_images: int, normalization: str
+@torch.no_grad()
+def group_weights(
+    groups: ContrastiveGroups,
+    anchor: Tensor,
+    anchor_image: Tensor,
+    num_images: int,
+    normalization: str,
 ) -> Tensor:
-    """Hinge of the margins, averaged within each image and then over the images (Eq 3, 5, 7).
+    """Share of each group in the loss of one side of one image (Eq 3, 5, 7).
 
-    With ``normalization="paper"`` an image's loss is ``1/N sum_i 1/G_i sum_g max(0, alpha - m)``,
-    where N counts the image's anchors with a positive pair and G_i the groups of anchor i with a
-    positive pair; groups without a negative count there and add nothing. With ``"released_code"``
-    it is the plain mean over all margins of the image and one zero.
-
-    Averaging within an image first makes a batch on one device equal to the same images spread
-    over several devices.
+    With ``normalization="paper"`` that loss is ``1/N sum_i 1/G_i sum_g max(0, alpha - m)``, where N
+    counts the image's anchors with a positive pair and G_i the groups of anchor i with a positive
+    pair; groups without a negative count there and add nothing. With ``"released_code"`` it is the
+    plain mean over all margins and one zero.
 
     Args:
-        groups: margins of G = A * groups-an-anchor groups, the anchor varying slowest.
-        alpha: the margin that is asked for.
-        anchor_image: (A,) int64, the image of each anchor, in ``[0, num_images)``.
-        num_images: images of the batch, with or without pairs.
+        groups: what :func:`find_groups` gives.
+        anchor: (S, P) int64 in ``[0, A)``, the anchor of each pair.
+        anchor_image: (A,) int64 in ``[0, num_images)``.
+        num_images: N.
         normalization: one of :data:`NORMALIZATIONS`.
 
     Returns:
-        Scalar.
+        (3, S, P) float; 0 where a pair represents no group.
     """
-    num_anchors = len(anchor_image)
-    hinge = (alpha - groups.margin).clamp(min=0.0).masked_fill(~groups.valid, 0.0)
-    if num_anchors == 0:
-        return hinge.sum() * 0.0
-    hinge = hinge.view(num_anchors, -1)
     if normalization == "paper":
-        present = groups.positive.view(num_anchors, -1).sum(dim=1)
-        per_anchor = hinge.sum(dim=1) / present.clamp(min=1)
-        counted = (present > 0).to(hinge.dtype)
+        image = anchor_image.expand(len(anchor), -1)  # (S, A)
+        anchors_of = groups.groups_of.new_zeros((len(anchor), num_images))
+        anchors_of.scatter_add_(1, image, groups.groups_of[0])  # 0 or 1 in L1
+        share = 1.0 / (groups.groups_of * anchors_of.gather(1, image)).clamp(min=1.0)
+        index = anchor
     elif normalization == "released_code":
-        per_anchor = hinge.sum(dim=1)
-        counted = groups.valid.view(num_anchors, -1).sum(dim=1).to(hinge.dtype)
+        index = anchor_image[anchor]
+        margins_of = groups.groups_of.new_zeros((3, len(anchor), num_images))
+        valid = groups.valid.to(margins_of.dtype)
+        margins_of.scatter_add_(2, index.expand_as(valid), valid)
+        share = 1.0 / (margins_of + 1.0)
     else:
         raise ValueError(f"normalization is '{normalization}'; known: {', '.join(NORMALIZATIONS)}")
-    total = hinge.new_zeros(num_images).index_add(0, anchor_image, per_anchor)
-    count = hinge.new_zeros(num_images).index_add(0, anchor_image, counted)
-    count = count.clamp(min=1.0) if normalization == "paper" else count + 1.0
-    return (total / count).sum() / num_images
+    return share.gather(2, index.expand_as(groups.valid)) * groups.valid
 
 
 def contrastive_losses(
     logits: Tensor,
     labels: Tensor,
-    sampled: Tensor,
-    anchor: Tensor,
-    other_class: Tensor,
+    sides: AnchorSides,
     anchor_image: Tensor,
     *,
     num_images: int,
     num_classes: int,
     alphas: Tuple[float, float, float] = (0.2, 0.2, 0.2),
     normalization: str = "paper",
-) -> Tuple[Tuple[Tensor, Tensor, Tensor], Dict[str, GroupMargins]]:
-    """L1, L2 and L3 of one side, for all images of a batch.
+) -> Tuple[Tuple[Tensor, Tensor, Tensor], Optional[ContrastiveGroups]]:
+    """L1, L2 and L3 of all images of a batch, the sum of their sides.
+
+    Losses are averaged within an image first and then over the images, so that a batch on one
+    device is equal to the same images spread over several devices.
 
     Args:
         logits: (P, C + 1).
         labels: (P, C) bool, the label set of each pair; a pair without a label is negative.
-        sampled: (P,) bool, the pairs that take part.
-        anchor: (P,) int64 in ``[0, A)``: the pair's subject (or object), numbered over the batch.
-        other_class: (P,) int64 in ``[0, num_classes)``: the class of the pair's other end.
-        anchor_image: (A,) int64: the image of each anchor.
-        num_images: images of the batch.
-        num_classes: number of entity classes.
+        sides: subjects as anchors, objects as anchors.
+        anchor_image: (A,) int64 in ``[0, num_images)``: the image of each entity of the batch.
+        num_images: N, images with or without pairs.
+        num_classes: K.
         alphas: the margins asked for, alpha_1 to alpha_3.
-        normalization: see :func:`margin_loss`.
+        normalization: see :func:`group_weights`.
 
     Returns:
-        The three losses (scalars, without their lambdas), and the margins by loss name.
+        The three losses, scalars without their lambdas in float32 (float64 where the logits are),
+        and the groups they are made of; None where there is no pair.
     """
     phi = affinity(logits)
-    num_anchors, num_predicates = len(anchor_image), labels.shape[1]
-    labels = labels & sampled[:, None]
-    is_positive = labels.any(dim=1)
-    is_negative = sampled & ~is_positive
+    if len(phi) == 0:
+        zero = phi.sum()
+        return (zero, zero, zero), None
     predicted = logits.detach()[:, :-1].argmax(dim=1)
-    every_predicate = torch.arange(num_predicates, device=labels.device)
-
-    def members(mask: Tensor, group: Tensor, num_groups: int) -> Tensor:
-        return group.masked_fill(~mask, num_groups)
-
-    def margins_by(group: Tensor, num_groups: int) -> GroupMargins:
-        in_positive = members(is_positive, group, num_groups)
-        in_negative = members(is_negative, group, num_groups)
-        return group_margins(phi, in_positive, phi, in_negative, num_groups)
-
-    num_groups = num_anchors * num_predicates
-    label_groups = anchor[:, None] * num_predicates + every_predicate
-    margins = {
-        "class_agnostic": margins_by(anchor, num_anchors),
-        "entity_class": margins_by(anchor * num_classes + other_class, num_anchors * num_classes),
-        "predicate_class": group_margins(
-            phi[:, None].expand_as(labels).reshape(-1),
-            members(labels, label_groups, num_groups).reshape(-1),
-            phi,
-            members(is_negative, anchor * num_predicates + predicted, num_groups),
-            num_groups,
-        ),
-    }
-    losses = tuple(
-        margin_loss(groups, alpha, anchor_image, num_images, normalization)
-        for groups, alpha in zip(margins.values(), alphas)
-    )
-    return losses, margins
+    values = phi.detach()
+    groups = find_groups(values, predicted, labels, sides, len(anchor_image), num_classes)
+    with torch.no_grad():
+        weights = group_weights(groups, sides.anchor, anchor_image, num_images, normalization)
+        weights = weights / num_images
+        margins = groups.margins(values)
+        hinges = torch.stack([alpha - m for m, alpha in zip(margins.unbind(), alphas)]).clamp(min=0)
+        weights = weights * (hinges > 0)
+        constant = (hinges * weights).flatten(1).sum(dim=1)
+        slopes = weights.sum(dim=1)
+        slopes = slopes.scatter_add(1, groups.positive.flatten(1), -weights.flatten(1))
+    # The losses are linear in the affinities between the corners of the hinges.
+    losses = constant + slopes @ (phi - values)
+    return tuple(losses.unbind()), groups

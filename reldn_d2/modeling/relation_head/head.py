@@ -19,8 +19,8 @@ from detectron2.utils.events import get_event_storage
 from detectron2.utils.logger import log_first_n
 
 from ...structures.relations import predicted_relations
-from ..losses import contrastive_losses, draw_predicate_targets, predicate_loss
-from ..losses.contrastive import NORMALIZATIONS
+from ..losses import AnchorSides, contrastive_losses, draw_predicate_targets, predicate_loss
+from ..losses.contrastive import LOSS_NAMES, NORMALIZATIONS
 from .build import ROI_RELATION_HEAD_REGISTRY
 from .entities import EntityBatch
 from .inference import rank_triplets
@@ -338,33 +338,30 @@ class RelDNHead(nn.Module):
         targets = draw_predicate_targets(pairs.labels)
         losses = {"loss_predicate": predicate_loss(logits, targets, weights)}
 
-        sides = []
+        groups = None
         if any(self.lambdas):
-            for sampled, anchor, other in (
-                (pairs.for_subjects, pairs.subjects, pairs.objects),
-                (pairs.for_objects, pairs.objects, pairs.subjects),
-            ):
-                sides.append(
-                    contrastive_losses(
-                        logits,
-                        pairs.labels,
-                        sampled,
-                        anchor,
-                        entities.classes[other],
-                        entities.image,
-                        num_images=num_images,
-                        num_classes=self.num_classes,
-                        alphas=self.alphas,
-                        normalization=self.normalization,
-                    )
-                )
-            for i, (name, weight) in enumerate(zip(sides[0][1], self.lambdas)):
+            ends = torch.stack([pairs.subjects, pairs.objects])
+            sides = AnchorSides(
+                sampled=torch.stack([pairs.for_subjects, pairs.for_objects]),
+                anchor=ends,
+                other_class=entities.classes[ends.flip(0)],
+            )
+            contrastive, groups = contrastive_losses(
+                logits,
+                pairs.labels,
+                sides,
+                entities.image,
+                num_images=num_images,
+                num_classes=self.num_classes,
+                alphas=self.alphas,
+                normalization=self.normalization,
+            )
+            for name, loss, weight in zip(LOSS_NAMES, contrastive, self.lambdas):
                 if weight:
-                    losses[f"loss_{name}"] = weight * sum(side[0][i] for side in sides)
+                    losses[f"loss_{name}"] = weight * loss
         storage = get_event_storage()
         if storage.iter % self.statistics_period == 0:
-            margins = [side[1] for side in sides]
-            statistics = training_statistics(logits, targets, pairs, margins, self.alphas)
+            statistics = training_statistics(logits, targets, pairs, groups, self.alphas)
             storage.put_scalars(smoothing_hint=False, **statistics)
             if len(pairs) == 0:
                 log_first_n(

@@ -1,11 +1,11 @@
 """What can be watched while the relation head trains."""
 
-from typing import Dict, List, Tuple
+from typing import Dict, Optional, Tuple
 
 import torch
 from torch import Tensor
 
-from ..losses.contrastive import GroupMargins, affinity
+from ..losses.contrastive import LOSS_NAMES, ContrastiveGroups, affinity
 from .sampling import SampledPairs
 
 __all__ = ["training_statistics"]
@@ -21,7 +21,7 @@ def training_statistics(
     logits: Tensor,
     targets: Tensor,
     pairs: SampledPairs,
-    margins: List[Dict[str, GroupMargins]],
+    groups: Optional[ContrastiveGroups],
     alphas: Tuple[float, float, float],
 ) -> Dict[str, float]:
     """Scalars for the event storage, fetched from the device in one transfer.
@@ -30,13 +30,15 @@ def training_statistics(
         logits: (P, C + 1) of all sampled pairs.
         targets: (P,) class that L0 asked for; C is "no relationship".
         pairs: the sampled pairs.
-        margins: of L1 to L3 by name, one dict a side; empty where these losses are off.
+        groups: of L1 to L3, both sides; None where these losses are off or there is no pair.
         alphas: margins that L1 to L3 ask for.
 
     Returns:
-        ``reldn/num_positive_pairs`` and ``num_negative_pairs`` of L0, ``reldn/predicate_accuracy``
-        on its positives, ``reldn/affinity_positive`` and ``affinity_negative``, and for each
-        contrastive loss the mean ``margin`` and the share ``violated`` of margins below alpha.
+        Under ``reldn/``: ``num_positive_pairs`` and ``num_negative_pairs`` of L0,
+        ``predicate_accuracy`` on its positives, the mean affinities ``affinity_positive`` and
+        ``affinity_negative`` of L0's pairs and ``affinity_hardest_negative`` of those that set the
+        margins of L1, and for each contrastive loss its number of margins ``NAME_groups``, their
+        mean ``NAME_margin`` and the share ``NAME_violated`` of them below alpha.
     """
     positive = pairs.for_predicate & pairs.labels.any(dim=1)
     negative = pairs.for_predicate & ~positive
@@ -49,10 +51,13 @@ def training_statistics(
         "affinity_positive": _mean(phi, positive),
         "affinity_negative": _mean(phi, negative),
     }
-    for i, name in enumerate(margins[0] if margins else []):
-        margin = torch.cat([side[name].margin for side in margins])
-        valid = torch.cat([side[name].valid for side in margins])
-        values[f"{name}_margin"] = _mean(margin, valid)
-        values[f"{name}_violated"] = _mean((margin < alphas[i]).float(), valid)
+    if groups is not None:
+        values["affinity_hardest_negative"] = _mean(phi.expand_as(groups.valid[0]), groups.valid[0])
+        for name, alpha, margin, valid in zip(
+            LOSS_NAMES, alphas, groups.margins(phi), groups.valid
+        ):
+            values[f"{name}_groups"] = valid.sum()
+            values[f"{name}_margin"] = _mean(margin, valid)
+            values[f"{name}_violated"] = _mean((margin < alpha).float(), valid)
     numbers = torch.stack([value.float() for value in values.values()]).tolist()
     return {f"reldn/{name}": number for name, number in zip(values, numbers)}
