@@ -6,7 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reldn_d2.modeling.detector import label_entities
-from reldn_d2.modeling.relation_head.pairs import candidate_pairs, match_pairs, union_boxes
+from reldn_d2.modeling.relation_head.pairs import (
+    candidate_pairs,
+    distinct_unions,
+    match_pairs,
+    union_boxes,
+)
 from reldn_d2.modeling.relation_head.sampling import SampledPairs, sample_mask, sample_pairs
 
 from detectron2.structures import Boxes, Instances
@@ -157,6 +162,26 @@ def test_union_box_is_the_tightest_around_both():
     assert union.tolist() == [[0.0, 2.0, 7.0, 9.0]]
 
 
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=4), st.integers(0, 10**6))
+def test_distinct_unions_serve_every_pair_and_both_directions(sizes, seed):
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    grid = (image[:, None] == image[None]) & (torch.rand(len(image), len(image)) < 0.6)
+    subjects, objects = grid.fill_diagonal_(False).nonzero(as_tuple=True)
+    shuffled = torch.randperm(len(subjects), generator=generator)
+    subjects, objects = subjects[shuffled], objects[shuffled]
+    first, second, union, counts = distinct_unions(subjects, objects, image, len(image), len(sizes))
+    ends = [frozenset(pair) for pair in zip(first.tolist(), second.tolist())]
+    assert len(set(ends)) == len(ends) == sum(counts)
+    assert set(ends) == {frozenset(pair) for pair in zip(subjects.tolist(), objects.tolist())}
+    for pair, place in zip(zip(subjects.tolist(), objects.tolist()), union.tolist()):
+        assert ends[place] == frozenset(pair)
+    # Image by image.
+    wanted = [i for i, count in enumerate(counts) for _ in range(count)]
+    assert image[first].tolist() == image[second].tolist() == wanted
+
+
 masks = st.lists(st.booleans(), max_size=20).map(lambda x: torch.tensor(x, dtype=torch.bool))
 
 
@@ -164,22 +189,30 @@ masks = st.lists(st.booleans(), max_size=20).map(lambda x: torch.tensor(x, dtype
 @given(masks, st.integers(0, 25), st.integers(0, 25), st.integers(0, 10**6))
 def test_sample_mask_draws_as_many_candidates_as_asked(candidates, number, most, seed):
     number = min(number, most)
-    drawn = sample_mask(candidates, number, most, generator=torch.Generator().manual_seed(seed))
+    torch.manual_seed(seed)
+    drawn = sample_mask(candidates, number, most)
     assert not (drawn & ~candidates).any()
     assert int(drawn.sum()) == min(number, int(candidates.sum()))
-    again = sample_mask(candidates, number, most, generator=torch.Generator().manual_seed(seed))
-    assert torch.equal(drawn, again)
+    torch.manual_seed(seed)
+    assert torch.equal(drawn, sample_mask(candidates, number, most))
+    on_device = sample_mask(candidates, torch.tensor(number), most)  # a number not yet known
+    assert int(on_device.sum()) == int(drawn.sum())
 
 
-def test_sample_mask_is_uniform_and_takes_preferred_ones_first():
+def chi_square(counts, rate):
+    """Of numbers that should all be ``rate``, in units of its degrees of freedom.
+
+    Draws without replacement have less variance than independent ones, so that this is about
+    1 - rate / draws for uniform draws.
+    """
+    return float(((counts - rate) ** 2 / rate).sum() / (len(counts) - 1))
+
+
+def test_sample_mask_takes_preferred_ones_first():
+    torch.manual_seed(0)
     candidates = torch.tensor([1, 1, 1, 1, 0]).bool()
-    generator = torch.Generator().manual_seed(0)
-    drawn = sum(sample_mask(candidates, 2, 2, generator=generator).int() for _ in range(2000))
-    assert drawn[4] == 0 and ((drawn[:4] - 1000).abs() < 120).all()  # 5 sigma
     preferred = torch.tensor([0, 0, 1, 0, 1]).bool()
-    drawn = sum(
-        sample_mask(candidates, 2, 2, preferred, generator=generator).int() for _ in range(300)
-    )
+    drawn = sum(sample_mask(candidates, 2, 2, preferred).int() for _ in range(300))
     assert drawn[2] == 300 and (drawn[[0, 1, 3]] > 60).all() and drawn[4] == 0
 
 
@@ -247,19 +280,62 @@ def test_negatives_whose_other_end_is_related_come_first():
         assert int(sum(preferred[i, j] for i, j in table(more, mask))) == count
 
 
-def test_losses_are_sampled_independently_and_reproducibly():
-    def draw(seed):
-        options = dict(num_positive=4, num_anchor_positive=4, num_anchor_negative=4)
+@pytest.mark.parametrize("loss", ["predicate", "subjects", "objects"])
+@pytest.mark.parametrize("kind", ["positive", "negative"])
+def test_each_draw_is_uniform_over_its_candidates(loss, kind):
+    """A chi-square test: as often each candidate, whatever the other draws take."""
+    grid = crowded_grid(6)
+    sides = {"predicate": torch.tensor(True), "subjects": grid.is_subject[:, None]}
+    sides["objects"] = grid.is_object[None]
+    candidates = getattr(grid, kind)
+    if kind == "negative":
+        candidates = candidates & sides[loss]
+        if loss != "predicate":  # the preferred ones, of which there are more than are drawn
+            candidates = candidates & grid.is_subject[:, None] & grid.is_object[None]
+    options = dict(num_pairs=12, num_positive=4, num_anchor_positive=3, num_anchor_negative=5)
+    number = {"predicate": {"positive": 4, "negative": 8}}.get(loss, {"positive": 3, "negative": 5})
+    assert int(candidates.sum()) > 2 * number[kind]
+    generator, draws = torch.Generator().manual_seed(3), 1500
+    counts = torch.zeros_like(candidates, dtype=torch.float64)
+    for _ in range(draws):
+        pairs = sample_pairs(grid, **options, generator=generator)
+        mask = getattr(pairs, f"for_{loss}") & (pairs.labels.any(dim=1) == (kind == "positive"))
+        counts[pairs.subjects[mask], pairs.objects[mask]] += 1
+    assert counts[~candidates].sum() == 0
+    rate = draws * number[kind] / int(candidates.sum())
+    assert counts.sum() == draws * number[kind]
+    # The chi-square per degree of freedom: mean 1 - rate / draws, and 5 standard deviations.
+    freedom = int(candidates.sum()) - 1
+    expected = 1 - rate / draws
+    assert (
+        abs(chi_square(counts[candidates], rate) - expected) < 5 * expected * (2 / freedom) ** 0.5
+    )
+
+
+def test_a_sample_that_is_not_uniform_fails_the_chi_square():
+    counts = torch.full((40,), 1000.0)
+    counts[0] = 1400
+    counts[1] = 600
+    assert chi_square(counts, 1000.0) > 1 + 5 * (2 / 39) ** 0.5
+
+
+def test_sampling_is_reproducible_and_draws_share_their_pairs():
+    def draw(seed, **options):
         generator = torch.Generator().manual_seed(seed)
         return sample_pairs(crowded_grid(), **options, generator=generator)
 
-    first, again, other = draw(0), draw(0), draw(1)
+    options = dict(num_positive=4, num_anchor_positive=4, num_anchor_negative=4)
+    first, again, other = draw(0, **options), draw(0, **options), draw(1, **options)
     for name, value in vars(first).items():
         assert torch.equal(value, getattr(again, name))
     assert table(first, first.for_subjects) != table(other, other.for_subjects)
     positive = first.labels.any(dim=1)
-    sides = [table(first, mask & positive) for mask in (first.for_predicate, first.for_subjects)]
-    assert sides[0] != sides[1]
+    masks = (first.for_predicate, first.for_subjects, first.for_objects)
+    assert len({frozenset(table(first, mask & positive)) for mask in masks}) == 1
+    # The smaller draw is part of the larger one.
+    more = draw(0, num_positive=4, num_anchor_positive=6)
+    wider = table(more, more.for_objects & more.labels.any(dim=1))
+    assert table(first, first.for_objects & positive) < wider
 
 
 def test_joined_samples_point_into_the_entities_of_the_batch():

@@ -112,14 +112,14 @@ def test_visual_module_equals_concatenation(switches):
     )
     as_subject, as_object = torch.randn(5, d), torch.randn(5, d)
     subjects, objects = torch.tensor([0, 0, 3, 4]), torch.tensor([1, 2, 4, 3])
-    of_pair = torch.randn(4, d)
-    logits = module(as_subject, as_object, of_pair, subjects, objects)
+    of_union, union = torch.randn(3, d), torch.tensor([0, 1, 2, 2])
+    logits = module(as_subject, as_object, of_union, subjects, objects, union)
     if not any(switches):
         assert isinstance(logits, int) and logits == 0
         return
     expected = torch.zeros(4, PREDICATES + 1)
     if spo:
-        joined = torch.cat([as_subject[subjects], of_pair, as_object[objects]], dim=1)
+        joined = torch.cat([as_subject[subjects], of_union[union], as_object[objects]], dim=1)
         expected = expected + module.rest(module.first(joined))
         shapes = [tuple(p.shape) for p in module.rest.parameters() if p.dim() == 2]
         assert tuple(module.first.weight.shape) == (9, 18) and shapes == [(6, 9), (5, 6)]
@@ -318,7 +318,7 @@ def test_pair_logits_equal_the_sum_of_the_modules_pair_by_pair():
         entities = head.encode_entities(
             features, [Boxes(x) for x in boxes], classes, [(64, 96), (50, 80)]
         )
-        logits = head.pair_logits(entities, predicate_features, subjects, objects, [3, 1])
+        logits = head.pair_logits(entities, predicate_features, subjects, objects)
         for row, (i, j) in zip(logits, pairs):
             image, first = (0, 0) if i < 3 else (1, 3)
             s, o = boxes[image][i - first], boxes[image][j - first]

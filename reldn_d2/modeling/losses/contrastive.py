@@ -25,7 +25,7 @@ Nothing is moved to the host.
 """
 
 from dataclasses import dataclass
-from typing import List, Optional, Tuple
+from typing import Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -157,9 +157,7 @@ def find_groups(
     return ContrastiveGroups(
         valid=(represents & (first < num_pairs)).view(shape),
         positive=positive.view(shape),
-        groups_of=torch.stack(
-            [part.view(num_sides, num_anchors, -1).sum(dim=2) for part in found]
-        ),
+        groups_of=torch.stack([part.view(num_sides, num_anchors, -1).sum(dim=2) for part in found]),
     )
 
 

@@ -24,7 +24,7 @@ from ..losses.contrastive import LOSS_NAMES, NORMALIZATIONS
 from .build import ROI_RELATION_HEAD_REGISTRY
 from .entities import EntityBatch
 from .inference import rank_triplets
-from .pairs import candidate_pairs, match_pairs, union_boxes
+from .pairs import candidate_pairs, distinct_unions, match_pairs, union_boxes
 from .sampling import SampledPairs, sample_pairs
 from .semantic import SemanticModule
 from .spatial import SpatialModule, spatial_features
@@ -240,15 +240,13 @@ class RelDNHead(nn.Module):
         predicate_features: Optional[Dict[str, Tensor]],
         subjects: Tensor,
         objects: Tensor,
-        pairs_per_image: List[int],
     ) -> Tensor:
         """Eq 12 before the softmax: the sum of the modules' logits.
 
         Args:
             entities: the R encoded entities.
             predicate_features: the predicate backbone's feature maps; None if it is not needed.
-            subjects, objects: (P,) int64 indices into the entities, image by image.
-            pairs_per_image: N numbers that sum to P.
+            subjects, objects: (P,) int64 indices into the entities.
 
         Returns:
             (P, C + 1); the last logit is "no relationship".
@@ -261,18 +259,18 @@ class RelDNHead(nn.Module):
             sizes = entities.image_sizes[entities.image[subjects]]
             logits = logits + self.spatial(spatial_features(subject_boxes, object_boxes, sizes))
         if self.visual is not None:
-            predicate_vectors = None
+            vectors = union = None
             if self.predicate_box_head is not None:
-                unions = union_boxes(subject_boxes, object_boxes).split(pairs_per_image)
+                first, second, union, sizes = distinct_unions(
+                    subjects, objects, entities.image, len(entities.boxes), len(entities.sizes)
+                )
+                boxes = union_boxes(entities.boxes[first], entities.boxes[second]).split(sizes)
                 maps = [predicate_features[name] for name in self.in_features]
-                pooled = self.predicate_pooler(maps, [Boxes(x) for x in unions])
-                predicate_vectors = self.predicate_box_head(pooled)
+                vectors = self.predicate_box_head(
+                    self.predicate_pooler(maps, [Boxes(x) for x in boxes])
+                )
             logits = logits + self.visual(
-                entities.subject_vectors,
-                entities.object_vectors,
-                predicate_vectors,
-                subjects,
-                objects,
+                entities.subject_vectors, entities.object_vectors, vectors, subjects, objects, union
             )
         return logits
 
@@ -323,9 +321,7 @@ class RelDNHead(nn.Module):
             )
             samples.append(sample_pairs(grid, **self.sampling))
         pairs = SampledPairs.cat(samples, entities.sizes)
-        logits = self.pair_logits(
-            entities, predicate_features, pairs.subjects, pairs.objects, [len(x) for x in samples]
-        )
+        logits = self.pair_logits(entities, predicate_features, pairs.subjects, pairs.objects)
         return self._sum_losses(logits, pairs, entities)
 
     def _sum_losses(self, logits, pairs: SampledPairs, entities: EntityBatch) -> Dict[str, Tensor]:
@@ -382,7 +378,7 @@ class RelDNHead(nn.Module):
         subjects, objects = candidates.nonzero(as_tuple=True)
         probabilities = [instances.scores.new_zeros((0, self.num_predicates))]
         for s, o in zip(subjects.split(self.pair_chunk), objects.split(self.pair_chunk)):
-            logits = self.pair_logits(entities, predicate_features, s, o, [len(s)])
+            logits = self.pair_logits(entities, predicate_features, s, o)
             probabilities.append(logits.float().softmax(dim=1)[:, :-1])
         probabilities = torch.cat(probabilities)
         pair_scores = instances.scores[subjects] * instances.scores[objects]

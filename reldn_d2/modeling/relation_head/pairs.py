@@ -5,14 +5,14 @@ Boxes are XYXY in absolute pixels; all boxes of one call share one coordinate fr
 """
 
 from dataclasses import dataclass
-from typing import Tuple
+from typing import List, Tuple
 
 import torch
 from torch import Tensor
 
 from detectron2.structures import Boxes, pairwise_iou
 
-__all__ = ["PairGrid", "candidate_pairs", "match_pairs", "union_boxes"]
+__all__ = ["PairGrid", "candidate_pairs", "distinct_unions", "match_pairs", "union_boxes"]
 
 
 def candidate_pairs(boxes: Boxes, overlap_filter: bool) -> Tensor:
@@ -38,6 +38,39 @@ def union_boxes(subject_boxes: Tensor, object_boxes: Tensor) -> Tensor:
     low = torch.minimum(subject_boxes[:, :2], object_boxes[:, :2])
     high = torch.maximum(subject_boxes[:, 2:], object_boxes[:, 2:])
     return torch.cat([low, high], dim=1)
+
+
+def distinct_unions(
+    subjects: Tensor, objects: Tensor, image: Tensor, num_entities: int, num_images: int
+) -> Tuple[Tensor, Tensor, Tensor, List[int]]:
+    """The distinct union boxes of pairs: (i, j) and (j, i) have the same one.
+
+    Their number a image is read on the host, in one transfer.
+
+    Args:
+        subjects, objects: (Q,) int64 in ``[0, num_entities)``, numbered over the batch.
+        image: (num_entities,) int64, non-decreasing: the image of each entity.
+        num_entities, num_images: of the batch.
+
+    Returns:
+        (U,) and (U,) indices of both entities of each union box, image by image; (Q,) the index of
+        each pair's union box; number of union boxes of each image.
+    """
+    low, high = torch.minimum(subjects, objects), torch.maximum(subjects, objects)
+    keys, order = (low * num_entities + high).sort()
+    is_new = torch.ones_like(keys, dtype=torch.bool)
+    is_new[1:] = keys[1:] != keys[:-1]
+    rank = is_new.cumsum(0) - 1
+    images = image[torch.div(keys, max(num_entities, 1), rounding_mode="floor")]
+    sizes = images.new_zeros(num_images).scatter_add_(0, images, is_new.long()).tolist()
+    distinct = keys.new_empty(sum(sizes)).scatter_(0, rank, keys)
+    first = torch.div(distinct, max(num_entities, 1), rounding_mode="floor")
+    return (
+        first,
+        distinct - first * num_entities,
+        torch.empty_like(rank).scatter_(0, order, rank),
+        sizes,
+    )
 
 
 @dataclass

@@ -3,7 +3,9 @@
 Shapes: R entities of one image, Q sampled pairs, C predicates.
 
 Pairs are drawn as masks over the (R, R) grid of an image, so that no pair is drawn twice and the
-pairs of all losses can be joined: each distinct pair passes through the head once.
+pairs of all losses can be joined: each distinct pair passes through the head once. Each pair gets
+one random number, by which all draws go. So each draw is uniform over its candidates, as if it
+were made alone, and the draws have as many pairs in common as they can.
 """
 
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from .pairs import PairGrid
 
-__all__ = ["SampledPairs", "sample_mask", "sample_pairs"]
+__all__ = ["SampledPairs", "random_keys", "sample_mask", "sample_pairs"]
 
 
 def sample_mask(
@@ -22,7 +24,7 @@ def sample_mask(
     number: Union[int, Tensor],
     most: int,
     preferred: Optional[Tensor] = None,
-    generator: Optional[torch.Generator] = None,
+    keys: Optional[Tensor] = None,
 ) -> Tensor:
     """Draw candidates uniformly without replacement, without a transfer to the host.
 
@@ -31,19 +33,24 @@ def sample_mask(
         number: how many to draw (all, if there are fewer); may be a tensor on the device.
         most: upper bound of ``number`` known on the host.
         preferred: bool tensor of the same shape; these candidates are drawn before any other.
-        generator: source of randomness; the device's default generator when None.
+        keys: float tensor of the same shape, uniform in ``[0, 1)``; the candidates with the largest
+            are drawn. By default fresh ones.
 
     Returns:
         Bool tensor of the same shape, True for what was drawn.
     """
     flat = candidates.flatten()
-    keys = torch.rand(flat.shape, device=flat.device, generator=generator, dtype=torch.float64)
+    keys = random_keys(flat) if keys is None else keys.flatten()
     if preferred is not None:
         keys = keys + preferred.flatten()
-    keys = keys.masked_fill(~flat, -1.0)
-    best, index = keys.topk(min(most, len(keys)))
+    best, index = keys.masked_fill(~flat, -1.0).topk(min(most, len(keys)))
     drawn = (best >= 0) & (torch.arange(len(best), device=flat.device) < number)
     return torch.zeros_like(flat).scatter(0, index, drawn).view_as(candidates)
+
+
+def random_keys(like: Tensor, generator: Optional[torch.Generator] = None) -> Tensor:
+    """Uniform float64 numbers in ``[0, 1)``, as many as ``like`` has entries, on its device."""
+    return torch.rand(like.shape, device=like.device, generator=generator, dtype=torch.float64)
 
 
 @dataclass
@@ -95,32 +102,35 @@ def sample_pairs(
     num_anchor_negative: int = 128,
     generator: Optional[torch.Generator] = None,
 ) -> SampledPairs:
-    """Draw the pairs of one image for L0 and for both sides of L1-L3, independently.
+    """Draw the pairs of one image for L0 and for both sides of L1-L3.
 
     L0 takes up to ``num_positive`` positive pairs and fills up to ``num_pairs`` with negative ones.
     With subjects as anchors L1-L3 take up to ``num_anchor_positive`` positive pairs and up to
     ``num_anchor_negative`` negative ones whose subject matches a ground-truth subject, those first
     whose object matches a ground-truth object; with objects as anchors the other way round.
 
+    The number of drawn pairs is read on the host, once; the rest stays on the device.
+
     Args:
         grid: the image's pairs.
         num_pairs, num_positive, num_anchor_positive, num_anchor_negative: see above.
-        generator: source of randomness.
+        generator: source of randomness; the device's default generator when None.
     """
     positive, negative = grid.positive, grid.negative
+    keys = random_keys(positive, generator)
     num_positive = min(num_positive, num_pairs)
-    chosen = sample_mask(positive, num_positive, num_positive, generator=generator)
+    chosen = sample_mask(positive, num_positive, num_positive, keys=keys)
     left = num_pairs - chosen.sum()
-    for_predicate = chosen | sample_mask(negative, left, num_pairs, generator=generator)
+    for_predicate = chosen | sample_mask(negative, left, num_pairs, keys=keys)
+    related = sample_mask(positive, num_anchor_positive, num_anchor_positive, keys=keys)
 
     def for_anchors(is_anchor: Tensor, is_other: Tensor) -> Tensor:
-        drawn = sample_mask(positive, num_anchor_positive, num_anchor_positive, generator=generator)
-        return drawn | sample_mask(
+        return related | sample_mask(
             negative & is_anchor,
             num_anchor_negative,
             num_anchor_negative,
             preferred=is_other.expand_as(negative),
-            generator=generator,
+            keys=keys,
         )
 
     for_subjects = for_anchors(grid.is_subject[:, None], grid.is_object[None])

@@ -1,6 +1,6 @@
 """Visual module: what the pair looks like (section 4).
 
-Shapes: R entities, P pairs, d numbers an ROI vector, C predicates.
+Shapes: R entities, U union boxes, P pairs, d numbers an ROI vector, C predicates.
 """
 
 from typing import Optional
@@ -14,8 +14,8 @@ __all__ = ["VisualModule", "without_last_relu"]
 class VisualModule(nn.Module):
     """MLP 3d - 3d/2 - d - (C + 1) on <subject, predicate, object>, and two linear skips.
 
-    The first layer is linear in its three parts, so the subject and object parts are applied once
-    an entity rather than once a pair; the same holds for the skips.
+    The first layer is linear in its three parts, so these are applied once an entity and once a
+    union box rather than once a pair; the same holds for the skips.
     """
 
     def __init__(
@@ -54,16 +54,18 @@ class VisualModule(nn.Module):
         self,
         subject_vectors: Optional[Tensor],
         object_vectors: Optional[Tensor],
-        predicate_vectors: Optional[Tensor],
+        union_vectors: Optional[Tensor],
         subjects: Tensor,
         objects: Tensor,
+        union: Optional[Tensor],
     ) -> Tensor:
         """
         Args:
             subject_vectors, object_vectors: (R, d), each entity in that role; None where no
                 enabled part reads it.
-            predicate_vectors: (P, d), of the union boxes; None without SPO.
+            union_vectors: (U, d), of the distinct union boxes; None without SPO.
             subjects, objects: (P,) int64, the pairs, as indices into the R entities.
+            union: (P,) int64, each pair's union box; None without SPO.
 
         Returns:
             (P, C + 1) logits.
@@ -73,7 +75,7 @@ class VisualModule(nn.Module):
             from_subject, from_predicate, from_object = self.first.weight.split(
                 self.vector_size, dim=1
             )
-            hidden = F.linear(predicate_vectors, from_predicate, self.first.bias)
+            hidden = F.linear(union_vectors, from_predicate, self.first.bias)[union]
             hidden = hidden + F.linear(subject_vectors, from_subject)[subjects]
             hidden = hidden + F.linear(object_vectors, from_object)[objects]
             logits = logits + self.rest(hidden)
