@@ -1,11 +1,12 @@
 """How the benchmarks measure: seconds, peak memory, and the table that they print."""
 
 import argparse
+import ctypes
+import gc
 import multiprocessing
 import os
 import platform
-import resource
-import sys
+from pathlib import Path
 from typing import Any, Callable, Sequence
 
 import torch
@@ -39,15 +40,25 @@ def seconds(function: Callable[[], Any], threads: int = 2, at_least: float = 1.0
     return timer.blocked_autorange(min_run_time=at_least).median
 
 
+def _resident(field: str) -> int:
+    """Bytes of a field of /proc/self/status: VmRSS now, VmHWM at its largest."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}: memory is measured on Linux only.")
+
+
 def _child(connection, prepare, arguments, threads: int) -> None:
     try:
         torch.set_num_threads(threads)
         call = prepare(*arguments)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        call()  # loads libraries, fills what stays
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+        before = _resident("VmRSS")
         call()
-        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        unit = 1 if sys.platform == "darwin" else 1024
-        connection.send((before * unit, after * unit))
+        connection.send(_resident("VmHWM") - before)
     finally:
         connection.close()
 
@@ -58,10 +69,10 @@ def peak_memory(
     device: str = "cpu",
     threads: int = 2,
 ) -> int:
-    """Bytes that one call needs at its peak beyond what it finds prepared.
+    """Bytes that a call needs at its peak beyond what stays from the call before.
 
-    On the CPU it is run in a process of its own, by the growth of that process's largest resident
-    set; on a GPU by the allocator's peak.
+    On the CPU it is run in a process of its own, by the growth of its resident set (Linux
+    only); on a GPU by the allocator's peak.
 
     Args:
         prepare: a function of a module, called with ``arguments``; returns the call to measure.
@@ -74,6 +85,7 @@ def peak_memory(
     """
     if device.startswith("cuda"):
         call = prepare(*arguments)
+        call()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -87,12 +99,12 @@ def peak_memory(
     process.start()
     sender.close()
     try:
-        before, after = receiver.recv()
+        grown = receiver.recv()
     except EOFError:
         raise RuntimeError(f"{prepare.__name__}{arguments} failed in its process.") from None
     finally:
         process.join()
-    return after - before
+    return grown
 
 
 def print_table(rows: Sequence[Sequence[Any]], headers: Sequence[str], title: str = "") -> None:
