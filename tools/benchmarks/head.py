@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from reldn_d2 import add_reldn_config
-from reldn_d2.modeling.relation_head import build_relation_head
+from reldn_d2.modeling.relation_head import RelDNHead, build_relation_head
 from reldn_d2.structures.relations import ground_truth_relations
 
 from detectron2.config import get_cfg
@@ -21,6 +21,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
+from .losses import frequencies
 from .measure import add_device_arguments, describe, peak_memory, print_table, seconds
 from .plain import plain_head_losses
 
@@ -53,6 +54,9 @@ def build_head(channels: int, fc_dim: int, device: str) -> nn.Module:
     shape = {name: ShapeSpec(channels=channels, stride=x) for name, x in STRIDES.items()}
     torch.manual_seed(0)
     head = build_relation_head(cfg, shape, shape).to(device)
+    with torch.no_grad():  # uneven, like counted frequencies
+        head.semantic.table.weight.normal_()
+        head.semantic.table.weight[:, :-1] += frequencies(50).log().to(device)
     head.statistics_period = 10**9
     return head
 
@@ -74,10 +78,11 @@ def draw_batch(boxes: int, channels: int, device: str) -> Tuple:
     sides = 60 + 240 * torch.rand((num_targets, 2), generator=generator)
     targets = Instances(SIZE)
     targets.gt_boxes = Boxes(torch.cat([low, low + sides], dim=1).to(device))
-    targets.gt_classes = torch.randint(0, 150, (num_targets,), generator=generator).to(device)
+    classes = frequencies(150).multinomial(num_targets, True, generator=generator)
+    targets.gt_classes = classes.to(device)
     grid = torch.ones((num_targets, num_targets)).fill_diagonal_(0).nonzero()
     pairs = grid[torch.randperm(len(grid), generator=generator)[:num_relations]]
-    predicates = torch.randint(0, 50, (num_relations, 1), generator=generator)
+    predicates = frequencies(50).multinomial(num_relations, True, generator=generator)[:, None]
     relations = ground_truth_relations(torch.cat([pairs, predicates], dim=1).tolist(), SIZE)
 
     source = torch.arange(boxes) % num_targets
@@ -98,7 +103,7 @@ def prepare_step(
     DistributedDataParallel's buckets; those of the feature maps are new each time.
     """
     head, batch = build_head(channels, fc_dim, device), draw_batch(boxes, channels, device)
-    losses_of = plain_head_losses if plain else type(head).forward
+    losses_of = plain_head_losses if plain else RelDNHead.forward
     autocast = torch.autocast(
         torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16"
     )

@@ -17,7 +17,7 @@ from reldn_d2.modeling.losses import AnchorSides, contrastive_losses
 from .measure import add_device_arguments, describe, print_table, seconds
 from .plain import losses_in_loops
 
-__all__ = ["add_arguments", "draw_case", "run"]
+__all__ = ["add_arguments", "draw_case", "frequencies", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--anchors", type=int, default=40, help="entities that are anchors")
     parser.add_argument("--predicates", type=int, default=50)
     parser.add_argument("--classes", type=int, default=150, help="entity classes")
+
+
+def frequencies(number: int) -> Tensor:
+    """1, 1/2, 1/3, ..."""
+    return 1.0 / torch.arange(1, number + 1)
 
 
 def draw_case(
@@ -42,9 +47,6 @@ def draw_case(
     grid = torch.ones((anchors, entities), dtype=torch.bool).fill_diagonal_(False).nonzero()
     drawn = [grid[torch.randperm(len(grid), generator=generator)[:pairs]] for _ in range(2)]
     near, far = torch.cat(drawn).unbind(1)
-
-    def frequencies(number: int) -> Tensor:
-        return 1.0 / torch.arange(1, number + 1)
 
     def draw(number: int, size: int) -> Tensor:
         return frequencies(number).multinomial(size, replacement=True, generator=generator)

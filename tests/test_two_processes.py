@@ -1,0 +1,86 @@
+"""Training on two processes: no process waits for ever, and the gradients are those of one."""
+
+import pytest
+import torch
+from model_utils import busy_item, empty_item, item, small_model, unrelated_item
+from torch import distributed, multiprocessing
+from torch.nn.parallel import DistributedDataParallel
+
+from detectron2.utils.events import EventStorage
+
+HEAD = "MODEL.ROI_RELATION_HEAD"
+# Every pair is sampled and BatchNorm is frozen, so that nothing depends on the batch.
+OPTIONS = (
+    *(f"{HEAD}.SAMPLING.PAIRS", 10_000, f"{HEAD}.SAMPLING.POSITIVE_PAIRS", 5_000),
+    *(f"{HEAD}.SAMPLING.ANCHOR_POSITIVE_PAIRS", 5_000),
+    *(f"{HEAD}.SAMPLING.ANCHOR_NEGATIVE_PAIRS", 5_000),
+    *("MODEL.RESNETS.NORM", "FrozenBN"),
+)
+STEPS = 3
+
+
+def batches():
+    """What both processes see, step by step; the second one never sees a relation."""
+    related = busy_item(0)
+    single = item(
+        related["instances"].gt_boxes.tensor.tolist(),
+        related["instances"].gt_classes.tolist(),
+        [(0, 1, 0), (1, 3, 3), (2, 3, 3), (3, 2, 4)],  # a pair has one predicate: nothing to draw
+    )
+    return [(single, unrelated_item()), (single, empty_item()), (unrelated_item(), empty_item())]
+
+
+def train(model, steps):
+    """Gradients after each step, by name."""
+    model.train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    gradients = []
+    for number, batch in enumerate(steps):
+        optimizer.zero_grad()
+        with EventStorage(number):
+            losses = model(batch)
+        sum(losses.values()).backward()
+        gradients.append(
+            {
+                name.removeprefix("module."): parameter.grad.clone()
+                for name, parameter in model.named_parameters()
+                if parameter.requires_grad
+            }
+        )
+        optimizer.step()
+    return gradients
+
+
+def train_in_process(rank, folder):
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    model = DistributedDataParallel(small_model(*OPTIONS), broadcast_buffers=False)
+    gradients = train(model, [[images[rank]] for images in batches()])
+    if rank == 0:
+        torch.save(gradients, f"{folder}/gradients.pth")
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def test_gradients_of_two_processes_are_those_of_one(tmp_path):
+    multiprocessing.spawn(train_in_process, (str(tmp_path),), nprocs=2)
+    together = torch.load(tmp_path / "gradients.pth", weights_only=True)
+    alone = train(small_model(*OPTIONS), [list(images) for images in batches()])
+    assert len(together) == len(alone) == STEPS
+    for two, one in zip(together, alone):
+        assert set(two) == set(one)
+        for name, gradient in one.items():
+            difference = float((two[name] - gradient).abs().max())
+            assert difference <= 2e-5 * float(gradient.abs().max()), name
+    # The losses reached the predicate backbone, and all of them pulled.
+    largest = {name: float(x.abs().max()) for name, x in alone[0].items()}
+    assert all(value > 0 for name, value in largest.items() if "res4" in name)
+
+
+@pytest.mark.parametrize("step", range(STEPS))
+def test_what_the_processes_see_differs(step):
+    first, second = batches()[step]
+    assert len(second["relations"]) == 0
+    assert (len(first["relations"]) > 0) == (step < 2)
