@@ -25,7 +25,7 @@ Nothing is moved to the host.
 """
 
 from dataclasses import dataclass
-from typing import Optional, Tuple
+from typing import Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -121,43 +121,45 @@ def find_groups(
     num_sides, num_pairs = sides.sampled.shape
     num_predicates, num_rows = labels.shape[1], num_sides * num_anchors
     order = phi.argsort(stable=True)
-    place = torch.empty_like(order)
-    place.scatter_(0, order, torch.arange(num_pairs, device=phi.device))
-
-    # Groups are numbered through: those of L1, of L2, of L3.
-    anchor = sides.anchor + torch.arange(0, num_rows, num_anchors, device=phi.device)[:, None]
-    by_class = anchor * num_classes + sides.other_class + num_rows
-    by_predicted = anchor * num_predicates + predicted + num_rows * (1 + num_classes)
-    groups = torch.stack([anchor, by_class, by_predicted])
-    shape, groups = groups.shape, groups.view(-1)
-    sizes = (num_rows, num_rows * num_classes, num_rows * num_predicates)
-
-    # A group's last negative; place -1 stands for none.
+    place = torch.arange(num_pairs, device=phi.device)
+    place = torch.empty_like(order).scatter_(0, order, place)
+    from_behind = num_pairs - 1 - place
     is_positive = labels.sum(dim=1) > 0
-    members = place.where(sides.sampled & ~is_positive, -1).expand(shape).reshape(-1)
-    last = place.new_full((sum(sizes),), -1)
-    last.scatter_reduce_(0, groups, members, "amax")
-    represents = (last.gather(0, groups) == members) & (members >= 0)
 
-    # A group's first positive; place P stands for none. A pair with several labels is a member of
-    # several groups of L3, so a table of (P, C) is scattered row by row: in float32, for which
-    # torch does that fastest, and which tells 2 ** 24 places apart.
-    first = last.fill_(num_pairs)
-    members = place.where(sides.sampled & is_positive, num_pairs).expand(2, -1, -1).reshape(-1)
-    first.scatter_reduce_(0, groups[: len(members)], members, "amin")
-    table = place.float()[:, None].where(labels, float(num_pairs))
-    of_label = table.new_full((num_rows + 1, num_predicates), float(num_pairs))
-    for rows in anchor.where(sides.sampled, num_rows):  # two sides
-        of_label.scatter_reduce_(0, rows[:, None].expand_as(table), table, "amin")
-    first[-sizes[2] :] = of_label[:-1].view(-1)
-    found = (first < num_pairs).to(phi.dtype).split(sizes)
+    # Groups are numbered through, those of L1, of L2, of L3; positives have numbers of their own.
+    anchor = sides.anchor + torch.arange(0, num_rows, num_anchors, device=phi.device)[:, None]
+    by_class = anchor * num_classes + (sides.other_class + num_rows)
+    by_predicted = anchor * num_predicates + predicted
+    groups = torch.stack([anchor, by_class, by_predicted + num_rows * (1 + num_classes)])
+    num_groups = num_rows * (1 + num_classes + num_predicates)
 
-    first = first.gather(0, groups)
-    positive = order.gather(0, first.clamp(max=num_pairs - 1))
+    # The best member of a group is its last negative, and the last positive from behind; -1 stands
+    # for none. (That of the positives by their predicted predicate is of no use.)
+    member = torch.where(is_positive, from_behind, place)
+    member = torch.where(sides.sampled, member, -1).expand_as(groups).reshape(-1)
+    index = (groups + is_positive * num_groups).view(-1)
+    best = place.new_full((2 * num_groups,), -1).scatter_reduce_(0, index, member, "amax")
+    is_best = ((best.gather(0, index) == member) & (member >= 0)).view_as(groups)
+
+    # A pair with several labels is a member of several groups of L3, so a table of (P, C) is
+    # scattered row by row: in float32, for which torch does that fastest, and which tells 2 ** 24
+    # places apart.
+    table = from_behind.float()[:, None].where(labels, -1.0)
+    of_label = table.new_full((num_rows + 1, num_predicates), -1.0)
+    for rows in torch.where(sides.sampled, anchor, num_rows):  # two sides
+        of_label.scatter_reduce_(0, rows[:, None].expand_as(table), table, "amax")
+    of_label = of_label[:-1]
+
+    groups_of = phi.new_zeros((2, num_rows)).scatter_add_(
+        1, anchor.view(1, -1).expand(2, -1), (is_best & is_positive)[:2].to(phi.dtype).view(2, -1)
+    )
+    labels_of = (of_label >= 0).sum(dim=1, dtype=phi.dtype)
+    of_label = of_label.reshape(-1).gather(0, by_predicted.view(-1)).long()
+    of_pair = torch.cat([best[num_groups:].gather(0, groups[:2].view(-1)), of_label])
     return ContrastiveGroups(
-        valid=(represents & (first < num_pairs)).view(shape),
-        positive=positive.view(shape),
-        groups_of=torch.stack([part.view(num_sides, num_anchors, -1).sum(dim=2) for part in found]),
+        valid=is_best & ~is_positive & (of_pair >= 0).view_as(groups),
+        positive=order.flip(0).gather(0, of_pair.clamp(min=0)).view_as(groups),
+        groups_of=torch.cat([groups_of, labels_of[None]]).view(3, num_sides, num_anchors),
     )
 
 
@@ -193,7 +195,7 @@ def group_weights(
         share = 1.0 / (groups.groups_of * anchors_of.gather(1, image)).clamp(min=1.0)
         index = anchor
     elif normalization == "released_code":
-        index = anchor_image[anchor]
+        index = anchor_image.gather(0, anchor.view(-1)).view_as(anchor)
         margins_of = groups.groups_of.new_zeros((3, len(anchor), num_images))
         valid = groups.valid.to(margins_of.dtype)
         margins_of.scatter_add_(2, index.expand_as(valid), valid)
@@ -211,7 +213,7 @@ def contrastive_losses(
     *,
     num_images: int,
     num_classes: int,
-    alphas: Tuple[float, float, float] = (0.2, 0.2, 0.2),
+    alphas: Union[Tensor, Sequence[float]] = (0.2, 0.2, 0.2),
     normalization: str = "paper",
 ) -> Tuple[Tuple[Tensor, Tensor, Tensor], Optional[ContrastiveGroups]]:
     """L1, L2 and L3 of all images of a batch, the sum of their sides.
@@ -226,7 +228,8 @@ def contrastive_losses(
         anchor_image: (A,) int64 in ``[0, num_images)``: the image of each entity of the batch.
         num_images: N, images with or without pairs.
         num_classes: K.
-        alphas: the margins asked for, alpha_1 to alpha_3.
+        alphas: the margins asked for, alpha_1 to alpha_3; a tensor on the device of the logits
+            saves a transfer.
         normalization: see :func:`group_weights`.
 
     Returns:
@@ -237,18 +240,16 @@ def contrastive_losses(
     if len(phi) == 0:
         zero = phi.sum()
         return (zero, zero, zero), None
-    predicted = logits.detach()[:, :-1].argmax(dim=1)
+    predicted = logits.detach()[:, :-1].max(dim=1).indices
     values = phi.detach()
     groups = find_groups(values, predicted, labels, sides, len(anchor_image), num_classes)
     with torch.no_grad():
         weights = group_weights(groups, sides.anchor, anchor_image, num_images, normalization)
-        weights = weights / num_images
-        margins = groups.margins(values)
-        hinges = torch.stack([alpha - m for m, alpha in zip(margins.unbind(), alphas)]).clamp(min=0)
-        weights = weights * (hinges > 0)
-        constant = (hinges * weights).flatten(1).sum(dim=1)
-        slopes = weights.sum(dim=1)
-        slopes = slopes.scatter_add(1, groups.positive.flatten(1), -weights.flatten(1))
+        alphas = torch.as_tensor(alphas, dtype=phi.dtype, device=phi.device)
+        active = groups.margins(values) < alphas[:, None, None]
+        weights = (weights * active).flatten(1) / num_images
+        slopes = weights.view_as(groups.positive).sum(dim=1)
+        slopes = slopes.scatter_add_(1, groups.positive.flatten(1), -weights)
+        constants = weights.sum(dim=1) * alphas
     # The losses are linear in the affinities between the corners of the hinges.
-    losses = constant + slopes @ (phi - values)
-    return tuple(losses.unbind()), groups
+    return torch.addmv(constants, slopes, phi).unbind(), groups
