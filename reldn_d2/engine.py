@@ -26,6 +26,7 @@ from .data.annotations import check_annotations
 from .data.dataset_mapper import RelationDatasetMapper
 from .data.frequency import count_predicates, log_frequencies
 from .evaluation.build import build_relation_evaluator
+from .events import RelationStatisticsPrinter
 from .modeling.meta_arch import RelDN, predicts_relations
 
 __all__ = ["RelDNTrainer", "build_checkpointer", "build_optimizer", "ensure_frequency_table"]
@@ -148,6 +149,10 @@ def check_counts(cfg: CfgNode) -> None:
 
 class RelDNTrainer(DefaultTrainer):
     """``DefaultTrainer`` for RelDN and, with any other meta-architecture, for its detector."""
+
+    def build_writers(self) -> List[Any]:
+        """Detectron2's writers, and one for the statistics of the relation head."""
+        return [*super().build_writers(), RelationStatisticsPrinter()]
 
     def build_hooks(self):
         """Detectron2's hooks, saving and loading through :func:`build_checkpointer`."""

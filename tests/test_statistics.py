@@ -1,9 +1,12 @@
 """What can be watched while the relation head trains, worked out by hand and in a real step."""
 
+import logging
+
 import pytest
 import torch
 from model_utils import busy_item, empty_item, small_model, unrelated_item
 
+from reldn_d2.events import RelationStatisticsPrinter
 from reldn_d2.modeling.losses import AnchorSides, contrastive_losses
 from reldn_d2.modeling.relation_head.sampling import SampledPairs
 from reldn_d2.modeling.relation_head.statistics import training_statistics
@@ -64,7 +67,7 @@ def test_statistics_by_hand():
 @pytest.mark.parametrize("batch", [[busy_item()], [unrelated_item(), busy_item()], [empty_item()]])
 def test_a_training_step_puts_them_all_into_the_event_storage(batch):
     model = small_model().train()
-    with EventStorage(0) as storage:
+    with EventStorage(19) as storage:  # the trainer's writers write after this iteration
         model(batch)
     names = {name for name in storage.latest() if name.startswith("reldn/")}
     always = {"num_positive_pairs", "num_negative_pairs", "predicate_accuracy"}
@@ -75,3 +78,16 @@ def test_a_training_step_puts_them_all_into_the_event_storage(batch):
         for value in ("groups", "margin", "violated"):
             assert (f"reldn/{loss}_{value}" in names) == has_pairs
     assert all(value == value for value, _ in storage.latest().values())  # no NaN
+
+
+def test_the_log_has_a_line_of_them_whenever_there_are_new_ones(caplog):
+    printer = RelationStatisticsPrinter()
+    with EventStorage(18) as storage, caplog.at_level(logging.INFO):
+        for number in range(3):
+            if number == 1:
+                storage.put_scalars(**{"reldn/entity_class_margin": 0.125, "loss_predicate": 1.0})
+            printer.write()
+            storage.step()
+    assert [record.message for record in caplog.records] == [
+        " pairs: iter: 19  entity_class_margin: 0.125"
+    ]

@@ -139,3 +139,16 @@ def test_missing_config_file_is_named(tmp_path, train_net):
     args = default_argument_parser().parse_args(["--config-file", str(tmp_path / "no.yaml")])
     with pytest.raises(FileNotFoundError, match="No config file '.*no.yaml'"):
         train_net.main(args)
+
+
+def test_statistics_of_the_relation_head_are_in_the_log_and_in_the_metrics(
+    tmp_path, dataset, train_net
+):
+    folder = tmp_path / "run"
+    options = ("MODEL.WEIGHTS", save_detector(tmp_path), "SOLVER.MAX_ITER", 20)
+    train_net.main(arguments(folder, *options))
+    lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    (numbers,) = (line for line in lines if "reldn/class_agnostic_margin" in line)
+    assert numbers["iteration"] == 19 and numbers["reldn/num_positive_pairs"] > 0
+    assert "pairs: iter: 19" in (folder / "log.txt").read_text()
+    assert "class_agnostic_violated: " in (folder / "log.txt").read_text()

@@ -356,7 +356,7 @@ class RelDNHead(nn.Module):
                 if weight:
                     losses[f"loss_{name}"] = weight * loss
         storage = get_event_storage()
-        if storage.iter % self.statistics_period == 0:
+        if (storage.iter + 1) % self.statistics_period == 0:  # when the trainer's writers write
             statistics = training_statistics(logits, targets, pairs, groups, self.alphas)
             storage.put_scalars(smoothing_hint=False, **statistics)
             if len(pairs) == 0:
