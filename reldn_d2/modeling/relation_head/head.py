@@ -261,9 +261,12 @@ class RelDNHead(nn.Module):
         if self.visual is not None:
             vectors = union = None
             if self.predicate_box_head is not None:
-                first, second, union, sizes = distinct_unions(
-                    subjects, objects, entities.image, len(entities.boxes), len(entities.sizes)
-                )
+                if torch.jit.is_tracing():  # sizes have to be known beforehand
+                    first, second, sizes = subjects, objects, [len(subjects)]
+                else:
+                    first, second, union, sizes = distinct_unions(
+                        subjects, objects, entities.image, len(entities.boxes), len(entities.sizes)
+                    )
                 boxes = union_boxes(entities.boxes[first], entities.boxes[second]).split(sizes)
                 maps = [predicate_features[name] for name in self.in_features]
                 vectors = self.predicate_box_head(

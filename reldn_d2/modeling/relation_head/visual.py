@@ -65,7 +65,8 @@ class VisualModule(nn.Module):
                 enabled part reads it.
             union_vectors: (U, d), of the distinct union boxes; None without SPO.
             subjects, objects: (P,) int64, the pairs, as indices into the R entities.
-            union: (P,) int64, each pair's union box; None without SPO.
+            union: (P,) int64, each pair's union box; None where U = P and they are in the order of
+                the pairs, and without SPO.
 
         Returns:
             (P, C + 1) logits.
@@ -75,7 +76,8 @@ class VisualModule(nn.Module):
             from_subject, from_predicate, from_object = self.first.weight.split(
                 self.vector_size, dim=1
             )
-            hidden = F.linear(union_vectors, from_predicate, self.first.bias)[union]
+            hidden = F.linear(union_vectors, from_predicate, self.first.bias)
+            hidden = hidden if union is None else hidden[union]
             hidden = hidden + F.linear(subject_vectors, from_subject)[subjects]
             hidden = hidden + F.linear(object_vectors, from_object)[objects]
             logits = logits + self.rest(hidden)
