@@ -86,9 +86,13 @@ def _add_solver_and_test(cfg: CfgNode) -> None:
     # sgdet: everything predicted; sgcls: boxes given; prdcls: boxes and classes given.
     cfg.TEST.RELATIONS.TASK = "sgdet"
     cfg.TEST.RELATIONS.TOPK = 100  # triplets kept of an image
+    # How relations are scored (docs/evaluation.md): lu2016, motifs, openimages, released or
+    # relations; empty: the protocol of the data set's tables in the paper.
+    cfg.TEST.RELATIONS.PROTOCOL = ""
+    cfg.TEST.RELATIONS.RECALL_AT = []  # the n of R@n, each at most TOPK; empty: the protocol's
     # k: the predicates of a pair that may be kept; 0: all. With several values the output holds the
-    # exact top TOPK of each.
-    cfg.TEST.RELATIONS.PREDICATES_PER_PAIR = [1]
+    # exact top TOPK of each. Empty: those that the protocols of DATASETS.TEST ask for.
+    cfg.TEST.RELATIONS.PREDICATES_PER_PAIR = []
     cfg.TEST.RELATIONS.PAIR_CHUNK = 2048  # pairs scored at once: bounds the memory
 
 

@@ -2,20 +2,55 @@
 
 import logging
 import os
-from typing import Callable, Dict, List, Sequence
+from typing import Dict, List, Sequence, Type
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 
 from ..modeling.meta_arch import predicts_relations
+from ..protocols import find_protocol, predicates_per_pair
 from .box_evaluation import box_evaluator
-from .relation_evaluation import RelationEvaluator
-from .vrd_evaluation import VRDEvaluator
+from .evaluator import RelationDatasetEvaluator
+from .evaluators import (
+    OpenImagesVRDEvaluator,
+    RelationEvaluator,
+    SceneGraphEvaluator,
+    VRDEvaluator,
+)
 
-__all__ = ["build_relation_evaluator"]
+__all__ = ["build_relation_evaluator", "evaluator_class"]
 
 logger = logging.getLogger(__name__)
+
+_EVALUATORS: Dict[str, Type[RelationDatasetEvaluator]] = {
+    str(kind.EVALUATOR_TYPE): kind
+    for kind in (RelationEvaluator, VRDEvaluator, OpenImagesVRDEvaluator, SceneGraphEvaluator)
+}
+
+
+def evaluator_class(dataset_name: str, protocol: str = "") -> Type[RelationDatasetEvaluator]:
+    """The evaluator that the data set's metadata names in ``evaluator_type``.
+
+    Args:
+        dataset_name: registered data set.
+        protocol: with a protocol named, a data set without known ``evaluator_type`` is in order.
+
+    Raises:
+        ValueError: no relation evaluator is known for the data set.
+    """
+    evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
+    if evaluator_type not in _EVALUATORS:
+        if protocol:
+            return RelationDatasetEvaluator
+        raise ValueError(
+            f"Data set '{dataset_name}' has evaluator_type {evaluator_type!r} in its metadata; "
+            f"relation evaluators are known for: {', '.join(sorted(_EVALUATORS))}. Set the one "
+            f'that fits: MetadataCatalog.get("{dataset_name}").evaluator_type = "relation" '
+            "(any data set whose dicts have relations), or name a protocol "
+            "(TEST.RELATIONS.PROTOCOL)."
+        )
+    return _EVALUATORS[evaluator_type]
 
 
 def build_relation_evaluator(
@@ -24,7 +59,8 @@ def build_relation_evaluator(
     """The evaluator for what the configured model predicts.
 
     RelDN's relations are judged by the evaluator that the data set's metadata names in
-    ``evaluator_type``; any other meta-architecture is a detector and gets COCO's box AP.
+    ``evaluator_type``, by the protocol ``TEST.RELATIONS.PROTOCOL`` or the data set's own; any other
+    meta-architecture is a detector and gets COCO's box AP.
 
     Args:
         cfg: config with the keys of ``add_reldn_config``.
@@ -33,43 +69,24 @@ def build_relation_evaluator(
             ``DATASETS.TEST`` each gets a folder of its name in there.
 
     Raises:
-        ValueError: no relation evaluator is known for the data set.
+        ValueError: no relation evaluator is known for the data set, or no such protocol.
     """
     if len(cfg.DATASETS.TEST) > 1:
         output_folder = os.path.join(output_folder, dataset_name)
     if not predicts_relations(cfg):
         return box_evaluator(dataset_name, output_folder)
-    evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
-    if evaluator_type not in _EVALUATORS:
-        raise ValueError(
-            f"Data set '{dataset_name}' has evaluator_type {evaluator_type!r} in its metadata; "
-            f"relation evaluators are known for: {', '.join(sorted(_EVALUATORS))}. Set the one "
-            f'that fits: MetadataCatalog.get("{dataset_name}").evaluator_type = "relation" '
-            "(any data set whose dicts have relations)."
-        )
-    return _EVALUATORS[evaluator_type](cfg, dataset_name, output_folder)
-
-
-def _relation_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> DatasetEvaluator:
     relations = cfg.TEST.RELATIONS
-    return RelationEvaluator(
+    kind = evaluator_class(dataset_name, relations.PROTOCOL)
+    protocol = find_protocol(relations.PROTOCOL, kind.EVALUATOR_TYPE)
+    topk = _reachable(relations.RECALL_AT or protocol.recall_at, relations.TOPK)
+    return kind(
         dataset_name,
         output_folder,
         task=relations.TASK,
-        predicates_per_pair=relations.PREDICATES_PER_PAIR,
-        topk=_reachable(RelationEvaluator.TOPK, relations.TOPK),
-        max_triplets=relations.TOPK,
-    )
-
-
-def _vrd_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> DatasetEvaluator:
-    relations = cfg.TEST.RELATIONS
-    return VRDEvaluator(
-        dataset_name,
-        output_folder,
-        task=relations.TASK,
-        predicates_per_pair=relations.PREDICATES_PER_PAIR,
-        topk=_reachable(VRDEvaluator.TOPK, relations.TOPK),
+        protocol=protocol.name,
+        predicates_per_pair=predicates_per_pair(cfg, dataset_name),
+        topk=topk,
+        max_triplets=None if protocol.all_triplets else min(relations.TOPK, max(100, *topk, 0)),
     )
 
 
@@ -83,9 +100,3 @@ def _reachable(topk: Sequence[int], kept: int) -> List[int]:
             ", ".join(f"R@{n}" for n in left_out),
         )
     return [n for n in topk if n <= kept]
-
-
-_EVALUATORS: Dict[str, Callable[[CfgNode, str, str], DatasetEvaluator]] = {
-    "relation": _relation_evaluator,
-    "vrd": _vrd_evaluator,
-}

@@ -35,7 +35,6 @@ from typing import Dict, Iterable, Tuple
 
 import numpy as np
 
-from .lu2016 import keep_best
 from .matching import best_overlap, pairwise_iou, phrase_boxes
 from .records import GroundTruth, ImagePair, Prediction
 
@@ -180,7 +179,7 @@ def confusion_report(
     """
     total = {name: np.zeros(2, dtype=np.int64) for name in SIDES + ("pairing",)}
     for ground_truth, prediction in images:
-        best = keep_best(prediction, predicates_per_pair, limit)
+        best = prediction.best(predicates_per_pair, limit)
         for name, counts in _count_image(ground_truth, best).items():
             total[name] += counts
     report: "OrderedDict[str, float]" = OrderedDict()

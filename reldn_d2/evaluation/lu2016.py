@@ -9,83 +9,106 @@ relations of all images; an image without predictions has no hits. The overlap i
 - ``relationship``: the smaller of the subject boxes' and the object boxes' IoU;
 - ``phrase``: the IoU of the boxes that enclose subject and object.
 
-A ground truth that is annotated twice must be predicted twice to be found twice.
+A ground truth that is annotated twice must be predicted twice to be found twice. The zero-shot
+recall counts, of the same matches, only the ground truth whose three labels the training set lacks.
 """
 
-from typing import Iterable, List, Sequence, Union
+from collections import OrderedDict
+from typing import Dict, List, Optional, Sequence, Union
 
 import numpy as np
 
-from .matching import (
-    limit_predicates_per_pair,
-    match_one_to_one,
-    pairwise_iou,
-    phrase_overlaps,
-    relationship_overlaps,
-    same_labels,
-)
-from .records import GroundTruth, ImagePair, Prediction
+from .average_precision import relation_average_precision
+from .matching import NEVER
+from .protocol import Scores, Settings, task_name
+from .records import ImagePair
+from .tables import RelationTable, found_ranks
 
-__all__ = ["keep_best", "match_triplets", "pooled_recall", "triplet_overlaps"]
-
-KINDS = ("relationship", "phrase")
+__all__ = ["pooled", "pooled_recall", "score"]
 
 
-def keep_best(prediction: Prediction, predicates_per_pair: int = 0, limit: int = 0) -> Prediction:
-    """The ``limit`` best triplets after each pair kept ``predicates_per_pair``; 0: no limit."""
-    kept = np.flatnonzero(limit_predicates_per_pair(prediction.pairs, predicates_per_pair))
-    return prediction.select(kept[:limit] if limit else kept)
-
-
-def triplet_overlaps(
-    ground_truth: GroundTruth, prediction: Prediction, kind: str = "relationship"
-) -> np.ndarray:
-    """(K, M) overlaps of predicted and ground-truth triplets, whatever their labels."""
-    if kind == "relationship":
-        iou = pairwise_iou(prediction.boxes, ground_truth.boxes)
-        return relationship_overlaps(iou, prediction.pairs, ground_truth.pairs)
-    if kind == "phrase":
-        return phrase_overlaps(
-            prediction.boxes, prediction.pairs, ground_truth.boxes, ground_truth.pairs
-        )
-    raise ValueError(f"Unknown kind of overlap {kind!r}; known are {', '.join(KINDS)}.")
-
-
-def match_triplets(
-    ground_truth: GroundTruth, prediction: Prediction, kind: str = "relationship"
-) -> np.ndarray:
-    """(K,) index of the ground-truth relation that each predicted triplet found, or -1."""
-    overlaps = triplet_overlaps(ground_truth, prediction, kind)
-    return match_one_to_one(overlaps, same_labels(prediction.labels, ground_truth.labels))
-
-
-def pooled_recall(
-    images: Iterable[ImagePair],
-    topk: Sequence[Union[int, str]],
-    predicates_per_pair: int = 0,
-    kind: str = "relationship",
+def pooled(
+    ranks: np.ndarray, truth: RelationTable, topk: Sequence[Union[int, str]]
 ) -> List[float]:
     """Recall in percent over all images together.
 
     Args:
-        images: ground truth and prediction of every image of the data set.
+        ranks: (M,) at which each ground truth is found.
+        truth: M relations.
         topk: numbers n of triplets that count in an image; ``"n"`` stands for the image's own
             number of ground-truth relations.
+
+    Returns:
+        One value for each of ``topk``; NaN if there is no ground-truth relation at all.
+    """
+    if len(ranks) == 0:
+        return [float("nan")] * len(topk)
+    own = np.bincount(truth.image, minlength=truth.num_images)[truth.image]
+    hits = [int((ranks < (own if n == "n" else int(n))).sum()) for n in topk]
+    return [100.0 * hit / len(ranks) for hit in hits]
+
+
+def pooled_recall(
+    images: Sequence[ImagePair],
+    topk: Sequence[Union[int, str]],
+    predicates_per_pair: int = 0,
+    kind: str = "relationship",
+) -> List[float]:
+    """Recall in percent over all images together, by the rule above.
+
+    Args:
+        images: ground truth and prediction of every image of the data set.
+        topk: as for :func:`pooled`.
         predicates_per_pair: k; 0 means all.
         kind: ``relationship`` or ``phrase``.
 
     Returns:
         One value for each of ``topk``; NaN if there is no ground-truth relation at all.
     """
-    hits = np.zeros(len(topk), dtype=np.int64)
-    total = 0
-    for ground_truth, prediction in images:
-        num_relations = len(ground_truth.relations)
-        total += num_relations
-        limits = [num_relations if n == "n" else int(n) for n in topk]
-        best = keep_best(prediction, predicates_per_pair, max(limits, default=0))
-        found = np.cumsum(match_triplets(ground_truth, best, kind) >= 0)
-        for column, limit in enumerate(limits):
-            if limit and len(found):
-                hits[column] += found[min(limit, len(found)) - 1]
-    return [100.0 * hit / total if total else float("nan") for hit in hits.tolist()]
+    k = predicates_per_pair
+    found = found_ranks(images, [k], [kind], one_to_one=True)
+    return pooled(found[k, kind], RelationTable.from_images(images), topk)
+
+
+def score(images: Sequence[ImagePair], settings: Settings) -> Scores:
+    """Results: for each k ``{"lu2016_<task>_k<k>": metrics}``.
+
+    Metrics are ``relationship R@n`` and ``phrase R@n``, and with ``zero-shot`` in front over the
+    triplets that the training set lacks. In the task PRDCLS, where boxes and classes are given, the
+    relationship recall is what Lu et al. call predicate detection: ``predicate R@n``, and the
+    phrase recall is left out.
+    """
+    kinds = {"relationship": "relationship", "phrase": "phrase"}
+    if settings.task == "prdcls":
+        kinds = {"predicate": "relationship"}
+    truth = RelationTable.from_images(images)
+    unseen = settings.unseen(truth.labels)
+    found = found_ranks(images, settings.predicates_per_pair, kinds.values(), one_to_one=True)
+    scores = Scores()
+    for k in settings.predicates_per_pair:
+        task = task_name("lu2016", settings.task, k)
+        metrics: Dict[str, float] = OrderedDict()
+        for name, kind in kinds.items():
+            for n, recall in zip(settings.topk, pooled(found[k, kind], truth, settings.topk)):
+                metrics[f"{name} R@{n}"] = recall
+        for name, kind in kinds.items() if unseen is not None else ():
+            part = RelationTable(truth.image[unseen], truth.labels[unseen], truth.num_images)
+            values = pooled(found[k, kind][unseen], part, settings.topk)
+            metrics.update({f"zero-shot {name} R@{n}": x for n, x in zip(settings.topk, values)})
+        scores.results[task] = metrics
+        recall = recall_of_predicates(found[k, "relationship"], truth, settings)
+        precision, _ = relation_average_precision(
+            images, settings.num_predicates, k, settings.max_triplets
+        )
+        scores.add_predicates(task, truth, settings, recall, precision)
+    return scores
+
+
+def recall_of_predicates(
+    ranks: np.ndarray, truth: RelationTable, settings: Settings, topk: Optional[int] = None
+) -> np.ndarray:
+    """(P,) pooled recall of each predicate at the largest n; NaN where there is none to find."""
+    found = ranks < (topk or max(settings.topk, default=NEVER))
+    total = np.bincount(truth.predicates, minlength=settings.num_predicates)
+    hits = np.bincount(truth.predicates[found], minlength=settings.num_predicates)
+    return 100.0 * np.divide(hits, total, out=np.full(len(total), np.nan), where=total > 0)

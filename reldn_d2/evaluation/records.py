@@ -1,41 +1,35 @@
-"""What the evaluators keep of an image, as small numpy arrays, and the predictions file.
+"""What the evaluators keep of an image, as small numpy arrays.
 
 Shapes: N ground-truth entities, M ground-truth relations, R predicted boxes, K predicted triplets.
 All boxes are XYXY, absolute pixels, in the frame of the data set's dicts (the original image).
-
-``relation_predictions.json`` is a list with one record per processed image::
-
-    {"image_id": same as the data set's,
-     "instances": {"boxes": [[x1, y1, x2, y2], ...], "classes": [int, ...], "scores": [float, ...]},
-     "relations": {"pairs": [[subject_index, object_index], ...], "predicates": [int, ...],
-                   "scores": [float, ...]}}
-
-Classes and predicates are contiguous and 0-based; the scores of relations are triplet scores.
 """
 
-import json
-import os
-from dataclasses import dataclass
-from typing import Any, Dict, Iterable, Tuple, Union
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, List, Sequence, Tuple, Union
 
 import numpy as np
 
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Instances
 
 from ..data.annotations import boxes_xyxy
 from ..structures.relations import check_relation_triplets
-from .matching import rank_by_score
+from .matching import limit_predicates_per_pair, rank_by_score
 
 __all__ = [
     "GroundTruth",
+    "ImageId",
     "ImagePair",
     "Prediction",
+    "dicts_without_images",
     "load_ground_truth",
-    "write_predictions",
 ]
 
 ImageId = Union[int, str]
+
+
+def _no_labels() -> np.ndarray:
+    return np.zeros((0, 2), dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -45,6 +39,8 @@ class GroundTruth:
     boxes: np.ndarray  # (N, 4) float64
     classes: np.ndarray  # (N,) int64
     relations: np.ndarray  # (M, 3) int64: subject index, object index, predicate
+    # (V, 2) int64: class, and whether a human verified its presence (1) or absence (0)
+    verified: np.ndarray = field(default_factory=_no_labels)
 
     @property
     def pairs(self) -> np.ndarray:
@@ -62,10 +58,12 @@ class GroundTruth:
         annotations = record.get("annotations", [])
         relations = record.get("relations", [])
         check_relation_triplets(relations, len(annotations), where=where)
+        verified = record.get("verified_labels") or {}
         return cls(
             boxes_xyxy(annotations),
             np.asarray([a["category_id"] for a in annotations], dtype=np.int64),
             np.asarray(relations, dtype=np.int64).reshape(-1, 3),
+            np.asarray([(c, int(v)) for c, v in verified.items()], dtype=np.int64).reshape(-1, 2),
         )
 
 
@@ -74,12 +72,12 @@ class Prediction:
     """Predictions of one image, triplets in descending score (ties in the order given)."""
 
     image_id: ImageId
-    boxes: np.ndarray  # (R, 4) float32
+    boxes: np.ndarray  # (R, 4) float64
     classes: np.ndarray  # (R,) int32
-    box_scores: np.ndarray  # (R,) float32
+    box_scores: np.ndarray  # (R,) float64
     pairs: np.ndarray  # (K, 2) int32
     predicates: np.ndarray  # (K,) int32
-    scores: np.ndarray  # (K,) float32, triplet scores
+    scores: np.ndarray  # (K,) float64, triplet scores
 
     @property
     def labels(self) -> np.ndarray:
@@ -98,6 +96,18 @@ class Prediction:
             self.scores[triplets],
         )
 
+    def best(self, predicates_per_pair: int = 0, limit: int = 0) -> "Prediction":
+        """The ``limit`` best triplets after each pair kept its k best predicates; 0: no limit."""
+        return self.reduced((predicates_per_pair,), limit)
+
+    def reduced(self, predicates_per_pair: Sequence[int], limit: int = 0) -> "Prediction":
+        """The union, over the values of k, of the ``limit`` best triplets; 0: no limit."""
+        kept = np.zeros(len(self.scores), dtype=bool)
+        for k in predicates_per_pair:
+            rows = np.flatnonzero(limit_predicates_per_pair(self.pairs, k))
+            kept[rows[:limit] if limit else rows] = True
+        return self if kept.all() else self.select(np.flatnonzero(kept))
+
     @classmethod
     def from_arrays(
         cls,
@@ -112,16 +122,17 @@ class Prediction:
         """Check arrays or lists, sort the triplets by score and keep them in small types.
 
         Raises:
-            ValueError: lengths that differ, an index outside the boxes, or a score that is not
-                finite; the message names the image.
+            ValueError: shapes, types or lengths that do not fit, an index outside the boxes, a box
+                with x2 < x1 or y2 < y1, or a number that is not finite; the message names the
+                image.
         """
-        boxes = np.asarray(boxes, dtype=np.float32).reshape(-1, 4)
-        classes = np.asarray(classes, dtype=np.int32).reshape(-1)
-        box_scores = np.asarray(box_scores, dtype=np.float32).reshape(-1)
-        pairs = np.asarray(pairs, dtype=np.int32).reshape(-1, 2)
-        predicates = np.asarray(predicates, dtype=np.int32).reshape(-1)
-        scores = np.asarray(scores, dtype=np.float32).reshape(-1)
         where = f"Prediction of image {image_id!r}"
+        boxes = _array(boxes, "boxes", where, float, 4)
+        classes = _array(classes, "classes", where, int)
+        box_scores = _array(box_scores, "box scores", where, float)
+        pairs = _array(pairs, "pairs", where, int, 2)
+        predicates = _array(predicates, "predicates", where, int)
+        scores = _array(scores, "scores", where, float)
         if not len(boxes) == len(classes) == len(box_scores):
             raise ValueError(
                 f"{where}: {len(boxes)} boxes, {len(classes)} classes and {len(box_scores)} box "
@@ -139,12 +150,13 @@ class Prediction:
                 f"{len(boxes)} boxes. Pairs are 0-based indices into the image's boxes: where "
                 "boxes were dropped after the pairs were made, remap the pairs."
             )
-        for name, values in (("boxes", boxes), ("box scores", box_scores), ("scores", scores)):
-            if not np.isfinite(values).all():
-                raise ValueError(
-                    f"{where}: NaN or infinite {name}. The model has diverged (lower the learning "
-                    "rate, look at the losses) or its checkpoint is broken."
-                )
+        inverted = np.flatnonzero((boxes[:, 2:] < boxes[:, :2]).any(axis=1))
+        if len(inverted):
+            raise ValueError(
+                f"{where}: box {inverted[0]} is {boxes[inverted[0]].tolist()}, which ends before "
+                "it begins. Boxes are [x1, y1, x2, y2] in pixels; convert [x, y, width, height] or "
+                "[y1, x1, y2, x2], and sort the corners."
+            )
         order = rank_by_score(scores)
         return cls(
             image_id, boxes, classes, box_scores, pairs[order], predicates[order], scores[order]
@@ -210,6 +222,49 @@ def _labels(classes: np.ndarray, pairs: np.ndarray, predicates: np.ndarray) -> n
     return np.stack([classes[pairs[:, 0]], predicates, classes[pairs[:, 1]]], axis=1)
 
 
+def _array(values: Any, name: str, where: str, kind: type, width: int = 0) -> np.ndarray:
+    """(L,) or (L, width) int32 or finite float64 array.
+
+    Raises:
+        ValueError: another shape or type, or NaN or infinity.
+    """
+    shape = f"a list of [{', '.join('abcd'[:width])}]" if width else "a flat list"
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {name} differ in length; expected {shape}.") from error
+    if array.size == 0:
+        array = array.reshape((0, width) if width else (0,)).astype(kind)
+    if array.ndim != (2 if width else 1) or (width and array.shape[1] != width):
+        raise ValueError(f"{where}: {name} have the shape {array.shape}; expected {shape}.")
+    if array.dtype.kind not in ("iu" if kind is int else "iuf"):
+        wanted = "whole numbers (0-based)" if kind is int else "numbers"
+        raise ValueError(f"{where}: {name} are {str(array.tolist()):.60}; expected {wanted}.")
+    if kind is int:
+        limits = np.iinfo(np.int32)
+        if array.size and (array.min() < limits.min or array.max() > limits.max):
+            raise ValueError(f"{where}: {name} have numbers beyond 32 bits.")
+        return array.astype(np.int32)
+    array = array.astype(np.float64)
+    if not np.isfinite(array).all():
+        raise ValueError(
+            f"{where}: NaN or infinite {name}. The model has diverged (lower the learning rate, "
+            "look at the losses) or its checkpoint is broken."
+        )
+    return array
+
+
+def dicts_without_images(dataset_name: str) -> List[Dict[str, Any]]:
+    """Dicts of a registered data set; its images are read only if there is no way round that.
+
+    Where loading a data set reads images (for their sizes), its metadata can have
+    ``load_annotations``, a function that returns the dicts without what only the images tell.
+    """
+    load: Callable[[], List[Dict[str, Any]]]
+    load = MetadataCatalog.get(dataset_name).get("load_annotations", None)
+    return load() if load is not None else DatasetCatalog.get(dataset_name)
+
+
 def load_ground_truth(dataset_name: str) -> Dict[ImageId, GroundTruth]:
     """Ground truth of a registered data set, in its order.
 
@@ -217,7 +272,7 @@ def load_ground_truth(dataset_name: str) -> Dict[ImageId, GroundTruth]:
         ValueError: two dicts have one ``image_id``, or a relation points outside the annotations.
     """
     images: Dict[ImageId, GroundTruth] = {}
-    for record in DatasetCatalog.get(dataset_name):
+    for record in dicts_without_images(dataset_name):
         image_id = record["image_id"]
         where = f"Data set '{dataset_name}', image {image_id!r}"
         if image_id in images:
@@ -226,20 +281,3 @@ def load_ground_truth(dataset_name: str) -> Dict[ImageId, GroundTruth]:
             )
         images[image_id] = GroundTruth.from_dict(record, where)
     return images
-
-
-def write_predictions(predictions: Iterable[Prediction], file: str) -> None:
-    """Write ``relation_predictions.json``, whole or not at all."""
-    os.makedirs(os.path.dirname(os.path.abspath(file)), exist_ok=True)
-    unfinished = f"{file}.{os.getpid()}.tmp"
-    try:
-        with open(unfinished, "w", encoding="utf-8") as stream:
-            stream.write("[")
-            for number, prediction in enumerate(predictions):
-                stream.write(",\n" if number else "\n")
-                stream.write(json.dumps(prediction.to_record(), allow_nan=False))
-            stream.write("\n]\n")
-        os.replace(unfinished, file)
-    finally:
-        if os.path.exists(unfinished):
-            os.remove(unfinished)

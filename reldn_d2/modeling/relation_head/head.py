@@ -18,6 +18,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import get_event_storage
 from detectron2.utils.logger import log_first_n
 
+from ...protocols import predicates_per_pair
 from ...structures.relations import predicted_relations
 from ..losses import AnchorSides, contrastive_losses, draw_predicate_targets, predicate_loss
 from ..losses.contrastive import LOSS_NAMES, NORMALIZATIONS
@@ -152,7 +153,7 @@ class RelDNHead(nn.Module):
             "alphas": (head.LOSS.ALPHA_1, head.LOSS.ALPHA_2, head.LOSS.ALPHA_3),
             "normalization": head.LOSS.NORMALIZATION,
             "topk": cfg.TEST.RELATIONS.TOPK,
-            "predicates_per_pair": cfg.TEST.RELATIONS.PREDICATES_PER_PAIR,
+            "predicates_per_pair": predicates_per_pair(cfg),
             "pair_chunk": cfg.TEST.RELATIONS.PAIR_CHUNK,
         }
         if head.SEMANTIC.ENABLED:

@@ -1,0 +1,138 @@
+"""Recall and average precision of every predicate beside its frequency, to tell head from tail."""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from typing import Any, Dict, List, Optional, Tuple
+
+import numpy as np
+from tabulate import tabulate
+
+__all__ = ["GROUPS", "PredicateTable"]
+
+# Thirds of the predicates that occur, the most frequent first.
+GROUPS = ("head", "body", "tail")
+_COLORS = ("#c6d4e3", "#1f5a94", "#d1701f")
+
+
+@dataclass(frozen=True)
+class PredicateTable:
+    """All predicates of a data set under one protocol and one k."""
+
+    names: Tuple[str, ...]
+    counts: np.ndarray  # (P,) ground-truth relations
+    training_counts: Optional[np.ndarray]  # (P,) relations of the training set, if it is known
+    recall: np.ndarray  # (P,) percent, NaN where there is no ground truth
+    recall_at: int
+    average_precision: np.ndarray  # (P,) percent
+
+    @property
+    def order(self) -> np.ndarray:
+        """Predicates, the most frequent first: in the training set if known, else in this one."""
+        frequency = self.counts if self.training_counts is None else self.training_counts
+        return np.argsort(-frequency, kind="stable")
+
+    def groups(self) -> Dict[str, List[int]]:
+        """The predicates of each of :data:`GROUPS`, of those that the ground truth contains."""
+        present = [int(p) for p in self.order if self.counts[p]]
+        return {
+            name: part.tolist()
+            for name, part in zip(GROUPS, np.array_split(np.asarray(present, dtype=np.int64), 3))
+        }
+
+    def to_dict(self) -> Dict[str, Any]:
+        """As plain types; what is undefined is None."""
+        rows = []
+        group_of = {p: name for name, members in self.groups().items() for p in members}
+        for p in self.order.tolist():
+            row: Dict[str, Any] = {"predicate": self.names[p], "number": p}
+            row["group"] = group_of.get(p)
+            if self.training_counts is not None:
+                row["training_relations"] = int(self.training_counts[p])
+            row["relations"] = int(self.counts[p])
+            row["share"] = _known(100.0 * self.counts[p] / max(int(self.counts.sum()), 1))
+            row[f"R@{self.recall_at}"] = _known(self.recall[p])
+            row["AP"] = _known(self.average_precision[p])
+            rows.append(row)
+        return {"predicates": rows, "groups": self.group_means()}
+
+    def group_means(self) -> Dict[str, Dict[str, Optional[float]]]:
+        """Number of predicates, and means of recall and AP, of head, body and tail."""
+        return {
+            name: {
+                "number": len(members),
+                f"R@{self.recall_at}": _mean(self.recall[members]),
+                "AP": _mean(self.average_precision[members]),
+            }
+            for name, members in self.groups().items()
+        }
+
+    def to_markdown(self) -> str:
+        """The table, the most frequent predicate first, and the means below it."""
+        content = self.to_dict()
+        keys = [key for key in content["predicates"][0] if key != "number"] if self.names else []
+        rows = [[_cell(row[key]) for key in keys] for row in content["predicates"]]
+        align = ["left", "left"] + ["right"] * (len(keys) - 2) if keys else []
+        table = tabulate(rows, keys, tablefmt="pipe", colalign=align, disable_numparse=True)
+        means = [[name, *map(_cell, values.values())] for name, values in content["groups"].items()]
+        heads = ["mean of", "predicates", f"R@{self.recall_at}", "AP"]
+        align = ["left"] + ["right"] * 3
+        return (
+            table
+            + "\n\n"
+            + tabulate(means, heads, tablefmt="pipe", colalign=align, disable_numparse=True)
+        )
+
+    def draw(self, file: str, title: str) -> None:
+        """Frequency as bars, recall and AP as points, the most frequent predicate first."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        order = self.order
+        where = np.arange(len(order))
+        figure = Figure(figsize=(max(7.0, 0.24 * len(order) + 2.5), 4.8), layout="constrained")
+        FigureCanvasAgg(figure)
+        left = figure.add_subplot()
+        bars = self.counts if self.training_counts is None else self.training_counts
+        of_set = "" if self.training_counts is None else " in the training set"
+        left.bar(where, bars[order], color=_COLORS[0], label=f"relations{of_set}")
+        left.set_yscale("symlog", linthresh=1)
+        left.set_ylim(bottom=0)
+        left.set_ylabel(f"relations{of_set}")
+        left.set_xticks(where, [self.names[p] for p in order], rotation=90)
+        left.set_xlim(-0.6, max(len(order), 1) - 0.4)
+        right = left.twinx()
+        right.plot(where, self.recall[order], "o", color=_COLORS[1], label=f"R@{self.recall_at}")
+        right.plot(where, self.average_precision[order], "x", color=_COLORS[2], label="AP")
+        right.set_ylim(-3, 103)
+        right.set_ylabel("percent")
+        left.set_title(title)
+        figure.legend(loc="outside lower center", ncols=3, frameon=False)
+        figure.savefig(file, dpi=110)
+
+    def write(self, folder: str, name: str, title: str) -> List[str]:
+        """Write ``per_predicate_<name>`` as .json, .md and .png; returns the paths."""
+        os.makedirs(folder, exist_ok=True)
+        paths = [os.path.join(folder, f"per_predicate_{name}.{x}") for x in ("json", "md", "png")]
+        with open(paths[0], "w", encoding="utf-8") as stream:
+            json.dump(self.to_dict(), stream, indent=1)
+        with open(paths[1], "w", encoding="utf-8") as stream:
+            stream.write(f"# {title}\n\n{self.to_markdown()}\n")
+        self.draw(paths[2], title)
+        return paths
+
+
+def _known(value: float) -> Optional[float]:
+    return None if math.isnan(value) else float(value)
+
+
+def _mean(values: np.ndarray) -> Optional[float]:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else None
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
