@@ -184,6 +184,11 @@ class RelationDatasetEvaluator(DatasetEvaluator):
         self._report(scores)
         return scores.results
 
+    def joined(self) -> List[ImagePair]:
+        """Ground truth and prediction of every image, in the data set's order, of this process."""
+        none = Prediction.empty("")
+        return [(gt, none if p is None else p) for gt, p in self._join(self._predictions)]
+
     def score(self, images: Sequence[ImagePair]) -> Scores:
         """Metrics in percent from every image of the data set, in its order."""
         self.settings = self._with_training_set(self.settings)

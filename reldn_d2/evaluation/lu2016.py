@@ -18,11 +18,11 @@ from typing import Dict, List, Optional, Sequence, Union
 
 import numpy as np
 
-from .average_precision import relation_average_precision
+from .average_precision import precision_of_predicates
 from .matching import NEVER
 from .protocol import Scores, Settings, task_name
 from .records import ImagePair
-from .tables import RelationTable, found_ranks
+from .tables import RelationTable, detections, found_ranks
 
 __all__ = ["pooled", "pooled_recall", "score"]
 
@@ -84,6 +84,7 @@ def score(images: Sequence[ImagePair], settings: Settings) -> Scores:
     truth = RelationTable.from_images(images)
     unseen = settings.unseen(truth.labels)
     found = found_ranks(images, settings.predicates_per_pair, kinds.values(), one_to_one=True)
+    tested = detections(images, settings.predicates_per_pair, limit=settings.max_triplets)
     scores = Scores()
     for k in settings.predicates_per_pair:
         task = task_name("lu2016", settings.task, k)
@@ -97,8 +98,8 @@ def score(images: Sequence[ImagePair], settings: Settings) -> Scores:
             metrics.update({f"zero-shot {name} R@{n}": x for n, x in zip(settings.topk, values)})
         scores.results[task] = metrics
         recall = recall_of_predicates(found[k, "relationship"], truth, settings)
-        precision, _ = relation_average_precision(
-            images, settings.num_predicates, k, settings.max_triplets
+        precision = precision_of_predicates(
+            tested[k, "relationship"], truth, settings.num_predicates
         )
         scores.add_predicates(task, truth, settings, recall, precision)
     return scores

@@ -14,16 +14,16 @@ image without predictions counting 0:
 """
 
 from collections import OrderedDict
-from typing import Sequence
+from typing import Dict, Sequence, Tuple
 
 import numpy as np
 
-from .average_precision import mean_average_precision, relation_average_precision
-from .protocol import Scores, Settings, task_name
+from .average_precision import mean_average_precision, precision_of_predicates
+from .protocol import Scores, Settings
 from .records import ImagePair
-from .tables import RelationTable, found_ranks
+from .tables import RelationTable, detections, found_ranks
 
-__all__ = ["image_recall", "predicate_recall", "score"]
+__all__ = ["image_recall", "predicate_recall", "recall_metrics", "score"]
 
 
 def image_recall(found: np.ndarray, image: np.ndarray) -> float:
@@ -58,6 +58,36 @@ def predicate_recall(found: np.ndarray, truth: RelationTable, num_predicates: in
     return 100.0 * np.divide(sums, total, out=np.full(num_predicates, np.nan), where=total > 0)
 
 
+def recall_metrics(
+    images: Sequence[ImagePair], settings: Settings
+) -> Dict[int, Dict[str, float]]:
+    """For each k ``R@n``, ``mR@n`` and, where the training set is known, ``zR@n``."""
+    return {k: metrics for k, (metrics, _) in _recalls(images, settings).items()}
+
+
+def _recalls(
+    images: Sequence[ImagePair], settings: Settings
+) -> Dict[int, Tuple[Dict[str, float], np.ndarray]]:
+    """For each k the metrics and (P,) recall of the predicates at the largest n."""
+    truth = RelationTable.from_images(images)
+    unseen = settings.unseen(truth.labels)
+    found = found_ranks(images, settings.predicates_per_pair)
+    result = {}
+    for k in settings.predicates_per_pair:
+        metrics: Dict[str, float] = OrderedDict()
+        ranks = found[k, "relationship"]
+        for n in settings.topk:
+            metrics[f"R@{n}"] = image_recall(ranks < n, truth.image)
+        of_predicates = np.full(settings.num_predicates, np.nan)
+        for n in sorted(settings.topk):
+            of_predicates = predicate_recall(ranks < n, truth, settings.num_predicates)
+            metrics[f"mR@{n}"] = mean_average_precision(of_predicates)
+        for n in settings.topk if unseen is not None else ():
+            metrics[f"zR@{n}"] = image_recall(ranks[unseen] < n, truth.image[unseen])
+        result[k] = metrics, of_predicates
+    return result
+
+
 def score(images: Sequence[ImagePair], settings: Settings) -> Scores:
     """Results: for each k a block of ``R@n``, ``mR@n`` and, where the training set is known, zR@n.
 
@@ -65,24 +95,14 @@ def score(images: Sequence[ImagePair], settings: Settings) -> Scores:
     k = 0, and ``motifs_<task>_k<k>`` for any other.
     """
     truth = RelationTable.from_images(images)
-    unseen = settings.unseen(truth.labels)
-    found = found_ranks(images, settings.predicates_per_pair)
+    found = detections(images, settings.predicates_per_pair, limit=settings.max_triplets)
     scores = Scores()
-    for k in settings.predicates_per_pair:
-        suffix = {1: "_graph_constraint", 0: "_no_constraint"}.get(k)
-        task = f"motifs_{settings.task}{suffix}" if suffix else task_name("motifs", settings.task, k)
-        metrics = scores.results[task] = OrderedDict()
-        ranks = found[k, "relationship"]
-        for n in settings.topk:
-            metrics[f"R@{n}"] = image_recall(ranks < n, truth.image)
-        of_predicates = np.full(settings.num_predicates, np.nan)
-        for n in settings.topk:
-            of_predicates = predicate_recall(ranks < n, truth, settings.num_predicates)
-            metrics[f"mR@{n}"] = mean_average_precision(of_predicates)
-        for n in settings.topk if unseen is not None else ():
-            metrics[f"zR@{n}"] = image_recall(ranks[unseen] < n, truth.image[unseen])
-        precision, _ = relation_average_precision(
-            images, settings.num_predicates, k, settings.max_triplets
+    for k, (metrics, of_predicates) in _recalls(images, settings).items():
+        suffix = {1: "_graph_constraint", 0: "_no_constraint"}.get(k, f"_k{k}")
+        task = f"motifs_{settings.task}{suffix}"
+        scores.results[task] = metrics
+        precision = precision_of_predicates(
+            found[k, "relationship"], truth, settings.num_predicates
         )
         scores.add_predicates(task, truth, settings, of_predicates, precision)
     return scores

@@ -124,7 +124,14 @@ def register_vrd(name: str, json_file: str, image_root: str, merge_duplicates: b
         merge_duplicates: see :func:`load_vrd`.
     """
     DatasetCatalog.register(name, lambda: load_vrd(json_file, image_root, merge_duplicates))
+
+    def load_annotations() -> list[dict[str, Any]]:
+        """What needs no images, for scoring predictions again."""
+        images = parse_vrd_annotations(json_file, merge_duplicates)
+        return [{"image_id": name, **image._asdict()} for name, image in images.items()]
+
     MetadataCatalog.get(name).set(
+        load_annotations=load_annotations,
         thing_classes=list(VRD_CLASSES),
         predicate_classes=list(VRD_PREDICATES),
         evaluator_type="vrd",

@@ -1,0 +1,264 @@
+"""Submissions of the OpenImages challenge's visual relationship track, written and read.
+
+Two layouts are in use. The challenge's server takes a line an image::
+
+    ImageId,PredictionString
+    <id>,<score> <label1> <xmin1> <ymin1> <xmax1> <ymax1> <label2> <xmin2> ... <relation> <score> ...
+
+and the challenge's evaluation code a line a triplet, with the columns :data:`COLUMNS`. Coordinates
+are divided by the image's width and height. Labels are OpenImages' identifiers (``/m/04bcr3``).
+"""
+
+import csv
+import gzip
+import sys
+from contextlib import contextmanager
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+
+from detectron2.data import MetadataCatalog
+
+from .predictions_file import written_whole
+from .records import ImageId, Prediction, dicts_without_images
+
+__all__ = ["COLUMNS", "LAYOUTS", "read_submission", "write_submission"]
+
+COLUMNS = ("ImageID", "LabelName1", "LabelName2", "RelationshipLabel", "Score") + tuple(
+    f"{side}{number}" for number in (1, 2) for side in ("XMin", "XMax", "YMin", "YMax")
+)
+_SERVER_COLUMNS = ("ImageId", "PredictionString")
+_FIELDS = 12  # of a triplet in a PredictionString
+LAYOUTS = ("server", "table")
+
+
+class _Names(NamedTuple):
+    """Names of classes and predicates, and the images' sizes."""
+
+    classes: Sequence[str]
+    predicates: Sequence[str]
+    sizes: Dict[str, Tuple[ImageId, float, float]]  # by str(image_id): the id, width, height
+
+
+def _names(dataset_name: str, labels: Optional[Sequence[str]]) -> _Names:
+    metadata = MetadataCatalog.get(dataset_name)
+    classes = labels or metadata.get("thing_labels", None) or metadata.get("thing_classes", None)
+    predicates = metadata.get("predicate_classes", None)
+    if classes is None or predicates is None:
+        raise ValueError(
+            f"The metadata of data set '{dataset_name}' lacks thing_classes or predicate_classes."
+        )
+    sizes = {}
+    for record in dicts_without_images(dataset_name):
+        image_id = record["image_id"]
+        if "width" not in record or "height" not in record:
+            raise ValueError(
+                f"Data set '{dataset_name}', image {image_id!r}: its size is not known. A "
+                "submission has normalised coordinates; put the images in their place."
+            )
+        sizes[str(image_id)] = (image_id, float(record["width"]), float(record["height"]))
+    for kind, names in (("class", classes), ("predicate", predicates)):
+        if len(set(names)) != len(names):
+            raise ValueError(f"Data set '{dataset_name}' has two {kind} names that are equal.")
+    return _Names(list(classes), list(predicates), sizes)
+
+
+def write_submission(
+    dataset_name: str,
+    predictions: Iterable[Prediction],
+    file: str,
+    layout: str = "server",
+    labels: Optional[Sequence[str]] = None,
+) -> None:
+    """Write predictions as a submission, whole or not at all.
+
+    Args:
+        dataset_name: registered data set with ``width`` and ``height`` of its images.
+        predictions: of its images; those that are missing get a line without triplets.
+        file: the CSV file.
+        layout: ``server`` or ``table``, see above.
+        labels: OpenImages' identifiers of the classes; by default the metadata's ``thing_labels``,
+            or ``thing_classes`` where it has none.
+
+    Raises:
+        ValueError: an unknown layout, an image that the data set lacks, or names with blanks.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"Unknown layout {layout!r}; known are {', '.join(LAYOUTS)}.")
+    names = _names(dataset_name, labels)
+    blank = [name for name in (*names.classes, *names.predicates) if len(name.split()) != 1]
+    if layout == "server" and blank:
+        raise ValueError(
+            f"{blank[0]!r} has a blank, which separates the fields of a submission. Give "
+            "OpenImages' identifiers of the classes (labels, or thing_labels in the metadata)."
+        )
+    missing = dict(names.sizes)
+    with written_whole(file) as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(_SERVER_COLUMNS if layout == "server" else COLUMNS)
+        for prediction in predictions:
+            key = str(prediction.image_id)
+            if key not in names.sizes:
+                raise ValueError(f"Data set '{dataset_name}' has no image {key!r}.")
+            missing.pop(key, None)
+            rows = [_fields(row, names) for row in _rows(prediction, names)]
+            if layout == "server":
+                writer.writerow((key, " ".join(" ".join(row) for row in rows)))
+            else:
+                writer.writerows(_table_row(key, row) for row in rows)
+        if layout == "server":
+            writer.writerows((key, "") for key in missing)
+
+
+def _rows(prediction: Prediction, names: _Names) -> Iterator[tuple]:
+    """(score, subject class, its box, object class, its box, predicate), boxes normalised."""
+    _, width, height = names.sizes[str(prediction.image_id)]
+    boxes = (prediction.boxes / np.array([width, height, width, height])).tolist()
+    classes = prediction.classes.tolist()
+    scores, predicates = prediction.scores.tolist(), prediction.predicates.tolist()
+    for (s, o), predicate, score in zip(prediction.pairs.tolist(), predicates, scores):
+        yield score, classes[s], boxes[s], classes[o], boxes[o], predicate
+
+
+def _fields(row: tuple, names: _Names) -> List[str]:
+    score, subject, subject_box, object_, object_box, predicate = row
+    return [
+        repr(score),
+        names.classes[subject],
+        *map(repr, subject_box),
+        names.classes[object_],
+        *map(repr, object_box),
+        names.predicates[predicate],
+    ]
+
+
+# Where the columns of COLUMNS from the second on stand in a triplet of the other layout.
+_PLACES = (1, 6, 11, 0, 2, 4, 3, 5, 7, 9, 8, 10)
+
+
+def _table_row(image: str, fields: Sequence[str]) -> List[str]:
+    return [image, *(fields[place] for place in _PLACES)]
+
+
+def read_submission(
+    dataset_name: str, file: str, labels: Optional[Sequence[str]] = None
+) -> Iterator[Prediction]:
+    """Read a submission of either layout, plain or gzipped; equal scores rank as listed.
+
+    Coordinates become absolute pixels again, exactly those that :func:`write_submission` was given
+    where these were single-precision numbers, as a model's are.
+
+    Args:
+        dataset_name: registered data set that it is for.
+        file: the CSV file.
+        labels: as for :func:`write_submission`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is wrong; the message names it and the mend.
+    """
+    names = _names(dataset_name, labels)
+    triplets: Dict[str, List[Sequence[str]]] = {}
+    lines: Dict[str, int] = {}
+    with _open_text(file) as stream, _long_fields():
+        reader = csv.reader(stream)
+        header = tuple(x.strip() for x in next(reader, ()))
+        if header not in (_SERVER_COLUMNS, COLUMNS):
+            raise ValueError(
+                f"{file}, line 1: the columns are {', '.join(header)[:80]!r}; expected "
+                f"{','.join(_SERVER_COLUMNS)} or {','.join(COLUMNS)}."
+            )
+        for row in reader:
+            where = f"{file}, line {reader.line_num}"
+            if len(row) != len(header):
+                raise ValueError(
+                    f"{where}: {len(row)} fields instead of {len(header)}. The line is cut off or "
+                    "has a comma too many; write the file again."
+                )
+            if row[0] not in names.sizes:
+                raise ValueError(
+                    f"{where}: data set '{dataset_name}' has no image {row[0]!r}. Name the data "
+                    "set that the submission is for."
+                )
+            if header == _SERVER_COLUMNS:
+                if row[0] in lines:
+                    raise ValueError(f"{where}: image {row[0]!r} is in line {lines[row[0]]}, too.")
+                parts = row[1].split()
+                if len(parts) % _FIELDS:
+                    raise ValueError(
+                        f"{where}: {len(parts)} parts, which is no multiple of the {_FIELDS} of a "
+                        "triplet. The line is cut off or a name has a blank; write it again."
+                    )
+                found = [parts[i : i + _FIELDS] for i in range(0, len(parts), _FIELDS)]
+            else:
+                found = [[row[1 + _PLACES.index(place)] for place in range(_FIELDS)]]
+            lines.setdefault(row[0], reader.line_num)
+            triplets.setdefault(row[0], []).extend(found)
+    for image, found in triplets.items():
+        yield _prediction(found, f"{file}, line {lines[image]}", names, image)
+
+
+def _prediction(
+    triplets: Sequence[Sequence[str]], where: str, names: _Names, image: str
+) -> Prediction:
+    image_id, width, height = names.sizes[image]
+    where = f"{where} (image {image!r})"
+    try:
+        scores = [float(t[0]) for t in triplets]
+        corners = [[float(x) for part in (t[2:6], t[7:11]) for x in part] for t in triplets]
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}. Scores and coordinates are numbers.") from error
+    scale = np.array([width, height] * 2)
+    boxes = _snap(np.asarray(corners).reshape(-1, 4) * scale)
+    labels = [label for t in triplets for label in (t[1], t[6])]
+    classes = _numbers(labels, names.classes, "class", where)
+    predicates = _numbers([t[11] for t in triplets], names.predicates, "predicate", where)
+    # Boxes of one class that are equal are one entity again.
+    keys = np.column_stack([classes, boxes])
+    entities, index = np.unique(keys, axis=0, return_inverse=True)
+    try:
+        return Prediction.from_arrays(
+            image_id,
+            entities[:, 1:],
+            entities[:, 0].astype(np.int64),
+            np.ones(len(entities)),
+            index.reshape(-1, 2),
+            predicates,
+            scores,
+        )
+    except ValueError as error:
+        message = str(error).removeprefix(f"Prediction of image {image_id!r}: ")
+        raise ValueError(f"{where}: {message}") from error
+
+
+def _numbers(labels: Sequence[str], names: Sequence[str], kind: str, where: str) -> np.ndarray:
+    number = {name: i for i, name in enumerate(names)}
+    unknown = [label for label in labels if label not in number]
+    if unknown:
+        raise ValueError(
+            f"{where}: {kind} {unknown[0]!r} is not one of the data set's ({', '.join(names[:3])}, "
+            "...). Write the identifiers that the data set uses."
+        )
+    return np.asarray([number[label] for label in labels], dtype=np.int64)
+
+
+def _snap(pixels: np.ndarray) -> np.ndarray:
+    """Undo the rounding of dividing and multiplying, where the number was a float32 before."""
+    single = pixels.astype(np.float32).astype(np.float64)
+    return np.where(np.abs(single - pixels) <= 4 * np.spacing(np.abs(pixels)), single, pixels)
+
+
+def _open_text(file: str) -> Any:
+    if file.endswith(".gz"):
+        return gzip.open(file, "rt", encoding="utf-8-sig", newline="")
+    return open(file, encoding="utf-8-sig", newline="")
+
+
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """An image's PredictionString may be longer than what the csv module allows by default."""
+    before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)

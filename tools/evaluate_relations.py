@@ -1,0 +1,118 @@
+#!/usr/bin/env python
+"""Score a predictions file again, the model's own or anyone's, without model or images.
+
+Examples:
+    python tools/evaluate_relations.py --dataset vrd_test \
+        --predictions output/vrd/reldn_small/inference/sgdet/relation_predictions.json
+    python tools/evaluate_relations.py --dataset vg_test --predictions theirs.json.gz \
+        --protocol motifs --task prdcls --output output/theirs
+"""
+
+import argparse
+import difflib
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import List, Optional
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is not installed
+
+import reldn_d2  # noqa: E402,F401  # isort: skip  registers the data sets
+from reldn_d2.evaluation import evaluate_predictions
+from reldn_d2.evaluation.predictions_file import read_predictions, written_whole
+from reldn_d2.evaluation.submission import LAYOUTS, write_submission
+from reldn_d2.protocols import PROTOCOLS
+from reldn_d2.structures.relations import TASKS
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.logger import setup_logger
+
+
+def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dataset", required=True, help="a registered data set")
+    parser.add_argument(
+        "--predictions",
+        required=True,
+        help="relation_predictions.json, plain or gzipped, or a .csv of the OpenImages challenge",
+    )
+    parser.add_argument(
+        "--protocol", default="", choices=list(PROTOCOLS), help="default: the data set's own"
+    )
+    parser.add_argument("--task", choices=TASKS, help="default: the one that it was written for")
+    parser.add_argument(
+        "--predicates-per-pair",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="k, each with results of its own; 0: all; default: the protocol's",
+    )
+    parser.add_argument(
+        "--recall-at", type=int, nargs="+", metavar="N", help="n of R@n; default: the protocol's"
+    )
+    parser.add_argument(
+        "--train-dataset", help="for zero-shot recall; default: the one that the data set names"
+    )
+    parser.add_argument(
+        "--output", help="folder for results.json and for tables and plots of every predicate"
+    )
+    parser.add_argument(
+        "--write-submission", metavar="FILE", help="write them as a .csv of the challenge as well"
+    )
+    parser.add_argument(
+        "--layout", default="server", choices=LAYOUTS, help="of --write-submission"
+    )
+    args = parser.parse_args(arguments)
+    for option in ("dataset", "train_dataset"):
+        name = getattr(args, option)
+        if name is not None and name not in DatasetCatalog.list():
+            near = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
+            parser.error(f"no data set '{name}' is registered; near it: {', '.join(near)}")
+    return args
+
+
+def main(arguments: Optional[List[str]] = None) -> int:
+    """Score; returns the exit status."""
+    args = parse_arguments(arguments)
+    setup_logger(name="reldn_d2")
+    logging.getLogger("reldn_d2").propagate = False
+    if args.train_dataset:
+        metadata = MetadataCatalog.get(args.dataset)
+        vars(metadata).pop("train_dataset", None)  # which cannot be changed otherwise
+        metadata.train_dataset = args.train_dataset
+    try:
+        results = evaluate_predictions(
+            args.dataset,
+            args.predictions,
+            args.output,
+            task=args.task,
+            protocol=args.protocol,
+            predicates_per_pair=args.predicates_per_pair,
+            topk=args.recall_at,
+        )
+        if args.write_submission:
+            predictions = read_predictions(args.predictions)
+            write_submission(args.dataset, predictions, args.write_submission, args.layout)
+            print(f"Wrote {args.write_submission}")
+    except (OSError, ValueError) as error:
+        print(f"evaluate_relations.py: error: {error}", file=sys.stderr)
+        return 1
+    if args.output:
+        path = os.path.join(args.output, "results.json")
+        with written_whole(path) as stream:  # JSON knows no NaN: null instead
+            values = {
+                task: {name: None if x != x else x for name, x in metrics.items()}
+                for task, metrics in results.items()
+            }
+            json.dump(values, stream, indent=2)
+        print(f"Wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
