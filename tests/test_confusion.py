@@ -4,33 +4,12 @@ import math
 
 import numpy as np
 import pytest
+from evaluation_utils import ground_truth, loop_iou, loop_union, prediction
 
 from reldn_d2.evaluation.confusion import confusion_report, merge_repeated
-from reldn_d2.evaluation.records import GroundTruth, Prediction
 
 PERSON, CUP, DRUM = 0, 1, 2
 HOLDS, ON = 0, 1
-
-
-def ground_truth(boxes, classes, relations):
-    return GroundTruth(
-        np.asarray(boxes, dtype=np.float64).reshape(-1, 4),
-        np.asarray(classes, dtype=np.int64),
-        np.asarray(relations, dtype=np.int64).reshape(-1, 3),
-    )
-
-
-def prediction(boxes, classes, triplets):
-    """Triplets are (subject, object, predicate, score)."""
-    return Prediction.from_arrays(
-        "image",
-        boxes,
-        classes,
-        np.ones(len(boxes)),
-        [t[:2] for t in triplets],
-        [t[2] for t in triplets],
-        [t[3] for t in triplets],
-    )
 
 
 def report(gt, triplets, boxes=None, classes=None, **options):
@@ -177,18 +156,6 @@ def test_no_images_and_empty_images():
 
 
 # Oracle: the definitions as loops over sets and dicts.
-
-
-def loop_iou(a, b):
-    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    if width <= 0 or height <= 0:
-        return 0.0
-    areas = [(x[2] - x[0]) * (x[3] - x[1]) for x in (a, b)]
-    return width * height / (sum(areas) - width * height)
-
-
-def loop_union(a, b):
-    return [min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])]
 
 
 def loop_report(gt, boxes, classes, triplets):

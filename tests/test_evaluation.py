@@ -4,19 +4,26 @@ import json
 import logging
 import math
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from evaluation_utils import random_case
+from PIL import Image
 from torch import multiprocessing
 
 import reldn_d2
 from reldn_d2.evaluation import (
+    OpenImagesVRDEvaluator,
+    RelationDatasetEvaluator,
     RelationEvaluator,
+    SceneGraphEvaluator,
     VRDEvaluator,
     box_evaluator,
     build_relation_evaluator,
 )
+from reldn_d2.protocols import predicates_per_pair
 from reldn_d2.structures.relations import predicted_relations
 
 from detectron2.config import get_cfg
@@ -185,7 +192,9 @@ def test_images_that_were_not_processed_count(dataset, caplog):
 def test_predictions_file(dataset, tmp_path):
     folder = tmp_path / "new" / "inference"
     run(RelationEvaluator(NAME, str(folder)), only=["c_1.jpg", "a_1.jpg"])
-    assert os.listdir(folder) == ["relation_predictions.json"]
+    tables = {f"per_predicate_relations_sgdet.{x}" for x in ("json", "md", "png")}
+    files = {"relation_predictions.json", "relation_predictions_settings.json"}
+    assert set(os.listdir(folder)) == tables | files
     records = json.loads((folder / "relation_predictions.json").read_text())
     assert [r["image_id"] for r in records] == ["a_1.jpg", "c_1.jpg"]
     first = records[0]
@@ -205,7 +214,7 @@ def test_nothing_is_written_half(dataset, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr(reldn_d2.evaluation.records.json, "dumps", fail)
+    monkeypatch.setattr(reldn_d2.evaluation.predictions_file.json, "dumps", fail)
     with pytest.raises(OSError, match="disk full"):
         run(RelationEvaluator(NAME, str(tmp_path)))
     assert os.listdir(tmp_path) == []
@@ -234,11 +243,18 @@ def change(output_, key, field, value):
         ("relations", "pairs", [[0, 1], [0, 5], [1, 0]], r"pair 1 is \(0, 5\), but there are 5"),
         ("relations", "predicates", [0, 3, 1], "predictions have number 3, but predicate_classes"),
         ("instances", "pred_classes", [0, 0, 1, 2, 1], "number 2, but thing_classes has the 2"),
+        (
+            "instances",
+            "pred_boxes",
+            Boxes([[0, 0, 1, 1], [5, 5, 3, 8]] + [[0, 0, 1, 1]] * 3),
+            r"box 1 is \[5.0, 5.0, 3.0, 8.0\], which ends before it begins.*convert",
+        ),
     ],
 )
 def test_bad_predictions_are_errors(dataset, tmp_path, key, field, value, message):
     record = dataset_dicts()[0]
-    bad = change(output(record, record["relations"]), key, field, torch.tensor(value))
+    value = torch.tensor(value) if isinstance(value, list) else value
+    bad = change(output(record, record["relations"]), key, field, value)
     evaluator = RelationEvaluator(NAME, str(tmp_path))
     with pytest.raises(ValueError, match=message):
         evaluator.process([record], [bad])
@@ -282,6 +298,8 @@ def test_bad_settings_are_errors(dataset):
         RelationEvaluator(NAME, task="sgget")
     with pytest.raises(ValueError, match="PREDICATES_PER_PAIR"):
         VRDEvaluator(NAME, predicates_per_pair=[])
+    with pytest.raises(ValueError, match="each n is at least 1.*RECALL_AT"):
+        VRDEvaluator(NAME, topk=[0])
     with pytest.raises(ValueError, match="R@100 needs 100 triplets.*only 50"):
         RelationEvaluator(NAME, max_triplets=50)
     with pytest.raises(ValueError, match="no_such_metadata.*no predicate_classes"):
@@ -316,33 +334,70 @@ def test_detectron2_takes_the_results(dataset, caplog):
         assert storage.latest()["relations_sgdet/pairing_accuracy"][0] == 100.0
 
 
+PROTOCOL_NAMES = ("lu2016", "motifs", "openimages", "released", "relations")
+
+
+def _random_records():
+    """Nine images with random relations, and predictions with ties for them."""
+    rng = np.random.default_rng(0)
+    cases = [random_case(rng, 5, 5, 2, 3, ("near", "ties")) for _ in range(9)]
+    records = []
+    for number, case in enumerate(cases):
+        annotations = [
+            {"bbox": b, "bbox_mode": BoxMode.XYXY_ABS, "category_id": c}
+            for b, c in zip(case.gt_boxes, case.gt_classes)
+        ]
+        record = dict(image_id=number, annotations=annotations, relations=case.relations)
+        records.append(dict(record, verified_labels=case.verified))
+    return cases, records
+
+
 def _evaluate_in_process(rank, folder, world_size):
     """Process ``rank`` of ``world_size`` evaluates every ``world_size``-th image."""
-    DatasetCatalog.register(NAME, dataset_dicts)
+    cases, records = _random_records()
+    DatasetCatalog.register(NAME, lambda: records)
     MetadataCatalog.get(NAME).set(thing_classes=CLASSES, predicate_classes=PREDICATES)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
-    )
-    evaluator = RelationEvaluator(NAME, os.path.join(folder, "out"))
-    for record in dataset_dicts()[rank::world_size]:
-        evaluator.process([record], [output(record, record["relations"][:2])])
+    if world_size > 1:
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
+        )
+    results = {}
+    for protocol in PROTOCOL_NAMES:
+        output = os.path.join(folder, protocol)
+        evaluator = RelationDatasetEvaluator(
+            NAME, output, protocol=protocol, seen_triplets=[(0, 1, 1), (1, 0, 0)]
+        )
+        for number in range(rank, len(cases), world_size):
+            evaluator.add(replace(cases[number].pair()[1], image_id=number))
+        results[protocol] = evaluator.evaluate()
     with open(os.path.join(folder, f"{rank}.json"), "w") as file:
-        json.dump(evaluator.evaluate(), file)
-    torch.distributed.barrier()  # nobody leaves while the other still talks
-    torch.distributed.destroy_process_group()
+        json.dump(results, file)
+    if world_size > 1:
+        torch.distributed.barrier()  # nobody leaves while the other still talks
+        torch.distributed.destroy_process_group()
+    else:
+        DatasetCatalog.remove(NAME)
+        MetadataCatalog.remove(NAME)
 
 
-def test_two_processes_give_the_numbers_of_one(dataset, tmp_path):
-    multiprocessing.spawn(_evaluate_in_process, (str(tmp_path), 2), nprocs=2)
-    alone = run(
-        RelationEvaluator(NAME, str(tmp_path / "alone")), lambda record: record["relations"][:2]
+def test_two_processes_give_the_numbers_of_one(tmp_path):
+    for name, world_size in (("together", 2), ("alone", 1)):
+        (tmp_path / name).mkdir()
+        if world_size > 1:
+            multiprocessing.spawn(_evaluate_in_process, (str(tmp_path / name), 2), nprocs=2)
+        else:
+            _evaluate_in_process(0, str(tmp_path / name), 1)
+    assert json.loads((tmp_path / "together/1.json").read_text()) == dict.fromkeys(
+        PROTOCOL_NAMES, {}
     )
-    assert json.loads((tmp_path / "1.json").read_text()) == {}
-    together = json.loads((tmp_path / "0.json").read_text())
-    assert alone["relations_sgdet"]["R@n"] == pytest.approx(200 / 3)
-    np.testing.assert_equal(together, alone)
-    files = [tmp_path / name / "relation_predictions.json" for name in ("out", "alone")]
-    assert files[0].read_text() == files[1].read_text()
+    alone = json.loads((tmp_path / "alone/0.json").read_text())
+    np.testing.assert_equal(json.loads((tmp_path / "together/0.json").read_text()), alone)
+    assert 0 < alone["motifs"]["motifs_sgdet_graph_constraint"]["zR@50"] < 100
+    for protocol in PROTOCOL_NAMES:
+        paths = [
+            tmp_path / x / protocol / "relation_predictions.json" for x in ("together", "alone")
+        ]
+        assert paths[0].read_text() == paths[1].read_text()
 
 
 @pytest.fixture
@@ -378,9 +433,117 @@ def test_build_picks_by_metadata(dataset, cfg, tmp_path, caplog):
         del dataset.evaluator_type
         dataset.evaluator_type = unknown
         with pytest.raises(
-            ValueError, match=f"evaluator_type {unknown!r}.*known for: relation, vrd"
+            ValueError,
+            match=f"evaluator_type {unknown!r}.*known for: openimages_vrd, relation, scene_graph",
         ):
             build_relation_evaluator(cfg, NAME, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("evaluator_type", "kind", "ks", "tasks"),
+    [
+        ("vrd", VRDEvaluator, (1, 10, 70), [f"lu2016_sgdet_k{k}" for k in (1, 10, 70)]),
+        ("openimages_vrd", OpenImagesVRDEvaluator, (2,), ["released_sgdet_k2"]),
+        (
+            "scene_graph",
+            SceneGraphEvaluator,
+            (1, 0),
+            ["motifs_sgdet_graph_constraint", "motifs_sgdet_no_constraint"],
+        ),
+        ("relation", RelationEvaluator, (0,), ["relations_sgdet"]),
+    ],
+)
+def test_each_data_set_has_the_protocol_of_its_tables(
+    dataset, cfg, tmp_path, evaluator_type, kind, ks, tasks
+):
+    del dataset.evaluator_type
+    dataset.evaluator_type = evaluator_type
+    evaluator = build_relation_evaluator(cfg, NAME, str(tmp_path))
+    assert isinstance(evaluator, kind)
+    # The model keeps what is evaluated.
+    assert predicates_per_pair(cfg) == evaluator.settings.predicates_per_pair == ks
+    results = run(evaluator)
+    assert [task for task in results if not task.startswith("confusion")] == tasks
+    assert all("instance_accuracy" in results[t] for t in results if t.startswith("confusion"))
+    # Another protocol for the same data set, by name.
+    cfg.TEST.RELATIONS.PROTOCOL, cfg.TEST.RELATIONS.RECALL_AT = "openimages", [10]
+    evaluator = build_relation_evaluator(cfg, NAME, str(tmp_path))
+    assert predicates_per_pair(cfg) == evaluator.settings.predicates_per_pair == (0,)
+    metrics = run(evaluator)["openimages_sgdet"]
+    assert metrics["R@10"] == metrics["score"] == 100 and "R@50" not in metrics
+    cfg.TEST.RELATIONS.PREDICATES_PER_PAIR = [3, 1, 3]
+    assert predicates_per_pair(cfg) == (3, 1)
+    assert "openimages_sgdet_k3" in run(build_relation_evaluator(cfg, NAME, str(tmp_path)))
+    cfg.TEST.RELATIONS.PROTOCOL = "openimage"
+    with pytest.raises(ValueError, match="'openimage'.*PROTOCOL.*lu2016, motifs, openimages"):
+        build_relation_evaluator(cfg, NAME, str(tmp_path))
+
+
+def test_a_protocol_named_needs_no_evaluator_type(dataset, cfg, tmp_path):
+    del dataset.evaluator_type
+    assert predicates_per_pair(cfg) == (1,)  # nothing is known
+    cfg.TEST.RELATIONS.PROTOCOL = "released"
+    assert "released_sgdet_k2" in run(build_relation_evaluator(cfg, NAME, str(tmp_path)))
+    with pytest.raises(ValueError, match="evaluator_type None.*vrd, scene_graph"):
+        RelationDatasetEvaluator(NAME)
+
+
+def test_only_what_can_count_is_kept(dataset):
+    """All pairs with all predicates, of which an image keeps the best of every k."""
+    record = dataset_dicts()[0]
+    triplets = [(s, o, p) for s in range(5) for o in range(5) if s != o for p in range(3)]
+    evaluator = SceneGraphEvaluator(NAME, max_triplets=10, topk=(10,))
+    evaluator.process([record], [output(record, triplets)])
+    (kept,) = evaluator._predictions
+    # The best ten, and the best of each of ten pairs.
+    assert len(kept.scores) == 10 + 10 - 4
+    assert RelationDatasetEvaluator.__doc__ and evaluator.joined()[0][1] is kept
+
+
+def test_zero_shot_and_training_frequencies_come_from_the_training_set(dataset, tmp_path, caplog):
+    def training():
+        records = dataset_dicts()
+        records[0]["relations"] = [(0, 2, 0), (0, 3, 0), (0, 1, 2)]  # person holds cup, ...
+        return records
+
+    DatasetCatalog.register("evaluation_training_set", training)
+    dataset.train_dataset = "evaluation_training_set"
+    results = run(
+        SceneGraphEvaluator(NAME, str(tmp_path)), lambda r: [(0, 1, 1)][: len(r["relations"])]
+    )
+    metrics = results["motifs_sgdet_no_constraint"]
+    # Unseen is "person next to person", which is found; R is one of three.
+    assert metrics["zR@20"] == 100 and metrics["R@20"] == pytest.approx(100 / 3)
+    name = "per_predicate_motifs_sgdet_no_constraint"
+    content = json.loads((tmp_path / f"{name}.json").read_text())
+    rows = {row["predicate"]: row for row in content["predicates"]}
+    assert list(rows) == ["holds", "wears", "next to"]  # by frequency in training
+    assert [row["training_relations"] for row in rows.values()] == [2, 1, 0]
+    assert [row["relations"] for row in rows.values()] == [2, 0, 1]
+    assert rows["next to"]["R@100"] == rows["next to"]["AP"] == 100
+    assert rows["wears"]["R@100"] is None and rows["holds"]["R@100"] == 0
+    assert [rows[x]["group"] for x in rows] == ["head", None, "body"]
+    assert content["groups"]["head"] == {"number": 1, "R@100": 0.0, "AP": 0.0}
+    table = (tmp_path / f"{name}.md").read_text()
+    assert "| next to " in table and "training_relations" in table and "| tail " in table
+    with Image.open(tmp_path / f"{name}.png") as plot:
+        assert plot.size[0] > 500 and len(set(plot.convert("L").tobytes())) > 50
+
+    explicit = SceneGraphEvaluator(NAME, seen_triplets=[(0, 1, 0)])
+    assert run(explicit)["motifs_sgdet_no_constraint"]["zR@20"] == 100
+    DatasetCatalog.remove("evaluation_training_set")
+    with caplog.at_level(logging.WARNING):
+        metrics = run(SceneGraphEvaluator(NAME))["motifs_sgdet_no_constraint"]
+    assert "zR@20" not in metrics and "'evaluation_training_set' is not registered" in caplog.text
+
+    def missing():
+        raise FileNotFoundError("annotations_train.json")
+
+    DatasetCatalog.register("evaluation_training_set", missing)
+    with caplog.at_level(logging.WARNING):
+        assert "zero-shot phrase R@50" not in run(VRDEvaluator(NAME))["lu2016_sgdet_k1"]
+    assert "cannot be read" in caplog.text and "(annotations_train.json)" in caplog.text
+    DatasetCatalog.remove("evaluation_training_set")
 
 
 def test_detectors_get_box_ap(dataset, cfg, tmp_path):

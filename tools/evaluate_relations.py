@@ -64,9 +64,7 @@ def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace
     parser.add_argument(
         "--write-submission", metavar="FILE", help="write them as a .csv of the challenge as well"
     )
-    parser.add_argument(
-        "--layout", default="server", choices=LAYOUTS, help="of --write-submission"
-    )
+    parser.add_argument("--layout", default="server", choices=LAYOUTS, help="of --write-submission")
     args = parser.parse_args(arguments)
     for option in ("dataset", "train_dataset"):
         name = getattr(args, option)

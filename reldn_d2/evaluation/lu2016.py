@@ -27,9 +27,7 @@ from .tables import RelationTable, detections, found_ranks
 __all__ = ["pooled", "pooled_recall", "score"]
 
 
-def pooled(
-    ranks: np.ndarray, truth: RelationTable, topk: Sequence[Union[int, str]]
-) -> List[float]:
+def pooled(ranks: np.ndarray, truth: RelationTable, topk: Sequence[Union[int, str]]) -> List[float]:
     """Recall in percent over all images together.
 
     Args:

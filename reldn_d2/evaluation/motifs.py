@@ -58,9 +58,7 @@ def predicate_recall(found: np.ndarray, truth: RelationTable, num_predicates: in
     return 100.0 * np.divide(sums, total, out=np.full(num_predicates, np.nan), where=total > 0)
 
 
-def recall_metrics(
-    images: Sequence[ImagePair], settings: Settings
-) -> Dict[int, Dict[str, float]]:
+def recall_metrics(images: Sequence[ImagePair], settings: Settings) -> Dict[int, Dict[str, float]]:
     """For each k ``R@n``, ``mR@n`` and, where the training set is known, ``zR@n``."""
     return {k: metrics for k, (metrics, _) in _recalls(images, settings).items()}
 

@@ -121,9 +121,7 @@ class Batch:
     @cached_property
     def codes(self) -> Tuple[np.ndarray, np.ndarray]:
         """(K,) and (M,) int64 that are equal where image and labels are."""
-        highest = [
-            table.max(axis=0, initial=0) + 1 for table in (self.labels, self.truth.labels)
-        ]
+        highest = [table.max(axis=0, initial=0) + 1 for table in (self.labels, self.truth.labels)]
         sizes = np.maximum(*highest).astype(np.int64)
 
         def encode(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -240,8 +238,7 @@ def found_ranks(
                     found = first_ranks(triplets[used], truths[used], ranks, num_truth)
                 parts[k, kind].append(found)
     return {
-        key: np.concatenate([np.zeros(0, dtype=np.int64), *arrays])
-        for key, arrays in parts.items()
+        key: np.concatenate([np.zeros(0, dtype=np.int64), *arrays]) for key, arrays in parts.items()
     }
 
 
@@ -306,4 +303,3 @@ def _image_class_codes(classes: Sequence[np.ndarray]) -> np.ndarray:
 def anything_matches(images: Sequence[ImagePair]) -> bool:
     """Whether any triplet finds any ground-truth relation."""
     return any(len(batch.candidates("relationship")[0]) for batch in batches(images))
-

@@ -177,7 +177,9 @@ def run(args: argparse.Namespace) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         file = f"{folder}/relation_predictions.json"
-        timed("generate, write the file", write_predictions, predictions(dicts, args.triplets), file)
+        timed(
+            "generate, write the file", write_predictions, predictions(dicts, args.triplets), file
+        )
         evaluator = SceneGraphEvaluator(NAME, folder, seen_triplets=seen, keep_predictions=False)
 
         def read() -> None:
