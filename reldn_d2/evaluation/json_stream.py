@@ -98,15 +98,15 @@ class _ListReader:
             except json.JSONDecodeError as error:
                 if error.pos < len(self.text) - _NEAR_THE_END:
                     raise self._malformed(error) from error
-                near_the_end = error
+                near_the_end, rest = error, self.text[error.pos :]
             if not self._read(stream, size):
-                if self.text[near_the_end.pos :].strip():
+                if rest.strip() and self.text.rstrip().endswith("]"):  # nothing is missing
                     raise self._malformed(near_the_end) from near_the_end
                 raise ValueError(self.cut_off()) from near_the_end
             size *= 2  # so that a long element is not parsed over and over
 
     def _malformed(self, error: json.JSONDecodeError) -> ValueError:
-        around = self.text[max(error.pos - 20, 0) : error.pos + 20]
+        around = error.doc[max(error.pos - 20, 0) : error.pos + 20]
         return ValueError(
             f"{self.file}: record {self.done} is no JSON: {error.msg}, near {around!r}. Mend it, or "
             "write the file anew with a JSON library; if it ends there, copy it again."

@@ -228,7 +228,9 @@ def _array(values: Any, name: str, where: str, kind: type, width: int = 0) -> np
     Raises:
         ValueError: another shape or type, or NaN or infinity.
     """
-    shape = f"a list of [{', '.join('abcd'[:width])}]" if width else "a flat list"
+    shape = {0: "a flat list", 2: "a list of [subject, object]", 4: "a list of [x1, y1, x2, y2]"}[
+        width
+    ]
     try:
         array = np.asarray(values)
     except ValueError as error:
