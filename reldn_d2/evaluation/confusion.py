@@ -31,140 +31,143 @@ Precisely, in one image with ground-truth entities and relations (s, p, o):
 """
 
 from collections import OrderedDict
-from typing import Dict, Iterable, Tuple
+from typing import Sequence, Tuple
 
 import numpy as np
 
-from .matching import best_overlap, pairwise_iou, phrase_boxes
+from .matching import NEVER, aligned_iou, best_candidates, equal_codes, phrase_boxes
 from .records import GroundTruth, ImagePair, Prediction
+from .tables import Batch, batches
 
-__all__ = [
-    "assign_boxes",
-    "confusion_report",
-    "instance_cases",
-    "merge_repeated",
-    "pair_scores",
-    "pairing_cases",
-]
+__all__ = ["confusion_report", "merge_repeated"]
 
 SIDES = ("object", "subject")
 
 
+class _Entities:
+    """The distinct entities and relations of a batch. Shapes: E entities, M relations."""
+
+    def __init__(self, batch: Batch):
+        image, classes, boxes = batch.gt_box_image, batch.gt_classes, batch.gt_boxes
+        keys = np.column_stack([image, classes, boxes])
+        _, first, inverse = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+        kept = np.sort(first)
+        number = np.searchsorted(kept, first[inverse.reshape(-1)])
+        self.boxes, self.classes, self.image = boxes[kept], classes[kept], image[kept]
+        rows = np.column_stack([number[batch.gt_pairs], batch.truth.predicates])
+        rows = rows[rows[:, 0] != rows[:, 1]]
+        _, first = np.unique(rows, axis=0, return_index=True)
+        self.relations = rows[np.sort(first)]  # (M, 3) subject, object, predicate
+        self.subjects, self.objects, self.predicates = self.relations.T
+        self.num_predicates = int(rows[:, 2].max(initial=0)) + 1
+        self.annotated = np.sort(self.codes(*self.relations.T))
+        self.class_codes = self.image * (int(classes.max(initial=0)) + 1) + self.classes
+
+    def codes(
+        self, subjects: np.ndarray, objects: np.ndarray, predicates: np.ndarray
+    ) -> np.ndarray:
+        """One integer for subject, object and predicate."""
+        return (subjects * len(self.boxes) + objects) * self.num_predicates + predicates
+
+    def owners(self, batch: Batch) -> np.ndarray:
+        """(R,) entity that each predicted box belongs to, or -1."""
+        highest = max(int(x.max(initial=0)) for x in (batch.gt_classes, batch.classes)) + 1
+        boxes, entities = equal_codes(
+            batch.box_image * highest + batch.classes, self.image * highest + self.classes
+        )
+        overlaps = aligned_iou(batch.boxes[boxes], self.boxes[entities])
+        enough = overlaps >= 0.5
+        return best_candidates(boxes[enough], entities[enough], overlaps[enough], len(batch.boxes))
+
+
+class _PairScores:
+    """The best score of every pair of entities for every predicate."""
+
+    def __init__(self, entities: _Entities, batch: Batch, ranks: np.ndarray, limit: int):
+        pairs = entities.owners(batch)[batch.pairs]
+        predicates = batch.labels[:, 1]
+        used = (ranks < (limit or NEVER)) & (pairs >= 0).all(axis=1)
+        used &= predicates < entities.num_predicates  # nobody asks for the others
+        codes = entities.codes(pairs[used, 0], pairs[used, 1], predicates[used])
+        order = np.lexsort((-batch.scores[used], codes))
+        self._codes, best = np.unique(codes[order], return_index=True)
+        self._scores = batch.scores[used][order][best]
+
+    def get(self, codes: np.ndarray) -> np.ndarray:
+        """Scores by code of subject, object and predicate; minus infinity if not predicted."""
+        place = np.searchsorted(self._codes, codes)
+        inside = np.minimum(place, max(len(self._codes) - 1, 0))
+        found = np.zeros(len(codes), dtype=bool)
+        if len(self._codes):
+            found = self._codes[inside] == codes
+        result = np.full(len(codes), -np.inf)
+        result[found] = self._scores[inside[found]]
+        return result
+
+
+def _count(
+    entities: _Entities, scores: _PairScores, relations: np.ndarray, rivals: np.ndarray
+) -> np.ndarray:
+    """(2,) right cases, and relations that have a rival which is not annotated.
+
+    Args:
+        entities: with the relations.
+        scores: of all pairs.
+        relations: (Q,) numbers of relations.
+        rivals: (Q,) the codes that each is compared with.
+    """
+    place = np.searchsorted(entities.annotated, rivals)
+    place = np.minimum(place, max(len(entities.annotated) - 1, 0))
+    wrong = entities.annotated[place] != rivals if len(rivals) else np.zeros(0, dtype=bool)
+    relations, rivals = relations[wrong], rivals[wrong]
+    is_case = np.zeros(len(entities.relations), dtype=bool)
+    is_case[relations] = True
+    best_rival = np.full(len(entities.relations), -np.inf)
+    np.maximum.at(best_rival, relations, scores.get(rivals))
+    own = scores.get(entities.codes(*entities.relations.T))
+    return np.array([(is_case & (own > best_rival)).sum(), is_case.sum()])
+
+
+def _instance_rivals(entities: _Entities, side: str) -> Tuple[np.ndarray, np.ndarray]:
+    """Relations, and codes of the same with another entity of the same class on one side."""
+    partners = entities.objects if side == "object" else entities.subjects
+    relations, others = equal_codes(entities.class_codes[partners], entities.class_codes)
+    subjects, objects = entities.subjects[relations], entities.objects[relations]
+    distinct = (others != subjects) & (others != objects)
+    relations, others = relations[distinct], others[distinct]
+    predicates = entities.predicates[relations]
+    if side == "object":
+        return relations, entities.codes(entities.subjects[relations], others, predicates)
+    return relations, entities.codes(others, entities.objects[relations], predicates)
+
+
+def _pairing_rivals(entities: _Entities) -> Tuple[np.ndarray, np.ndarray]:
+    """Relations, and codes of the pairs swapped with another relation near by."""
+    codes = entities.class_codes[entities.subjects] * entities.num_predicates + entities.predicates
+    one, other = equal_codes(codes, codes)
+    ends = [entities.relations[x, side] for x in (one, other) for side in (0, 1)]
+    subject, object_, other_subject, other_object = ends
+    near = (subject != other_subject) & (object_ != other_object)
+    near &= (subject != other_object) & (object_ != other_subject)
+    enclosing = phrase_boxes(entities.boxes, entities.relations)
+    near &= aligned_iou(enclosing[one], enclosing[other]) > 0
+    one, other = one[near], other[near]
+    predicates = entities.predicates[one]
+    swapped = (
+        entities.codes(entities.subjects[one], entities.objects[other], predicates),
+        entities.codes(entities.subjects[other], entities.objects[one], predicates),
+    )
+    return np.concatenate([one, one]), np.concatenate(swapped)
+
+
 def merge_repeated(ground_truth: GroundTruth) -> GroundTruth:
     """The same ground truth with every entity and every relation once, in the order given."""
-    if len(ground_truth.boxes) == 0:
-        return ground_truth
-    keys = np.column_stack([ground_truth.classes, ground_truth.boxes])
-    _, first, inverse = np.unique(keys, axis=0, return_index=True, return_inverse=True)
-    kept = np.sort(first)
-    new_index = np.searchsorted(kept, first[inverse.reshape(-1)])
-    relations = ground_truth.relations.copy()
-    relations[:, :2] = new_index[relations[:, :2]]
-    relations = relations[relations[:, 0] != relations[:, 1]]
-    _, first_relation = np.unique(relations, axis=0, return_index=True)
-    return GroundTruth(
-        ground_truth.boxes[kept], ground_truth.classes[kept], relations[np.sort(first_relation)]
-    )
-
-
-def assign_boxes(ground_truth: GroundTruth, prediction: Prediction) -> np.ndarray:
-    """(R,) index of the ground-truth entity that each predicted box belongs to, or -1."""
-    same_class = prediction.classes[:, None] == ground_truth.classes[None, :]
-    return best_overlap(pairwise_iou(prediction.boxes, ground_truth.boxes), same_class)
-
-
-def pair_scores(
-    owner: np.ndarray, num_entities: int, prediction: Prediction, predicate: int
-) -> np.ndarray:
-    """(N, N) score of each ordered pair of ground-truth entities for one predicate.
-
-    Args:
-        owner: (R,) entity of each predicted box, or -1, from :func:`assign_boxes`.
-        num_entities: N.
-        prediction: triplets of the image.
-        predicate: the predicate whose scores are wanted.
-    """
-    table = np.full((num_entities, num_entities), -np.inf)
-    pairs = owner[prediction.pairs]
-    used = (prediction.predicates == predicate) & (pairs >= 0).all(axis=1)
-    np.maximum.at(table, (pairs[used, 0], pairs[used, 1]), prediction.scores[used])
-    return table
-
-
-def instance_cases(
-    scores: np.ndarray, annotated: np.ndarray, classes: np.ndarray
-) -> Tuple[int, int]:
-    """Right cases and cases of one predicate, for columns as the confused side.
-
-    Args:
-        scores: (N, N) scores of the pairs; transpose both tables for the subject side.
-        annotated: (N, N) bool, the pairs that are annotated with the predicate.
-        classes: (N,) classes of the entities.
-    """
-    anchor, partner = np.nonzero(annotated)
-    rivals = (classes[None, :] == classes[partner][:, None]) & ~annotated[anchor]
-    rivals[np.arange(len(anchor)), anchor] = False
-    best_rival = np.where(rivals, scores[anchor], -np.inf).max(axis=1, initial=-np.inf)
-    is_case = rivals.any(axis=1)
-    right = is_case & (scores[anchor, partner] > best_rival)
-    return int(right.sum()), int(is_case.sum())
-
-
-def pairing_cases(
-    scores: np.ndarray, annotated: np.ndarray, classes: np.ndarray, boxes: np.ndarray
-) -> Tuple[int, int]:
-    """Right cases and cases of one predicate.
-
-    Args:
-        scores: (N, N) scores of the pairs.
-        annotated: (N, N) bool, the pairs that are annotated with the predicate.
-        classes: (N,) classes of the entities.
-        boxes: (N, 4) their boxes.
-    """
-    pairs = np.stack(np.nonzero(annotated), axis=1)
-    subject, object_ = pairs[:, 0], pairs[:, 1]
-    enclosing = phrase_boxes(boxes, pairs)
-    near = (
-        (subject[:, None] != subject[None, :])
-        & (object_[:, None] != object_[None, :])
-        & (subject[:, None] != object_[None, :])
-        & (object_[:, None] != subject[None, :])
-        & (classes[subject][:, None] == classes[subject][None, :])
-        & (pairwise_iou(enclosing, enclosing) > 0)
-    )
-    # swapped[i, j] is (subject of i, object of j); its transpose is (subject of j, object of i).
-    swapped = scores[subject[:, None], object_[None, :]]
-    wrong = ~annotated[subject[:, None], object_[None, :]]
-    own_subject, own_object = near & wrong, near & wrong.T
-    best_rival = np.maximum(
-        np.where(own_subject, swapped, -np.inf).max(axis=1, initial=-np.inf),
-        np.where(own_object, swapped.T, -np.inf).max(axis=1, initial=-np.inf),
-    )
-    is_case = (own_subject | own_object).any(axis=1)
-    right = is_case & (scores[subject, object_] > best_rival)
-    return int(right.sum()), int(is_case.sum())
-
-
-def _count_image(ground_truth: GroundTruth, prediction: Prediction) -> Dict[str, np.ndarray]:
-    """(2,) right cases and cases of each side and of the pairings in one image."""
-    counts = {name: np.zeros(2, dtype=np.int64) for name in SIDES + ("pairing",)}
-    ground_truth = merge_repeated(ground_truth)
-    owner = assign_boxes(ground_truth, prediction)
-    num_entities = len(ground_truth.boxes)
-    for predicate in np.unique(ground_truth.relations[:, 2]).tolist():
-        pairs = ground_truth.pairs[ground_truth.relations[:, 2] == predicate]
-        annotated = np.zeros((num_entities, num_entities), dtype=bool)
-        annotated[pairs[:, 0], pairs[:, 1]] = True
-        scores = pair_scores(owner, num_entities, prediction, predicate)
-        classes, boxes = ground_truth.classes, ground_truth.boxes
-        counts["object"] += instance_cases(scores, annotated, classes)
-        counts["subject"] += instance_cases(scores.T, annotated.T, classes)
-        counts["pairing"] += pairing_cases(scores, annotated, classes, boxes)
-    return counts
+    entities = _Entities(Batch([(ground_truth, Prediction.empty(""))]))
+    return GroundTruth(entities.boxes, entities.classes, entities.relations, ground_truth.verified)
 
 
 def confusion_report(
-    images: Iterable[ImagePair], predicates_per_pair: int = 0, limit: int = 100
+    images: Sequence[ImagePair], predicates_per_pair: int = 0, limit: int = 100
 ) -> "OrderedDict[str, float]":
     """Both accuracies in percent, each followed by its number of cases.
 
@@ -178,10 +181,12 @@ def confusion_report(
         (``instance_accuracy_object``, ...), ``pairing_accuracy`` and ``pairing_cases``.
     """
     total = {name: np.zeros(2, dtype=np.int64) for name in SIDES + ("pairing",)}
-    for ground_truth, prediction in images:
-        best = prediction.best(predicates_per_pair, limit)
-        for name, counts in _count_image(ground_truth, best).items():
-            total[name] += counts
+    for batch in batches(images):
+        entities = _Entities(batch)
+        scores = _PairScores(entities, batch, batch.ranks(predicates_per_pair), limit)
+        for side in SIDES:
+            total[side] += _count(entities, scores, *_instance_rivals(entities, side))
+        total["pairing"] += _count(entities, scores, *_pairing_rivals(entities))
     report: "OrderedDict[str, float]" = OrderedDict()
 
     def add(prefix: str, suffix: str, counts: np.ndarray) -> None:

@@ -108,6 +108,6 @@ class _ListReader:
     def _malformed(self, error: json.JSONDecodeError) -> ValueError:
         around = error.doc[max(error.pos - 20, 0) : error.pos + 20]
         return ValueError(
-            f"{self.file}: record {self.done} is no JSON: {error.msg}, near {around!r}. Mend it, or "
-            "write the file anew with a JSON library; if it ends there, copy it again."
+            f"{self.file}: record {self.done} is no JSON: {error.msg}, near {around!r}. Mend it, "
+            "or write the file anew with a JSON library."
         )

@@ -3,7 +3,7 @@
 Two layouts are in use. The challenge's server takes a line an image::
 
     ImageId,PredictionString
-    <id>,<score> <label1> <xmin1> <ymin1> <xmax1> <ymax1> <label2> <xmin2> ... <relation> <score> ...
+    <id>,<score> <label1> <xmin1> <ymin1> <xmax1> <ymax1> <label2> <xmin2> ... <relation> ...
 
 and the challenge's evaluation code a line a triplet, with the columns :data:`COLUMNS`. Coordinates
 are divided by the image's width and height. Labels are OpenImages' identifiers (``/m/04bcr3``).

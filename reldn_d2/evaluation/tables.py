@@ -47,16 +47,15 @@ class RelationTable(NamedTuple):
 
     @property
     def predicates(self) -> np.ndarray:
-        """(M,)"""
+        """(M,) predicates alone."""
         return self.labels[:, 1]
 
     @classmethod
     def from_images(cls, images: Sequence[ImagePair]) -> "RelationTable":
         """The relations of all images, in their order."""
-        counts = [len(gt.relations) for gt, _ in images]
         labels = [gt.labels for gt, _ in images if len(gt.relations)]
         return cls(
-            np.repeat(np.arange(len(images)), np.asarray(counts, dtype=np.int64)),
+            _owners([len(gt.relations) for gt, _ in images]),
             np.concatenate([np.zeros((0, 3), dtype=np.int64), *labels]),
             len(images),
         )
@@ -77,23 +76,46 @@ class Batch:
 
     images: Sequence[ImagePair]
 
-    def _starts(self, counts: Sequence[int]) -> np.ndarray:
-        return np.concatenate([[0], np.cumsum(np.asarray(counts, dtype=np.int64))])
+    @cached_property
+    def boxes(self) -> np.ndarray:
+        """(R, 4) predicted boxes."""
+        return np.concatenate([np.zeros((0, 4)), *(p.boxes for _, p in self.images)])
 
     @cached_property
-    def _box_starts(self) -> np.ndarray:
-        return self._starts([len(p.boxes) for _, p in self.images])
+    def classes(self) -> np.ndarray:
+        """(R,) their classes."""
+        return _stack([p.classes for _, p in self.images])
+
+    @cached_property
+    def box_image(self) -> np.ndarray:
+        """(R,) their images' numbers in the batch."""
+        return _owners([len(p.boxes) for _, p in self.images])
+
+    @cached_property
+    def gt_boxes(self) -> np.ndarray:
+        """(N, 4) annotated boxes."""
+        return np.concatenate([np.zeros((0, 4)), *(gt.boxes for gt, _ in self.images)])
+
+    @cached_property
+    def gt_classes(self) -> np.ndarray:
+        """(N,) their classes."""
+        return _stack([gt.classes for gt, _ in self.images])
+
+    @cached_property
+    def gt_box_image(self) -> np.ndarray:
+        """(N,) their images' numbers in the batch."""
+        return _owners([len(gt.boxes) for gt, _ in self.images])
 
     @cached_property
     def image(self) -> np.ndarray:
         """(K,) number of each triplet's image in the batch."""
-        counts = [len(p.scores) for _, p in self.images]
-        return np.repeat(np.arange(len(self.images)), np.asarray(counts, dtype=np.int64))
+        return _owners([len(p.scores) for _, p in self.images])
 
     @cached_property
     def pairs(self) -> np.ndarray:
-        """(K, 2) indices into all boxes of the batch."""
-        return _stack([p.pairs for _, p in self.images], 2) + self._box_starts[self.image][:, None]
+        """(K, 2) indices into all predicted boxes of the batch."""
+        starts = _starts([len(p.boxes) for _, p in self.images])
+        return _stack([p.pairs for _, p in self.images], 2) + starts[self.image][:, None]
 
     @cached_property
     def scores(self) -> np.ndarray:
@@ -103,9 +125,9 @@ class Batch:
     @cached_property
     def labels(self) -> np.ndarray:
         """(K, 3) subject class, predicate, object class."""
-        classes = _stack([p.classes for _, p in self.images])
         predicates = _stack([p.predicates for _, p in self.images])
-        return np.stack([classes[self.pairs[:, 0]], predicates, classes[self.pairs[:, 1]]], axis=1)
+        subjects, objects = self.classes[self.pairs].T
+        return np.stack([subjects, predicates, objects], axis=1)
 
     @cached_property
     def truth(self) -> RelationTable:
@@ -113,8 +135,9 @@ class Batch:
         return RelationTable.from_images(self.images)
 
     @cached_property
-    def _gt_pairs(self) -> np.ndarray:
-        starts = self._starts([len(gt.boxes) for gt, _ in self.images])
+    def gt_pairs(self) -> np.ndarray:
+        """(M, 2) indices into all annotated boxes of the batch."""
+        starts = _starts([len(gt.boxes) for gt, _ in self.images])
         pairs = [gt.pairs for gt, _ in self.images]
         return _stack(pairs, 2) + starts[self.truth.image][:, None]
 
@@ -152,9 +175,8 @@ class Batch:
         if kind not in KINDS:
             raise ValueError(f"Unknown kind of overlap {kind!r}; known are {', '.join(KINDS)}.")
         triplets, truths = self._candidates
-        boxes = np.concatenate([np.zeros((0, 4)), *(p.boxes for _, p in self.images)])
-        gt_boxes = np.concatenate([np.zeros((0, 4)), *(gt.boxes for gt, _ in self.images)])
-        pairs, gt_pairs = self.pairs[triplets], self._gt_pairs[truths]
+        boxes, gt_boxes = self.boxes, self.gt_boxes
+        pairs, gt_pairs = self.pairs[triplets], self.gt_pairs[truths]
         if kind == "phrase":
             overlaps = aligned_iou(phrase_boxes(boxes, pairs), phrase_boxes(gt_boxes, gt_pairs))
         else:
@@ -167,7 +189,7 @@ class Batch:
 
     @cached_property
     def _rank_in_pair(self) -> np.ndarray:
-        return rank_in_group(self.pairs[:, 0] * int(self._box_starts[-1]) + self.pairs[:, 1])
+        return rank_in_group(self.pairs[:, 0] * len(self.boxes) + self.pairs[:, 1])
 
     def ranks(self, predicates_per_pair: int, considered: Optional[np.ndarray] = None):
         """Rank of each triplet in its image, from 0, after each pair kept its k best predicates.
@@ -194,6 +216,16 @@ def _stack(arrays: Sequence[np.ndarray], width: int = 0) -> np.ndarray:
     """Integer arrays one after the other as int64, also if there is none."""
     shape = (0, width) if width else (0,)
     return np.concatenate([np.zeros(shape, dtype=np.int64), *arrays]).astype(np.int64, copy=False)
+
+
+def _owners(counts: Sequence[int]) -> np.ndarray:
+    """The number of each count, as often as it says: [2, 0, 1] -> [0, 0, 2]."""
+    return np.repeat(np.arange(len(counts)), np.asarray(counts, dtype=np.int64))
+
+
+def _starts(counts: Sequence[int]) -> np.ndarray:
+    """Where each part begins: [2, 0, 1] -> [0, 2, 2]."""
+    return np.cumsum([0, *counts])[: len(counts)]
 
 
 def batches(images: Sequence[ImagePair], size: int = _IMAGES_PER_BATCH) -> Iterator[Batch]:
@@ -296,8 +328,7 @@ _MAX_CLASSES = 2**31
 
 
 def _image_class_codes(classes: Sequence[np.ndarray]) -> np.ndarray:
-    counts = np.asarray([len(x) for x in classes], dtype=np.int64)
-    return np.repeat(np.arange(len(classes)), counts) * _MAX_CLASSES + _stack(classes)
+    return _owners([len(x) for x in classes]) * _MAX_CLASSES + _stack(classes)
 
 
 def anything_matches(images: Sequence[ImagePair]) -> bool:
