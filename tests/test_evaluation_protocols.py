@@ -255,3 +255,25 @@ def test_zero_shot_of_lu2016_by_hand():
     assert metrics["zero-shot relationship R@2"] == 50
     nothing_unseen = score(lu2016.score, [case], (70,), seen=[(0, 0, 1), (0, 1, 1)])
     assert math.isnan(nothing_unseen["lu2016_sgdet_k70"]["zero-shot phrase R@50"])
+
+
+@pytest.mark.parametrize(
+    ("module", "ks", "recall"),
+    [
+        (lu2016.score, (0,), [100, 50, math.nan]),
+        (motifs.score, (0,), [50, 25, math.nan]),  # the second image counts 0
+        (openimages.score_openimages, (0,), [100, 50, math.nan]),
+        (openimages.score_released, (2,), [100, 50, math.nan]),
+        (relations.score, (0,), [100, 50, math.nan]),
+    ],
+)
+def test_predicates_one_by_one_at_the_largest_n(module, ks, recall):
+    first = scene([(0, 3, 1, 0.9), (0, 2, 0, 0.8), (0, 2, 1, 0.7)])
+    cases = [first, scene([])] if module is motifs.score else [first]
+    given_ = Settings(NAMES, "sgdet", ks, (50, 1, 2), training_counts=np.array([1, 7, 0]))
+    (table,) = module([c.pair() for c in cases], given_).predicates.values()
+    assert table.recall_at == 50
+    np.testing.assert_allclose(table.recall, recall)
+    assert table.counts.tolist() == [len(cases), 2 * len(cases), 0]
+    assert table.average_precision[0] == 100 / len(cases)
+    assert table.order.tolist() == [1, 0, 2]  # by frequency in training
