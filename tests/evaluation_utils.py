@@ -1,11 +1,18 @@
 """What the tests of the evaluation share: small images, loops over them, random data sets."""
 
+import logging
+import runpy
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from hypothesis import strategies as st
 
 from reldn_d2.evaluation.records import GroundTruth, Prediction
+
+from detectron2.utils.logger import setup_logger
+
+TOOL = Path(__file__).resolve().parents[1] / "tools/evaluate_relations.py"
 
 
 def ground_truth(boxes, classes, relations, verified=()):
@@ -28,6 +35,19 @@ def prediction(boxes, classes, triplets, image_id="image"):
         [t[2] for t in triplets],
         [t[3] for t in triplets],
     )
+
+
+def run_tool(arguments):
+    """Exit status of tools/evaluate_relations.py, which leaves no loggers behind."""
+    logger = logging.getLogger("reldn_d2")
+    before = logger.propagate, list(logger.handlers), logger.level
+    setup_logger.cache_clear()
+    try:
+        return runpy.run_path(str(TOOL))["main"]([str(x) for x in arguments])
+    except SystemExit as end:
+        return end.code
+    finally:
+        logger.propagate, logger.handlers, logger.level = before
 
 
 # Loops over plain numbers, written from the definitions.

@@ -4,13 +4,11 @@ import gzip
 import json
 import logging
 import re
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from evaluation_utils import random_case
+from evaluation_utils import random_case, run_tool
 
 from reldn_d2.evaluation import VRDEvaluator, evaluate_predictions
 from reldn_d2.evaluation.json_stream import _CHUNK
@@ -28,7 +26,6 @@ from detectron2.structures import BoxMode
 
 NAME = "predictions_file_test_set"
 CLASSES, PREDICATES = ["person", "cup"], ["holds", "next to", "wears"]
-TOOL = str(Path(__file__).resolve().parents[1] / "tools/evaluate_relations.py")
 IDS = [f"image_{i}.jpg" for i in range(6)]
 
 
@@ -288,28 +285,12 @@ def test_settings_beside_the_file_say_what_it_holds(cases, records, tmp_path, ca
 # The tool.
 
 
-@pytest.fixture
-def tool(monkeypatch):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", [TOOL, *map(str, arguments)])
-        logger = logging.getLogger("reldn_d2")
-        before = logger.propagate, list(logger.handlers)
-        try:
-            with pytest.raises(SystemExit) as end:
-                runpy.run_path(TOOL, run_name="__main__")
-        finally:
-            logger.propagate, logger.handlers = before[0], before[1]
-        return end.value.code
-
-    return call
-
-
-def test_the_tool_scores_what_the_evaluator_wrote(cases, tmp_path, tool, capsys):
+def test_the_tool_scores_what_the_evaluator_wrote(cases, tmp_path, capsys):
     live = evaluated(cases, output_dir=str(tmp_path / "live"), protocol="motifs", task="sgcls")
     path = tmp_path / "live/relation_predictions.json"
     out = tmp_path / "out"
     arguments = ["--dataset", NAME, "--predictions", path, "--protocol", "motifs"]
-    assert tool(*arguments, "--output", out) == 0
+    assert run_tool([*arguments, "--output", out]) == 0
     results = json.loads((out / "results.json").read_text())
     for task, metrics in live.items():
         for name, value in metrics.items():
@@ -321,11 +302,11 @@ def test_the_tool_scores_what_the_evaluator_wrote(cases, tmp_path, tool, capsys)
     assert not (out / "relation_predictions.json").exists()
 
 
-def test_options_of_the_tool(cases, records, tmp_path, tool, capsys):
+def test_options_of_the_tool(cases, records, tmp_path, capsys):
     path = write(tmp_path / "theirs.json", records)
     call = ["--dataset", NAME, "--predictions", path, "--output", tmp_path / "out"]
     options = ["--task", "prdcls", "--predicates-per-pair", 3, 1, "--recall-at", 5]
-    assert tool(*call, *options, "--train-dataset", NAME) == 0
+    assert run_tool([*call, *options, "--train-dataset", NAME]) == 0
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert list(results)[:2] == ["lu2016_prdcls_k3", "lu2016_prdcls_k1"]
     # Against itself as the training set, nothing is unseen.
@@ -335,9 +316,9 @@ def test_options_of_the_tool(cases, records, tmp_path, tool, capsys):
     write(tmp_path / "theirs.json", "[{")
     capsys.readouterr()
     (tmp_path / "out/results.json").unlink()
-    assert tool(*call) == 1
+    assert run_tool([*call]) == 1
     assert "error: " in capsys.readouterr().err and not (tmp_path / "out/results.json").exists()
-    assert tool("--dataset", "predictions_file_test_sat", "--predictions", path) == 2
+    assert run_tool(["--dataset", "predictions_file_test_sat", "--predictions", path]) == 2
     assert f"no data set 'predictions_file_test_sat' is registered; near it: {NAME}" in (
         capsys.readouterr().err
     )

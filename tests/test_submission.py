@@ -1,13 +1,17 @@
 """Submissions of the OpenImages challenge: written, read back, scored alike."""
 
 import gzip
+import json
+import logging
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
-from evaluation_utils import random_case
+from evaluation_utils import random_case, run_tool
 
 from reldn_d2.evaluation import OpenImagesVRDEvaluator, evaluate_predictions
+from reldn_d2.evaluation.predictions_file import write_predictions
 from reldn_d2.evaluation.records import Prediction
 from reldn_d2.evaluation.submission import read_submission, write_submission
 
@@ -132,6 +136,8 @@ def test_what_cannot_be_written(images, tmp_path):
         write_submission(NAME, images, str(file), labels=["person", "a guitar"])
     with pytest.raises(ValueError, match="two class names that are equal"):
         write_submission(NAME, images, str(file), labels=["person", "person"])
+    with pytest.raises(ValueError, match="1 labels for the 2 classes of data set 'submission_"):
+        write_submission(NAME, images, str(file), labels=["person"])
     stranger = Prediction.empty("stranger")
     with pytest.raises(ValueError, match="has no image 'stranger'"):
         write_submission(NAME, [stranger], str(file))
@@ -141,3 +147,37 @@ def test_what_cannot_be_written(images, tmp_path):
     with pytest.raises(ValueError, match="its size is not known"):
         write_submission(NAME, images, str(file))
     assert not file.exists()
+
+
+def test_the_tool_writes_and_reads_submissions(images, tmp_path):
+    """With the classes' identifiers from a file, as the metadata has other names."""
+    metadata = MetadataCatalog.get(NAME)
+    del metadata.thing_classes
+    metadata.thing_classes = ["a person", "a guitar"]
+    source, target = str(tmp_path / "predictions.json"), str(tmp_path / "submission.csv")
+    write_predictions(images, source)
+    labels = tmp_path / "classes.csv"
+    labels.write_text("".join(f"{label},some name\n" for label in CLASSES))
+    call = ["--dataset", NAME, "--protocol", "openimages", "--labels", str(labels)]
+    outputs = [str(tmp_path / name) for name in ("first", "second")]
+    write = ["--write-submission", target, "--layout", "table"]
+    assert run_tool([*call, "--predictions", source, "--output", outputs[0], *write]) == 0
+    assert run_tool([*call, "--predictions", target, "--output", outputs[1]]) == 0
+    results = [json.loads(Path(x, "results.json").read_text()) for x in outputs]
+    assert results[0] == results[1] and results[0]["openimages_sgdet"]["score"] > 0
+
+
+def test_missing_verified_labels_are_told(images, caplog):
+    dicts = [
+        {k: v for k, v in r.items() if k != "verified_labels"} for r in DatasetCatalog.get(NAME)
+    ]
+    with caplog.at_level(logging.WARNING):
+        OpenImagesVRDEvaluator(NAME, protocol="openimages").evaluate()
+    assert "verified labels" not in caplog.text
+    DatasetCatalog.remove(NAME)
+    DatasetCatalog.register(NAME, lambda: dicts)
+    with caplog.at_level(logging.WARNING):
+        OpenImagesVRDEvaluator(NAME).evaluate()
+        assert "verified labels" not in caplog.text
+        OpenImagesVRDEvaluator(NAME, protocol="openimages").evaluate()
+    assert f"No image of '{NAME}' has verified labels" in caplog.text

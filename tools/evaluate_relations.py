@@ -9,6 +9,7 @@ Examples:
 """
 
 import argparse
+import csv
 import difflib
 import json
 import logging
@@ -65,6 +66,13 @@ def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace
         "--write-submission", metavar="FILE", help="write them as a .csv of the challenge as well"
     )
     parser.add_argument("--layout", default="server", choices=LAYOUTS, help="of --write-submission")
+    parser.add_argument(
+        "--labels",
+        metavar="FILE",
+        help="what the classes are called in a .csv of the challenge: the first column of this "
+        "CSV file, in the classes' order (challenge-2018-classes-vrd.csv); default: thing_labels "
+        "of the metadata, or thing_classes",
+    )
     args = parser.parse_args(arguments)
     for option in ("dataset", "train_dataset"):
         name = getattr(args, option)
@@ -72,6 +80,12 @@ def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace
             near = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
             parser.error(f"no data set '{name}' is registered; near it: {', '.join(near)}")
     return args
+
+
+def read_labels(file: str) -> List[str]:
+    """The first column of a CSV file."""
+    with open(file, encoding="utf-8-sig", newline="") as stream:
+        return [row[0].strip() for row in csv.reader(stream) if row]
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
@@ -84,6 +98,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
         vars(metadata).pop("train_dataset", None)  # which cannot be changed otherwise
         metadata.train_dataset = args.train_dataset
     try:
+        labels = read_labels(args.labels) if args.labels else None
         results = evaluate_predictions(
             args.dataset,
             args.predictions,
@@ -92,10 +107,11 @@ def main(arguments: Optional[List[str]] = None) -> int:
             protocol=args.protocol,
             predicates_per_pair=args.predicates_per_pair,
             topk=args.recall_at,
+            labels=labels,
         )
         if args.write_submission:
             predictions = read_predictions(args.predictions)
-            write_submission(args.dataset, predictions, args.write_submission, args.layout)
+            write_submission(args.dataset, predictions, args.write_submission, args.layout, labels)
             print(f"Wrote {args.write_submission}")
     except (OSError, ValueError) as error:
         print(f"evaluate_relations.py: error: {error}", file=sys.stderr)

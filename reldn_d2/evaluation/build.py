@@ -79,6 +79,7 @@ def build_relation_evaluator(
     kind = evaluator_class(dataset_name, relations.PROTOCOL)
     protocol = find_protocol(relations.PROTOCOL, kind.EVALUATOR_TYPE)
     topk = _reachable(relations.RECALL_AT or protocol.recall_at, relations.TOPK)
+    most = max(100, *topk, 0)  # what the protocols other than the challenge's look at
     return kind(
         dataset_name,
         output_folder,
@@ -86,7 +87,7 @@ def build_relation_evaluator(
         protocol=protocol.name,
         predicates_per_pair=predicates_per_pair(cfg, dataset_name),
         topk=topk,
-        max_triplets=None if protocol.all_triplets else min(relations.TOPK, max(100, *topk, 0)),
+        max_triplets=relations.TOPK if protocol.all_triplets else min(relations.TOPK, most),
     )
 
 

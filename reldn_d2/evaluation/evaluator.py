@@ -180,6 +180,13 @@ class RelationDatasetEvaluator(DatasetEvaluator):
         none = Prediction.empty("")
         pairs = [(gt, none if p is None else p) for gt, p in images]
         self._warn_if_nothing_matched(pairs)
+        if self.protocol.name == "openimages" and not any(len(gt.verified) for gt, _ in pairs):
+            logger.warning(
+                "No image of '%s' has verified labels: triplets with classes that are not "
+                "annotated in their image are ignored instead of counting as false positives. Give "
+                'its dicts "verified_labels", or read these metrics as too high.',
+                self._dataset_name,
+            )
         scores = self.score(pairs)
         self._report(scores)
         return scores.results

@@ -9,6 +9,7 @@ from .matching import limit_predicates_per_pair
 from .predictions_file import read_predictions, read_settings
 from .protocol import Results
 from .records import Prediction
+from .submission import read_submission
 
 __all__ = ["evaluate_predictions"]
 
@@ -24,6 +25,7 @@ def evaluate_predictions(
     protocol: str = "",
     predicates_per_pair: Optional[Sequence[int]] = None,
     topk: Optional[Sequence[int]] = None,
+    labels: Optional[Sequence[str]] = None,
 ) -> Results:
     """Score a predictions file in the format of :mod:`.predictions_file`.
 
@@ -36,6 +38,7 @@ def evaluate_predictions(
         protocol: by default the data set's own.
         predicates_per_pair: values of k; by default the protocol's.
         topk: numbers n of R@n; by default the protocol's.
+        labels: what the classes are called in a submission, see :mod:`.submission`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -56,9 +59,7 @@ def evaluate_predictions(
     )
     _check_written_for(predictions_file, settings, dataset_name, evaluator)
     if is_submission:
-        from .submission import read_submission
-
-        predictions = read_submission(dataset_name, predictions_file)
+        predictions = read_submission(dataset_name, predictions_file, labels)
     else:
         predictions = read_predictions(
             predictions_file,

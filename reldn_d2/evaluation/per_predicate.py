@@ -9,6 +9,8 @@ from typing import Any, Dict, List, Optional, Tuple
 import numpy as np
 from tabulate import tabulate
 
+from .predictions_file import written_whole
+
 __all__ = ["GROUPS", "PredicateTable"]
 
 # Thirds of the predicates that occur, the most frequent first.
@@ -84,14 +86,19 @@ class PredicateTable:
             + tabulate(means, heads, tablefmt="pipe", colalign=align, disable_numparse=True)
         )
 
-    def draw(self, file: str, title: str) -> None:
-        """Frequency as bars, recall and AP as points, the most frequent predicate first."""
+    def draw(self, file: Any, title: str) -> None:
+        """Frequency as bars, recall and AP as points, the most frequent predicate first.
+
+        Args:
+            file: path or binary stream of the PNG.
+            title: of the plot.
+        """
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         order = self.order
         where = np.arange(len(order))
-        figure = Figure(figsize=(max(7.0, 0.24 * len(order) + 2.5), 4.8), layout="constrained")
+        figure = Figure(figsize=(max(7.0, 0.24 * len(order) + 2.5), 4.8))
         FigureCanvasAgg(figure)
         left = figure.add_subplot()
         bars = self.counts if self.training_counts is None else self.training_counts
@@ -100,26 +107,29 @@ class PredicateTable:
         left.set_yscale("symlog", linthresh=1)
         left.set_ylim(bottom=0)
         left.set_ylabel(f"relations{of_set}")
-        left.set_xticks(where, [self.names[p] for p in order], rotation=90)
+        left.set_xticks(where)
+        left.set_xticklabels([self.names[p] for p in order], rotation=90)
         left.set_xlim(-0.6, max(len(order), 1) - 0.4)
         right = left.twinx()
         right.plot(where, self.recall[order], "o", color=_COLORS[1], label=f"R@{self.recall_at}")
         right.plot(where, self.average_precision[order], "x", color=_COLORS[2], label="AP")
         right.set_ylim(-3, 103)
         right.set_ylabel("percent")
-        left.set_title(title)
-        figure.legend(loc="outside lower center", ncols=3, frameon=False)
-        figure.savefig(file, dpi=110)
+        handles = [*left.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
+        left.set_title(title, pad=28)
+        place = dict(loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        left.legend(handles=handles, ncol=3, frameon=False, **place)
+        figure.savefig(file, format="png", dpi=110, bbox_inches="tight")
 
     def write(self, folder: str, name: str, title: str) -> List[str]:
         """Write ``per_predicate_<name>`` as .json, .md and .png; returns the paths."""
-        os.makedirs(folder, exist_ok=True)
         paths = [os.path.join(folder, f"per_predicate_{name}.{x}") for x in ("json", "md", "png")]
-        with open(paths[0], "w", encoding="utf-8") as stream:
+        with written_whole(paths[0]) as stream:
             json.dump(self.to_dict(), stream, indent=1)
-        with open(paths[1], "w", encoding="utf-8") as stream:
+        with written_whole(paths[1]) as stream:
             stream.write(f"# {title}\n\n{self.to_markdown()}\n")
-        self.draw(paths[2], title)
+        with written_whole(paths[2], "wb") as stream:
+            self.draw(stream, title)
         return paths
 
 

@@ -48,6 +48,12 @@ def _names(dataset_name: str, labels: Optional[Sequence[str]]) -> _Names:
         raise ValueError(
             f"The metadata of data set '{dataset_name}' lacks thing_classes or predicate_classes."
         )
+    known = metadata.get("thing_classes", None)
+    if known is not None and len(known) != len(classes):
+        raise ValueError(
+            f"{len(classes)} labels for the {len(known)} classes of data set '{dataset_name}'; "
+            "give one for each, in their order."
+        )
     sizes = {}
     for record in dicts_without_images(dataset_name):
         image_id = record["image_id"]
