@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from evaluation_utils import random_case
+from model_utils import small_model
 from PIL import Image
 from torch import multiprocessing
 
@@ -474,6 +475,12 @@ def test_each_data_set_has_the_protocol_of_its_tables(
     cfg.TEST.RELATIONS.PROTOCOL = "openimage"
     with pytest.raises(ValueError, match="'openimage'.*PROTOCOL.*lu2016, motifs, openimages"):
         build_relation_evaluator(cfg, NAME, str(tmp_path))
+
+
+@pytest.mark.parametrize(("protocol", "ks"), [("motifs", (1, 0)), ("lu2016", (1, 10, 70))])
+def test_the_model_keeps_what_the_protocol_asks_for(protocol, ks):
+    model = small_model("TEST.RELATIONS.PROTOCOL", protocol)
+    assert model.relation_head.predicates_per_pair == ks
 
 
 def test_a_protocol_named_needs_no_evaluator_type(dataset, cfg, tmp_path):

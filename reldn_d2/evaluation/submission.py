@@ -164,7 +164,7 @@ def read_submission(
         ValueError: a line is wrong; the message names it and the mend.
     """
     names = _names(dataset_name, labels)
-    triplets: Dict[str, List[Sequence[str]]] = {}
+    rows_of: Dict[str, List[Sequence[str]]] = {}  # of a table, whose lines may be in any order
     lines: Dict[str, int] = {}
     with _open_text(file) as stream, _long_fields():
         reader = csv.reader(stream)
@@ -181,27 +181,33 @@ def read_submission(
                     f"{where}: {len(row)} fields instead of {len(header)}. The line is cut off or "
                     "has a comma too many; write the file again."
                 )
-            if row[0] not in names.sizes:
+            image = row[0]
+            if image not in names.sizes:
                 raise ValueError(
-                    f"{where}: data set '{dataset_name}' has no image {row[0]!r}. Name the data "
+                    f"{where}: data set '{dataset_name}' has no image {image!r}. Name the data "
                     "set that the submission is for."
                 )
-            if header == _SERVER_COLUMNS:
-                if row[0] in lines:
-                    raise ValueError(f"{where}: image {row[0]!r} is in line {lines[row[0]]}, too.")
-                parts = row[1].split()
-                if len(parts) % _FIELDS:
-                    raise ValueError(
-                        f"{where}: {len(parts)} parts, which is no multiple of the {_FIELDS} of a "
-                        "triplet. The line is cut off or a name has a blank; write it again."
-                    )
-                found = [parts[i : i + _FIELDS] for i in range(0, len(parts), _FIELDS)]
+            if header == COLUMNS:
+                fields = [row[1 + _PLACES.index(place)] for place in range(_FIELDS)]
+                rows_of.setdefault(image, []).append(fields)
             else:
-                found = [[row[1 + _PLACES.index(place)] for place in range(_FIELDS)]]
-            lines.setdefault(row[0], reader.line_num)
-            triplets.setdefault(row[0], []).extend(found)
-    for image, found in triplets.items():
-        yield _prediction(found, f"{file}, line {lines[image]}", names, image)
+                if image in lines:
+                    raise ValueError(f"{where}: image {image!r} is in line {lines[image]}, too.")
+                yield _prediction(_split(row[1], where), where, names, image)
+            lines.setdefault(image, reader.line_num)
+    for image, rows in rows_of.items():
+        yield _prediction(rows, f"{file}, line {lines[image]} and others", names, image)
+
+
+def _split(text: str, where: str) -> List[Sequence[str]]:
+    """The triplets of a PredictionString."""
+    parts = text.split()
+    if len(parts) % _FIELDS:
+        raise ValueError(
+            f"{where}: {len(parts)} parts, which is no multiple of the {_FIELDS} of a triplet. The "
+            "line is cut off or a name has a blank; write it again."
+        )
+    return [parts[i : i + _FIELDS] for i in range(0, len(parts), _FIELDS)]
 
 
 def _prediction(

@@ -199,7 +199,8 @@ def run(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     plain = plain_metrics(part, seen)
     plain_seconds = (time.perf_counter() - started) * len(images) / len(part)
-    rows.append([f"R, mR and zR in a loop ({len(part)} images, scaled)", f"{plain_seconds:.0f} s"])
+    scaled = "" if len(part) == len(images) else ", scaled"
+    rows.append([f"R, mR and zR in a loop ({len(part)} images{scaled})", f"{plain_seconds:.0f} s"])
     same = recall_metrics(part, settings)
     for (k, name), value in plain.items():
         if not np.isclose(same[k][name], value, rtol=1e-9):
