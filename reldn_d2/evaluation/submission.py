@@ -95,8 +95,9 @@ def write_submission(
     blank = [name for name in (*names.classes, *names.predicates) if len(name.split()) != 1]
     if layout == "server" and blank:
         raise ValueError(
-            f"{blank[0]!r} has a blank, which separates the fields of a submission. Give "
-            "OpenImages' identifiers of the classes (labels, or thing_labels in the metadata)."
+            f"{blank[0]!r} has a blank, which separates the fields of the server's layout. Give "
+            "OpenImages' identifiers of the classes (labels, or thing_labels in the metadata), "
+            'name predicates like "inside_of", or write the layout "table".'
         )
     missing = dict(names.sizes)
     with written_whole(file) as stream:
