@@ -1,19 +1,76 @@
 """Reading data set files: every failure names the file, the record and the mend."""
 
+import csv
 import json
 import os
-from collections.abc import Set
-from typing import Any
+import tempfile
+from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager
+from typing import IO, Any
 
+from iopath.common.file_io import get_cache_dir
 from PIL import Image
 
 from detectron2.utils.file_io import PathManager
 
-__all__ = ["find_image", "image_size", "read_json", "require_path"]
+__all__ = [
+    "Problems",
+    "cache_paths",
+    "find_image",
+    "find_images",
+    "image_size",
+    "list_images",
+    "read_csv",
+    "read_json",
+    "read_names",
+    "require_path",
+    "write_atomically",
+]
 
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif")
 _EXIF_ORIENTATION = 274
 _EXIF_TURNED = (5, 6, 7, 8)
+_KEPT_PROBLEMS = 10_000
+_NAME_HEADERS = ("LabelName", "RelationshipName", "AttributeName")
+
+
+class Problems:
+    """Collects what is wrong with the records of a file, to raise it all at once.
+
+    Example::
+
+        problems = Problems()
+        problems.add("a.csv, line 7: ...")
+        problems.raise_any()
+    """
+
+    def __init__(self, error: type[Exception] = ValueError) -> None:
+        """Args:
+        error: what :meth:`raise_any` raises.
+        """
+        self.error = error
+        self.messages: list[str] = []
+        self.count = 0
+
+    def add(self, message: str) -> None:
+        """Note a problem: file, record, what was expected."""
+        self.count += 1
+        if len(self.messages) < _KEPT_PROBLEMS:
+            self.messages.append(message)
+
+    def raise_any(self) -> None:
+        """Raise if there is a problem: the first one as text, all as ``error.problems``."""
+        if not self.count:
+            return
+        text = self.messages[0]
+        if self.count > 1:
+            text += (
+                f"\n{self.count - 1} more problems were found; "
+                "`python -m reldn_d2.data.check NAME` lists those of a registered data set."
+            )
+        error = self.error(text)
+        error.problems = self.messages
+        raise error
 
 
 def require_path(path: str, what: str) -> str:
@@ -51,7 +108,13 @@ def read_json(path: str, what: str) -> Any:
     require_path(path, what)
     try:
         with PathManager.open(path, "rb") as file:
-            return json.loads(file.read().decode("utf-8"))
+            text = file.read().decode("utf-8")
+        return json.loads(text, object_pairs_hook=_without_repeated_keys)
+    except _RepeatedKey as error:
+        raise ValueError(
+            f"{path}: the key {error.args[0]!r:.120} stands twice in one object, so that one of "
+            f"the two values would be lost ({what}). Rename or merge them."
+        ) from error
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path}: not UTF-8 text (byte {error.start}). Expected JSON ({what}): download the "
@@ -62,6 +125,130 @@ def read_json(path: str, what: str) -> Any:
             f"{path}: not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}). "
             f"The file of the {what} is truncated or damaged: download it again."
         ) from error
+
+
+class _RepeatedKey(Exception):
+    """Of a JSON object."""
+
+
+def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _RepeatedKey(next(key for key in result if keys.count(key) > 1))
+    return result
+
+
+def read_csv(
+    path: str, columns: Sequence[str], what: str, problems: Problems
+) -> Iterator[tuple[int, list[str]]]:
+    """Rows of a CSV file whose first line names its columns.
+
+    Args:
+        path: the file, in UTF-8.
+        columns: names of the columns that are wanted; others are ignored.
+        what: what the file should be, for messages.
+        problems: rows of another length than the header are added to it and left out.
+
+    Yields:
+        Line number (the header is line 1) and the values of ``columns``.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is empty, is no text in UTF-8, or lacks a column.
+    """
+    rows = _csv_rows(path, what)
+    _, header = next(rows, (1, None))
+    if header is None:
+        raise ValueError(
+            f"{path}: the file is empty. Expected {what}, with the columns {', '.join(columns)}: "
+            "download it again."
+        )
+    missing = [column for column in columns if column not in header]
+    if missing:
+        raise ValueError(
+            f"{path}, line 1: no column {', '.join(missing)} for {what}; the columns are "
+            f"{', '.join(header)!r:.200}. Is it the right file? Expected {', '.join(columns)}."
+        )
+    indices = [header.index(column) for column in columns]
+    for line, row in rows:
+        if len(row) != len(header):
+            problems.add(
+                f"{path}, line {line}: {len(row)} values, expected {len(header)} as in the header "
+                "(line 1). The file is truncated or was edited: download it again."
+            )
+            continue
+        yield line, [row[index] for index in indices]
+
+
+def read_names(path: str, what: str) -> dict[str, str]:
+    """Names by identifier from a CSV file of two columns, with or without a header line.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is empty, or a line does not have two values or repeats an identifier.
+    """
+    names: dict[str, str] = {}
+    for line, row in _csv_rows(path, what):
+        if line == 1 and row[0] in _NAME_HEADERS:
+            continue
+        if len(row) != 2 or not row[0] or not row[1]:
+            raise ValueError(
+                f"{path}, line {line}: found {','.join(row)!r:.120}; expected two values, "
+                f"identifier and name ({what})."
+            )
+        if row[0] in names:
+            raise ValueError(
+                f"{path}, line {line}: {row[0]} was named before ({what}). Remove one of the lines."
+            )
+        names[row[0]] = row[1]
+    if not names:
+        raise ValueError(f"{path}: no names in it. Expected {what}: download the file again.")
+    return names
+
+
+def _csv_rows(path: str, what: str) -> Iterator[tuple[int, list[str]]]:
+    """(line number, values) of the lines that are not blank."""
+    require_path(path, what)
+    with PathManager.open(path, "r", encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            for row in reader:
+                if row:
+                    yield reader.line_num, row
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path}, after line {reader.line_num}: not UTF-8 text ({error.reason}). Expected "
+                f"a CSV file ({what}), not compressed: download it again."
+            ) from error
+        except csv.Error as error:
+            raise ValueError(
+                f"{path}, line {reader.line_num}: not a CSV file ({error}). Expected {what}: "
+                "download it again."
+            ) from error
+
+
+def list_images(image_root: str, what: str) -> Set[str]:
+    """Names of the files in a folder of images.
+
+    Args:
+        image_root: the folder.
+        what: the data set, for messages.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, or nothing in it.
+        ValueError: if it is a file.
+    """
+    require_path(image_root, f"The image folder of {what}")
+    if not PathManager.isdir(image_root):
+        raise ValueError(f"{image_root}: a file, expected the folder of the images of {what}.")
+    names = frozenset(PathManager.ls(image_root))
+    if not names:
+        raise FileNotFoundError(
+            f"{os.path.abspath(image_root)}: the image folder of {what} is empty. Unpack the "
+            "images into it (datasets/README.md)."
+        )
+    return names
 
 
 def find_image(image_root: str, name: str, listing: Set[str], what: str) -> str:
@@ -76,15 +263,36 @@ def find_image(image_root: str, name: str, listing: Set[str], what: str) -> str:
     Raises:
         FileNotFoundError: if the image is not there under any known suffix.
     """
+    if name in listing:
+        return os.path.join(image_root, name)
     stem = os.path.splitext(name)[0]
-    for candidate in (name, *(stem + suffix for suffix in _IMAGE_SUFFIXES)):
+    for candidate in (stem + suffix for suffix in IMAGE_SUFFIXES):
         if candidate in listing:
             return os.path.join(image_root, candidate)
     raise FileNotFoundError(
         f"{what}: image {name} is annotated but not in {os.path.abspath(image_root)} (also tried "
-        f"{', '.join(_IMAGE_SUFFIXES)}). Unpack the images of the data set again "
+        f"{', '.join(IMAGE_SUFFIXES)}). Unpack the images of the data set again "
         "(datasets/README.md) or remove this image from the annotations."
     )
+
+
+def find_images(image_root: str, names: Sequence[str], what: str) -> list[str]:
+    """Paths of images, see :func:`find_image`.
+
+    Raises:
+        FileNotFoundError: if the folder is not there or empty, or lacks images; all of them are in
+            the error's ``problems``.
+    """
+    listing = list_images(image_root, what) if names else frozenset()
+    problems = Problems(FileNotFoundError)
+    paths = []
+    for name in names:
+        try:
+            paths.append(find_image(image_root, name, listing, what))
+        except FileNotFoundError as error:
+            problems.add(str(error))
+    problems.raise_any()
+    return paths
 
 
 def image_size(path: str) -> tuple[int, int]:
@@ -100,7 +308,7 @@ def image_size(path: str) -> tuple[int, int]:
         with PathManager.open(path, "rb") as file, Image.open(file) as image:
             width, height = image.size
             orientation = _exif_orientation(image)
-    except OSError as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"{path}: cannot be read as an image ({error}). Unpack the images of the data set "
             "again."
@@ -113,3 +321,43 @@ def _exif_orientation(image: Image.Image) -> int | None:
         return image.getexif().get(_EXIF_ORIENTATION)
     except Exception:  # Damaged EXIF blocks raise all sorts; Detectron2 ignores them likewise.
         return None
+
+
+def cache_paths(folder: str, name: str) -> list[str]:
+    """Where a file derived from a data set may be kept: beside it, or in Detectron2's cache.
+
+    Args:
+        folder: a folder of the data set.
+        name: of the derived file.
+
+    Returns:
+        Paths in the order in which they are tried; folders of data sets may be read-only.
+    """
+    folder = os.path.abspath(folder)
+    flat = folder.strip(os.sep).replace(os.sep, "__").replace(":", "")
+    return [
+        os.path.join(folder, "reldn_cache", name),
+        os.path.join(get_cache_dir(), "reldn_d2", flat, name),
+    ]
+
+
+@contextmanager
+def write_atomically(path: str, mode: str = "w") -> Iterator[IO]:
+    """Open a file for writing that is there whole, or not at all.
+
+    It is written under another name in the same folder, which is made if need be, and moved to
+    ``path`` when the block ends without an error.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    number, temporary = tempfile.mkstemp(prefix=f".{os.path.basename(path)}.", dir=folder)
+    try:
+        with os.fdopen(number, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)  # mkstemp makes it for the owner alone
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -1,29 +1,15 @@
-"""VRD (Lu et al., ECCV 2016), from the official JSON files.
+"""VRD (Lu et al., ECCV 2016), from the official JSON files; see :mod:`.relation_json`."""
 
-``annotations_{train,test}.json`` hold, for each image's file name, a list of relationships::
-
-    {"predicate": 0, "subject": {"category": 0, "bbox": [ymin, ymax, xmin, xmax]}, "object": {...}}
-
-Boxes there are 1-based and inclusive. Here they become continuous: ``[xmin - 1, ymin - 1, xmax,
-ymax]``, so that a width is the file's ``xmax - xmin + 1`` and no "+1" is needed anywhere else.
-"""
-
-import logging
-import math
 import os
 from collections.abc import Sequence
-from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.structures import BoxMode
-from detectron2.utils.file_io import PathManager
-
-from .files import find_image, image_size, read_json, require_path
+from .catalog import register_dataset
+from .entities import ImageAnnotations
+from .files import read_json
+from .relation_json import load_relation_json, parse_relation_json
 
 __all__ = ["VRD_CLASSES", "VRD_PREDICATES", "load_vrd", "parse_vrd_annotations", "register_vrd"]
-
-logger = logging.getLogger(__name__)
 
 # fmt: off
 VRD_CLASSES = (
@@ -53,13 +39,6 @@ VRD_PREDICATES = (
 # fmt: on
 
 
-class _ImageAnnotations(NamedTuple):
-    """Entities and relations of one image, as in a dataset dict."""
-
-    annotations: list[dict[str, Any]]
-    relations: list[tuple[int, int, int]]
-
-
 def load_vrd(
     json_file: str, image_root: str, merge_duplicates: bool = True
 ) -> list[dict[str, Any]]:
@@ -82,39 +61,28 @@ def load_vrd(
         FileNotFoundError: if a file, the folder or an image is missing.
         ValueError: if a file's content is not as expected.
     """
-    images = parse_vrd_annotations(json_file, merge_duplicates)
-    folder = os.path.dirname(json_file)
-    _check_names(os.path.join(folder, "objects.json"), VRD_CLASSES)
-    _check_names(os.path.join(folder, "predicates.json"), VRD_PREDICATES)
-    listing = frozenset(PathManager.ls(require_path(image_root, "The image folder of VRD")))
-
-    dicts = []
-    outside: list[str] = []
-    for name, (annotations, relations) in images.items():
-        file_name = find_image(image_root, name, listing, "VRD")
-        height, width = image_size(file_name)
-        for annotation in annotations:
-            if annotation["bbox"][2] > width or annotation["bbox"][3] > height:
-                outside.append(f"{annotation['bbox']} in {file_name} ({width}x{height})")
-        dicts.append(
-            {
-                "file_name": file_name,
-                "image_id": name,
-                "height": height,
-                "width": width,
-                "annotations": annotations,
-                "relations": relations,
-            }
-        )
-    if outside:
-        logger.warning(
-            f"{json_file}: {len(outside)} boxes (XYXY) reach beyond their image, the first is "
-            f"{outside[0]}. They are kept, and clipped in training. Are these the official images?"
-        )
+    dicts = load_relation_json(
+        json_file,
+        image_root,
+        VRD_CLASSES,
+        VRD_PREDICATES,
+        what="VRD",
+        one_based=True,
+        merge_duplicates=merge_duplicates,
+    )
+    objects, predicates = _name_files(json_file)
+    _check_names(objects, VRD_CLASSES)
+    _check_names(predicates, VRD_PREDICATES)
     return dicts
 
 
-def register_vrd(name: str, json_file: str, image_root: str, merge_duplicates: bool = True) -> None:
+def register_vrd(
+    name: str,
+    json_file: str,
+    image_root: str,
+    merge_duplicates: bool = True,
+    **metadata: Any,
+) -> None:
     """Register a split of VRD in Detectron2's catalogs. Reads no file before its first use.
 
     Args:
@@ -122,34 +90,33 @@ def register_vrd(name: str, json_file: str, image_root: str, merge_duplicates: b
         json_file: see :func:`load_vrd`.
         image_root: see :func:`load_vrd`.
         merge_duplicates: see :func:`load_vrd`.
+        metadata: further metadata, such as ``train_dataset``.
     """
-    DatasetCatalog.register(name, lambda: load_vrd(json_file, image_root, merge_duplicates))
 
     def load_annotations() -> list[dict[str, Any]]:
-        """What needs no images, for scoring predictions again."""
+        """What needs no images, for scoring predictions again and for counting."""
         images = parse_vrd_annotations(json_file, merge_duplicates)
         return [{"image_id": name, **image._asdict()} for name, image in images.items()]
 
-    MetadataCatalog.get(name).set(
-        load_annotations=load_annotations,
+    register_dataset(
+        name,
+        load_vrd,
+        dict(json_file=json_file, image_root=image_root, merge_duplicates=merge_duplicates),
+        annotation_files=[json_file, *_name_files(json_file)],
         thing_classes=list(VRD_CLASSES),
         predicate_classes=list(VRD_PREDICATES),
         evaluator_type="vrd",
         json_file=json_file,
         image_root=image_root,
+        load_annotations=load_annotations,
+        **metadata,
     )
 
 
 def parse_vrd_annotations(
     json_file: str, merge_duplicates: bool = True
-) -> dict[str, _ImageAnnotations]:
+) -> dict[str, ImageAnnotations]:
     """Read the annotations alone; needs no images.
-
-    The entities of an image are the distinct (category, box) of its subjects and objects in order
-    of appearance. A few relationships have one and the same category and box at both ends ("person
-    next to person" over one group). A relation of an entity to itself cannot be enumerated or
-    evaluated as a pair, so their object is a second entity with that category and box: the same two
-    boxes that the published protocol scores.
 
     Args:
         json_file: ``annotations_train.json`` or ``annotations_test.json``.
@@ -159,115 +126,19 @@ def parse_vrd_annotations(
     Returns:
         Annotations and relations by the image's file name.
     """
-    content = read_json(json_file, "VRD annotations")
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"{json_file}: expected an object {{file name: [relationship, ...]}}, found a "
-            f"{type(content).__name__}."
-        )
-    images = {}
-    duplicates: list[str] = []
-    reflexive: list[str] = []
-    for name, records in content.items():
-        if not isinstance(records, list):
-            raise ValueError(
-                f"{json_file}: {name}: expected a list of relationships (empty if the image has "
-                f"none), found {records!r:.80}."
-            )
-        entities: dict[tuple, int] = {}
-        relations: dict[tuple[int, int, int], int] = {}
-        for number, record in enumerate(records):
-            place = f"{name}, relationship {number}"
-            subject, object_, predicate = _parse_relationship(record, f"{json_file}: {place}")
-            if subject == object_:
-                reflexive.append(place)
-            first = entities.setdefault((*subject, 0), len(entities))
-            second = entities.setdefault((*object_, int(subject == object_)), len(entities))
-            triplet = (first, second, predicate)
-            if triplet in relations:
-                duplicates.append(place)
-            relations[triplet] = 1 if merge_duplicates else relations.get(triplet, 0) + 1
-        images[name] = _ImageAnnotations(
-            annotations=[_annotation(category, box) for category, box, _ in entities],
-            relations=[triplet for triplet, times in relations.items() for _ in range(times)],
-        )
-    _report(json_file, images, duplicates, merge_duplicates, reflexive)
-    return images
+    return parse_relation_json(
+        json_file,
+        VRD_CLASSES,
+        VRD_PREDICATES,
+        what="VRD",
+        one_based=True,
+        merge_duplicates=merge_duplicates,
+    )
 
 
-def _report(
-    json_file: str,
-    images: dict[str, _ImageAnnotations],
-    duplicates: Sequence[str],
-    merge_duplicates: bool,
-    reflexive: Sequence[str],
-) -> None:
-    total = sum(len(image.relations) for image in images.values())
-    logger.info(f"{json_file}: {len(images)} images, {total} relations.")
-    if duplicates:
-        done = "merged" if merge_duplicates else "kept"
-        logger.warning(
-            f"{json_file}: {len(duplicates)} relationships repeat an earlier one of their image "
-            f"exactly and were {done}; the first: {duplicates[0]}."
-        )
-    if reflexive:
-        logger.warning(
-            f"{json_file}: {len(reflexive)} relationships have the same category and box at both "
-            "ends; their object became an entity of its own with this category and box. The "
-            f"first: {reflexive[0]}."
-        )
-
-
-def _parse_relationship(record: Any, where: str) -> tuple[tuple, tuple, int]:
-    """Subject and object as (category, box in continuous XYXY), and the predicate."""
-    subject = _parse_entity(_get(record, "subject", where), f"{where}, subject")
-    object_ = _parse_entity(_get(record, "object", where), f"{where}, object")
-    predicate = _get(record, "predicate", where)
-    _check_index(predicate, "predicate", VRD_PREDICATES, where)
-    return subject, object_, predicate
-
-
-def _parse_entity(entity: Any, where: str) -> tuple[int, tuple]:
-    category = _get(entity, "category", where)
-    _check_index(category, "category", VRD_CLASSES, where)
-    bbox = _get(entity, "bbox", where)
-    if (
-        not isinstance(bbox, list)
-        or len(bbox) != 4
-        or any(isinstance(value, bool) or not isinstance(value, Real) for value in bbox)
-    ):
-        raise ValueError(
-            f"{where}: bbox is {bbox!r:.80}; expected four numbers [ymin, ymax, xmin, xmax]."
-        )
-    ymin, ymax, xmin, xmax = bbox
-    if not (1 <= xmin <= xmax < math.inf and 1 <= ymin <= ymax < math.inf):
-        raise ValueError(
-            f"{where}: bbox is {bbox}; expected [ymin, ymax, xmin, xmax], 1-based and inclusive, "
-            "with 1 <= ymin <= ymax and 1 <= xmin <= xmax. Mend or remove this relationship."
-        )
-    return category, (float(xmin - 1), float(ymin - 1), float(xmax), float(ymax))
-
-
-def _get(record: Any, key: str, where: str) -> Any:
-    if not isinstance(record, dict) or key not in record:
-        raise ValueError(f'{where}: no "{key}" in {record!r:.200}. Mend or remove it.')
-    return record[key]
-
-
-def _check_index(value: Any, what: str, names: Sequence[str], where: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < len(names):
-        raise ValueError(
-            f"{where}: {what} is {value!r:.80}; expected an integer from 0 to {len(names) - 1}."
-        )
-
-
-def _annotation(category: int, box: Sequence[float]) -> dict[str, Any]:
-    return {
-        "bbox": list(box),
-        "bbox_mode": BoxMode.XYXY_ABS,
-        "category_id": category,
-        "iscrowd": 0,
-    }
+def _name_files(json_file: str) -> list[str]:
+    folder = os.path.dirname(json_file)
+    return [os.path.join(folder, "objects.json"), os.path.join(folder, "predicates.json")]
 
 
 def _check_names(path: str, expected: Sequence[str]) -> None:

@@ -1,0 +1,68 @@
+"""Registration in Detectron2's catalogs, with names that are read from files when asked for."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.catalog import Metadata
+
+__all__ = ["register_dataset"]
+
+_ON_DEMAND = (
+    "thing_classes",
+    "predicate_classes",
+    "attribute_classes",
+    "thing_dataset_id_to_contiguous_id",
+)
+_readers: dict[str, Callable[[], dict[str, Any]]] = {}
+
+
+class _MetadataFromFiles(Metadata):
+    """Detectron2's ``Metadata``; names that are not set yet are read from the data set's files."""
+
+    def __getattr__(self, key: str) -> Any:
+        # Attributes of its own would appear in as_dict(), so the reader is kept elsewhere.
+        if key in _ON_DEMAND and self.name in _readers:
+            try:
+                found = _readers[self.name]()
+            except FileNotFoundError as error:  # unknown as yet, as before any loading
+                raise AttributeError(f"{key} of data set '{self.name}': {error}") from error
+            for name, value in found.items():
+                self.__dict__.setdefault(name, value)
+            if key in self.__dict__:
+                return self.__dict__[key]
+        return super().__getattr__(key)
+
+
+def register_dataset(
+    name: str,
+    load: Callable[..., list[dict[str, Any]]],
+    arguments: dict[str, Any],
+    *,
+    annotation_files: Sequence[str],
+    read_names: Callable[[], dict[str, Any]] | None = None,
+    **metadata: Any,
+) -> None:
+    """Register a data set. Reads no file before its first use.
+
+    Args:
+        name: of the data set.
+        load: gives the dataset dicts.
+        arguments: keyword arguments of ``load``.
+        annotation_files: the files that the annotations depend on; statistics are counted anew when
+            the content of one of them changes.
+        read_names: gives ``thing_classes``, ``predicate_classes``, ... when they are first asked
+            for; None when they are in ``metadata``.
+        metadata: further metadata.
+    """
+    DatasetCatalog.register(name, lambda: load(**arguments))
+    if read_names is not None:
+        before = MetadataCatalog.pop(name).as_dict() if name in MetadataCatalog else {}
+        _readers[name] = read_names
+        MetadataCatalog[name] = _MetadataFromFiles(**{**before, "name": name})
+    options = {key: value for key, value in sorted(arguments.items())}
+    MetadataCatalog.get(name).set(
+        annotation_files=list(annotation_files),
+        loader=f"{load.__module__}.{load.__qualname__}({options})",
+        **metadata,
+    )

@@ -1,0 +1,126 @@
+"""From relationships between boxes to entities and relations between them, for one image."""
+
+import logging
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from detectron2.structures import BoxMode
+
+__all__ = ["Entity", "ImageAnnotations", "RelationshipList", "report_merging"]
+
+logger = logging.getLogger(__name__)
+
+
+class Entity(NamedTuple):
+    """What one end of a relationship is: equal ones of an image are the same entity."""
+
+    category: int
+    box: tuple[float, float, float, float]  # XYXY
+
+
+class ImageAnnotations(NamedTuple):
+    """Entities and relations of one image, as in a dataset dict."""
+
+    annotations: list[dict[str, Any]]
+    relations: list[tuple[int, int, int]]
+
+
+class RelationshipList:
+    """Gathers the relationships of one image, each between two described entities.
+
+    The entities are the distinct (category, box) in order of appearance. A few relationships have
+    one and the same category and box at both ends ("person next to person" over one group). A
+    relation of an entity to itself cannot be enumerated or evaluated as a pair, so their object is
+    a second entity with that category and box: the same two boxes that published protocols score.
+    """
+
+    def __init__(self) -> None:
+        self._entities: dict[tuple[Entity, int], int] = {}
+        self._relations: dict[tuple[int, int, int], int] = {}
+        self._attributes: dict[int, dict[int, None]] = {}
+        self.duplicates: list[Hashable] = []
+        self.reflexive: list[Hashable] = []
+
+    def add(self, subject: Entity, object_: Entity, predicate: int, place: Hashable) -> None:
+        """Add a relationship.
+
+        Args:
+            subject: its subject.
+            object_: its object.
+            predicate: its predicate, 0-based.
+            place: where it stands, for messages.
+        """
+        same = subject == object_
+        if same:
+            self.reflexive.append(place)
+        triplet = (self._index(subject), self._index(object_, int(same)), predicate)
+        times = self._relations.get(triplet, 0)
+        if times:
+            self.duplicates.append(place)
+        self._relations[triplet] = times + 1
+
+    def add_attribute(self, entity: Entity, attribute: int) -> None:
+        """Give an entity an attribute, 0-based."""
+        self._attributes.setdefault(self._index(entity), {})[attribute] = None
+
+    @property
+    def has_relations(self) -> bool:
+        """Whether there is any."""
+        return bool(self._relations)
+
+    def finish(
+        self, merge_duplicates: bool, scale: Sequence[float] = (1.0, 1.0)
+    ) -> ImageAnnotations:
+        """Entities and relations.
+
+        Args:
+            merge_duplicates: keep one of several equal relationships.
+            scale: factors of x and y, for boxes that are relative to the image's size.
+        """
+        x_scale, y_scale = scale
+        annotations = []
+        for (entity, _), index in self._entities.items():
+            x0, y0, x1, y1 = entity.box
+            annotation = {
+                "bbox": [x0 * x_scale, y0 * y_scale, x1 * x_scale, y1 * y_scale],
+                "bbox_mode": BoxMode.XYXY_ABS,
+                "category_id": entity.category,
+                "iscrowd": 0,
+            }
+            if index in self._attributes:
+                annotation["attributes"] = sorted(self._attributes[index])
+            annotations.append(annotation)
+        relations = [
+            triplet
+            for triplet, times in self._relations.items()
+            for _ in range(1 if merge_duplicates else times)
+        ]
+        return ImageAnnotations(annotations, relations)
+
+    def _index(self, entity: Entity, copy: int = 0) -> int:
+        return self._entities.setdefault((entity, copy), len(self._entities))
+
+
+def report_merging(source: str, lists: Iterable[RelationshipList], merge_duplicates: bool) -> None:
+    """Log how many relationships repeat another one, and how many relate an entity to its like.
+
+    Args:
+        source: the file.
+        lists: those of all images.
+        merge_duplicates: what :meth:`RelationshipList.finish` was given.
+    """
+    lists = list(lists)
+    duplicates = [place for x in lists for place in x.duplicates]
+    reflexive = [place for x in lists for place in x.reflexive]
+    if duplicates:
+        done = "merged" if merge_duplicates else "kept"
+        logger.warning(
+            f"{source}: {len(duplicates)} relationships repeat an earlier one of their image "
+            f"exactly and were {done}; the first: {duplicates[0]}."
+        )
+    if reflexive:
+        logger.warning(
+            f"{source}: {len(reflexive)} relationships have the same category and box at both "
+            "ends; their object became an entity of its own with this category and box. The "
+            f"first: {reflexive[0]}."
+        )

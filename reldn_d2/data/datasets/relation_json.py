@@ -1,0 +1,290 @@
+"""JSON files in the shape of VRD's, which RelDN's authors also released for other data sets.
+
+They hold, for each image's file name, a list of relationships::
+
+    {"predicate": 0, "subject": {"category": 0, "bbox": [ymin, ymax, xmin, xmax]}, "object": {...}}
+
+In VRD's own files boxes are 1-based and inclusive. Here they become continuous: ``[xmin - 1, ymin -
+1, xmax, ymax]``, so that a width is the file's ``xmax - xmin + 1`` and no "+1" is needed anywhere
+else. In other files of this shape they are taken as they are: continuous, from 0.
+"""
+
+import logging
+import math
+import os
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+from .catalog import register_dataset
+from .entities import Entity, ImageAnnotations, RelationshipList, report_merging
+from .files import Problems, find_images, read_json
+from .image_sizes import image_sizes
+
+__all__ = [
+    "load_relation_json",
+    "parse_relation_json",
+    "read_name_list",
+    "register_relation_json",
+]
+
+logger = logging.getLogger(__name__)
+
+
+def parse_relation_json(
+    json_file: str,
+    thing_classes: Sequence[str],
+    predicate_classes: Sequence[str],
+    *,
+    what: str,
+    one_based: bool = False,
+    merge_duplicates: bool = True,
+) -> dict[str, ImageAnnotations]:
+    """Read the annotations alone; needs no images.
+
+    The entities of an image are the distinct (category, box) of its subjects and objects in order
+    of appearance, see :class:`~.entities.RelationshipList`.
+
+    Args:
+        json_file: the file.
+        thing_classes: names of the entity classes.
+        predicate_classes: names of the predicates.
+        what: the data set, for messages.
+        one_based: boxes are 1-based and inclusive, as in VRD's own files.
+        merge_duplicates: keep one of several equal relationships of an image. Right for training;
+            published recall counts each of them.
+
+    Returns:
+        Annotations and relations by the image's file name.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: with file, image and number of the first relationship that is not as expected;
+            all of them are in the error's ``problems``.
+    """
+    content = read_json(json_file, f"{what} annotations")
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{json_file}: expected an object {{file name: [relationship, ...]}}, found a "
+            f"{type(content).__name__}."
+        )
+    reader = _Reader(len(thing_classes), len(predicate_classes), one_based)
+    problems = Problems()
+    lists: dict[str, RelationshipList] = {}
+    for name, records in content.items():
+        if not isinstance(records, list):
+            problems.add(
+                f"{json_file}: {name}: expected a list of relationships (empty if the image has "
+                f"none), found {records!r:.80}."
+            )
+            continue
+        lists[name] = relationships = RelationshipList()
+        for number, record in enumerate(records):
+            place = f"{name}, relationship {number}"
+            try:
+                relationships.add(*reader.relationship(record, f"{json_file}: {place}"), place)
+            except ValueError as error:
+                problems.add(str(error))
+    problems.raise_any()
+    report_merging(json_file, lists.values(), merge_duplicates)
+    images = {name: x.finish(merge_duplicates) for name, x in lists.items()}
+    total = sum(len(image.relations) for image in images.values())
+    logger.info(f"{json_file}: {len(images)} images, {total} relations.")
+    return images
+
+
+def load_relation_json(
+    json_file: str,
+    image_root: str,
+    thing_classes: Sequence[str],
+    predicate_classes: Sequence[str],
+    *,
+    what: str = "the data set",
+    one_based: bool = False,
+    merge_duplicates: bool = True,
+) -> list[dict[str, Any]]:
+    """Load a file in VRD's shape as Detectron2 dataset dicts with ``"relations"``.
+
+    Args:
+        json_file: e.g. ``rel_annotations_train.json``.
+        image_root: folder of the images. An image that is there under another suffix only is taken.
+        thing_classes: names of the entity classes.
+        predicate_classes: names of the predicates.
+        what: the data set, for messages.
+        one_based: see :func:`parse_relation_json`.
+        merge_duplicates: see :func:`parse_relation_json`.
+
+    Returns:
+        One dict an image, also for images without relations. ``image_id`` is the file name in the
+        annotations; sizes come from the image headers.
+
+    Raises:
+        FileNotFoundError: if a file, the folder or an image is missing.
+        ValueError: if a file's content is not as expected.
+    """
+    images = parse_relation_json(
+        json_file,
+        thing_classes,
+        predicate_classes,
+        what=what,
+        one_based=one_based,
+        merge_duplicates=merge_duplicates,
+    )
+    paths = find_images(image_root, list(images), what)
+    sizes = image_sizes(image_root, paths, what)
+    dicts = []
+    outside: list[str] = []
+    for (name, (annotations, relations)), path, (height, width) in zip(
+        images.items(), paths, sizes, strict=True
+    ):
+        for annotation in annotations:
+            if annotation["bbox"][2] > width or annotation["bbox"][3] > height:
+                outside.append(f"{annotation['bbox']} in {path} ({width}x{height})")
+        dicts.append(
+            {
+                "file_name": path,
+                "image_id": name,
+                "height": height,
+                "width": width,
+                "annotations": annotations,
+                "relations": relations,
+            }
+        )
+    if outside:
+        logger.warning(
+            f"{json_file}: {len(outside)} boxes (XYXY) reach beyond their image, the first is "
+            f"{outside[0]}. They are kept, and clipped in training. Are these the official images?"
+        )
+    return dicts
+
+
+def register_relation_json(
+    name: str,
+    json_file: str,
+    image_root: str,
+    *,
+    objects_file: str | None = None,
+    predicates_file: str | None = None,
+    what: str = "the data set",
+    merge_duplicates: bool = True,
+    **metadata: Any,
+) -> None:
+    """Register a file in VRD's shape, with boxes from 0, and the names that go with it.
+
+    Args:
+        name: name of the data set.
+        json_file: see :func:`load_relation_json`.
+        image_root: see :func:`load_relation_json`.
+        objects_file: JSON list of the entity classes, or a COCO file with them as ``categories``;
+            ``objects.json`` beside ``json_file`` when None.
+        predicates_file: JSON list of the predicates; ``predicates.json`` there when None.
+        what: see :func:`load_relation_json`.
+        merge_duplicates: see :func:`load_relation_json`.
+        metadata: ``evaluator_type`` ("relation" unless given) and others.
+    """
+    folder = os.path.dirname(json_file)
+    objects_file = objects_file or os.path.join(folder, "objects.json")
+    predicates_file = predicates_file or os.path.join(folder, "predicates.json")
+
+    def read_names() -> dict[str, list[str]]:
+        return {
+            "thing_classes": read_name_list(objects_file, "entity classes"),
+            "predicate_classes": read_name_list(predicates_file, "predicates"),
+        }
+
+    def load(**arguments: Any) -> list[dict[str, Any]]:
+        return load_relation_json(**arguments, **read_names())
+
+    register_dataset(
+        name,
+        load,
+        dict(
+            json_file=json_file,
+            image_root=image_root,
+            what=what,
+            merge_duplicates=merge_duplicates,
+        ),
+        annotation_files=[json_file, objects_file, predicates_file],
+        read_names=read_names,
+        json_file=json_file,
+        image_root=image_root,
+        **{"evaluator_type": "relation", **metadata},
+    )
+
+
+def read_name_list(path: str, what: str) -> list[str]:
+    """Names from a JSON file that is a list of them, or a COCO file with ``categories``.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not a list of different names.
+    """
+    names = read_json(path, what)
+    if isinstance(names, dict) and isinstance(names.get("categories"), list):
+        categories = names["categories"]
+        if all(isinstance(x, dict) and {"id", "name"} <= x.keys() for x in categories):
+            names = [x["name"] for x in sorted(categories, key=lambda x: x["id"])]
+    if not isinstance(names, list) or not names or not all(isinstance(x, str) for x in names):
+        raise ValueError(f"{path}: expected a list of names ({what}), found {names!r:.80}.")
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"{path}: {what}: {repeated[0]!r} stands there more than once.")
+    return names
+
+
+class _Reader:
+    """Checks and reads one record."""
+
+    def __init__(self, num_classes: int, num_predicates: int, one_based: bool) -> None:
+        self.num_classes = num_classes
+        self.num_predicates = num_predicates
+        self.one_based = one_based
+
+    def relationship(self, record: Any, where: str) -> tuple[Entity, Entity, int]:
+        """Subject, object and predicate, or a ValueError."""
+        subject = self._entity(_get(record, "subject", where), f"{where}, subject")
+        object_ = self._entity(_get(record, "object", where), f"{where}, object")
+        predicate = _get(record, "predicate", where)
+        _check_index(predicate, "predicate", self.num_predicates, where)
+        return subject, object_, predicate
+
+    def _entity(self, entity: Any, where: str) -> Entity:
+        category = _get(entity, "category", where)
+        _check_index(category, "category", self.num_classes, where)
+        bbox = _get(entity, "bbox", where)
+        if (
+            not isinstance(bbox, list)
+            or len(bbox) != 4
+            or any(isinstance(value, bool) or not isinstance(value, Real) for value in bbox)
+        ):
+            raise ValueError(
+                f"{where}: bbox is {bbox!r:.80}; expected four numbers [ymin, ymax, xmin, xmax]."
+            )
+        ymin, ymax, xmin, xmax = bbox
+        if self.one_based:
+            if not (1 <= xmin <= xmax < math.inf and 1 <= ymin <= ymax < math.inf):
+                raise ValueError(
+                    f"{where}: bbox is {bbox}; expected [ymin, ymax, xmin, xmax], 1-based and "
+                    "inclusive, with 1 <= ymin <= ymax and 1 <= xmin <= xmax. Mend or remove this "
+                    "relationship."
+                )
+            xmin, ymin = xmin - 1, ymin - 1
+        elif not (0 <= xmin < xmax < math.inf and 0 <= ymin < ymax < math.inf):
+            raise ValueError(
+                f"{where}: bbox is {bbox}; expected [ymin, ymax, xmin, xmax] with 0 <= ymin < ymax "
+                "and 0 <= xmin < xmax. Mend or remove this relationship."
+            )
+        return Entity(category, (float(xmin), float(ymin), float(xmax), float(ymax)))
+
+
+def _get(record: Any, key: str, where: str) -> Any:
+    if not isinstance(record, dict) or key not in record:
+        raise ValueError(f'{where}: no "{key}" in {record!r:.200}. Mend or remove it.')
+    return record[key]
+
+
+def _check_index(value: Any, what: str, count: int, where: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < count:
+        raise ValueError(
+            f"{where}: {what} is {value!r:.80}; expected an integer from 0 to {count - 1}."
+        )
