@@ -60,7 +60,7 @@ def register_dataset(
         before = MetadataCatalog.pop(name).as_dict() if name in MetadataCatalog else {}
         _readers[name] = read_names
         MetadataCatalog[name] = _MetadataFromFiles(**{**before, "name": name})
-    options = {key: value for key, value in sorted(arguments.items())}
+    options = dict(sorted(arguments.items()))
     MetadataCatalog.get(name).set(
         annotation_files=list(annotation_files),
         loader=f"{load.__module__}.{load.__qualname__}({options})",

@@ -1,0 +1,244 @@
+"""Visual Genome, 150 classes and 50 predicates, from ``VG-SGG.h5`` and the files beside it."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from detectron2.structures import BoxMode
+
+from .catalog import register_dataset
+from .files import find_images
+from .visual_genome_files import (
+    TEST,
+    TRAIN,
+    Graphs,
+    check_names,
+    read_graphs,
+    read_image_data,
+    read_vg_names,
+)
+
+__all__ = [
+    "VG_CLASSES",
+    "VG_PREDICATES",
+    "load_visual_genome",
+    "read_vg_names",
+    "register_visual_genome",
+]
+
+logger = logging.getLogger(__name__)
+
+# fmt: off
+VG_CLASSES = (
+    "airplane", "animal", "arm", "bag", "banana", "basket", "beach", "bear", "bed", "bench",
+    "bike", "bird", "board", "boat", "book", "boot", "bottle", "bowl", "box", "boy", "branch",
+    "building", "bus", "cabinet", "cap", "car", "cat", "chair", "child", "clock", "coat",
+    "counter", "cow", "cup", "curtain", "desk", "dog", "door", "drawer", "ear", "elephant",
+    "engine", "eye", "face", "fence", "finger", "flag", "flower", "food", "fork", "fruit",
+    "giraffe", "girl", "glass", "glove", "guy", "hair", "hand", "handle", "hat", "head",
+    "helmet", "hill", "horse", "house", "jacket", "jean", "kid", "kite", "lady", "lamp",
+    "laptop", "leaf", "leg", "letter", "light", "logo", "man", "men", "motorcycle", "mountain",
+    "mouth", "neck", "nose", "number", "orange", "pant", "paper", "paw", "people", "person",
+    "phone", "pillow", "pizza", "plane", "plant", "plate", "player", "pole", "post", "pot",
+    "racket", "railing", "rock", "roof", "room", "screen", "seat", "sheep", "shelf", "shirt",
+    "shoe", "short", "sidewalk", "sign", "sink", "skateboard", "ski", "skier", "sneaker", "snow",
+    "sock", "stand", "street", "surfboard", "table", "tail", "tie", "tile", "tire", "toilet",
+    "towel", "tower", "track", "train", "tree", "truck", "trunk", "umbrella", "vase",
+    "vegetable", "vehicle", "wave", "wheel", "window", "windshield", "wing", "wire", "woman",
+    "zebra",
+)
+VG_PREDICATES = (
+    "above", "across", "against", "along", "and", "at", "attached to", "behind", "belonging to",
+    "between", "carrying", "covered in", "covering", "eating", "flying in", "for", "from",
+    "growing on", "hanging from", "has", "holding", "in", "in front of", "laying on",
+    "looking at", "lying on", "made of", "mounted on", "near", "of", "on", "on back of", "over",
+    "painted on", "parked on", "part of", "playing", "riding", "says", "sitting on",
+    "standing on", "to", "under", "using", "walking in", "walking on", "watching", "wearing",
+    "wears", "with",
+)
+# fmt: on
+
+_FRAME = 1024  # the long side of the frame of boxes_1024
+_SLACK = 2.0  # pixels of that frame that a box may reach beyond its image, being rounded
+
+
+def load_visual_genome(
+    h5_file: str,
+    dicts_file: str,
+    image_data_file: str,
+    image_root: str,
+    split: str,
+    *,
+    thing_classes: Sequence[str] = VG_CLASSES,
+    predicate_classes: Sequence[str] = VG_PREDICATES,
+    num_val_images: int = 5000,
+    keep_images_without_relations: bool = True,
+    merge_duplicates: bool = True,
+) -> list[dict[str, Any]]:
+    """Load a split of Visual Genome as Detectron2 dataset dicts with ``"relations"``.
+
+    With the h5 file that has attributes, ``annotations[i]["attributes"]`` is the list of their
+    numbers, from 0. Boxes are scaled from the frame whose long side is 1024 to the image, and
+    clipped to it.
+
+    Args:
+        h5_file: ``VG-SGG.h5`` or ``VG-SGG-with-attri.h5``.
+        dicts_file: ``VG-SGG-dicts.json`` or ``VG-SGG-dicts-with-attri.json``.
+        image_data_file: ``image_data.json``, with or without the four corrupt images.
+        image_root: folder ``VG_100K`` of the images, ``IMAGEID.jpg``.
+        split: "train", "val" or "test". The validation images are the first ``num_val_images``
+            of the training images that have relations, as in Neural Motifs; "train" is the others.
+        thing_classes: what the classes of ``dicts_file`` have to be.
+        predicate_classes: what its predicates have to be.
+        num_val_images: see ``split``.
+        keep_images_without_relations: otherwise they are left out.
+        merge_duplicates: keep one of several equal relations of an image. Right for training;
+            published recall counts each of them.
+
+    Returns:
+        One dict an image. ``image_id`` is Visual Genome's, an int.
+
+    Raises:
+        FileNotFoundError: if a file, the folder or an image is missing.
+        ImportError: if h5py is not installed.
+        ValueError: if a file's content is not as expected.
+    """
+    if split not in ("train", "val", "test"):
+        raise ValueError(f"Visual Genome has no split {split!r}; use train, val or test.")
+    names = read_vg_names(dicts_file)
+    check_names(dicts_file, "label_to_idx", names["thing_classes"], thing_classes)
+    check_names(dicts_file, "predicate_to_idx", names["predicate_classes"], predicate_classes)
+    graphs = read_graphs(h5_file, len(thing_classes), len(predicate_classes))
+    images = read_image_data(image_data_file, len(graphs.split), h5_file)
+
+    has_relations = graphs.relations[:, 1] > graphs.relations[:, 0]
+    chosen = np.flatnonzero(graphs.split == (TEST if split == "test" else TRAIN))
+    if split != "test":
+        validation = chosen[has_relations[chosen]][:num_val_images]
+        chosen = validation if split == "val" else np.setdiff1d(chosen, validation)
+    if not keep_images_without_relations:
+        chosen = chosen[has_relations[chosen]]
+    if not len(chosen):
+        training, test = int(np.sum(graphs.split == TRAIN)), int(np.sum(graphs.split == TEST))
+        raise ValueError(
+            f"{h5_file}: no image for the split {split}; `split` in it has {training} images for "
+            f"training ({TRAIN}), the first {num_val_images} with relations being the validation "
+            f"images, and {test} for test ({TEST})."
+        )
+    names_of_files = [f"{images[number]['image_id']}.jpg" for number in chosen.tolist()]
+    paths = find_images(image_root, names_of_files, "Visual Genome")
+    counts = {"outside": 0, "duplicates": 0, "reflexive": 0}
+    dicts = [
+        _record(graphs, number, images[number], path, merge_duplicates, counts)
+        for number, path in zip(chosen.tolist(), paths, strict=True)
+    ]
+    _report(h5_file, split, dicts, counts, merge_duplicates)
+    return dicts
+
+
+def register_visual_genome(
+    name: str,
+    h5_file: str,
+    dicts_file: str,
+    image_data_file: str,
+    image_root: str,
+    split: str,
+    *,
+    metadata: dict[str, Any] | None = None,
+    **options: Any,
+) -> None:
+    """Register a split of Visual Genome. Reads no file before its first use.
+
+    Args:
+        name: name of the data set.
+        h5_file: see :func:`load_visual_genome`.
+        dicts_file: see :func:`load_visual_genome`.
+        image_data_file: see :func:`load_visual_genome`.
+        image_root: see :func:`load_visual_genome`.
+        split: see :func:`load_visual_genome`.
+        metadata: further metadata, such as ``train_dataset``.
+        options: the keyword arguments of :func:`load_visual_genome`.
+    """
+    arguments = dict(
+        h5_file=h5_file,
+        dicts_file=dicts_file,
+        image_data_file=image_data_file,
+        image_root=image_root,
+        split=split,
+        **options,
+    )
+    known = {
+        "thing_classes": list(options.get("thing_classes", VG_CLASSES)),
+        "predicate_classes": list(options.get("predicate_classes", VG_PREDICATES)),
+    }
+    register_dataset(
+        name,
+        load_visual_genome,
+        arguments,
+        annotation_files=[h5_file, dicts_file, image_data_file],
+        read_names=lambda: {**read_vg_names(dicts_file), **known},
+        image_root=image_root,
+        **{"evaluator_type": "scene_graph", **known, **(metadata or {})},
+    )
+
+
+def _record(
+    graphs: Graphs,
+    number: int,
+    image: dict[str, int],
+    path: str,
+    merge_duplicates: bool,
+    counts: dict[str, int],
+) -> dict[str, Any]:
+    """The dataset dict of one image; adds to ``counts`` what was mended."""
+    width, height = image["width"], image["height"]
+    rows = slice(*graphs.boxes[number])
+    centre, size = graphs.xywh[rows, :2], graphs.xywh[rows, 2:]
+    scale = max(width, height) / _FRAME
+    boxes = np.concatenate([centre - size / 2, centre + size / 2], axis=1) * scale
+    limits = np.array([width, height, width, height], dtype=np.float64)
+    slack = _SLACK * scale
+    counts["outside"] += int(((boxes < -slack) | (boxes > limits + slack)).any(axis=1).sum())
+    boxes = np.clip(boxes, 0.0, limits)
+    annotations = [
+        {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": label, "iscrowd": 0}
+        for box, label in zip(boxes.tolist(), graphs.labels[rows].tolist(), strict=True)
+    ]
+    if graphs.attributes is not None:
+        for annotation, row in zip(annotations, graphs.attributes[rows].tolist(), strict=True):
+            annotation["attributes"] = [value - 1 for value in row if value > 0]
+    triplets = graphs.triplets[slice(*graphs.relations[number])].copy()
+    triplets[:, :2] -= graphs.boxes[number, 0]
+    relations = [tuple(triplet) for triplet in triplets.tolist() if triplet[0] != triplet[1]]
+    different = dict.fromkeys(relations)
+    counts["reflexive"] += len(triplets) - len(relations)
+    counts["duplicates"] += len(relations) - len(different)
+    return {
+        "file_name": path,
+        "image_id": image["image_id"],
+        "height": height,
+        "width": width,
+        "annotations": annotations,
+        "relations": list(different) if merge_duplicates else relations,
+    }
+
+
+def _report(
+    h5_file: str,
+    split: str,
+    dicts: Sequence[dict[str, Any]],
+    counts: dict[str, int],
+    merge_duplicates: bool,
+) -> None:
+    total = sum(len(record["relations"]) for record in dicts)
+    logger.info(f"{h5_file}, {split}: {len(dicts)} images, {total} relations.")
+    done = "merged" if merge_duplicates else "kept"
+    for key, what in (
+        ("outside", f"boxes reach more than {_SLACK} pixels beyond their image and were clipped"),
+        ("duplicates", f"relations repeat another one of their image and were {done}"),
+        ("reflexive", "relations of a box to itself were left out"),
+    ):
+        if counts[key]:
+            logger.warning(f"{h5_file}, {split}: {counts[key]} {what}.")

@@ -1,0 +1,286 @@
+"""The files of Visual Genome's scene graphs, read and checked.
+
+Shorthand: N images, B boxes and R relations of the whole file.
+"""
+
+import importlib
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from .files import Problems, read_json, require_path
+
+__all__ = [
+    "TEST",
+    "TRAIN",
+    "Graphs",
+    "check_names",
+    "read_graphs",
+    "read_image_data",
+    "read_vg_names",
+]
+
+CORRUPT_IMAGES = (1592, 1722, 4616, 4617)  # in image_data.json, not in the h5 file
+TRAIN, TEST = 0, 2  # values of `split`
+_PER_IMAGE = ("split", "img_to_first_box", "img_to_last_box", "img_to_first_rel", "img_to_last_rel")
+_DATASETS = (*_PER_IMAGE, "boxes_1024", "labels", "predicates", "relationships")
+
+
+class Graphs(NamedTuple):
+    """The h5 file, checked; all numbers are 0-based."""
+
+    split: np.ndarray  # (N,) TRAIN or TEST
+    boxes: np.ndarray  # (N, 2) first box of each image, and the one behind its last
+    relations: np.ndarray  # (N, 2) the same for relations
+    xywh: np.ndarray  # (B, 4) float64: centre, width, height in the 1024 frame
+    labels: np.ndarray  # (B,)
+    triplets: np.ndarray  # (R, 3): subject and object among the B boxes, predicate
+    attributes: np.ndarray | None  # (B, A): numbers from 1, 0 for none
+
+
+def read_vg_names(dicts_file: str) -> dict[str, list[str]]:
+    """Classes, predicates and, where there are any, attributes of ``VG-SGG-dicts.json``.
+
+    Returns:
+        ``thing_classes``, ``predicate_classes``, ``attribute_classes``, in the order of their
+        numbers (1, 2, ... in the file).
+    """
+    content = read_json(dicts_file, "names of Visual Genome")
+    names = {}
+    for field, key, needed in (
+        ("thing_classes", "label_to_idx", True),
+        ("predicate_classes", "predicate_to_idx", True),
+        ("attribute_classes", "attribute_to_idx", False),
+    ):
+        table = content.get(key) if isinstance(content, dict) else None
+        if table is None and not needed:
+            continue
+        if not isinstance(table, dict) or not table:
+            raise ValueError(
+                f'{dicts_file}: no table "{key}" from names to numbers; it has '
+                f"{list(content)[:9]}. Expected VG-SGG-dicts.json of the split with 150 classes."
+            )
+        ordered = sorted(table.items(), key=lambda item: (str(type(item[1])), item[1]))
+        for number, (name, value) in enumerate(ordered, start=1):
+            if value != number or isinstance(value, bool):
+                raise ValueError(
+                    f'{dicts_file}: "{key}" gives {name!r} the number {value!r}; expected the '
+                    f"numbers from 1 to {len(table)}, each once."
+                )
+        names[field] = [name for name, _ in ordered]
+    return names
+
+
+def check_names(path: str, key: str, names: Sequence[str], expected: Sequence[str]) -> None:
+    """Raise if names are not the expected ones, in their order.
+
+    Args:
+        path: file that they were read from.
+        key: their table in it.
+        names: what was read.
+        expected: what it should be.
+
+    Raises:
+        ValueError: with the first name that differs.
+    """
+    for number, (name, wanted) in enumerate(zip(names, expected), start=1):
+        if name != wanted:
+            raise ValueError(
+                f'{path}: "{key}" has {name!r} as number {number}, expected {wanted!r}. Use the '
+                "file of the split with 150 classes and 50 predicates, or register with "
+                "read_vg_names(file)."
+            )
+    if len(names) != len(expected):
+        raise ValueError(
+            f'{path}: "{key}" has {len(names)} names, expected {len(expected)}. Use the file of '
+            "the split with 150 classes and 50 predicates, or register with read_vg_names(file)."
+        )
+
+
+def read_graphs(h5_file: str, num_classes: int, num_predicates: int) -> Graphs:
+    """Read and check the whole h5 file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ImportError: if h5py is not installed.
+        ValueError: if a data set is missing or damaged, or a row is not as expected.
+    """
+    arrays = _read_h5(h5_file)
+    _check_lengths(h5_file, arrays)
+    boxes = _row_ranges(h5_file, arrays, "box", len(arrays["boxes_1024"]))
+    relations = _row_ranges(h5_file, arrays, "rel", len(arrays["relationships"]))
+    labels, predicates = arrays["labels"][:, 0], arrays["predicates"][:, 0]
+    ends, xywh = arrays["relationships"], arrays["boxes_1024"].astype(np.float64)
+    image_of_box = _image_of_row(boxes, len(labels))
+    image_of_relation = _image_of_row(relations, len(predicates))
+    first, behind = boxes[image_of_relation].T
+
+    problems = Problems()
+    for name, wrong, images, expected in (
+        (
+            "labels",
+            (labels < 1) | (labels > num_classes),
+            image_of_box,
+            f"a class from 1 to {num_classes}",
+        ),
+        (
+            "boxes_1024",
+            ~((xywh[:, 2:] > 0).all(axis=1) & np.isfinite(xywh).all(axis=1)),
+            image_of_box,
+            "x and y of the centre, and a width and a height above 0",
+        ),
+        (
+            "predicates",
+            (predicates < 1) | (predicates > num_predicates),
+            image_of_relation,
+            f"a predicate from 1 to {num_predicates}",
+        ),
+        (
+            "relationships",
+            ((ends < first[:, None]) | (ends >= behind[:, None])).any(axis=1),
+            image_of_relation,
+            "two numbers of boxes of the same image",
+        ),
+    ):
+        # Rows of no image are never used.
+        for row in np.flatnonzero(wrong & (images >= 0)).tolist():
+            problems.add(
+                f"{h5_file}: {name}[{row}] (image {images[row]} of the file) is "
+                f"{arrays[name][row].tolist()}; expected {expected}. Is it the official file, "
+                "complete?"
+            )
+    problems.raise_any()
+    triplets = np.concatenate([ends, predicates[:, None] - 1], axis=1)
+    return Graphs(
+        arrays["split"], boxes, relations, xywh, labels - 1, triplets, arrays.get("attributes")
+    )
+
+
+def _read_h5(h5_file: str) -> dict[str, np.ndarray]:
+    """The data sets of the file; those with one value a row as (rows, 1)."""
+    try:
+        h5py = importlib.import_module("h5py")
+    except ImportError as error:
+        raise ImportError(
+            f"{h5_file} needs h5py, which is not installed: pip install 'reldn_d2[vg]', or pip "
+            "install h5py."
+        ) from error
+    require_path(h5_file, "The scene graphs of Visual Genome")
+    if not os.path.getsize(h5_file):
+        raise ValueError(f"{h5_file}: the file is empty. Expected VG-SGG.h5: download it again.")
+    try:
+        with h5py.File(h5_file, "r") as file:
+            missing = [name for name in _DATASETS if name not in file]
+            if missing:
+                raise ValueError(
+                    f"{h5_file}: no data set {', '.join(missing)}; it has "
+                    f"{', '.join(sorted(file)) or 'none'}. Expected VG-SGG.h5 of the split with "
+                    "150 classes."
+                )
+            names = [*_DATASETS, *(["attributes"] if "attributes" in file else [])]
+            arrays = {name: np.asarray(file[name]) for name in names}
+    except OSError as error:
+        raise ValueError(
+            f"{h5_file}: cannot be read as HDF5 ({error}). The file is truncated, or it is "
+            "something else: download it again."
+        ) from error
+    columns = {
+        "boxes_1024": 4,
+        "relationships": 2,
+        "labels": 1,
+        "predicates": 1,
+        "attributes": None,
+    }
+    for name, array in arrays.items():
+        if name in columns:
+            array = array[:, None] if array.ndim == 1 and columns[name] == 1 else array
+            expected = f"(rows, {columns[name] or 'numbers of attributes'})"
+            good = array.ndim == 2 and columns[name] in (None, array.shape[1])
+        else:
+            expected, good = "(images,)", array.ndim == 1
+        if not good or array.dtype.kind not in ("iuf" if name == "boxes_1024" else "iu"):
+            raise ValueError(
+                f"{h5_file}: {name} has the shape {array.shape} and the type {array.dtype}; "
+                f"expected {expected} numbers. Is it VG-SGG.h5?"
+            )
+        arrays[name] = array if array.dtype.kind == "f" else array.astype(np.int64)
+    return arrays
+
+
+def _check_lengths(h5_file: str, arrays: dict[str, np.ndarray]) -> None:
+    groups = [
+        _PER_IMAGE,
+        ("boxes_1024", "labels", *(["attributes"] if "attributes" in arrays else [])),
+        ("relationships", "predicates"),
+    ]
+    for names in groups:
+        lengths = {name: len(arrays[name]) for name in names}
+        if len(set(lengths.values())) > 1:
+            found = ", ".join(f"{name} {length}" for name, length in lengths.items())
+            raise ValueError(
+                f"{h5_file}: {', '.join(names)} should have one length, but have: {found}. "
+                "The file is damaged: download it again."
+            )
+
+
+def _row_ranges(h5_file: str, arrays: dict[str, np.ndarray], kind: str, count: int) -> np.ndarray:
+    """(N, 2) first row of each image and the one behind its last, both 0 where it has none."""
+    first, last = arrays[f"img_to_first_{kind}"], arrays[f"img_to_last_{kind}"]
+    wrong = (first >= 0) & ((last < first) | (last >= count))
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
+        raise ValueError(
+            f"{h5_file}: image {row} of the file has the rows {first[row]} to {last[row]} "
+            f"(img_to_first_{kind}, img_to_last_{kind}) of {count}; expected a first and a last "
+            "row, or -1 for none. The file is damaged: download it again."
+        )
+    return np.where(first[:, None] < 0, 0, np.stack([first, last + 1], axis=1))
+
+
+def _image_of_row(ranges: np.ndarray, count: int) -> np.ndarray:
+    """(count,) number of the image that a row belongs to, -1 for none."""
+    lengths = ranges[:, 1] - ranges[:, 0]
+    images = np.repeat(np.arange(len(ranges)), lengths)
+    offsets = np.arange(len(images)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    result = np.full(count, -1, dtype=np.int64)
+    result[ranges[images, 0] + offsets] = images
+    return result
+
+
+def read_image_data(path: str, count: int, h5_file: str) -> list[dict[str, int]]:
+    """Number, width and height of the images, in the order of the h5 file."""
+    content = read_json(path, "images of Visual Genome")
+    if not isinstance(content, list):
+        raise ValueError(
+            f"{path}: expected a list of images, found a {type(content).__name__}. Is it "
+            "image_data.json?"
+        )
+    problems = Problems()
+    seen: dict[int, int] = {}
+    images = []
+    for number, record in enumerate(content):
+        known = record if isinstance(record, dict) else {}
+        values = [known.get(key) for key in ("image_id", "width", "height")]
+        if not all(isinstance(x, int) and not isinstance(x, bool) and x > 0 for x in values):
+            problems.add(
+                f"{path}: image {number} is {record!r:.160}; expected image_id, width and height, "
+                "numbers above 0."
+            )
+            continue
+        image_id = record["image_id"]
+        if image_id in seen:
+            problems.add(
+                f"{path}: image {number} has the image_id {image_id} of image {seen[image_id]}."
+            )
+        seen[image_id] = number
+        if image_id not in CORRUPT_IMAGES:
+            images.append(record)
+    problems.raise_any()
+    if len(images) != count:
+        raise ValueError(
+            f"{path}: {len(images)} images beside the {len(CORRUPT_IMAGES)} corrupt ones, but "
+            f"{h5_file} has {count}. They belong together: download both again."
+        )
+    return images
