@@ -4,16 +4,17 @@ A dataset dict is Detectron2's, plus ``"relations": [(subject_index, object_inde
 ...]``, 0-based, with indices into its ``"annotations"``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 
 from detectron2.structures import BoxMode
 
-from ..structures.relations import check_relation_triplets
+from ..structures.relations import relation_problems
 
-__all__ = ["boxes_xyxy", "check_annotations"]
+__all__ = ["annotation_problems", "boxes_xyxy", "check_annotations"]
 
 _KEYS = ("bbox", "bbox_mode", "category_id")
 
@@ -48,26 +49,44 @@ def check_annotations(
     Raises:
         ValueError: with the image, the record and the mend.
     """
+    for problem in annotation_problems(dataset_dict, num_classes, num_predicates, where):
+        raise ValueError(problem)
+
+
+def annotation_problems(
+    dataset_dict: dict[str, Any],
+    num_classes: int | None = None,
+    num_predicates: int | None = None,
+    where: str | None = None,
+) -> Iterator[str]:
+    """All that :func:`check_annotations` would raise, at most one message a record."""
     where = where or str(dataset_dict.get("file_name", dataset_dict.get("image_id", "an image")))
     if "annotations" not in dataset_dict:
-        raise ValueError(
+        yield (
             f'{where}: the dataset dict has no "annotations". For an image without entities give '
             "an empty list; to leave the image out, remove its dict."
         )
+        return
     annotations = dataset_dict["annotations"]
     for number, annotation in enumerate(annotations):
-        for key in _KEYS:
-            if key not in annotation:
-                raise ValueError(
-                    f'{where}: annotation {number} has no "{key}"; it has {sorted(annotation)}. '
-                    "datasets/README.md shows a complete example."
-                )
+        missing = [key for key in _KEYS if key not in annotation]
+        if missing:
+            yield (
+                f'{where}: annotation {number} has no "{missing[0]}"; it has {sorted(annotation)}. '
+                "datasets/README.md shows a complete example."
+            )
+            continue
         category = annotation["category_id"]
-        if category < 0 or (num_classes is not None and category >= num_classes):
-            raise ValueError(
+        if not isinstance(category, Integral):
+            yield (
+                f"{where}: annotation {number} has category_id {category!r:.60}; expected an "
+                "integer from 0 on."
+            )
+        elif category < 0 or (num_classes is not None and category >= num_classes):
+            yield (
                 f"{where}: annotation {number} has category_id {category}, outside the "
                 f"{num_classes} classes (0-based) of this data set."
             )
-    check_relation_triplets(
+    yield from relation_problems(
         dataset_dict.get("relations", ()), len(annotations), num_predicates, where
     )

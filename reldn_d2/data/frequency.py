@@ -4,7 +4,7 @@ Shorthand: C entity classes, P predicates; the last of the P + 1 columns is "no 
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,9 +12,73 @@ from torch import Tensor
 
 from .annotations import boxes_xyxy, check_annotations
 
-__all__ = ["count_predicates", "log_frequencies"]
+__all__ = ["PairCounts", "count_pairs", "count_predicates", "log_frequencies", "seen_triplets"]
 
 _IMAGES_PER_CHUNK = 1000
+
+
+class PairCounts(NamedTuple):
+    """What the annotations of a data set count, by the classes of subject and object."""
+
+    relations: np.ndarray  # (C, C, P) int64: relations of each predicate, as often as listed
+    pairs: np.ndarray  # (C, C) int64: ordered pairs of different boxes, related or not
+    overlapping: np.ndarray  # (C, C) int64: those whose boxes overlap (IoU > 0)
+
+    def table(self, overlap_filter: bool) -> Tensor:
+        """(C, C, P + 1) int64; see :func:`count_predicates`."""
+        unrelated = (self.overlapping if overlap_filter else self.pairs) + 1
+        return torch.from_numpy(np.concatenate([self.relations, unrelated[..., None]], axis=2))
+
+
+def count_pairs(
+    dataset_dicts: Iterable[dict[str, Any]], num_classes: int, num_predicates: int
+) -> PairCounts:
+    """Count relations and pairs of boxes given the classes of subject and object.
+
+    Crowd annotations and their relations are left out, as in training.
+
+    Args:
+        dataset_dicts: Detectron2's dicts with ``"annotations"`` and ``"relations"``.
+        num_classes: C.
+        num_predicates: P.
+
+    Raises:
+        ValueError: if a category, predicate or index is out of range, with file and record.
+    """
+    cells = num_classes * num_classes
+    counts = [np.zeros(length, dtype=np.int64) for length in (cells * num_predicates, cells, cells)]
+    chunks: list[list[np.ndarray]] = [[], [], []]
+
+    def flush() -> None:
+        for chunk, count in zip(chunks, counts, strict=True):
+            if chunk:
+                count += np.bincount(np.concatenate(chunk), minlength=len(count))
+                chunk.clear()
+
+    for record in dataset_dicts:
+        check_annotations(record, num_classes, num_predicates)
+        annotations = record["annotations"]
+        relations = record.get("relations", ())
+        classes = np.array([annotation["category_id"] for annotation in annotations], np.int64)
+        solid = np.array([not annotation.get("iscrowd", 0) for annotation in annotations], bool)
+
+        pair_class = classes[:, None] * num_classes + classes
+        counted = solid[:, None] & solid
+        if len(relations):
+            subjects, objects, predicates = np.asarray(relations, dtype=np.int64).T
+            related = pair_class[subjects, objects] * num_predicates + predicates
+            chunks[0].append(related[counted[subjects, objects]])
+        np.fill_diagonal(counted, False)
+        chunks[1].append(pair_class[counted])
+        chunks[2].append(pair_class[counted & _overlaps(boxes_xyxy(annotations))])
+        if len(chunks[1]) == _IMAGES_PER_CHUNK:
+            flush()
+    flush()
+    return PairCounts(
+        counts[0].reshape(num_classes, num_classes, num_predicates),
+        counts[1].reshape(num_classes, num_classes),
+        counts[2].reshape(num_classes, num_classes),
+    )
 
 
 def count_predicates(
@@ -42,42 +106,21 @@ def count_predicates(
     Raises:
         ValueError: if a category, predicate or index is out of range, with file and record.
     """
-    pair_counts = np.ones(num_classes * num_classes, dtype=np.int64)
-    relation_counts = np.zeros(num_classes * num_classes * num_predicates, dtype=np.int64)
-    pair_cells: list[np.ndarray] = []
-    relation_cells: list[np.ndarray] = []
+    return count_pairs(dataset_dicts, num_classes, num_predicates).table(overlap_filter)
 
-    def flush() -> None:
-        for cells, counts in ((pair_cells, pair_counts), (relation_cells, relation_counts)):
-            if cells:
-                counts += np.bincount(np.concatenate(cells), minlength=len(counts))
-                cells.clear()
 
+def seen_triplets(dataset_dicts: Iterable[dict[str, Any]]) -> frozenset[tuple[int, int, int]]:
+    """The different (subject class, predicate, object class) of the relations of a data set.
+
+    :func:`reldn_d2.data.statistics.dataset_statistics` gives them of a registered data set without
+    loading it again.
+    """
+    triplets = set()
     for record in dataset_dicts:
-        check_annotations(record, num_classes, num_predicates)
-        annotations = record["annotations"]
-        relations = record.get("relations", ())
-        classes = np.array([annotation["category_id"] for annotation in annotations], np.int64)
-        solid = np.array([not annotation.get("iscrowd", 0) for annotation in annotations], bool)
-
-        pair_class = classes[:, None] * num_classes + classes
-        counted = solid[:, None] & solid
-        if len(relations):
-            subjects, objects, predicates = np.asarray(relations, dtype=np.int64).T
-            cells = pair_class[subjects, objects] * num_predicates + predicates
-            relation_cells.append(cells[counted[subjects, objects]])
-        np.fill_diagonal(counted, False)
-        if overlap_filter:
-            counted &= _overlaps(boxes_xyxy(annotations))
-        pair_cells.append(pair_class[counted])
-        if len(pair_cells) == _IMAGES_PER_CHUNK:
-            flush()
-    flush()
-
-    counts = np.concatenate(
-        [relation_counts.reshape(-1, num_predicates), pair_counts[:, None]], axis=1
-    )
-    return torch.from_numpy(counts).reshape(num_classes, num_classes, num_predicates + 1)
+        classes = [annotation["category_id"] for annotation in record["annotations"]]
+        for subject, object_, predicate in record.get("relations", ()):
+            triplets.add((classes[subject], predicate, classes[object_]))
+    return frozenset(triplets)
 
 
 def log_frequencies(counts: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ prediction            shape        meaning
 """
 
 from numbers import Integral
-from typing import Iterable, Optional, Sequence, Tuple
+from typing import Iterable, Iterator, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ __all__ = [
     "check_relation_triplets",
     "ground_truth_relations",
     "predicted_relations",
+    "relation_problems",
     "remap_relations",
 ]
 
@@ -61,34 +62,47 @@ def check_relation_triplets(
     Raises:
         ValueError: with ``where``, the number of the relation, its content and the mend.
     """
+    for problem in relation_problems(triplets, num_entities, num_predicates, where):
+        raise ValueError(problem)
+
+
+def relation_problems(
+    triplets: Iterable[Sequence[int]],
+    num_entities: int,
+    num_predicates: Optional[int] = None,
+    where: str = "relations",
+) -> Iterator[str]:
+    """All that :func:`check_relation_triplets` would raise, at most one message a relation."""
     for number, triplet in enumerate(triplets):
-        if len(triplet) != 3:
-            raise ValueError(
-                f"{where}: relation {number} is {tuple(triplet)}; expected "
-                "(subject_index, object_index, predicate_id)."
-            )
-        subject, object_, predicate = triplet
+        place = f"{where}: relation {number} is {triplet!r:.80}"
+        if not isinstance(triplet, Sequence) or len(triplet) != 3:
+            yield f"{place}; expected (subject_index, object_index, predicate_id)."
+            continue
         if not all(isinstance(x, Integral) for x in triplet):
-            raise ValueError(
-                f"{where}: relation {number} is {tuple(triplet)}; expected three integers: "
-                "(subject_index, object_index, predicate_id)."
+            yield f"{place}; expected three integers: (subject_index, object_index, predicate_id)."
+            continue
+        subject, object_, predicate = triplet
+        outside = [
+            (role, index)
+            for role, index in (("subject", subject), ("object", object_))
+            if not 0 <= index < num_entities
+        ]
+        if outside:
+            role, index = outside[0]
+            yield (
+                f"{place}, but its {role} index {index} lies outside the {num_entities} "
+                "annotations of this image. Indices are 0-based positions in `annotations`: mend "
+                "or remove this relation."
             )
-        for role, index in (("subject", subject), ("object", object_)):
-            if not 0 <= index < num_entities:
-                raise ValueError(
-                    f"{where}: relation {number} is {tuple(triplet)}, but its {role} index {index} "
-                    f"lies outside the {num_entities} annotations of this image. Indices are "
-                    f"0-based positions in `annotations`: mend or remove this relation."
-                )
-        if subject == object_:
-            raise ValueError(
-                f"{where}: relation {number} is {tuple(triplet)}, which relates annotation "
-                f"{subject} to itself. Mend or remove this relation."
+        elif subject == object_:
+            yield (
+                f"{place}, which relates annotation {subject} to itself. Mend or remove this "
+                "relation."
             )
-        if predicate < 0 or (num_predicates is not None and predicate >= num_predicates):
-            raise ValueError(
-                f"{where}: relation {number} is {tuple(triplet)}, but predicate {predicate} lies "
-                f"outside the {num_predicates} predicates (0-based) of this data set."
+        elif predicate < 0 or (num_predicates is not None and predicate >= num_predicates):
+            yield (
+                f"{place}, but predicate {predicate} lies outside the {num_predicates} predicates "
+                "(0-based) of this data set."
             )
 
 

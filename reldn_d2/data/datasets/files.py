@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
@@ -331,14 +332,15 @@ def cache_paths(folder: str, name: str) -> list[str]:
         name: of the derived file.
 
     Returns:
-        Paths in the order in which they are tried; folders of data sets may be read-only.
+        Paths in the order in which they are tried.
     """
     folder = os.path.abspath(folder)
     flat = folder.strip(os.sep).replace(os.sep, "__").replace(":", "")
-    return [
-        os.path.join(folder, "reldn_cache", name),
-        os.path.join(get_cache_dir(), "reldn_d2", flat, name),
-    ]
+    paths = [os.path.join(get_cache_dir(), "reldn_d2", flat, name)]
+    # A folder that is marked as read-only stays as it is, also for root, who could write.
+    if os.path.isdir(folder) and os.stat(folder).st_mode & stat.S_IWUSR:
+        paths.insert(0, os.path.join(folder, "reldn_cache", name))
+    return paths
 
 
 @contextmanager
