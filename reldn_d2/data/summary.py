@@ -1,0 +1,122 @@
+"""What a person wants to know of a data set with relations, as text for the terminal."""
+
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .annotations import boxes_xyxy
+
+__all__ = ["DatasetSummary"]
+
+
+@dataclass
+class DatasetSummary:
+    """Numbers of a data set; add its images one by one with :meth:`add`."""
+
+    thing_classes: Sequence[str]
+    predicate_classes: Sequence[str]
+    images: int = 0
+    boxes: int = 0
+    relations: int = 0
+    images_without_relations: int = 0
+    most_boxes: int = 0
+    most_relations: int = 0
+    related_pairs: int = 0
+    apart_pairs: int = 0  # related pairs whose boxes do not overlap
+    multi_label_pairs: int = 0  # related pairs with several predicates
+    attributes: int = 0
+    verified_labels: int = 0
+    class_counts: np.ndarray = field(init=False)  # (C,) int64
+    predicate_counts: np.ndarray = field(init=False)  # (P,) int64
+
+    def __post_init__(self) -> None:
+        self.class_counts = np.zeros(len(self.thing_classes), dtype=np.int64)
+        self.predicate_counts = np.zeros(len(self.predicate_classes), dtype=np.int64)
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Count one image, a dataset dict without errors."""
+        annotations, relations = record["annotations"], record.get("relations", ())
+        self.images += 1
+        self.boxes += len(annotations)
+        self.relations += len(relations)
+        self.images_without_relations += not relations
+        self.most_boxes = max(self.most_boxes, len(annotations))
+        self.most_relations = max(self.most_relations, len(relations))
+        self.attributes += sum(len(x.get("attributes", ())) for x in annotations)
+        self.verified_labels += len(record.get("verified_labels", ()))
+        for annotation in annotations:
+            self.class_counts[annotation["category_id"]] += 1
+        predicates: dict[tuple[int, int], set[int]] = {}
+        for subject, object_, predicate in relations:
+            self.predicate_counts[predicate] += 1
+            predicates.setdefault((subject, object_), set()).add(predicate)
+        if predicates:
+            boxes = boxes_xyxy(annotations)
+            first, second = boxes[np.array(list(predicates))].transpose(1, 0, 2)
+            low = np.maximum(first[:, :2], second[:, :2])
+            high = np.minimum(first[:, 2:], second[:, 2:])
+            self.related_pairs += len(predicates)
+            self.apart_pairs += int((high <= low).any(axis=1).sum())
+            self.multi_label_pairs += sum(len(x) > 1 for x in predicates.values())
+
+    def text(self, name: str, width: int | None = None) -> str:
+        """The summary with a bar chart of the predicates.
+
+        Args:
+            name: of the data set.
+            width: columns of the terminal; asked for when None.
+        """
+        lines = [
+            f"{name}: {self.images:,} images, {self.boxes:,} boxes, {self.relations:,} relations",
+            f"  boxes an image: {self.boxes / max(self.images, 1):.1f}, at most {self.most_boxes}",
+            f"  relations an image: {self.relations / max(self.images, 1):.1f}, at most "
+            f"{self.most_relations}",
+            f"  images without relations: {_share(self.images_without_relations, self.images)}",
+            f"  related pairs whose boxes do not overlap: "
+            f"{_share(self.apart_pairs, self.related_pairs)}",
+            f"  related pairs with several predicates: "
+            f"{_share(self.multi_label_pairs, self.related_pairs)}",
+        ]
+        if self.attributes:
+            lines.append(f"  attributes of boxes: {self.attributes:,}")
+        if self.verified_labels:
+            lines.append(f"  verified image-level labels: {self.verified_labels:,}")
+        lines.append(_never(self.thing_classes, self.class_counts, "classes"))
+        lines.append(_never(self.predicate_classes, self.predicate_counts, "predicates"))
+        lines += ["", "relations of each predicate"]
+        lines += _bars(self.predicate_classes, self.predicate_counts, width)
+        return "\n".join(lines)
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part:,} of {whole:,}" + (f" ({part / whole:.1%})" if whole else "")
+
+
+def _never(names: Sequence[str], counts: np.ndarray, what: str) -> str:
+    missing = [names[i] for i in np.flatnonzero(counts == 0)]
+    text = f"  {what}: {len(names)}"
+    if missing:
+        shown = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
+        text += f", {len(missing)} of which never occur: {shown}"
+    return text
+
+
+def _bars(names: Sequence[str], counts: np.ndarray, width: int | None) -> list[str]:
+    """One line a predicate, the most frequent first."""
+    width = width or shutil.get_terminal_size((100, 24)).columns
+    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+    block = "\u2588" if encoding.lower().replace("-", "").startswith("utf") else "#"
+    room = max((len(name) for name in names), default=0)
+    digits = len(f"{counts.max(initial=0):,}")
+    longest = max(width - room - digits - 14, 10)
+    lines = []
+    for number in np.argsort(-counts, kind="stable").tolist():
+        count = int(counts[number])
+        bar = block * max(round(longest * count / max(counts.max(), 1)), int(count > 0))
+        share = count / max(int(counts.sum()), 1)
+        lines.append(f"  {names[number]:<{room}} {count:>{digits},} {share:>6.1%} {bar}".rstrip())
+    return lines
