@@ -1,0 +1,555 @@
+"""Good files are broken in one place; the message names file, place and what is expected."""
+
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from data_files import (
+    CLASSES,
+    HEADER,
+    OPENIMAGES_ROWS,
+    coco_content,
+    released_content,
+    vg_arrays,
+    vg_dicts,
+    write_coco,
+    write_csv,
+    write_h5,
+    write_json,
+    write_openimages,
+    write_released,
+    write_visual_genome,
+)
+
+from reldn_d2.data.datasets import (
+    load_openimages_vrd,
+    load_relation_instances,
+    load_relation_json,
+    load_visual_genome,
+)
+from reldn_d2.data.datasets.relation_json import read_name_list
+
+
+def load_vg(**arguments):
+    return load_visual_genome(**arguments, split="train", num_val_images=0)
+
+
+def load_released(objects_file, predicates_file, **arguments):
+    classes, predicates = (read_name_list(x, "names") for x in (objects_file, predicates_file))
+    return load_relation_json(
+        thing_classes=classes, predicate_classes=predicates, what="OpenImages", **arguments
+    )
+
+
+FORMATS = {
+    "openimages": (write_openimages, load_openimages_vrd),
+    "vg": (write_visual_genome, load_vg),
+    "vg_attributes": (lambda folder: write_visual_genome(folder, True), load_vg),
+    "released": (write_released, load_released),
+    "own": (write_coco, load_relation_instances),
+}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_good_files_are_read(tmp_path, kind):
+    write, load = FORMATS[kind]
+    assert sum(len(record["relations"]) for record in load(**write(tmp_path))) > 0
+
+
+def check(folder, kind, spoil, error, message):
+    """``spoil`` changes the files or the arguments; the error must be told by ``message``."""
+    write, load = FORMATS[kind]
+    arguments = write(folder)
+    spoil(arguments)
+    with pytest.raises(error, match=message) as caught:
+        load(**arguments)
+    text = str(caught.value)
+    assert len(text) < 1500 and "Traceback" not in text
+    assert str(folder) in text, "the file is named in full"
+
+
+# ------------------------------------------------------------------------- any file, any format
+
+
+def truncate(path):
+    data = Path(path).read_bytes()
+    Path(path).write_bytes(data[: len(data) // 2])
+
+
+def empty(path):
+    Path(path).write_bytes(b"")
+
+
+def other_encoding(path):
+    text = Path(path).read_text(encoding="utf-8")
+    Path(path).write_text(text, encoding="utf-16")
+
+
+def compressed(path):
+    Path(path).write_bytes(b"\x1f\x8b\x08\x00" + os.urandom(200))
+
+
+def remove(path):
+    os.remove(path)
+
+
+FILES = [
+    ("openimages", "relations_csv", "challenge-2018-train-vrd.csv"),
+    ("openimages", "classes_csv", "challenge-2018-classes-vrd.csv"),
+    ("openimages", "attributes_csv", "challenge-2018-attributes-description.csv"),
+    ("openimages", "labels_csv", "challenge-2018-train-vrd-labels.csv"),
+    ("vg", "h5_file", "VG-SGG.h5"),
+    ("vg", "dicts_file", "VG-SGG-dicts.json"),
+    ("vg", "image_data_file", "image_data.json"),
+    ("released", "json_file", "rel_only_annotations_train.json"),
+    ("released", "objects_file", "detections_train.json"),
+    ("released", "predicates_file", "rel_9_predicates.json"),
+    ("own", "json_file", "relations.json"),
+]
+DAMAGES = {
+    empty: r"empty|not valid JSON at line 1, column 1|no names in it",
+    other_encoding: r"not UTF-8 text|cannot be read as HDF5",
+    compressed: r"not UTF-8 text|cannot be read as HDF5",
+    truncate: r"not valid JSON|values, expected 12|found .*; expected two values|"
+    r"cannot be read as HDF5|1 values|Confidence",
+}
+
+
+@pytest.mark.parametrize(("kind", "key", "name"), FILES)
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_damaged_files(tmp_path, kind, key, name, damage):
+    if damage is other_encoding and key == "h5_file":
+        pytest.skip("an h5 file is no text")
+
+    def spoil(arguments):
+        if damage is truncate and name.endswith(".csv"):  # in the middle of the last line
+            path = Path(arguments[key])
+            lines = path.read_bytes().splitlines(keepends=True)
+            path.write_bytes(b"".join(lines[:-1]) + lines[-1].split(b",")[0])
+        else:
+            damage(arguments[key])
+
+    check(tmp_path, kind, spoil, ValueError, re.escape(name) + r".*(" + DAMAGES[damage] + ")")
+
+
+@pytest.mark.parametrize(("kind", "key", "name"), FILES)
+def test_missing_files(tmp_path, kind, key, name):
+    def spoil(arguments):
+        remove(arguments[key])
+
+    message = r"not found: .*" + re.escape(name) + r" does not exist.*README"
+    check(tmp_path, kind, spoil, FileNotFoundError, message)
+
+
+FIRST_IMAGE = {"openimages": "aa01.jpg", "vg": "1.jpg", "released": "a.jpg", "own": "a.jpg"}
+
+
+@pytest.mark.parametrize("kind", FIRST_IMAGE)
+@pytest.mark.parametrize("damage", ["removed", "emptied", "one image"])
+def test_folders_of_images(tmp_path, kind, damage):
+    def spoil(arguments):
+        root = arguments["image_root"]
+        if damage == "one image":
+            return remove(os.path.join(root, FIRST_IMAGE[kind]))
+        shutil.rmtree(root)
+        if damage == "emptied":
+            os.mkdir(root)
+
+    messages = {
+        "removed": "The image folder of .* not found: .* does not exist",
+        "emptied": "the image folder of .* is empty. Unpack",
+        "one image": f"image {FIRST_IMAGE[kind]} is annotated but not in",
+    }
+    check(tmp_path, kind, spoil, FileNotFoundError, messages[damage])
+
+
+@pytest.mark.parametrize("kind", ["openimages", "released"])
+def test_unreadable_image(tmp_path, kind):
+    """Formats that do not say the size of their images."""
+
+    def spoil(arguments):
+        empty(os.path.join(arguments["image_root"], FIRST_IMAGE[kind]))
+
+    check(tmp_path, kind, spoil, ValueError, rf"{FIRST_IMAGE[kind]}: cannot be read as an image")
+
+
+def test_image_folder_is_a_file(tmp_path):
+    def spoil(arguments):
+        arguments["image_root"] = arguments["classes_csv"]
+
+    check(tmp_path, "openimages", spoil, ValueError, "a file, expected the folder of the images")
+
+
+# ------------------------------------------------------------------------------------ OpenImages
+
+
+def rows_with(line, column, value):
+    """The rows of the good file with one value changed; line 2 is the first row."""
+    rows = [list(row) for row in OPENIMAGES_ROWS]
+    rows[line - 2][HEADER.index(column)] = value
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (rows_with(3, "XMin1", "left"), r"vrd\.csv, line 3: box 'left, .*expected four numbers"),
+        (rows_with(3, "YMax2", ""), r"vrd\.csv, line 3: box .*expected four numbers"),
+        (rows_with(6, "XMax1", "nan"), r"vrd\.csv, line 6: box .*between 0 and 1"),
+        (rows_with(6, "XMax1", "1.5"), r"vrd\.csv, line 6: box .*between 0 and 1"),
+        (rows_with(6, "XMin1", "0.7"), r"vrd\.csv, line 6: box .*XMin <= XMax"),
+        (rows_with(6, "YMin2", "-0.5"), r"vrd\.csv, line 6: box .*between 0 and 1"),
+        (rows_with(2, "LabelName1", "Man"), r"vrd\.csv, line 2: class 'Man' .*one of the 3 in "),
+        (rows_with(2, "LabelName2", "/m/11"), r"vrd\.csv, line 2: class '/m/11' is not"),
+        (rows_with(4, "LabelName2", "/m/01"), r"vrd\.csv, line 4: attribute '/m/01' .*of the 2 in"),
+        (rows_with(2, "RelationshipLabel", "eats"), r"vrd\.csv, line 2: predicate 'eats' .*of the"),
+        ([row[:-1] for row in OPENIMAGES_ROWS], r"vrd\.csv, line 2: 11 values, expected 12"),
+        ([], r"vrd\.csv: no relationship in it"),
+    ],
+)
+def test_openimages_rows(tmp_path, rows, message):
+    def spoil(arguments):
+        write_csv(Path(arguments["relations_csv"]), rows, HEADER)
+
+    check(tmp_path, "openimages", spoil, ValueError, message)
+
+
+@pytest.mark.parametrize("column", ["ImageID", "LabelName2", "YMax2", "RelationshipLabel"])
+def test_openimages_column_missing(tmp_path, column):
+    keep = [i for i, name in enumerate(HEADER) if name != column]
+
+    def spoil(arguments):
+        rows = [[row[i] for i in keep] for row in OPENIMAGES_ROWS]
+        write_csv(Path(arguments["relations_csv"]), rows, [HEADER[i] for i in keep])
+
+    message = rf"vrd\.csv, line 1: no column {column} .*the columns are.*Expected ImageID"
+    check(tmp_path, "openimages", spoil, ValueError, message)
+
+
+@pytest.mark.parametrize(
+    ("key", "rows", "message"),
+    [
+        ("classes_csv", [*CLASSES, ("/m/01", "Guitar")], r"line 4: /m/01 was named before"),
+        ("classes_csv", [("/m/01",)], r"line 1: found '/m/01'; expected two values"),
+        ("attributes_csv", [("/m/11", "")], r"line 1: found '/m/11,'; expected two values"),
+        (
+            "labels_csv",
+            [("ImageID", "LabelName", "Confidence"), ("aa01", "/m/01", "0.7")],
+            r"labels\.csv, line 2: Confidence is '0\.7'; expected 1",
+        ),
+        (
+            "labels_csv",
+            [("ImageID", "LabelName", "Confidence")]
+            + [("aa01", "/m/01", "0"), ("aa01", "/m/01", "1")],
+            r"labels\.csv, line 3: /m/01 is both 1 and 0 for image aa01",
+        ),
+        ("labels_csv", [("ImageID", "Confidence")], r"labels\.csv, line 1: no column LabelName"),
+    ],
+)
+def test_openimages_other_files(tmp_path, key, rows, message):
+    def spoil(arguments):
+        write_csv(Path(arguments[key]), rows)
+
+    check(tmp_path, "openimages", spoil, ValueError, message)
+
+
+def test_quotation_mark_that_is_not_closed(tmp_path):
+    def spoil(arguments):
+        Path(arguments["classes_csv"]).write_text('/m/01,Man\n"/m/02,Guitar\n/m/03,Chair\n')
+
+    check(tmp_path, "openimages", spoil, ValueError, r"vrd\.csv, line 3: not a CSV file")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", r"list\.txt: no image in it"),
+        (b"aa01\nbb02\naa01\n", r"list\.txt, line 3: aa01 stands in line 1 already"),
+        (b"aa01\nbb02,cc03\n", r"list\.txt, line 2: .*not the identifier of an image"),
+        (b"aa01\n\xff\xfe\n", r"list\.txt, line 2: .*not the identifier of an image"),
+        (b"cc03\n", r"list\.txt: none of its 1 images has a relationship in .*another split"),
+    ],
+)
+def test_openimages_list_of_images(tmp_path, text, message):
+    def spoil(arguments):
+        arguments["image_list"] = str(tmp_path / "list.txt")
+        (tmp_path / "list.txt").write_bytes(text)
+
+    check(tmp_path, "openimages", spoil, ValueError, message)
+
+
+def test_all_problems_of_a_file_are_gathered(tmp_path):
+    arguments = write_openimages(tmp_path)
+    rows = rows_with(2, "XMin1", "x")
+    rows[3][HEADER.index("YMin1")] = "y"
+    rows[4][HEADER.index("LabelName1")] = "z"
+    write_csv(Path(arguments["relations_csv"]), rows, HEADER)
+    with pytest.raises(ValueError, match="2 more problems were found") as caught:
+        load_openimages_vrd(**arguments)
+    assert [re.search(r"line \d", text)[0] for text in caught.value.problems] == [
+        "line 2",
+        "line 5",
+        "line 6",
+    ]
+
+
+# --------------------------------------------------------------------------------- Visual Genome
+
+
+def array_with(name, place, value):
+    arrays = vg_arrays()
+    arrays[name] = np.array(arrays[name])
+    arrays[name][place] = value
+    return arrays
+
+
+def array_replaced(name, array):
+    arrays = vg_arrays()
+    if array is None:
+        del arrays[name]
+    else:
+        arrays[name] = array
+    return arrays
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        *(
+            (array_replaced(name, None), rf"h5: no data set {name}; it has .*Expected VG-SGG\.h5")
+            for name in ("boxes_1024", "labels", "predicates", "relationships", "split")
+        ),
+        (array_replaced("img_to_last_rel", None), "no data set img_to_last_rel"),
+        (array_with("labels", 3, 151), r"labels\[3\] \(image 1 of the file\) is \[151\].*1 to 150"),
+        (array_with("labels", 0, 0), r"labels\[0\] \(image 0 .*a class from 1 to 150"),
+        (array_with("predicates", 3, 51), r"predicates\[3\] \(image 2 .*predicate from 1 to 50"),
+        (array_with("boxes_1024", (4, 2), 0), r"boxes_1024\[4\] \(image 2 .*width and a height"),
+        (array_with("relationships", (3, 1), 8), r"relationships\[3\] \(image 2 .*same image"),
+        (array_with("relationships", (0, 0), -1), r"relationships\[0\] .*same image"),
+        (array_with("img_to_last_box", 3, 99), r"image 3 of the file has the rows 6 to 99 .* of 9"),
+        (array_with("img_to_first_rel", 2, 5), r"image 2 of the file has the rows 5 to 3"),
+        (array_with("split", slice(0, 3), 2), r"no image for the split train; .*has 0 images"),
+        (array_replaced("labels", np.zeros((4, 1), int)), "should have one length"),
+        (array_replaced("split", np.zeros(4, int)), "should have one length"),
+        (array_replaced("predicates", np.zeros((4, 1), int)), "should have one length"),
+        (array_replaced("boxes_1024", np.zeros((9, 5), int)), r"the shape \(9, 5\).*\(rows, 4\)"),
+        (array_replaced("relationships", np.zeros((7, 2))), "the type float64"),
+    ],
+)
+def test_vg_h5(tmp_path, arrays, message):
+    def spoil(arguments):
+        write_h5(Path(arguments["h5_file"]), arrays)
+
+    check(tmp_path, "vg", spoil, ValueError, message)
+
+
+def test_vg_h5_without_anything(tmp_path):
+    def spoil(arguments):
+        h5py.File(arguments["h5_file"], "w").close()
+
+    check(tmp_path, "vg", spoil, ValueError, "no data set split, .*; it has none")
+
+
+def test_vg_attributes_of_other_length(tmp_path):
+    def spoil(arguments):
+        arrays = {**vg_arrays(True), "attributes": np.zeros((3, 10), int)}
+        write_h5(Path(arguments["h5_file"]), arrays)
+
+    check(tmp_path, "vg_attributes", spoil, ValueError, "attributes 3")
+
+
+def test_without_h5py(tmp_path, monkeypatch):
+    arguments = write_visual_genome(tmp_path)
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(ImportError, match=r"VG-SGG\.h5 needs h5py.*reldn_d2\[vg\]"):
+        load_vg(**arguments)
+
+
+def test_vg_unknown_split(tmp_path):
+    with pytest.raises(ValueError, match="no split 'testing'; use train, val or test"):
+        load_visual_genome(**write_visual_genome(tmp_path), split="testing")
+
+
+def dicts_with(**changes):
+    content = vg_dicts()
+    content["label_to_idx"].update(changes)
+    return content
+
+
+def dicts_without(key):
+    content = vg_dicts()
+    del content[key]
+    return content
+
+
+@pytest.mark.parametrize(
+    ("key", "content", "message"),
+    [
+        ("dicts_file", dicts_without("label_to_idx"), r'dicts\.json: no table "label_to_idx"'),
+        ("dicts_file", dicts_without("predicate_to_idx"), 'no table "predicate_to_idx"'),
+        ("dicts_file", ["man"], 'no table "label_to_idx"'),
+        ("dicts_file", dicts_with(airplane=151), "'animal' the number 2; expected the numbers"),
+        ("dicts_file", dicts_with(animal="2"), r"gives .*expected the numbers from 1 to 150"),
+        ("dicts_file", dicts_with(airplane=2, animal=1), "has 'animal' as number 1, expected 'air"),
+        ("dicts_file", dicts_with(zoo=151), "has 151 names, expected 150"),
+        ("image_data_file", {"images": []}, r"image_data\.json: expected a list of images"),
+        ("image_data_file", [{"image_id": 1, "width": 0, "height": 4}], "image 0 is .*above 0"),
+        ("image_data_file", [{"image_id": 1, "width": 60}], "image 0 is .*expected image_id"),
+        ("image_data_file", ["1.jpg"], "image 0 is '1.jpg'"),
+        (
+            "image_data_file",
+            [{"image_id": 1, "width": 60, "height": 40}] * 2,
+            "image 1 has the image_id 1 of image 0",
+        ),
+        (
+            "image_data_file",
+            [{"image_id": i, "width": 60, "height": 40} for i in (1, 2, 3, 4)],
+            r"4 images beside the 4 corrupt ones, but .*h5 has 5",
+        ),
+    ],
+)
+def test_vg_json(tmp_path, key, content, message):
+    def spoil(arguments):
+        write_json(Path(arguments[key]), content)
+
+    check(tmp_path, "vg", spoil, ValueError, message)
+
+
+# ------------------------------------------------------------------------------------- JSON files
+
+
+def released_with(path, value):
+    content = json.loads(json.dumps(released_content()))  # nothing shared
+    target = content["a.jpg"][1]
+    for key in path[:-1]:
+        target = target[key]
+    target[path[-1]] = value
+    return content
+
+
+SECOND = r"annotations_train\.json: a\.jpg, relationship 1"
+
+
+@pytest.mark.parametrize(
+    ("key", "content", "message"),
+    [
+        ("json_file", released_with(["predicate"], 4), SECOND + ": predicate is 4.* 0 to 3"),
+        ("json_file", released_with(["predicate"], "plays"), SECOND + ": predicate is 'plays'"),
+        ("json_file", released_with(["subject", "category"], 3), SECOND + ", subject: category"),
+        (
+            "json_file",
+            released_with(["object", "bbox"], [0, 0, 0, 30]),
+            SECOND + ", object: bbox is .*ymin < ymax",
+        ),
+        (
+            "json_file",
+            released_with(["object", "bbox"], [0, 9, 30, 9]),
+            SECOND + ", object: bbox is .*xmin < xmax",
+        ),
+        (
+            "json_file",
+            released_with(["object", "bbox"], {"x": 1}),
+            SECOND + ", object: bbox is .*four numbers",
+        ),
+        ("json_file", [1, 2], r"expected an object \{file name"),
+        ("objects_file", {"categories": []}, r"detections_train\.json: expected a list of names"),
+        ("objects_file", ["Man", "Man"], "'Man' stands there more than once"),
+        ("predicates_file", [1, 2], r"rel_9_predicates\.json: expected a list of names"),
+        ("predicates_file", [], r"rel_9_predicates\.json: expected a list of names"),
+    ],
+)
+def test_released_json(tmp_path, key, content, message):
+    def spoil(arguments):
+        write_json(Path(arguments[key]), content)
+
+    check(tmp_path, "released", spoil, ValueError, message)
+
+
+def test_a_key_that_stands_twice(tmp_path):
+    def spoil(arguments):
+        Path(arguments["json_file"]).write_text('{"a.jpg": [], "b.jpg": [], "a.jpg": []}')
+
+    check(tmp_path, "released", spoil, ValueError, r"train\.json: the key 'a\.jpg' stands twice")
+
+
+def own_with(key, number, **changes):
+    content = coco_content()
+    entry = content[key][number]
+    for name, value in changes.items():
+        if value is None:
+            del entry[name]
+        else:
+            entry[name] = value
+    return content
+
+
+def own_without(key):
+    content = coco_content()
+    del content[key]
+    return content
+
+
+FIRST_BOX = r"relations\.json: annotations\[0\] \(id 101\): "
+RELATION = r"relations\.json: images\[0\], relation 0 is .*: "
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        *((own_without(key), f'no list "{key}"; it has') for key in ("images", "annotations")),
+        *((own_without(key), f'no list "{key}"; it has') for key in ("categories", "predicates")),
+        ([1], "expected an object with images, annotations"),
+        ({**coco_content(), "images": []}, "image_id is 7: no such image"),
+        (own_with("images", 0, id=None), r"images\[0\]: expected id and file_name"),
+        (own_with("images", 0, file_name=None), r"images\[0\]: expected id and file_name"),
+        (own_with("images", 0, width=None), r"images\[0\] \(a\.jpg\): height is 40 and width None"),
+        (own_with("images", 0, height=-4), r"height is -4 and width 60; expected numbers of pixel"),
+        (own_with("images", 1, id=7), r"images\[1\] \(more/b\.jpg\): another image has the id 7"),
+        (own_with("images", 0, verified_labels=[[3, 2]]), r"verified_labels has \[3, 2\]"),
+        (own_with("annotations", 0, id=None), r"annotations\[0\] is .*expected an object with an"),
+        (own_with("annotations", 1, id=101), r"annotations\[1\] .*another annotation has this id"),
+        (own_with("annotations", 0, image_id=9), FIRST_BOX + "image_id is 9: no such image"),
+        (own_with("annotations", 0, category_id=1), FIRST_BOX + "category_id is 1; .*2 ids"),
+        (own_with("annotations", 0, category_id=True), FIRST_BOX + "category_id is True"),
+        (own_with("annotations", 0, bbox=None), FIRST_BOX + "bbox is None; expected four numbers"),
+        (own_with("annotations", 0, bbox=[0, 0, 0, 4]), FIRST_BOX + "bbox is .*above 0"),
+        (own_with("annotations", 0, bbox=[0, 0, "4", 4]), FIRST_BOX + "bbox is .*four numbers"),
+        (own_with("annotations", 0, iscrowd=2), FIRST_BOX + "iscrowd is 2; expected 0 or 1"),
+        (own_with("annotations", 0, segmentation=[[1, 2, 3]]), FIRST_BOX + "segmentation is"),
+        (
+            own_with("annotations", 1, attributes=[4]),
+            r"attributes are \[4\]; expected ids of the 1",
+        ),
+        (own_with("images", 0, relations=[[101, 103, 5]]), RELATION + "there is no annotation .*3"),
+        (own_with("images", 0, relations=[[101, 101, 5]]), RELATION + "it relates an annotation"),
+        (own_with("images", 0, relations=[[101, 102, 1]]), RELATION + "there is no predicate"),
+        (own_with("images", 0, relations=[[101, 102]]), RELATION + "expected .subject annotation"),
+        (own_with("images", 0, relations="plays"), RELATION + "expected .subject annotation"),
+        (
+            own_with("images", 1, relations=[[101, 102, 5]]),
+            r"images\[1\], relation 0 is .*those of another image",
+        ),
+        (
+            own_with("annotations", 1, relations=[[101, 102, 5]]),
+            r"annotations\[1\], relation 0 is .*at an annotation that is not its subject",
+        ),
+        (
+            own_with("annotations", 1, image_id=8),
+            RELATION + "subject and object are annotations of different images",
+        ),
+        (own_with("categories", 0, id="9"), r"categories\[0\] is .*expected .\"id\": a number"),
+        (own_with("categories", 0, id=3), r"categories\[1\] is .*stands there before"),
+        (own_with("predicates", 1, name="holds"), r"predicates\[1\] is .*stands there before"),
+    ],
+)
+def test_own_json(tmp_path, content, message):
+    def spoil(arguments):
+        Path(arguments["json_file"]).write_text(json.dumps(content))
+
+    check(tmp_path, "own", spoil, ValueError, message)
