@@ -61,7 +61,7 @@ NEEDED = {
         "'git+https://github.com/facebookresearch/detectron2.git'",
         "cv2": "opencv-python",
     },
-    "test": {"pytest": "pytest", "hypothesis": "hypothesis"},
+    "test": {"h5py": "h5py", "hypothesis": "hypothesis", "pytest": "pytest"},
     "dev": {"black": "black", "isort": "isort", "ruff": "ruff"},
 }
 
