@@ -38,6 +38,17 @@ OPENIMAGES_ROWS = [
     row("cc03", "/m/03", "is", "/m/12", CHAIR, CHAIR),
     row("cc03", "/m/03", "is", "/m/11", CHAIR, CHAIR),
 ]
+
+
+def rows_with_problems() -> list:
+    """Three rows, lines 2 to 4 of the file, each with a problem."""
+    rows = [list(values) for values in OPENIMAGES_ROWS[:3]]
+    rows[0][HEADER.index("XMin1")] = "left"
+    rows[1][HEADER.index("LabelName1")] = "/m/77"
+    rows[2][HEADER.index("YMax1")] = "7"
+    return rows
+
+
 LABEL_ROWS = [
     ["aa01", "/m/01", "1"],
     ["aa01", "/m/03", "0"],

@@ -285,7 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for text in texts[: args.limit]:
             print(f"{kind}: {text}")
         if len(texts) > len(texts[: args.limit]):
-            print(f"... {len(texts)} {kind}s in all; --limit shows more")
+            print(f"... {len(texts)} {kind}s in all; a higher --limit shows more")
     verdict = "usable" if report.usable else "NOT usable"
     print(
         f"\n{args.name} is {verdict}: {len(report.errors)} errors, {len(report.warnings)} warnings"

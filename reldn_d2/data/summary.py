@@ -106,7 +106,7 @@ def _never(names: Sequence[str], counts: np.ndarray, what: str) -> str:
 
 
 def _bars(names: Sequence[str], counts: np.ndarray, width: int | None) -> list[str]:
-    """One line a predicate, the most frequent first."""
+    """One line a predicate that occurs, the most frequent first."""
     width = width or shutil.get_terminal_size((100, 24)).columns
     encoding = getattr(sys.stdout, "encoding", None) or "ascii"
     block = "\u2588" if encoding.lower().replace("-", "").startswith("utf") else "#"
@@ -116,7 +116,8 @@ def _bars(names: Sequence[str], counts: np.ndarray, width: int | None) -> list[s
     lines = []
     for number in np.argsort(-counts, kind="stable").tolist():
         count = int(counts[number])
-        bar = block * max(round(longest * count / max(counts.max(), 1)), int(count > 0))
-        share = count / max(int(counts.sum()), 1)
-        lines.append(f"  {names[number]:<{room}} {count:>{digits},} {share:>6.1%} {bar}".rstrip())
+        if count:
+            bar = block * max(round(longest * count / int(counts.max())), 1)
+            share = count / int(counts.sum())
+            lines.append(f"  {names[number]:<{room}} {count:>{digits},} {share:>6.1%} {bar}")
     return lines

@@ -1,0 +1,71 @@
+#!/usr/bin/env python
+"""Write a registered data set as a COCO file with relations (see datasets/README.md, "Your own").
+
+Example::
+
+    python tools/convert_to_relation_instances.py --dataset vrd_train --output vrd_train.json
+"""
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import List, Optional
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is not installed
+
+import reldn_d2  # noqa: E402,F401  # isort: skip  registers the data sets
+from reldn_d2.data.datasets import to_relation_instances
+from reldn_d2.data.datasets.files import write_atomically
+from reldn_d2.data.statistics import require_dataset
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+
+def main(arguments: Optional[List[str]] = None) -> int:
+    """Convert; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dataset", required=True, help="a registered data set")
+    parser.add_argument("--output", required=True, help="JSON file")
+    parser.add_argument("--image-root", help="file names become relative to it; default: its own")
+    parser.add_argument("--module", action="append", default=[], help="registers your data sets")
+    args = parser.parse_args(arguments)
+    sys.path.insert(0, os.getcwd())
+    try:
+        for module in args.module:
+            importlib.import_module(module)
+        require_dataset(args.dataset)
+        dicts, metadata = DatasetCatalog.get(args.dataset), MetadataCatalog.get(args.dataset)
+    except (KeyError, ValueError, OSError, ImportError) as error:
+        print(f"error: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
+        return 1
+    image_root = (
+        args.image_root
+        or metadata.get("image_root")
+        or os.path.commonpath(
+            [os.path.dirname(os.path.abspath(record["file_name"])) for record in dicts]
+        )
+    )
+    content = to_relation_instances(
+        dicts,
+        metadata.thing_classes,
+        metadata.predicate_classes,
+        image_root,
+        metadata.get("attribute_classes", ()),
+    )
+    with write_atomically(args.output) as file:
+        json.dump(content, file)
+    relations = sum(len(image["relations"]) for image in content["images"])
+    print(
+        f"{args.output}: {len(content['images']):,} images, {len(content['annotations']):,} boxes, "
+        f"{relations:,} relations; image_root={image_root}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+#!/usr/bin/env python
+"""Make the lists of images of the OpenImages splits: train, val, and the small "mini" ones.
+
+Images with a relationship between two boxes are divided such that every predicate keeps its share
+and occurs in every list; the mini lists are parts of the full ones. The same seed makes the same
+lists. Paper: 53,953 and 3,234 images, and 4,500 and 1,000 ("mini"); its own lists are not public.
+
+Example::
+
+    python tools/split_openimages_vrd.py \
+        --relations $DETECTRON2_DATASETS/openimages_vrd/challenge-2018-train-vrd.csv \
+        --output $DETECTRON2_DATASETS/openimages_vrd/lists
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Dict, List, Optional, Set
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is not installed
+
+import reldn_d2  # noqa: E402,F401  # isort: skip  before Detectron2
+from tabulate import tabulate
+
+from reldn_d2.data.datasets.files import Problems, read_csv, write_atomically
+from reldn_d2.data.datasets.openimages_vrd import OPENIMAGES_PREDICATES
+from reldn_d2.data.splits import stratified_sample
+
+
+def read_predicates(relations_csv: str) -> Dict[str, Set[str]]:
+    """The predicates between two boxes in each image, in the order of the file.
+
+    Raises:
+        ValueError: the file is not as expected, or has no such predicate.
+    """
+    problems = Problems()
+    predicates: Dict[str, Set[str]] = {}
+    columns = ("ImageID", "RelationshipLabel")
+    for _, (image, predicate) in read_csv(relations_csv, columns, "relationships", problems):
+        if predicate in OPENIMAGES_PREDICATES:
+            predicates.setdefault(image, set()).add(predicate)
+    problems.raise_any()
+    if not predicates:
+        raise ValueError(
+            f"{relations_csv}: no row has one of the predicates {', '.join(OPENIMAGES_PREDICATES)}."
+        )
+    return predicates
+
+
+def make_lists(
+    predicates: Dict[str, Set[str]], val: int, mini_train: int, mini_val: int, seed: int
+) -> Dict[str, List[str]]:
+    """Identifiers of the images of each list."""
+    lists = {"val": stratified_sample(predicates, val, seed)}
+    chosen = set(lists["val"])
+    lists["train"] = [image for image in predicates if image not in chosen]
+    for name, size in (("train", mini_train), ("val", mini_val)):
+        part = {image: predicates[image] for image in lists[name]}
+        lists[f"mini_{name}"] = stratified_sample(part, size, seed + 1)
+    return lists
+
+
+def main(arguments: Optional[List[str]] = None) -> int:
+    """Write the lists and print the shares; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--relations", required=True, help="challenge-2018-train-vrd.csv")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the lists")
+    parser.add_argument("--val", type=int, default=3234, help="images; the others are train")
+    parser.add_argument("--mini-train", type=int, default=4500, help="images")
+    parser.add_argument("--mini-val", type=int, default=1000, help="images")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(arguments)
+    try:
+        predicates = read_predicates(args.relations)
+        lists = make_lists(predicates, args.val, args.mini_train, args.mini_val, args.seed)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    lists = {name: lists[name] for name in ("train", "val", "mini_train", "mini_val")}
+    for name, images in lists.items():
+        with write_atomically(str(args.output / f"{name}.txt")) as file:
+            file.writelines(f"{image}\n" for image in images)
+        print(args.output / f"{name}.txt", f"{len(images):,} images")
+    rows = []
+    for predicate in OPENIMAGES_PREDICATES:
+        shares = [
+            sum(predicate in predicates[image] for image in images) / len(images)
+            for images in (predicates, *lists.values())
+        ]
+        rows.append([predicate, *(f"{share:.2%}" for share in shares)])
+    print("\nshare of the images that have a predicate")
+    print(tabulate(rows, headers=["predicate", "all", *lists], tablefmt="pipe"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
