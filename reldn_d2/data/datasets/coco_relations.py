@@ -16,7 +16,7 @@ import pycocotools.mask as mask_util
 from detectron2.structures import BoxMode
 
 from .catalog import register_dataset
-from .files import Problems, find_images, read_json
+from .files import Problems, find_images, no_garbage_collection, read_json
 
 __all__ = [
     "load_relation_instances",
@@ -26,6 +26,7 @@ __all__ = [
 _LISTS = ("images", "annotations", "categories", "predicates")
 
 
+@no_garbage_collection()
 def load_relation_instances(
     json_file: str, image_root: str, merge_duplicates: bool = False
 ) -> list[dict[str, Any]]:
@@ -121,13 +122,18 @@ class _Reader:
             self._read_image(f"images[{number}]", image, records)
         # by id: image id and position among the annotations of the image
         places: dict[Any, tuple[Any, int]] = {}
-        for number, annotation in enumerate(self.content["annotations"]):
+        annotations = self.content["annotations"]
+        holders = []  # annotations with relations
+        for number, annotation in enumerate(annotations):
             self._read_annotation(f"annotations[{number}]", annotation, records, places)
+            if isinstance(annotation, dict) and "relations" in annotation:
+                holders.append((number, annotation))
+            annotations[number] = None  # large files need the memory
         for number, image in enumerate(self.content["images"]):
             self._read_relations(f"images[{number}]", image, records, places, None)
-        for number, annotation in enumerate(self.content["annotations"]):
-            identifier = annotation.get("id") if isinstance(annotation, dict) else None
-            self._read_relations(f"annotations[{number}]", annotation, records, places, identifier)
+        for number, annotation in holders:
+            where = f"annotations[{number}]"
+            self._read_relations(where, annotation, records, places, annotation.get("id"))
         self.problems.raise_any()
         dicts = list(records.values())
         if not dicts:

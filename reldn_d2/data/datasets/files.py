@@ -1,6 +1,7 @@
 """Reading data set files: every failure names the file, the record and the mend."""
 
 import csv
+import gc
 import json
 import os
 import stat
@@ -21,6 +22,7 @@ __all__ = [
     "find_images",
     "image_size",
     "list_images",
+    "no_garbage_collection",
     "read_csv",
     "read_json",
     "read_names",
@@ -109,6 +111,7 @@ def read_json(path: str, what: str) -> Any:
     require_path(path, what)
     try:
         with PathManager.open(path, "rb") as file:
+            # One expression, so that the bytes are given back before the text is parsed.
             text = file.read().decode("utf-8")
         return json.loads(text, object_pairs_hook=_without_repeated_keys)
     except _RepeatedKey as error:
@@ -341,6 +344,18 @@ def cache_paths(folder: str, name: str) -> list[str]:
     if os.path.isdir(folder) and os.stat(folder).st_mode & stat.S_IWUSR:
         paths.insert(0, os.path.join(folder, "reldn_cache", name))
     return paths
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Millions of records without cycles are made: looking for cycles doubles the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import Any
 
 from .catalog import register_dataset
 from .entities import report_merging
-from .files import find_images
+from .files import find_images, no_garbage_collection
 from .image_sizes import image_sizes
 from .openimages_files import (
     Vocabulary,
@@ -33,6 +33,7 @@ OPENIMAGES_PREDICATES = (
 )
 
 
+@no_garbage_collection()
 def load_openimages_vrd(
     relations_csv: str,
     image_root: str,

@@ -18,7 +18,7 @@ from typing import Any
 
 from .catalog import register_dataset
 from .entities import Entity, ImageAnnotations, RelationshipList, report_merging
-from .files import Problems, find_images, read_json
+from .files import Problems, find_images, no_garbage_collection, read_json
 from .image_sizes import image_sizes
 
 __all__ = [
@@ -93,6 +93,7 @@ def parse_relation_json(
     return images
 
 
+@no_garbage_collection()
 def load_relation_json(
     json_file: str,
     image_root: str,

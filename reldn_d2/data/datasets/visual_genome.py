@@ -9,7 +9,7 @@ import numpy as np
 from detectron2.structures import BoxMode
 
 from .catalog import register_dataset
-from .files import find_images
+from .files import find_images, no_garbage_collection
 from .visual_genome_files import (
     TEST,
     TRAIN,
@@ -64,6 +64,7 @@ _FRAME = 1024  # the long side of the frame of boxes_1024
 _SLACK = 2.0  # pixels of that frame that a box may reach beyond its image, being rounded
 
 
+@no_garbage_collection()
 def load_visual_genome(
     h5_file: str,
     dicts_file: str,

@@ -1,0 +1,107 @@
+#!/usr/bin/env python
+"""Download OpenImages' relationships and their images into ROOT/openimages_vrd.
+
+Can be interrupted and run again: what is there is not downloaded. Of the challenge, only images
+with a relationship between two boxes are taken. The lists of the splits are made by
+tools/split_openimages_vrd.py, unless they are there: put lists of your own into
+ROOT/openimages_vrd/lists first.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is not installed
+
+from _prepare import PrepareError, fetch, fetch_many, parser_of, run  # noqa: E402
+
+import reldn_d2  # noqa: E402,F401  # isort: skip  before Detectron2
+from reldn_d2.data.datasets.files import Problems, read_csv  # noqa: E402
+from reldn_d2.data.datasets.openimages_files import read_image_list  # noqa: E402
+from reldn_d2.data.datasets.openimages_vrd import OPENIMAGES_PREDICATES  # noqa: E402
+
+_CHALLENGE = "https://storage.googleapis.com/openimages/challenge_2018"
+_V6 = "https://storage.googleapis.com/openimages/v6"
+_IMAGES = "https://open-images-dataset.s3.amazonaws.com"
+_TRAIN = "challenge-2018-train-vrd.csv"
+_COMMON = {
+    "challenge-2018-classes-vrd.csv": f"{_CHALLENGE}/challenge-2018-classes-vrd.csv",
+    "challenge-2018-attributes-description.csv": (
+        f"{_CHALLENGE}/challenge-2018-attributes-description.csv"
+    ),
+}
+URLS = {
+    **_COMMON,
+    _TRAIN: f"{_CHALLENGE}/train/{_TRAIN}",
+    "challenge-2018-train-vrd-labels.csv": (
+        f"{_CHALLENGE}/train/challenge-2018-train-vrd-labels.csv"
+    ),
+    **{
+        f"oidv6-{split}-annotations-vrd.csv": f"{_V6}/oidv6-{split}-annotations-vrd.csv"
+        for split in ("train", "validation", "test")
+    },
+}
+
+
+def images_of(relations_csv: Path) -> list[str]:
+    """Identifiers of the images that a data set without a list of images has."""
+    problems = Problems()
+    known = (*OPENIMAGES_PREDICATES, "is")
+    columns = ("ImageID", "RelationshipLabel")
+    rows = read_csv(str(relations_csv), columns, "relationships of OpenImages", problems)
+    images = dict.fromkeys(image for _, (image, label) in rows if label in known)
+    problems.raise_any()
+    return list(images)
+
+
+def main() -> None:
+    """Download, make the lists, and say how to go on."""
+    parser = parser_of(__doc__)
+    parser.add_argument(
+        "--set",
+        choices=("challenge", "mini", "v6-validation", "v6-test", "v6-train"),
+        default="challenge",
+        help="mini: only the 4,500 and 1,000 images of the small splits; default: challenge",
+    )
+    parser.add_argument("--threads", type=int, default=16, help="downloads at a time")
+    args = parser.parse_args()
+    folder = args.root / "openimages_vrd"
+    for name in _COMMON:
+        fetch(URLS, name, folder, args.mirror)
+    try:
+        if args.set.startswith("v6"):
+            split = args.set.removeprefix("v6-")
+            table = fetch(URLS, f"oidv6-{split}-annotations-vrd.csv", folder, args.mirror)
+            images = images_of(table)
+        else:
+            split = "train"
+            images = _challenge_images(folder, args.set == "mini", args.mirror)
+    except ValueError as error:
+        raise PrepareError(str(error)) from error
+    base = args.mirror.rstrip("/") if args.mirror else _IMAGES
+    urls = {folder / split / f"{image}.jpg": f"{base}/{split}/{image}.jpg" for image in images}
+    fetch_many(urls, f"{split} images", args.threads)
+    name = {"challenge": "train", "mini": "mini_train"}.get(args.set, args.set.replace("-", "_"))
+    print(
+        f"{len(images)} images are there. Check them: "
+        f"python -m reldn_d2.data.check openimages_vrd_{name}"
+    )
+
+
+def _challenge_images(folder: Path, mini: bool, mirror: str | None) -> list[str]:
+    """Images of the lists, which are made if they are not there."""
+    table = fetch(URLS, _TRAIN, folder, mirror)
+    fetch(URLS, "challenge-2018-train-vrd-labels.csv", folder, mirror)
+    names = ("mini_train", "mini_val") if mini else ("train", "val")
+    lists = [folder / "lists" / f"{name}.txt" for name in names]
+    if not all(path.exists() for path in lists):
+        sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+        import split_openimages_vrd
+
+        command = ["--relations", str(table), "--output", str(folder / "lists")]
+        if split_openimages_vrd.main(command):
+            raise PrepareError("The lists of the splits could not be made.")
+    return [image for path in lists for image in read_image_list(str(path))]
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

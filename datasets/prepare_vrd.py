@@ -1,0 +1,43 @@
+#!/usr/bin/env python
+"""Download and unpack VRD into ROOT/vrd. Can be interrupted and run again.
+
+Archives that are in ROOT/vrd already are not downloaded.
+"""
+
+import sys
+from pathlib import Path, PurePosixPath
+
+from _prepare import fetch, parser_of, require, run, unpack
+
+URLS = {
+    "json_dataset.zip": "https://cs.stanford.edu/people/ranjaykrishna/vrd/json_dataset.zip",
+    "sg_dataset.zip": "http://imagenet.stanford.edu/internal/jcjohns/scene_graphs/sg_dataset.zip",
+}
+_NAMES = ("annotations_train.json", "annotations_test.json", "objects.json", "predicates.json")
+_FOLDERS = ("sg_train_images", "sg_test_images")
+
+
+def main() -> None:
+    """Download, unpack, and say how to go on."""
+    args = parser_of(__doc__).parse_args()
+    folder = args.root / "vrd"
+
+    def annotations(member: str) -> Path | None:
+        name = PurePosixPath(member).name
+        return folder / "json_dataset" / name if name in _NAMES else None
+
+    def images(member: str) -> Path | None:
+        path = PurePosixPath(member)
+        if path.parent.name not in _FOLDERS or path.name.startswith("."):
+            return None
+        return folder / "sg_dataset" / path.parent.name / path.name
+
+    for archive, place in (("json_dataset.zip", annotations), ("sg_dataset.zip", images)):
+        unpack(fetch(URLS, archive, folder, args.mirror), place)
+    require([folder / "json_dataset" / name for name in _NAMES], "json_dataset.zip")
+    require([folder / "sg_dataset" / name for name in _FOLDERS], "sg_dataset.zip")
+    print("VRD is there. Check it: python -m reldn_d2.data.check vrd_train")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
