@@ -53,7 +53,8 @@ class RelDNCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer for :class:`RelDN`, taking detector and RelDN checkpoints.
 
     What it saves holds, beside the weights (the frequency table among them), the class names, the
-    predicate names and the config under ``"reldn"``, as plain types.
+    predicate names, the config and the statistics of the training set under ``"reldn"``, as plain
+    types.
     """
 
     def __init__(
@@ -102,6 +103,9 @@ class RelDNCheckpointer(DetectionCheckpointer):
             logger.warning("MODEL.WEIGHTS is empty: the frozen detector has random weights.")
         self._path = path
         rest = super().load(path, *args, **kwargs)
+        statistics = rest.get("reldn", {}).get("statistics")
+        if statistics:  # those of the training, which a resumed run goes on with
+            self.description["statistics"] = statistics
         for field in ("thing_classes", "predicate_classes"):
             saved, known = rest.get("reldn", {}).get(field), self.description[field]
             if saved and known and saved != known:

@@ -15,7 +15,6 @@ from detectron2.data import (
     MetadataCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
-    get_detection_dataset_dicts,
 )
 from detectron2.engine import DefaultTrainer
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
@@ -24,7 +23,8 @@ from detectron2.utils import comm
 from .checkpoint import RelDNCheckpointer
 from .data.annotations import check_annotations
 from .data.dataset_mapper import RelationDatasetMapper
-from .data.frequency import count_predicates, log_frequencies
+from .data.frequency import log_frequencies
+from .data.statistics import RelationStatistics, training_statistics_of
 from .evaluation.build import build_relation_evaluator
 from .events import RelationStatisticsPrinter
 from .modeling.meta_arch import RelDN, predicts_relations
@@ -107,24 +107,24 @@ def build_checkpointer(cfg: CfgNode, model: nn.Module, **kwargs: Any) -> Detecti
     )
 
 
-def ensure_frequency_table(cfg: CfgNode, model: nn.Module) -> None:
-    """Count the semantic module's table on ``DATASETS.TRAIN``, unless a checkpoint brought it."""
+def ensure_frequency_table(cfg: CfgNode, model: nn.Module) -> Optional[RelationStatistics]:
+    """Fill the semantic module's table from ``DATASETS.TRAIN``, unless a checkpoint brought it.
+
+    Returns:
+        What was counted; None if nothing had to be.
+    """
     model = _unwrap(model)
     semantic = getattr(getattr(model, "relation_head", None), "semantic", None)
     if semantic is None or bool(semantic.counted):
-        return
-    dicts = get_detection_dataset_dicts(list(cfg.DATASETS.TRAIN), filter_empty=False)
-    counts = count_predicates(
-        dicts,
-        semantic.num_classes,
-        semantic.num_predicates,
-        cfg.MODEL.ROI_RELATION_HEAD.OVERLAP_FILTER,
-    )
+        return None
+    statistics = training_statistics_of(cfg.DATASETS.TRAIN)
+    counts = statistics.table(cfg.MODEL.ROI_RELATION_HEAD.OVERLAP_FILTER)
     semantic.set_log_frequencies(log_frequencies(counts))
     logger.info(
-        f"Counted {int(counts[..., :-1].sum())} relations of {len(dicts)} images of "
+        f"Counted {int(counts[..., :-1].sum())} relations of {statistics.num_images} images of "
         f"{', '.join(cfg.DATASETS.TRAIN)} into the semantic module's table."
     )
+    return statistics
 
 
 def check_counts(cfg: CfgNode) -> None:
@@ -163,7 +163,9 @@ class RelDNTrainer(DefaultTrainer):
     def resume_or_load(self, resume: bool = True) -> None:
         """As Detectron2's; a run that starts anew also counts the frequency table."""
         super().resume_or_load(resume=resume)
-        ensure_frequency_table(self.cfg, self.model)
+        statistics = ensure_frequency_table(self.cfg, self.model)
+        if statistics is not None:
+            self.checkpointer.description["statistics"] = statistics.description()
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:

@@ -393,13 +393,14 @@ def test_real_images_through_the_training_loader(real_datasets):
         np.testing.assert_allclose(left, width - boxes[:, 2] * scale, atol=1e-3)
 
 
-def test_the_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
-    readme = Path(__file__).parents[1] / "datasets/README.md"
-    (example,) = re.findall(r"```python\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL)
+def test_the_example_of_the_guide_runs(tmp_path, monkeypatch, capsys):
+    guide = Path(__file__).parents[1] / "docs/own_data.md"
+    (example,) = re.findall(r"```python\n(.*?)```", guide.read_text(encoding="utf-8"), re.DOTALL)
     monkeypatch.chdir(tmp_path)
     try:
-        exec(compile(example, str(readme), "exec"), {})
+        exec(compile(example, str(guide), "exec"), {})
         printed = capsys.readouterr().out
+        assert "['on', 'under']\n[(1, 0, 0), (0, 1, 1)]" in printed
         assert "torch.Size([3, 75, 100])" in printed
         assert "gt_pairs: tensor([[1, 0],\n        [0, 1]])" in printed
     finally:

@@ -24,6 +24,7 @@ from data_files import (
 from PIL import Image
 
 import reldn_d2.data.datasets.image_sizes as image_sizes_module
+from reldn_d2.data import RelationDatasetMapper
 from reldn_d2.data.annotations import boxes_xyxy
 from reldn_d2.data.datasets import (
     load_openimages_vrd,
@@ -38,7 +39,13 @@ from reldn_d2.data.datasets import (
 from reldn_d2.data.datasets.image_sizes import image_sizes
 from reldn_d2.data.datasets.visual_genome import VG_CLASSES, VG_PREDICATES
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.config import get_cfg
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetFromList,
+    MetadataCatalog,
+    build_detection_train_loader,
+)
 from detectron2.structures import BoxMode
 
 
@@ -412,3 +419,31 @@ def test_read_only_folders_stay_as_they_are(tmp_path, monkeypatch):
         assert len(list((tmp_path / "cache").rglob("images.sizes.json"))) == 1
     finally:
         os.chmod(tmp_path / "data", 0o755)
+
+
+def test_workers_share_the_records(tmp_path, registered):
+    """The training loader keeps one serialised copy, and no list of Python objects."""
+    name = registered("shared_records")
+    register_relation_instances(name, {}, **write_coco(tmp_path))
+    cfg = get_cfg()
+    cfg.DATASETS.TRAIN = (name,)
+    cfg.DATALOADER.NUM_WORKERS = 1
+    cfg.SOLVER.IMS_PER_BATCH = 1
+    loader = build_detection_train_loader(cfg, mapper=RelationDatasetMapper(cfg, True))
+    lists, seen = [], set()
+    queue = [loader]
+    while queue:  # what holds what, from the loader down
+        held = queue.pop()
+        if id(held) in seen or isinstance(held, type):
+            continue
+        seen.add(id(held))
+        if isinstance(held, DatasetFromList):
+            lists.append(held)
+        elif isinstance(held, (list, tuple)):
+            assert not any(isinstance(x, dict) and "annotations" in x for x in held)
+            queue += held
+        else:
+            queue += list(getattr(held, "__dict__", {}).values())
+    (records,) = lists
+    assert not isinstance(records._lst, list), "one buffer"
+    assert records[0]["relations"] == [(0, 1, 1), (0, 1, 0), (1, 0, 1)]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from data_files import coco_content, write_coco
+from model_utils import register_dataset, small_config, unregister_dataset
 
 import reldn_d2.data.statistics as statistics_module
 from reldn_d2.data import count_predicates
@@ -19,6 +20,7 @@ from reldn_d2.data.statistics import (
     training_statistics_of,
     zero_shot_triplets,
 )
+from reldn_d2.engine import RelDNTrainer
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
@@ -210,3 +212,31 @@ def test_command(register, capsys, loads):
     os.remove(path)
     assert main(["by_command"]) == 1
     assert "not found" in capsys.readouterr().err
+
+
+def test_checkpoints_carry_them_with_the_names(tmp_path):
+    """And a run that goes on keeps them, without looking at the data again."""
+    register_dataset("in_a_checkpoint", tmp_path / "images")
+    try:
+        cfg = small_config(
+            *("DATASETS.TRAIN", ("in_a_checkpoint",), "DATASETS.TEST", ("in_a_checkpoint",)),
+            *("OUTPUT_DIR", str(tmp_path / "run"), "INPUT.MIN_SIZE_TRAIN", (64,)),
+        )
+        os.mkdir(tmp_path / "run")
+        trainer = RelDNTrainer(cfg)
+        trainer.resume_or_load(resume=False)
+        trainer.checkpointer.save("model_0", iteration=0)
+        content = torch.load(tmp_path / "run/model_0.pth", weights_only=True)["reldn"]
+        statistics = dataset_statistics("in_a_checkpoint")
+        assert content["statistics"] == statistics.description()
+        assert sum(content["statistics"]["predicate_counts"]) == statistics.num_relations > 0
+        assert tuple(content["thing_classes"]) == statistics.thing_classes
+        assert tuple(content["predicate_classes"]) == statistics.predicate_classes
+
+        again = RelDNTrainer(cfg)
+        again.resume_or_load(resume=True)
+        again.checkpointer.save("model_1", iteration=1)
+        later = torch.load(tmp_path / "run/model_1.pth", weights_only=True)["reldn"]
+        assert later["statistics"] == content["statistics"]
+    finally:
+        unregister_dataset("in_a_checkpoint")

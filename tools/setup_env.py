@@ -61,7 +61,7 @@ NEEDED = {
         "'git+https://github.com/facebookresearch/detectron2.git'",
         "cv2": "opencv-python",
     },
-    "test": {"h5py": "h5py", "hypothesis": "hypothesis", "pytest": "pytest"},
+    "test": {"pytest": "pytest", "hypothesis": "hypothesis", "h5py": "h5py"},
     "dev": {"black": "black", "isort": "isort", "ruff": "ruff"},
 }
 

@@ -73,7 +73,7 @@ def annotation_problems(
         if missing:
             yield (
                 f'{where}: annotation {number} has no "{missing[0]}"; it has {sorted(annotation)}. '
-                "datasets/README.md shows a complete example."
+                "docs/own_data.md shows a complete example."
             )
             continue
         category = annotation["category_id"]

@@ -94,7 +94,7 @@ class _Reader:
             if not isinstance(self.content.get(key), list):
                 raise ValueError(
                     f'{json_file}: no list "{key}"; it has {sorted(self.content)}. Expected a COCO '
-                    f"file with {', '.join(_LISTS)} (datasets/README.md shows one)."
+                    f"file with {', '.join(_LISTS)} (docs/own_data.md shows one)."
                 )
         self.categories = self._numbers("categories")
         self.predicates = self._numbers("predicates")
