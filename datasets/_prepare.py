@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-__all__ = ["PrepareError", "fetch", "fetch_many", "parser_of", "run", "unpack"]
+__all__ = ["PrepareError", "fetch", "fetch_many", "parser_of", "require", "run", "unpack"]
 
 _BLOCK = 1 << 20
 _TIMEOUT = 60  # seconds without a byte

@@ -448,13 +448,13 @@ SECOND = r"annotations_train\.json: a\.jpg, relationship 1"
         ("json_file", released_with(["subject", "category"], 3), SECOND + ", subject: category"),
         (
             "json_file",
-            released_with(["object", "bbox"], [0, 0, 0, 30]),
-            SECOND + ", object: bbox is .*ymin < ymax",
+            released_with(["object", "bbox"], [9, 0, 0, 30]),
+            SECOND + ", object: bbox is .*ymin <= ymax",
         ),
         (
             "json_file",
             released_with(["object", "bbox"], [0, 9, 30, 9]),
-            SECOND + ", object: bbox is .*xmin < xmax",
+            SECOND + ", object: bbox is .*xmin <= xmax",
         ),
         (
             "json_file",

@@ -128,8 +128,7 @@ ERRORS = {
         "annotation 2 has the box [70, 0, 80, 9], ",
     ),
     "box above": (annotation(2, bbox=[0, -9, 8, 0]), "which lies outside the image of 60 x 40"),
-    "no width": (annotation(1, bbox=[5, 5, 5, 9]), "annotation 1 has the box [5, 5, 5, 9], which"),
-    "turned box": (annotation(1, bbox=[9, 5, 5, 9]), "which has no area. Mend or remove it"),
+    "turned box": (annotation(1, bbox=[9, 5, 5, 9]), "corners are the wrong way round. Mend or"),
     "nan": (annotation(1, bbox=[0, 0, float("nan"), 9]), "expected four finite numbers"),
     "three numbers": (annotation(1, bbox=[0, 0, 9]), "expected four finite numbers"),
     "text": (annotation(1, bbox="0 0 9 9"), "expected four finite numbers"),
@@ -162,6 +161,7 @@ def test_errors(register, capsys, kind):
 
 
 WARNINGS = {
+    "no width": (annotation(1, bbox=[5, 5, 5, 9]), "annotation 1 has the box [5, 5, 5, 9], which"),
     "box beyond": (annotation(2, bbox=[50, 30, 61, 40]), "reaches beyond the image of 60 x 40"),
     "relation twice": (relation(0, 1, 0), "relation (0, 1, 0) stands there 2 times"),
     "entity twice": (
@@ -182,7 +182,7 @@ def test_warnings_leave_it_usable(register, capsys, kind):
 
 def test_every_problem_is_listed(register, capsys):
     def spoil(dicts):
-        for makes, _ in (ERRORS["other size"], ERRORS["no width"], ERRORS["missing image"]):
+        for makes, _ in (ERRORS["other size"], ERRORS["turned box"], ERRORS["missing image"]):
             makes(dicts)
         dicts[0]["relations"] += [(0, 9, 0), (2, 2, 0)]
 

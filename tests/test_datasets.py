@@ -12,6 +12,7 @@ from data_files import (
     OPENIMAGES_ROWS,
     coco_content,
     pictures,
+    released_content,
     row,
     vg_arrays,
     write_coco,
@@ -29,6 +30,7 @@ from reldn_d2.data.annotations import boxes_xyxy
 from reldn_d2.data.datasets import (
     load_openimages_vrd,
     load_relation_instances,
+    load_relation_json,
     load_visual_genome,
     register_openimages_vrd,
     register_relation_instances,
@@ -263,6 +265,19 @@ def test_released_files(tmp_path, registered):
     assert boxes(first) == [[0, 0, 30, 40], [15, 20, 30, 40]], "from 0, not inclusive"
     assert first["relations"] == [(0, 1, 3), (1, 0, 0)]
     assert second["relations"] == []
+
+
+def test_odd_boxes_of_released_files_are_kept_and_told(tmp_path, caplog):
+    content = released_content()
+    content["a.jpg"][0]["object"] = {"category": 2, "bbox": [-1, 5, 7, 7]}
+    arguments = write_released(tmp_path)
+    (tmp_path / "rel_only_annotations_train.json").write_text(json.dumps(content))
+    with caplog.at_level(logging.WARNING, "reldn_d2"):
+        first = load_relation_json(
+            arguments["json_file"], arguments["image_root"], ["a", "b", "c"], ["p"] * 4
+        )[0]
+    assert boxes(first)[1] == [7, -1, 7, 5]
+    assert "1 boxes (XYXY) have no area" in caplog.text and "1 boxes (XYXY) reach" in caplog.text
 
 
 def test_own_file(tmp_path, registered):

@@ -183,8 +183,8 @@ def test_check_names_what_is_missing_and_how_to_install_it(setup_env, monkeypatc
     with pytest.raises(SystemExit) as stopped:
         setup_env.check(["base", "test"])
     message = str(stopped.value)
-    assert "lacks detectron2, cv2, pytest, hypothesis" in message
-    assert f"{sys.executable} -m pip install opencv-python pytest hypothesis\n" in message
+    assert "lacks detectron2, cv2, pytest, hypothesis, h5py" in message
+    assert f"{sys.executable} -m pip install opencv-python pytest hypothesis h5py\n" in message
     assert "'git+https://github.com/facebookresearch/detectron2.git'\n" in message
     monkeypatch.setattr(setup_env.importlib.util, "find_spec", lambda name: found)
     setup_env.check(["base", "test"])

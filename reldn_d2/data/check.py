@@ -134,8 +134,13 @@ def _box_problems(record: dict[str, Any], where: str) -> tuple[list[str], list[s
             )
             continue
         ((x0, y0, x1, y1),) = boxes_xyxy([annotation]).tolist()
-        if x0 >= x1 or y0 >= y1:
-            errors.append(f"{place}, which has no area. Mend or remove it.")
+        if x0 > x1 or y0 > y1:
+            errors.append(f"{place}, whose corners are the wrong way round. Mend or remove it.")
+        elif x0 == x1 or y0 == y1:
+            warnings.append(
+                f"{place}, which has no area: training leaves it out, with its relations, and "
+                "evaluation never finds it. Mend or remove it."
+            )
         elif x0 >= width or y0 >= height or x1 <= 0 or y1 <= 0:
             errors.append(
                 f"{place}, which lies outside the image of {width} x {height} pixels. Mend or "

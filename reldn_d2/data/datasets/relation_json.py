@@ -135,12 +135,17 @@ def load_relation_json(
     sizes = image_sizes(image_root, paths, what)
     dicts = []
     outside: list[str] = []
+    empty: list[str] = []
     for (name, (annotations, relations)), path, (height, width) in zip(
         images.items(), paths, sizes, strict=True
     ):
         for annotation in annotations:
-            if annotation["bbox"][2] > width or annotation["bbox"][3] > height:
-                outside.append(f"{annotation['bbox']} in {path} ({width}x{height})")
+            x0, y0, x1, y1 = annotation["bbox"]
+            place = f"{annotation['bbox']} in {path} ({width}x{height})"
+            if x1 > width or y1 > height or x0 < 0 or y0 < 0:
+                outside.append(place)
+            if x0 == x1 or y0 == y1:
+                empty.append(place)
         dicts.append(
             {
                 "file_name": path,
@@ -150,6 +155,11 @@ def load_relation_json(
                 "annotations": annotations,
                 "relations": relations,
             }
+        )
+    if empty:
+        logger.warning(
+            f"{json_file}: {len(empty)} boxes (XYXY) have no area, the first is {empty[0]}. They "
+            "are kept; training leaves them out with their relations."
         )
     if outside:
         logger.warning(
@@ -270,10 +280,10 @@ class _Reader:
                     "relationship."
                 )
             xmin, ymin = xmin - 1, ymin - 1
-        elif not (0 <= xmin < xmax < math.inf and 0 <= ymin < ymax < math.inf):
+        elif not (-math.inf < xmin <= xmax < math.inf and -math.inf < ymin <= ymax < math.inf):
             raise ValueError(
-                f"{where}: bbox is {bbox}; expected [ymin, ymax, xmin, xmax] with 0 <= ymin < ymax "
-                "and 0 <= xmin < xmax. Mend or remove this relationship."
+                f"{where}: bbox is {bbox}; expected [ymin, ymax, xmin, xmax] with ymin <= ymax and "
+                "xmin <= xmax. Mend or remove this relationship."
             )
         return Entity(category, (float(xmin), float(ymin), float(xmax), float(ymax)))
 
