@@ -16,6 +16,7 @@ from ..structures.relations import relation_problems
 
 __all__ = ["annotation_problems", "boxes_xyxy", "check_annotations"]
 
+_PLAIN_MODES = (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
 _KEYS = ("bbox", "bbox_mode", "category_id")
 
 
@@ -24,12 +25,17 @@ def boxes_xyxy(annotations: Sequence[dict[str, Any]]) -> np.ndarray:
     boxes = [
         (
             annotation["bbox"]
-            if annotation["bbox_mode"] == BoxMode.XYXY_ABS
+            if annotation["bbox_mode"] in _PLAIN_MODES
             else BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
         )
         for annotation in annotations
     ]
-    return np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    result = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    # Millions of boxes of COCO files are read: Detectron2 converts them one by one.
+    xywh = [annotation["bbox_mode"] == BoxMode.XYWH_ABS for annotation in annotations]
+    if any(xywh):
+        result[xywh, 2:] += result[xywh, :2]
+    return result
 
 
 def check_annotations(

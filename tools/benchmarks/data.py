@@ -173,7 +173,13 @@ def _workers(arguments: Dict[str, Any], workers: int) -> Dict[str, float]:
     dataset = DatasetFromList(dicts, copy=False)
     del dicts
     loader = DataLoader(
-        _Mapped(dataset), batch_size=64, num_workers=workers, collate_fn=list, shuffle=True
+        _Mapped(dataset),
+        batch_size=64,
+        num_workers=workers,
+        collate_fn=list,
+        shuffle=True,
+        # As in training on Linux; this process was spawned, and its default would be that.
+        multiprocessing_context="fork" if workers else None,
     )
     iterator = iter(loader)
     pids, each = set(), 0.0
