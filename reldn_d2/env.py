@@ -94,11 +94,12 @@ def _dataset_rows() -> list[tuple[str, str]]:
     rows = [("DETECTRON2_DATASETS", f"{root}{'' if setting else ' (default: it is not set)'}")]
     for name in sorted(MetadataCatalog.list()):
         metadata = MetadataCatalog.get(name)
-        if metadata.get("predicate_classes") is None or metadata.get("image_root") is None:
+        files = metadata.get("annotation_files")
+        if files is None or metadata.get("image_root") is None:
             continue  # no relations, or made by code
-        paths = [metadata.get("json_file"), metadata.image_root]
-        missing = [path for path in paths if path and not os.path.exists(path)]
-        rows.append((name, f"lacks {', '.join(missing)}" if missing else "found"))
+        missing = [path for path in (*files, metadata.image_root) if not os.path.exists(path)]
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        rows.append((name, f"lacks {missing[0]}{more}" if missing else "found"))
     return rows
 
 

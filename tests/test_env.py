@@ -58,7 +58,8 @@ def test_gpus(monkeypatch, gpus):
 
 def test_data_sets_on_disk(tmp_path):
     (tmp_path / "vrd/json_dataset").mkdir(parents=True)
-    (tmp_path / "vrd/json_dataset/annotations_test.json").write_text("{}")
+    for name in ("annotations_test", "objects", "predicates"):
+        (tmp_path / f"vrd/json_dataset/{name}.json").write_text("{}")
     (tmp_path / "vrd/sg_dataset/sg_test_images").mkdir(parents=True)
     (tmp_path / "vrd/sg_dataset/sg_train_images").mkdir(parents=True)
     result = subprocess.run(
@@ -75,6 +76,9 @@ def test_data_sets_on_disk(tmp_path):
     assert rows["vrd_test"] == "found"
     missing = tmp_path / "vrd/json_dataset/annotations_train.json"
     assert rows["vrd_train"] == f"lacks {missing}"
+    genome = tmp_path / "vg/VG-SGG.h5"
+    assert rows["visual_genome_test"] == f"lacks {genome} and 3 more"
+    assert rows["openimages_vrd_train"].startswith("lacks ")
     assert result.stderr == ""
 
 

@@ -38,10 +38,10 @@ class Vocabulary(NamedTuple):
     def read(
         cls, classes_csv: str, attributes_csv: str | None, predicate_classes: Sequence[str]
     ) -> "Vocabulary":
-        classes = read_names(classes_csv, "OpenImages classes: label, name")
+        classes = read_names(classes_csv, "OpenImages classes (label, name)")
         attributes = {}
         if attributes_csv is not None:
-            attributes = read_names(attributes_csv, "OpenImages attributes: label, name")
+            attributes = read_names(attributes_csv, "OpenImages attributes (label, name)")
         return cls(
             {label: number for number, label in enumerate(classes)},
             list(classes.values()),

@@ -47,7 +47,7 @@ def read_vg_names(dicts_file: str) -> dict[str, list[str]]:
         ``thing_classes``, ``predicate_classes``, ``attribute_classes``, in the order of their
         numbers (1, 2, ... in the file).
     """
-    content = read_json(dicts_file, "names of Visual Genome")
+    content = read_json(dicts_file, "The names of Visual Genome")
     names = {}
     for field, key, needed in (
         ("thing_classes", "label_to_idx", True),
@@ -251,7 +251,7 @@ def _image_of_row(ranges: np.ndarray, count: int) -> np.ndarray:
 
 def read_image_data(path: str, count: int, h5_file: str) -> list[dict[str, int]]:
     """Number, width and height of the images, in the order of the h5 file."""
-    content = read_json(path, "images of Visual Genome")
+    content = read_json(path, "The list of images of Visual Genome")
     if not isinstance(content, list):
         raise ValueError(
             f"{path}: expected a list of images, found a {type(content).__name__}. Is it "
