@@ -21,7 +21,7 @@ from reldn_d2.evaluation import (
 from reldn_d2.protocols import predicates_per_pair
 
 from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 
 @pytest.fixture
@@ -143,6 +143,9 @@ def test_zero_shot_and_training_frequencies_come_from_the_training_set(dataset, 
         return records
 
     DatasetCatalog.register("evaluation_training_set", training)
+    MetadataCatalog.get("evaluation_training_set").set(
+        thing_classes=dataset.thing_classes, predicate_classes=dataset.predicate_classes
+    )
     dataset.train_dataset = "evaluation_training_set"
     results = run(
         SceneGraphEvaluator(NAME, str(tmp_path)), lambda r: [(0, 1, 1)][: len(r["relations"])]
@@ -180,6 +183,7 @@ def test_zero_shot_and_training_frequencies_come_from_the_training_set(dataset, 
         assert "zero-shot phrase R@50" not in run(VRDEvaluator(NAME))["lu2016_sgdet_k1"]
     assert "cannot be read" in caplog.text and "(annotations_train.json)" in caplog.text
     DatasetCatalog.remove("evaluation_training_set")
+    MetadataCatalog.remove("evaluation_training_set")
 
 
 def test_detectors_get_box_ap(dataset, cfg, tmp_path):

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
 from ..structures.relations import relation_problems
 
-__all__ = ["annotation_problems", "boxes_xyxy", "check_annotations"]
+__all__ = ["annotation_problems", "boxes_xyxy", "check_annotations", "dicts_without_images"]
 
 _PLAIN_MODES = (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
 _KEYS = ("bbox", "bbox_mode", "category_id")
@@ -96,3 +97,13 @@ def annotation_problems(
     yield from relation_problems(
         dataset_dict.get("relations", ()), len(annotations), num_predicates, where
     )
+
+
+def dicts_without_images(dataset_name: str) -> list[dict[str, Any]]:
+    """Dicts of a registered data set; its images are read only if there is no way round that.
+
+    Where loading a data set reads images (for their sizes), its metadata can have
+    ``load_annotations``, a function that returns the dicts without what only the images tell.
+    """
+    load = MetadataCatalog.get(dataset_name).get("load_annotations", None)
+    return load() if load is not None else DatasetCatalog.get(dataset_name)

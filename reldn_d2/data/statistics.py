@@ -27,6 +27,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
+from .annotations import dicts_without_images
 from .datasets.files import cache_paths, write_atomically
 from .frequency import PairCounts, count_pairs
 
@@ -131,9 +132,9 @@ def dataset_statistics(
     known = None if recount else _read(places, mark)
     if known is not None:
         return known
-    if dataset_dicts is None:
-        dataset_dicts = DatasetCatalog.get(name)
     metadata = MetadataCatalog.get(name)
+    if dataset_dicts is None:
+        dataset_dicts = dicts_without_images(name)
     fields = [metadata.get(field) for field in ("thing_classes", "predicate_classes")]
     if None in fields:
         raise ValueError(

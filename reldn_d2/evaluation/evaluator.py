@@ -211,7 +211,7 @@ class RelationDatasetEvaluator(DatasetEvaluator):
         train_dataset = self._metadata.get("train_dataset", None)
         seen, counts = self._seen_triplets, None
         if train_dataset:
-            found = training_triplets(train_dataset, settings.num_predicates)
+            found = training_triplets(train_dataset)
             if found is not None:
                 seen, counts = found.labels if seen is None else seen, found.counts
         return Settings(**{**vars(settings), "seen_triplets": seen, "training_counts": counts})

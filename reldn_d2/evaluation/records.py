@@ -5,14 +5,13 @@ All boxes are XYXY, absolute pixels, in the frame of the data set's dicts (the o
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, Sequence, Tuple, Union
+from typing import Any, Dict, Sequence, Tuple, Union
 
 import numpy as np
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Instances
 
-from ..data.annotations import boxes_xyxy
+from ..data.annotations import boxes_xyxy, dicts_without_images
 from ..structures.relations import check_relation_triplets
 from .matching import limit_predicates_per_pair, rank_by_score
 
@@ -21,7 +20,6 @@ __all__ = [
     "ImageId",
     "ImagePair",
     "Prediction",
-    "dicts_without_images",
     "load_ground_truth",
 ]
 
@@ -254,17 +252,6 @@ def _array(values: Any, name: str, where: str, kind: type, width: int = 0) -> np
             "look at the losses) or its checkpoint is broken."
         )
     return array
-
-
-def dicts_without_images(dataset_name: str) -> List[Dict[str, Any]]:
-    """Dicts of a registered data set; its images are read only if there is no way round that.
-
-    Where loading a data set reads images (for their sizes), its metadata can have
-    ``load_annotations``, a function that returns the dicts without what only the images tell.
-    """
-    load: Callable[[], List[Dict[str, Any]]]
-    load = MetadataCatalog.get(dataset_name).get("load_annotations", None)
-    return load() if load is not None else DatasetCatalog.get(dataset_name)
 
 
 def load_ground_truth(dataset_name: str) -> Dict[ImageId, GroundTruth]:

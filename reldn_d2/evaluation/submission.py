@@ -19,8 +19,9 @@ import numpy as np
 
 from detectron2.data import MetadataCatalog
 
+from ..data.annotations import dicts_without_images
 from .predictions_file import written_whole
-from .records import ImageId, Prediction, dicts_without_images
+from .records import ImageId, Prediction
 
 __all__ = ["COLUMNS", "LAYOUTS", "read_submission", "write_submission"]
 

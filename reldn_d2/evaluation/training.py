@@ -7,7 +7,7 @@ import numpy as np
 
 from detectron2.data import DatasetCatalog
 
-from .records import load_ground_truth
+from ..data.statistics import dataset_statistics
 
 __all__ = ["TrainingTriplets", "training_triplets"]
 
@@ -22,8 +22,8 @@ class TrainingTriplets(NamedTuple):
     counts: np.ndarray  # (P,)
 
 
-def training_triplets(dataset_name: str, num_predicates: int) -> Optional[TrainingTriplets]:
-    """Triplets of a registered training set; None, with a warning, where its files are missing.
+def training_triplets(dataset_name: str) -> Optional[TrainingTriplets]:
+    """Triplets of a registered training set; None, with a warning, where it cannot be read.
 
     They are remembered for as long as the data set stays registered.
     """
@@ -38,8 +38,8 @@ def training_triplets(dataset_name: str, num_predicates: int) -> Optional[Traini
     if dataset_name in _known and _known[dataset_name][0] is loader:
         return _known[dataset_name][1]
     try:
-        images = load_ground_truth(dataset_name)
-    except OSError as error:
+        statistics = dataset_statistics(dataset_name)
+    except (OSError, ValueError) as error:  # an evaluation does not end for want of these
         logger.warning(
             "The training set '%s' cannot be read: zero-shot recall and the predicates' "
             "frequencies in training are left out. (%s)",
@@ -47,10 +47,7 @@ def training_triplets(dataset_name: str, num_predicates: int) -> Optional[Traini
             error,
         )
         return None
-    labels = np.concatenate(
-        [np.zeros((0, 3), dtype=np.int64), *(gt.labels for gt in images.values())]
-    )
-    counts = np.bincount(labels[:, 1], minlength=num_predicates)
-    result = TrainingTriplets(np.unique(labels, axis=0), counts)
+    labels = np.array(sorted(statistics.triplets), dtype=np.int64).reshape(-1, 3)
+    result = TrainingTriplets(labels, statistics.predicate_counts)
     _known[dataset_name] = (loader, result)
     return result

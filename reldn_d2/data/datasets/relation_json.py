@@ -206,6 +206,13 @@ def register_relation_json(
     def load(**arguments: Any) -> list[dict[str, Any]]:
         return load_relation_json(**arguments, **read_names())
 
+    def load_annotations() -> list[dict[str, Any]]:
+        """What needs no images, for scoring predictions again and for counting."""
+        images = parse_relation_json(
+            json_file, **read_names(), what=what, merge_duplicates=merge_duplicates
+        )
+        return [{"image_id": name, **image._asdict()} for name, image in images.items()]
+
     register_dataset(
         name,
         load,
@@ -219,6 +226,7 @@ def register_relation_json(
         read_names=read_names,
         json_file=json_file,
         image_root=image_root,
+        load_annotations=load_annotations,
         **{"evaluator_type": "relation", **metadata},
     )
 
