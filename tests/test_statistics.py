@@ -2,16 +2,17 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from data_files import coco_content, write_coco
+from data_files import coco_content, write_coco, write_released
 from model_utils import register_dataset, small_config, unregister_dataset
 
 import reldn_d2.data.statistics as statistics_module
 from reldn_d2.data import count_predicates
-from reldn_d2.data.datasets import register_relation_instances
+from reldn_d2.data.datasets import register_relation_instances, register_relation_json
 from reldn_d2.data.frequency import seen_triplets
 from reldn_d2.data.statistics import (
     dataset_statistics,
@@ -240,3 +241,15 @@ def test_checkpoints_carry_them_with_the_names(tmp_path):
         assert later["statistics"] == content["statistics"]
     finally:
         unregister_dataset("in_a_checkpoint")
+
+
+def test_counting_needs_no_images(tmp_path):
+    """Where the annotations of a format can be read without them."""
+    arguments = write_released(tmp_path)
+    shutil.rmtree(arguments["image_root"])
+    register_relation_json("without_images", **arguments)
+    try:
+        assert dataset_statistics("without_images").triplets == {(0, 3, 1), (1, 0, 0)}
+    finally:
+        DatasetCatalog.remove("without_images")
+        MetadataCatalog.remove("without_images")
