@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ from data_files import (
     HEADER,
     OPENIMAGES_ROWS,
     coco_content,
-    pictures,
     released_content,
     row,
     vg_arrays,
@@ -22,10 +20,7 @@ from data_files import (
     write_released,
     write_visual_genome,
 )
-from PIL import Image
 
-import reldn_d2.data.datasets.image_sizes as image_sizes_module
-from reldn_d2.data import RelationDatasetMapper
 from reldn_d2.data.annotations import boxes_xyxy
 from reldn_d2.data.datasets import (
     load_openimages_vrd,
@@ -38,15 +33,11 @@ from reldn_d2.data.datasets import (
     register_visual_genome,
     to_relation_instances,
 )
-from reldn_d2.data.datasets.image_sizes import image_sizes
 from reldn_d2.data.datasets.visual_genome import VG_CLASSES, VG_PREDICATES
 
-from detectron2.config import get_cfg
 from detectron2.data import (
     DatasetCatalog,
-    DatasetFromList,
     MetadataCatalog,
-    build_detection_train_loader,
 )
 from detectron2.structures import BoxMode
 
@@ -350,115 +341,3 @@ def test_any_data_set_becomes_an_own_file(tmp_path, registered, kind):
         assert new.get("verified_labels") == old.get("verified_labels")
         attributes = [[a.get("attributes") for a in x["annotations"]] for x in (old, new)]
         assert attributes[0] == attributes[1]
-
-
-# ------------------------------------------------------------------------------- what is common
-
-
-def test_names_are_asked_for_before_there_are_files(tmp_path, registered):
-    name = registered("not_there_yet")
-    register_openimages_vrd(
-        name, str(tmp_path / "a.csv"), str(tmp_path), str(tmp_path / "classes.csv")
-    )
-    metadata = MetadataCatalog.get(name)
-    assert metadata.get("thing_classes") is None and not hasattr(metadata, "predicate_classes")
-    assert metadata.evaluator_type == "openimages_vrd"
-    write_csv(tmp_path / "classes.csv", CLASSES)
-    assert metadata.thing_classes == ["Man", "Guitar", "Chair"]
-    assert len(metadata.predicate_classes) == 9
-
-
-def test_builtin_data_sets_need_no_files():
-    names = [
-        *("vrd_train", "vrd_test", "visual_genome_val", "visual_genome_attributes_test"),
-        *("openimages_vrd_train", "openimages_vrd_mini_val", "openimages_vrd_v6_test"),
-        *("openimages_vrd_released_val", "visual_genome_released_train", "toy_vrd_test"),
-    ]
-    assert set(names) <= set(DatasetCatalog.list())
-    for name in names:
-        metadata = MetadataCatalog.get(name)
-        assert metadata.evaluator_type in ("vrd", "scene_graph", "openimages_vrd", "relation")
-        if metadata.get("train_dataset"):
-            assert metadata.train_dataset in DatasetCatalog.list()
-
-
-def test_image_sizes_are_read_once(tmp_path, monkeypatch):
-    root = pictures(tmp_path / "images", ["a.png", "b.png"])
-    paths = [os.path.join(root, name) for name in ("a.png", "b.png")]
-    read = []
-    real = image_sizes_module.image_size
-    monkeypatch.setattr(
-        image_sizes_module, "image_size", lambda path: read.append(path) or real(path)
-    )
-    assert image_sizes(root, paths, "test") == [(40, 60)] * 2
-    assert image_sizes(root, paths, "test") == [(40, 60)] * 2
-    assert sorted(read) == paths, "each once"
-    Image.new("RGB", (10, 20)).save(paths[1])
-    assert image_sizes(root, paths, "test") == [(40, 60), (20, 10)]
-    assert len(read) == 3, "the changed one again"
-    cache = tmp_path / "reldn_cache/images.sizes.json"
-    for damage in ("", "{}", '{"version": 1, "sizes": {"a.png": "x"}}'):
-        cache.write_text(damage)
-        assert image_sizes(root, paths, "test") == [(40, 60), (20, 10)]
-
-
-def test_image_sizes_survive_an_interruption(tmp_path, monkeypatch):
-    root = pictures(tmp_path / "images", [f"{i}.png" for i in range(5)])
-    paths = [os.path.join(root, f"{i}.png") for i in range(5)]
-    read = []
-
-    def stop_at_third(path):
-        if path == paths[3]:
-            raise KeyboardInterrupt
-        read.append(path)
-        return 40, 60
-
-    monkeypatch.setattr(image_sizes_module, "image_size", stop_at_third)
-    with pytest.raises(KeyboardInterrupt):
-        image_sizes(root, paths, "test")
-    kept = len(json.loads((tmp_path / "reldn_cache/images.sizes.json").read_text())["sizes"])
-    assert kept == 3
-    read.clear()
-    monkeypatch.setattr(image_sizes_module, "image_size", lambda path: read.append(path) or (1, 2))
-    image_sizes(root, paths, "test")
-    assert sorted(read) == paths[3:]
-
-
-def test_read_only_folders_stay_as_they_are(tmp_path, monkeypatch):
-    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
-    root = pictures(tmp_path / "data/images", ["a.png"])
-    os.chmod(tmp_path / "data", 0o555)
-    try:
-        assert image_sizes(root, [os.path.join(root, "a.png")], "test") == [(40, 60)]
-        assert os.listdir(tmp_path / "data") == ["images"]
-        assert len(list((tmp_path / "cache").rglob("images.sizes.json"))) == 1
-    finally:
-        os.chmod(tmp_path / "data", 0o755)
-
-
-def test_workers_share_the_records(tmp_path, registered):
-    """The training loader keeps one serialised copy, and no list of Python objects."""
-    name = registered("shared_records")
-    register_relation_instances(name, {}, **write_coco(tmp_path))
-    cfg = get_cfg()
-    cfg.DATASETS.TRAIN = (name,)
-    cfg.DATALOADER.NUM_WORKERS = 1
-    cfg.SOLVER.IMS_PER_BATCH = 1
-    loader = build_detection_train_loader(cfg, mapper=RelationDatasetMapper(cfg, True))
-    lists, seen = [], set()
-    queue = [loader]
-    while queue:  # what holds what, from the loader down
-        held = queue.pop()
-        if id(held) in seen or isinstance(held, type):
-            continue
-        seen.add(id(held))
-        if isinstance(held, DatasetFromList):
-            lists.append(held)
-        elif isinstance(held, (list, tuple)):
-            assert not any(isinstance(x, dict) and "annotations" in x for x in held)
-            queue += held
-        else:
-            queue += list(getattr(held, "__dict__", {}).values())
-    (records,) = lists
-    assert not isinstance(records._lst, list), "one buffer"
-    assert records[0]["relations"] == [(0, 1, 1), (0, 1, 0), (1, 0, 1)]

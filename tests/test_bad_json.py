@@ -1,0 +1,141 @@
+"""Good JSON files, the authors' and one's own, are broken in one place; see test_bad_files.py."""
+
+import json
+from pathlib import Path
+
+import pytest
+from bad_files import check
+from data_files import coco_content, released_content, write_json
+
+# ------------------------------------------------------------------------------------- JSON files
+
+
+def released_with(path, value):
+    content = json.loads(json.dumps(released_content()))  # nothing shared
+    target = content["a.jpg"][1]
+    for key in path[:-1]:
+        target = target[key]
+    target[path[-1]] = value
+    return content
+
+
+SECOND = r"annotations_train\.json: a\.jpg, relationship 1"
+
+
+@pytest.mark.parametrize(
+    ("key", "content", "message"),
+    [
+        ("json_file", released_with(["predicate"], 4), SECOND + ": predicate is 4.* 0 to 3"),
+        ("json_file", released_with(["predicate"], "plays"), SECOND + ": predicate is 'plays'"),
+        ("json_file", released_with(["subject", "category"], 3), SECOND + ", subject: category"),
+        (
+            "json_file",
+            released_with(["object", "bbox"], [9, 0, 0, 30]),
+            SECOND + ", object: bbox is .*ymin <= ymax",
+        ),
+        (
+            "json_file",
+            released_with(["object", "bbox"], [0, 9, 30, 9]),
+            SECOND + ", object: bbox is .*xmin <= xmax",
+        ),
+        (
+            "json_file",
+            released_with(["object", "bbox"], {"x": 1}),
+            SECOND + ", object: bbox is .*four numbers",
+        ),
+        ("json_file", [1, 2], r"expected an object \{file name"),
+        ("objects_file", {"categories": []}, r"detections_train\.json: expected a list of names"),
+        ("objects_file", ["Man", "Man"], "'Man' stands there more than once"),
+        ("predicates_file", [1, 2], r"rel_9_predicates\.json: expected a list of names"),
+        ("predicates_file", [], r"rel_9_predicates\.json: expected a list of names"),
+    ],
+)
+def test_released_json(tmp_path, key, content, message):
+    def spoil(arguments):
+        write_json(Path(arguments[key]), content)
+
+    check(tmp_path, "released", spoil, ValueError, message)
+
+
+def test_a_key_that_stands_twice(tmp_path):
+    def spoil(arguments):
+        Path(arguments["json_file"]).write_text('{"a.jpg": [], "b.jpg": [], "a.jpg": []}')
+
+    check(tmp_path, "released", spoil, ValueError, r"train\.json: the key 'a\.jpg' stands twice")
+
+
+def own_with(key, number, **changes):
+    content = coco_content()
+    entry = content[key][number]
+    for name, value in changes.items():
+        if value is None:
+            del entry[name]
+        else:
+            entry[name] = value
+    return content
+
+
+def own_without(key):
+    content = coco_content()
+    del content[key]
+    return content
+
+
+FIRST_BOX = r"relations\.json: annotations\[0\] \(id 101\): "
+RELATION = r"relations\.json: images\[0\], relation 0 is .*: "
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        *((own_without(key), f'no list "{key}"; it has') for key in ("images", "annotations")),
+        *((own_without(key), f'no list "{key}"; it has') for key in ("categories", "predicates")),
+        ([1], "expected an object with images, annotations"),
+        ({**coco_content(), "images": []}, "image_id is 7: no such image"),
+        (own_with("images", 0, id=None), r"images\[0\]: expected id and file_name"),
+        (own_with("images", 0, file_name=None), r"images\[0\]: expected id and file_name"),
+        (own_with("images", 0, width=None), r"images\[0\] \(a\.jpg\): height is 40 and width None"),
+        (own_with("images", 0, height=-4), r"height is -4 and width 60; expected numbers of pixel"),
+        (own_with("images", 1, id=7), r"images\[1\] \(more/b\.jpg\): another image has the id 7"),
+        (own_with("images", 0, verified_labels=[[3, 2]]), r"verified_labels has \[3, 2\]"),
+        (own_with("annotations", 0, id=None), r"annotations\[0\] is .*expected an object with an"),
+        (own_with("annotations", 1, id=101), r"annotations\[1\] .*another annotation has this id"),
+        (own_with("annotations", 0, image_id=9), FIRST_BOX + "image_id is 9: no such image"),
+        (own_with("annotations", 0, category_id=1), FIRST_BOX + "category_id is 1; .*2 ids"),
+        (own_with("annotations", 0, category_id=True), FIRST_BOX + "category_id is True"),
+        (own_with("annotations", 0, bbox=None), FIRST_BOX + "bbox is None; expected four numbers"),
+        (own_with("annotations", 0, bbox=[0, 0, 0, 4]), FIRST_BOX + "bbox is .*above 0"),
+        (own_with("annotations", 0, bbox=[0, 0, "4", 4]), FIRST_BOX + "bbox is .*four numbers"),
+        (own_with("annotations", 0, iscrowd=2), FIRST_BOX + "iscrowd is 2; expected 0 or 1"),
+        (own_with("annotations", 0, segmentation=[[1, 2, 3]]), FIRST_BOX + "segmentation is"),
+        (
+            own_with("annotations", 1, attributes=[4]),
+            r"attributes are \[4\]; expected ids of the 1",
+        ),
+        (own_with("images", 0, relations=[[101, 103, 5]]), RELATION + "there is no annotation .*3"),
+        (own_with("images", 0, relations=[[101, 101, 5]]), RELATION + "it relates an annotation"),
+        (own_with("images", 0, relations=[[101, 102, 1]]), RELATION + "there is no predicate"),
+        (own_with("images", 0, relations=[[101, 102]]), RELATION + "expected .subject annotation"),
+        (own_with("images", 0, relations="plays"), RELATION + "expected .subject annotation"),
+        (
+            own_with("images", 1, relations=[[101, 102, 5]]),
+            r"images\[1\], relation 0 is .*those of another image",
+        ),
+        (
+            own_with("annotations", 1, relations=[[101, 102, 5]]),
+            r"annotations\[1\], relation 0 is .*at an annotation that is not its subject",
+        ),
+        (
+            own_with("annotations", 1, image_id=8),
+            RELATION + "subject and object are annotations of different images",
+        ),
+        (own_with("categories", 0, id="9"), r"categories\[0\] is .*expected .\"id\": a number"),
+        (own_with("categories", 0, id=3), r"categories\[1\] is .*stands there before"),
+        (own_with("predicates", 1, name="holds"), r"predicates\[1\] is .*stands there before"),
+    ],
+)
+def test_own_json(tmp_path, content, message):
+    def spoil(arguments):
+        Path(arguments["json_file"]).write_text(json.dumps(content))
+
+    check(tmp_path, "own", spoil, ValueError, message)
