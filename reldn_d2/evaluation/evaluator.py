@@ -22,7 +22,7 @@ from .predictions_file import write_predictions, write_settings
 from .protocol import Results, Scores, Settings, task_name
 from .records import GroundTruth, ImageId, ImagePair, Prediction, load_ground_truth
 from .tables import anything_matches
-from .training import training_triplets
+from .training import same_names, training_triplets
 
 __all__ = ["RelationDatasetEvaluator", "Results", "task_name"]
 
@@ -210,7 +210,12 @@ class RelationDatasetEvaluator(DatasetEvaluator):
     def _with_training_set(self, settings: Settings) -> Settings:
         train_dataset = self._metadata.get("train_dataset", None)
         seen, counts = self._seen_triplets, None
-        if train_dataset:
+        if not train_dataset and seen is None and self.protocol.name in ("lu2016", "motifs"):
+            logger.info(
+                "The metadata of '%s' names no train_dataset: zero-shot recall is left out.",
+                self._dataset_name,
+            )
+        if train_dataset and same_names(self._metadata, train_dataset):
             found = training_triplets(train_dataset)
             if found is not None:
                 seen, counts = found.labels if seen is None else seen, found.counts

@@ -5,11 +5,12 @@ from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 import numpy as np
 
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.catalog import Metadata
 
 from ..data.statistics import dataset_statistics
 
-__all__ = ["TrainingTriplets", "training_triplets"]
+__all__ = ["TrainingTriplets", "same_names", "training_triplets"]
 
 logger = logging.getLogger(__name__)
 _known: Dict[str, Tuple[Any, "TrainingTriplets"]] = {}
@@ -20,6 +21,29 @@ class TrainingTriplets(NamedTuple):
 
     labels: np.ndarray  # (T, 3) subject class, predicate, object class
     counts: np.ndarray  # (P,)
+
+
+def same_names(metadata: Metadata, train_dataset: str) -> bool:
+    """Whether a training set numbers classes and predicates as a data set does; else a warning.
+
+    Args:
+        metadata: of the data set that is evaluated.
+        train_dataset: name of the training set; names that its metadata lacks are not compared.
+    """
+    if train_dataset not in DatasetCatalog:
+        return True  # which training_triplets tells
+    for key in ("thing_classes", "predicate_classes"):
+        own, other = (m.get(key, None) for m in (metadata, MetadataCatalog.get(train_dataset)))
+        if own is not None and other is not None and list(own) != list(other):
+            logger.warning(
+                "The training set '%s' has other %s than '%s': zero-shot recall and the "
+                "predicates' frequencies in training are left out.",
+                train_dataset,
+                key,
+                metadata.name,
+            )
+            return False
+    return True
 
 
 def training_triplets(dataset_name: str) -> Optional[TrainingTriplets]:
