@@ -149,6 +149,8 @@ class _Evidence:
         """Raise where the file cannot hold what is asked for; warn where it may not."""
         num_predicates = self.settings.num_predicates
         beyond: List[int] = [k for k in self.settings.predicates_per_pair if k != 1]
+        if self.evaluator.protocol.all_triplets:
+            beyond = [k for k in beyond if k]  # its rule takes what is given as it is
         if beyond and self.cut and not self.several and num_predicates > 1:
             raise ValueError(
                 f"{self.file}: {self.cut} images have {self.needed} triplets or more, and no pair "
