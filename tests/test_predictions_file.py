@@ -123,6 +123,13 @@ def test_records_longer_than_what_is_read_at_once(cases, records, tmp_path):
     text = "[" + blank + json.dumps(records[0]).replace('"image_id"', blank * 3 + '"image_id"')
     path = write(tmp_path / "long.json", text + "," + json.dumps(records[1]) + blank + "]" + blank)
     assert [p.image_id for p in read_predictions(path)] == IDS[:2]
+    for item in records:
+        item["mask"] = "a" * (_CHUNK * 2 // 3)  # a field of their own, longer than a look-ahead
+    path = write(tmp_path / "fields.json", records)
+    assert [p.image_id for p in read_predictions(path)] == IDS
+    Path(path).write_text(Path(path).read_text()[: -_CHUNK // 2])
+    with pytest.raises(ValueError, match="fields.json: ends within record 5.*cut off"):
+        list(read_predictions(path))
 
 
 def test_images_may_be_missing_and_lists_empty(cases, records, tmp_path, caplog):
@@ -164,7 +171,7 @@ def change(path, value):
         (change("relations/pairs/0", [0, 5]), r"IMG pair \d is \(0, 5\), but there are 5 boxes"),
         (change("relations/pairs/0", [-1, 0]), r"IMG pair \d is \(-1, 0\)"),
         (change("relations/pairs/0", [0]), r"IMG pairs differ in length; .*\[subject, object\]"),
-        (change("relations/scores/0", float("nan")), "IMG NaN or infinite scores"),
+        (change("relations/scores/0", float("nan")), r"IMG NaN .* scores, first number 0 "),
         (change("relations/scores/0", "high"), "IMG scores are .*; expected numbers"),
         (change("instances/scores/0", float("inf")), "IMG NaN or infinite box scores"),
         (change("instances/boxes/1", [9, 0, 4, 5]), r"IMG box 1 is \[9.0, 0.0, 4.0, 5.0\], which"),
@@ -191,7 +198,8 @@ def test_wrong_records_are_named(cases, records, tmp_path, apply, message):
     [
         (lambda text: text[: len(text) // 2], r"ends within record \d.*cut off. Copy or write"),
         (lambda text: text[:-1], "record 6, or before the closing bracket: it is cut off"),
-        (lambda text: "", "begins with ''; expected a list with one record per image"),
+        (lambda text: "", "is empty; expected a list with one record per image.*Copy or write"),
+        (lambda text: "[" * 100000, "record 0 cannot be read: .*recursion.* Expected a list"),
         (lambda text: text[1:-1], "begins with '{.*expected a list with one record per image"),
         (lambda text: text.replace('}, {"rel', '} {"rel', 1), "after record 0; expected a comma"),
         (lambda text: text + text, r"'\[.* after the closing bracket.*merged"),
@@ -255,6 +263,15 @@ def test_a_file_of_one_predicate_a_pair_cannot_be_scored_for_more(cases, tmp_pat
     with caplog.at_level(logging.WARNING):
         evaluate_predictions(NAME, path)
     assert "in 1 images fewer than 100 triplets are left when a pair keeps 1" in caplog.text
+
+
+def test_the_challenge_takes_what_it_is_given(cases, tmp_path):
+    path = write(tmp_path / "one.json", [many_pairs(1)])
+    assert "openimages_sgdet" in evaluate_predictions(NAME, path, protocol="openimages")
+    with pytest.raises(ValueError, match=r"cannot hold them for \[2\].*per-pair 1"):
+        evaluate_predictions(NAME, path, protocol="openimages", predicates_per_pair=[2])
+    with pytest.raises(ValueError, match=r"cannot hold them for \[0\].*per-pair 1"):
+        evaluate_predictions(NAME, path, protocol="motifs")
 
 
 def test_settings_beside_the_file_say_what_it_holds(cases, records, tmp_path, caplog):

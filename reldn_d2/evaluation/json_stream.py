@@ -48,7 +48,12 @@ class _ListReader:
         )
 
     def elements(self, stream: IO) -> Iterator[Any]:
-        if self._next_character(stream) != "[":
+        first = self._next_character(stream)
+        if not first:
+            raise ValueError(
+                f"{self.file}: is empty; expected {self.expected}. Copy or write it again."
+            )
+        if first != "[":
             begin = self.text[self.position : self.position + 20]
             raise ValueError(f"{self.file}: begins with {begin!r}; expected {self.expected}.")
         self.position += 1
@@ -96,9 +101,16 @@ class _ListReader:
                 self.position = end
                 return value
             except json.JSONDecodeError as error:
-                if error.pos < len(self.text) - _NEAR_THE_END:
+                # The position of an open string is its beginning, however long it is.
+                is_open = error.msg.startswith("Unterminated string")
+                if not is_open and error.pos < len(self.text) - _NEAR_THE_END:
                     raise self._malformed(error) from error
                 near_the_end, rest = error, self.text[error.pos :]
+            except (RecursionError, ValueError) as error:  # nested too deeply, too many digits
+                raise ValueError(
+                    f"{self.file}: record {self.done} cannot be read: {error}. Expected "
+                    f"{self.expected}; write the file anew."
+                ) from error
             if not self._read(stream, size):
                 if rest.strip() and self.text.rstrip().endswith("]"):  # nothing is missing
                     raise self._malformed(near_the_end) from near_the_end

@@ -157,9 +157,9 @@ def read_settings(file: str) -> Dict[str, Any]:
             "dataset": settings["dataset"],
             "task": settings["task"],
             "predicates_per_pair": [int(k) for k in settings["predicates_per_pair"]],
-            "triplets": settings["triplets"],
+            "triplets": None if settings["triplets"] is None else int(settings["triplets"]),
         }
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path}: expected dataset, task, predicates_per_pair and triplets ({error!r}). "
             "Remove the file; the predictions are scored without it."

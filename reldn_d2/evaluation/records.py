@@ -246,10 +246,12 @@ def _array(values: Any, name: str, where: str, kind: type, width: int = 0) -> np
             raise ValueError(f"{where}: {name} have numbers beyond 32 bits.")
         return array.astype(np.int32)
     array = array.astype(np.float64)
-    if not np.isfinite(array).all():
+    wrong = np.argwhere(~np.isfinite(array))
+    if len(wrong):
         raise ValueError(
-            f"{where}: NaN or infinite {name}. The model has diverged (lower the learning rate, "
-            "look at the losses) or its checkpoint is broken."
+            f"{where}: NaN or infinite {name}, first number {int(wrong[0, 0])} (from 0). The "
+            "model has diverged (lower the learning rate, look at the losses) or its checkpoint is "
+            "broken; in a file, leave out what has no finite number."
         )
     return array
 
