@@ -109,6 +109,15 @@ def main(arguments: Optional[List[str]] = None) -> int:
             topk=args.recall_at,
             labels=labels,
         )
+        if args.output:
+            path = os.path.join(args.output, "results.json")
+            with written_whole(path) as stream:  # JSON knows no NaN: null instead
+                values = {
+                    task: {name: None if x != x else x for name, x in metrics.items()}
+                    for task, metrics in results.items()
+                }
+                json.dump(values, stream, indent=2)
+            print(f"Wrote {path}")
         if args.write_submission:
             predictions = read_predictions(args.predictions)
             write_submission(args.dataset, predictions, args.write_submission, args.layout, labels)
@@ -116,15 +125,6 @@ def main(arguments: Optional[List[str]] = None) -> int:
     except (OSError, ValueError) as error:
         print(f"evaluate_relations.py: error: {error}", file=sys.stderr)
         return 1
-    if args.output:
-        path = os.path.join(args.output, "results.json")
-        with written_whole(path) as stream:  # JSON knows no NaN: null instead
-            values = {
-                task: {name: None if x != x else x for name, x in metrics.items()}
-                for task, metrics in results.items()
-            }
-            json.dump(values, stream, indent=2)
-        print(f"Wrote {path}")
     return 0
 
 
