@@ -302,6 +302,19 @@ def test_settings_beside_the_file_say_what_it_holds(cases, records, tmp_path, ca
 # The tool.
 
 
+def test_the_challenge_leaves_out_what_a_file_holds_for_another_k(cases, records, tmp_path):
+    """Of a file for k = 1 and all, only the best triplets of all, as the model would give them."""
+    options = dict(protocol="openimages", predicates_per_pair=[0], topk=[3])
+    union = evaluated(cases, **dict(options, predicates_per_pair=[1, 0]), max_triplets=3)
+    expected = {name: union[name] for name in ("openimages_sgdet", "confusion_sgdet")}
+    path = write(tmp_path / "predictions.json", records)
+    settings = dict(dataset=NAME, task="sgdet", predicates_per_pair=[1, 0], triplets=3)
+    without = evaluate_predictions(NAME, path, **options)["openimages_sgdet"]
+    assert without["mAP_rel"] != expected["openimages_sgdet"]["mAP_rel"]
+    write_settings(path, settings)
+    np.testing.assert_equal(evaluate_predictions(NAME, path, **options), expected)
+
+
 def test_the_tool_scores_what_the_evaluator_wrote(cases, tmp_path, capsys):
     live = evaluated(cases, output_dir=str(tmp_path / "live"), protocol="motifs", task="sgcls")
     path = tmp_path / "live/relation_predictions.json"

@@ -1,6 +1,7 @@
 """Score a predictions file, the model's own or anyone's, without model or images."""
 
 import logging
+from dataclasses import replace
 from typing import Any, Dict, List, Optional, Sequence
 
 from .build import evaluator_class
@@ -58,6 +59,9 @@ def evaluate_predictions(
         keep_predictions=False,
     )
     _check_written_for(predictions_file, settings, dataset_name, evaluator)
+    if evaluator.protocol.all_triplets and settings.get("triplets"):
+        # The file's triplets beyond these are the best of another k, not the next best.
+        evaluator.settings = replace(evaluator.settings, max_triplets=settings["triplets"])
     if is_submission:
         predictions = read_submission(dataset_name, predictions_file, labels)
     else:
