@@ -170,11 +170,12 @@ def test_zero_shot_and_training_frequencies_come_from_the_training_set(dataset, 
 
     explicit = SceneGraphEvaluator(NAME, seen_triplets=[(0, 1, 0)])
     assert run(explicit)["motifs_sgdet_no_constraint"]["zR@20"] == 100
-    other = MetadataCatalog.get("evaluation_training_set").set(predicate_classes=["another"])
+    other = vars(MetadataCatalog.get("evaluation_training_set"))
+    names, other["predicate_classes"] = other["predicate_classes"], ["another"]
     with caplog.at_level(logging.WARNING):
         metrics = run(SceneGraphEvaluator(NAME))["motifs_sgdet_no_constraint"]
     assert "zR@20" not in metrics and "has other predicate_classes than" in caplog.text
-    MetadataCatalog.remove(other.name)
+    other["predicate_classes"] = names
     DatasetCatalog.remove("evaluation_training_set")
     with caplog.at_level(logging.WARNING):
         metrics = run(SceneGraphEvaluator(NAME))["motifs_sgdet_no_constraint"]
