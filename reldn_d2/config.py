@@ -27,13 +27,43 @@ def add_reldn_config(cfg: CfgNode) -> None:
 
 def _add_model(cfg: CfgNode) -> None:
     cfg.MODEL.RELDN = CN()
-    # Entry of ENTITY_DETECTOR_REGISTRY: who gives features, boxes and classes of entities.
-    cfg.MODEL.RELDN.DETECTOR = "GeneralizedRCNNDetector"
+    # Entry of ENTITY_DETECTOR_REGISTRY: who gives features, boxes and classes of entities. "auto"
+    # finds the one for MODEL.ROI_HEADS.NAME (Faster, Mask, Cascade R-CNN, C4); others are named:
+    # "RetinaNetDetector", "PrecomputedDetector".
+    cfg.MODEL.RELDN.DETECTOR = "auto"
+    # PrecomputedDetector: the checkpoint has a box head, which the relation box heads start from.
+    cfg.MODEL.RELDN.PRECOMPUTED_BOX_HEAD = True
     # Entities that pairs are made of in training: "proposals" (the detector's proposals that match
     # a ground-truth box, and the ground-truth boxes) or "ground_truth" (these boxes alone: faster).
     cfg.MODEL.RELDN.TRAIN_ENTITIES = "proposals"
     cfg.MODEL.RELDN.ENTITY_IOU_THRESHOLD = 0.5  # a proposal matches a ground-truth box from here on
     cfg.MODEL.RELDN.ENTITIES_PER_IMAGE = 128  # at most so many entities of an image in training
+
+    # conv_body_rel. "same": a second backbone of the detector's structure. "shared": the detector's
+    # own frozen stages up to SHARE_UNTIL, then a copy of the later ones: less time and memory.
+    # "other": MODEL.BACKBONE, MODEL.RESNETS, ... with OPTIONS (key, value, key, value, ...) on top.
+    cfg.MODEL.RELDN.PREDICATE_BACKBONE = predicate = CN()
+    predicate.KIND = "same"
+    predicate.SHARE_UNTIL = "res3"
+    predicate.OPTIONS = []
+    predicate.WEIGHTS = ""  # of "other": a backbone's or a detector's checkpoint; empty: random
+
+    cfg.MODEL.RELDN.LOAD = CN()  # how MODEL.WEIGHTS is read
+    # Load the layers whose shapes match and leave the others as initialised, with a warning, where
+    # the numbers of classes or predicates differ. Otherwise that is an error.
+    cfg.MODEL.RELDN.LOAD.MATCHING_ONLY = False
+    # Let files that hold Python objects be unpickled, which can run code: only for files you trust.
+    # Tensors and arrays need no such permission.
+    cfg.MODEL.RELDN.LOAD.ALLOW_PICKLE = False
+
+    cfg.MODEL.VGG = CN()  # of build_vgg16_backbone
+    cfg.MODEL.VGG.WIDTH = 64  # channels of the first block; 64 is VGG16
+    cfg.MODEL.VGG.OUT_FEATURES = ["conv5"]  # stride 16
+
+    # Files of detections in the place of a detector's, one for each data set: COCO results (.json)
+    # or Detectron2's instances_predictions.pth, matched by image id (PrecomputedDetector).
+    cfg.DATASETS.DETECTION_FILES_TRAIN = ()
+    cfg.DATASETS.DETECTION_FILES_TEST = ()
 
 
 def _add_relation_head(cfg: CfgNode) -> None:
@@ -41,7 +71,7 @@ def _add_relation_head(cfg: CfgNode) -> None:
     head.NAME = "RelDNHead"  # entry of ROI_RELATION_HEAD_REGISTRY
     head.NUM_PREDICATES = 9  # P, without "no relationship"
     head.IN_FEATURES = []  # feature maps to pool from; empty: MODEL.ROI_HEADS.IN_FEATURES
-    head.POOLER_RESOLUTION = 7
+    head.POOLER_RESOLUTION = 0  # 0: that of the detector's box head
     head.POOLER_SAMPLING_RATIO = 2
     head.POOLER_TYPE = "ROIAlignV2"
     head.NO_FC7_RELU = True  # leave out the last ReLU of the three box heads, as released
@@ -81,6 +111,11 @@ def _add_relation_head(cfg: CfgNode) -> None:
 def _add_solver_and_test(cfg: CfgNode) -> None:
     cfg.SOLVER.OPTIMIZER = "SGD"  # or "AdamW"
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1  # lr factor of predicate backbone and relation box heads
+    # The best checkpoint is kept as model_best.pth: by this metric of the evaluation, such as
+    # "relations_sgdet/R@n"; empty: none. It needs TEST.EVAL_PERIOD.
+    cfg.SOLVER.BEST_CHECKPOINT = CN()
+    cfg.SOLVER.BEST_CHECKPOINT.METRIC = ""
+    cfg.SOLVER.BEST_CHECKPOINT.MODE = "max"  # or "min"
 
     cfg.TEST.RELATIONS = CN()
     # sgdet: everything predicted; sgcls: boxes given; prdcls: boxes and classes given.

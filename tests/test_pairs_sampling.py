@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reldn_d2.modeling.detector import label_entities
+from reldn_d2.modeling.detectors import label_entities
 from reldn_d2.modeling.relation_head.pairs import (
     candidate_pairs,
     distinct_unions,

@@ -14,6 +14,7 @@ from detectron2.data import transforms as T
 
 from ..structures.relations import ground_truth_relations, remap_relations
 from .annotations import boxes_xyxy, check_annotations
+from .detections import transform_detections
 
 __all__ = ["RelationDatasetMapper"]
 
@@ -93,6 +94,10 @@ class RelationDatasetMapper(DatasetMapper):
         if self.proposal_topk is not None:
             utils.transform_proposals(
                 dataset_dict, image_shape, transforms, proposal_topk=self.proposal_topk
+            )
+        if "detections" in dataset_dict:
+            dataset_dict["detections"] = transform_detections(
+                dataset_dict["detections"], transforms, image_shape
             )
         if annotated:
             self._transform_annotations(dataset_dict, transforms, image_shape)

@@ -1,5 +1,5 @@
 from . import backbone  # noqa: F401  registers its builders
-from .detector import ENTITY_DETECTOR_REGISTRY, EntityDetector, GeneralizedRCNNDetector
+from .detectors import ENTITY_DETECTOR_REGISTRY, EntityDetector, GeneralizedRCNNDetector
 from .meta_arch import RelDN
 from .relation_head import ROI_RELATION_HEAD_REGISTRY, RelDNHead, build_relation_head
 

@@ -3,17 +3,18 @@
 Shapes: N images, R entities and M relations of one image.
 """
 
-from typing import List, Optional, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY, build_backbone, detector_postprocess
+from detectron2.modeling import META_ARCH_REGISTRY, detector_postprocess
 from detectron2.structures import ImageList, Instances
 
 from ..structures.relations import TASKS, remap_relations
-from .detector import EntityDetector, build_entity_detector, label_entities
+from .backbone import build_predicate_backbone, record_stages
+from .detectors import EntityDetector, build_entity_detector, label_entities
 from .relation_head import build_relation_head
 
 __all__ = ["RelDN", "postprocess_relations", "predicts_relations"]
@@ -37,6 +38,7 @@ class RelDN(nn.Module):
         detector: EntityDetector,
         relation_head: nn.Module,
         predicate_backbone: Optional[nn.Module] = None,
+        predicate_weights: Optional[str] = None,
         task: str = "sgdet",
         train_entities: str = "proposals",
         entity_iou_threshold: float = 0.5,
@@ -47,7 +49,9 @@ class RelDN(nn.Module):
             detector: the frozen detector.
             relation_head: see :class:`reldn_d2.modeling.relation_head.RelDNHead`.
             predicate_backbone: gives the feature maps of union boxes; None if the head does not
-                need any.
+                need any. With ``shared_stages`` it takes these maps of the detector, not images.
+            predicate_weights: where the predicate backbone starts: None: from the detector's
+                weights; a file or URL; or an empty string: from random weights.
             task: ``"sgdet"`` (everything predicted), ``"sgcls"`` (ground-truth boxes given, classes
                 predicted) or ``"prdcls"`` (boxes and classes given), at test time.
             train_entities: ``"proposals"`` or ``"ground_truth"``.
@@ -62,6 +66,7 @@ class RelDN(nn.Module):
                 raise ValueError(f"{key} is '{value}'; known: {', '.join(known)}")
         self.detector = detector
         self.predicate_backbone = predicate_backbone
+        self.predicate_weights = predicate_weights
         self.relation_head = relation_head
         self.task = task
         self.train_entities = train_entities
@@ -71,11 +76,14 @@ class RelDN(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode):
         detector = build_entity_detector(cfg)
-        predicate_backbone = build_backbone(cfg)
+        cfg = detector.relation_config(cfg)
+        predicate_backbone = build_predicate_backbone(cfg)
         head = build_relation_head(cfg, detector.output_shape(), predicate_backbone.output_shape())
+        predicate = cfg.MODEL.RELDN.PREDICATE_BACKBONE
         return {
             "detector": detector,
             "predicate_backbone": predicate_backbone if head.needs_predicate_features else None,
+            "predicate_weights": predicate.WEIGHTS if predicate.KIND == "other" else None,
             "relation_head": head,
             "task": cfg.TEST.RELATIONS.TASK,
             "train_entities": cfg.MODEL.RELDN.TRAIN_ENTITIES,
@@ -110,7 +118,7 @@ class RelDN(nn.Module):
         relations = [x["relations"].to(self.device) for x in batched_inputs]
         images = self.detector.preprocess(batched_inputs)
         with torch.no_grad():
-            features = self.detector.extract_features(images)
+            features, stages = self._detector_features(images)
             if self.train_entities == "proposals":
                 proposals = self.detector.propose(batched_inputs, images, features)
             else:
@@ -123,7 +131,7 @@ class RelDN(nn.Module):
             )
         return self.relation_head(
             features,
-            self._predicate_features(images),
+            self._predicate_features(images, stages),
             entities,
             list(zip(instances, relations)),
         )
@@ -137,9 +145,10 @@ class RelDN(nn.Module):
         """
         assert not self.training
         images = self.detector.preprocess(batched_inputs)
-        features = self.detector.extract_features(images)
+        features, stages = self._detector_features(images)
         entities = self._entities(batched_inputs, images, features)
-        relations = self.relation_head(features, self._predicate_features(images), entities)
+        predicate_features = self._predicate_features(images, stages)
+        relations = self.relation_head(features, predicate_features, entities)
         results = []
         for x, size, found, related in zip(batched_inputs, images.image_sizes, entities, relations):
             if do_postprocess:
@@ -148,10 +157,17 @@ class RelDN(nn.Module):
             results.append({"instances": found, "relations": related})
         return results
 
-    def _predicate_features(self, images: ImageList):
+    def _detector_features(self, images: ImageList):
+        """The detector's feature maps, and the stages that the predicate backbone shares."""
+        names = getattr(self.predicate_backbone, "shared_stages", ())
+        with record_stages(self.detector.backbone, names) as stages:
+            return self.detector.extract_features(images), stages
+
+    def _predicate_features(self, images: ImageList, stages: Dict[str, Tensor]):
         if self.predicate_backbone is None:
             return None
-        return self.predicate_backbone(images.tensor)
+        shared = getattr(self.predicate_backbone, "shared_stages", ())
+        return self.predicate_backbone(stages if shared else images.tensor)
 
     def _ground_truth(self, batched_inputs: List[dict], purpose: str) -> List[Instances]:
         for x in batched_inputs:
@@ -173,7 +189,8 @@ class RelDN(nn.Module):
             classes = [x.gt_classes for x in given]
             scores = [torch.ones(len(x), device=self.device) for x in given]
         else:
-            best = [x.max(dim=1) for x in self.detector.classify(features, boxes)]
+            classified = self.detector.classify(batched_inputs, images, features, boxes)
+            best = [x.max(dim=1) for x in classified]
             scores, classes = [x.values for x in best], [x.indices for x in best]
         entities = []
         for x, image_boxes, image_scores, image_classes in zip(given, boxes, scores, classes):

@@ -166,21 +166,22 @@ class RelDNHead(nn.Module):
     @classmethod
     def _init_visual(cls, cfg, in_features, entity_shape, predicate_shape):
         head, switch = cfg.MODEL.ROI_RELATION_HEAD, cfg.MODEL.ROI_RELATION_HEAD.VISUAL
+        resolution = head.POOLER_RESOLUTION or cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION
         if not (switch.SPO or switch.SUBJECT_SKIP or switch.OBJECT_SKIP):
             return {}
 
         def pooler(shape):
             return ROIPooler(
-                output_size=head.POOLER_RESOLUTION,
+                output_size=resolution,
                 scales=tuple(1.0 / shape[name].stride for name in in_features),
                 sampling_ratio=head.POOLER_SAMPLING_RATIO,
                 pooler_type=head.POOLER_TYPE,
             )
 
         def box_head(shape):
-            size = head.POOLER_RESOLUTION
             channels = shape[in_features[0]].channels
-            built = build_box_head(cfg, ShapeSpec(channels=channels, height=size, width=size))
+            pooled = ShapeSpec(channels=channels, height=resolution, width=resolution)
+            built = build_box_head(cfg, pooled)
             return without_last_relu(built) if head.NO_FC7_RELU else built
 
         ret = {"entity_pooler": pooler(entity_shape)}

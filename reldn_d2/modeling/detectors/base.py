@@ -1,7 +1,7 @@
-"""What RelDN needs from a detector, and who gives it.
+"""What RelDN needs from a detector: the interface, its registry, and the training entities.
 
-Shapes: N images, R boxes of one image, K entity classes. Boxes are XYXY in pixels of the network's
-input.
+Shapes: N images, R boxes of one image, K entity classes, Q predictions of one image. Boxes are XYXY
+in pixels of the network's input.
 
 A new kind of detector plugs in as a subclass of :class:`EntityDetector` in
 :data:`ENTITY_DETECTOR_REGISTRY`; the rest of the package knows this interface only.
@@ -13,19 +13,18 @@ from typing import Dict, List, Optional
 import torch
 from torch import Tensor, nn
 
-from detectron2.config import CfgNode, configurable
+from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from detectron2.utils.registry import Registry
 
-from .relation_head.sampling import sample_mask
+from ..relation_head.sampling import sample_mask
 
 __all__ = [
     "ENTITY_DETECTOR_REGISTRY",
     "EntityDetector",
-    "GeneralizedRCNNDetector",
     "build_entity_detector",
+    "classify_by_overlap",
     "label_entities",
 ]
 
@@ -33,7 +32,8 @@ ENTITY_DETECTOR_REGISTRY = Registry("ENTITY_DETECTOR")
 ENTITY_DETECTOR_REGISTRY.__doc__ = """
 Registry for adapters from a kind of detector to :class:`EntityDetector`.
 
-The registered object is called with ``obj(cfg)``.
+The registered object is called with ``obj(cfg)``. With ``MODEL.RELDN.DETECTOR: "auto"`` the last
+registered one whose ``accepts(cfg)`` is true is taken.
 """
 
 
@@ -50,6 +50,12 @@ class EntityDetector(nn.Module, ABC):
         self.model.requires_grad_(False)
         self.eval()
 
+    @classmethod
+    def accepts(cls, cfg: CfgNode) -> bool:
+        """Whether the config describes this kind of detector; asked for the choice "auto"."""
+        del cfg
+        return False
+
     def train(self, mode: bool = True):
         """Stay in eval mode whatever ``mode`` is: no statistics move, no dropout acts."""
         del mode
@@ -61,22 +67,31 @@ class EntityDetector(nn.Module, ABC):
         """K."""
 
     @property
-    @abstractmethod
     def backbone(self) -> nn.Module:
         """The backbone; its weights initialise the predicate backbone."""
+        return self.model.backbone
 
     @property
     def box_head(self) -> Optional[nn.Module]:
         """The head whose weights initialise the relation box heads; None if there is none."""
         return None
 
+    def relation_config(self, cfg: CfgNode) -> CfgNode:
+        """The config for the relation head, with what this detector's own config leaves open.
+
+        The relation head reads ``MODEL.ROI_HEADS.NUM_CLASSES`` and ``IN_FEATURES``,
+        ``MODEL.ROI_BOX_HEAD`` (its box heads are of the detector's kind) and
+        ``MODEL.ROI_RELATION_HEAD``.
+        """
+        return cfg
+
     def output_shape(self) -> Dict[str, ShapeSpec]:
         """Shapes of the feature maps."""
         return self.backbone.output_shape()
 
-    @abstractmethod
     def preprocess(self, batched_inputs: List[dict]) -> ImageList:
         """Normalise, pad and batch the images of mapped dicts."""
+        return self.model.preprocess_image(batched_inputs)
 
     def extract_features(self, images: ImageList) -> Dict[str, Tensor]:
         """Feature maps, (N, c, h, w) each."""
@@ -95,77 +110,57 @@ class EntityDetector(nn.Module, ABC):
         """Detections of each image: ``pred_boxes``, ``scores``, ``pred_classes``."""
 
     @abstractmethod
-    def classify(self, features: Dict[str, Tensor], boxes: List[Boxes]) -> List[Tensor]:
+    def classify(
+        self,
+        batched_inputs: List[dict],
+        images: ImageList,
+        features: Dict[str, Tensor],
+        boxes: List[Boxes],
+    ) -> List[Tensor]:
         """Class probabilities (R, K) of given boxes of each image (task SGCLS)."""
 
 
-@ENTITY_DETECTOR_REGISTRY.register()
-class GeneralizedRCNNDetector(EntityDetector):
-    """``GeneralizedRCNN`` with ``StandardROIHeads``: Faster and Mask R-CNN with FPN."""
-
-    @configurable
-    def __init__(self, model: nn.Module):
-        """
-        Args:
-            model: a built ``GeneralizedRCNN``.
-
-        Raises:
-            TypeError: its ROI heads have no box pooler, box head and box predictor of their own.
-        """
-        missing = [
-            name
-            for name in ("box_pooler", "box_head", "box_predictor", "box_in_features")
-            if not hasattr(model.roi_heads, name)
-        ]
-        if missing or isinstance(model.roi_heads.box_head, nn.ModuleList):
-            raise TypeError(
-                f"GeneralizedRCNNDetector works with StandardROIHeads, but these are "
-                f"{type(model.roi_heads).__name__}. Register an EntityDetector of your own for "
-                "them and name it in MODEL.RELDN.DETECTOR."
-            )
-        super().__init__(model)
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode):
-        return {"model": META_ARCH_REGISTRY.get("GeneralizedRCNN")(cfg)}
-
-    @property
-    def num_classes(self) -> int:
-        return self.model.roi_heads.num_classes
-
-    @property
-    def backbone(self) -> nn.Module:
-        return self.model.backbone
-
-    @property
-    def box_head(self) -> nn.Module:
-        return self.model.roi_heads.box_head
-
-    def preprocess(self, batched_inputs: List[dict]) -> ImageList:
-        return self.model.preprocess_image(batched_inputs)
-
-    def _proposals(self, batched_inputs, images, features) -> List[Instances]:
-        if self.model.proposal_generator is None:
-            return [x["proposals"].to(images.device) for x in batched_inputs]
-        return self.model.proposal_generator(images, features, None)[0]
-
-    def propose(self, batched_inputs, images, features) -> List[Boxes]:
-        return [x.proposal_boxes for x in self._proposals(batched_inputs, images, features)]
-
-    def detect(self, batched_inputs, images, features) -> List[Instances]:
-        proposals = self._proposals(batched_inputs, images, features)
-        return self.model.roi_heads(images, features, proposals, None)[0]
-
-    def classify(self, features: Dict[str, Tensor], boxes: List[Boxes]) -> List[Tensor]:
-        heads = self.model.roi_heads
-        pooled = heads.box_pooler([features[name] for name in heads.box_in_features], boxes)
-        predictions = heads.box_predictor(heads.box_head(pooled))
-        return [x[:, :-1] for x in heads.box_predictor.predict_probs(predictions, boxes)]
-
-
 def build_entity_detector(cfg: CfgNode) -> EntityDetector:
-    """Build the adapter that ``cfg.MODEL.RELDN.DETECTOR`` names, with its detector."""
-    return ENTITY_DETECTOR_REGISTRY.get(cfg.MODEL.RELDN.DETECTOR)(cfg)
+    """Build the adapter that ``cfg.MODEL.RELDN.DETECTOR`` names, with its detector.
+
+    Raises:
+        ValueError: the choice is left to "auto" and no adapter knows the config's detector.
+    """
+    name = cfg.MODEL.RELDN.DETECTOR
+    if name != "auto":
+        return ENTITY_DETECTOR_REGISTRY.get(name)(cfg)
+    adapters = dict(ENTITY_DETECTOR_REGISTRY)
+    for adapter in reversed(list(adapters.values())):
+        if adapter.accepts(cfg):
+            return adapter(cfg)
+    raise ValueError(
+        f'MODEL.RELDN.DETECTOR is "auto", but no adapter knows MODEL.ROI_HEADS.NAME '
+        f"'{cfg.MODEL.ROI_HEADS.NAME}'. Name one of {', '.join(adapters)}, or register an "
+        "EntityDetector of your own (docs/detectors.md)."
+    )
+
+
+def classify_by_overlap(
+    boxes: Boxes, candidates: Boxes, probabilities: Tensor, most: int = 50
+) -> Tensor:
+    """Class probabilities of given boxes from predictions that were made for other boxes.
+
+    The probability of a class is the highest product of class probability and IoU over the
+    predictions; 0 where none overlaps. Rows do not sum to 1.
+
+    Args:
+        boxes: the R given boxes.
+        candidates: the Q predicted boxes.
+        probabilities: (Q, K).
+        most: so many of the best overlapping predictions are looked at, for each given box.
+
+    Returns:
+        (R, K).
+    """
+    if len(candidates) == 0 or len(boxes) == 0:
+        return probabilities.new_zeros((len(boxes), probabilities.shape[1]))
+    overlap, index = pairwise_iou(boxes, candidates).topk(min(most, len(candidates)), dim=1)
+    return (probabilities[index] * overlap[:, :, None]).amax(dim=1)
 
 
 @torch.no_grad()

@@ -1,0 +1,192 @@
+"""Detections from files, in the place of a detector.
+
+Two formats are read: COCO results (JSON), as Detectron2 and most detectors write them, and
+Detectron2's ``instances_predictions.pth``. Boxes there are XYWH in pixels of the original image.
+"""
+
+import json
+import logging
+import os
+import pickle
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+
+import numpy as np
+import torch
+
+from detectron2.data import MetadataCatalog
+from detectron2.data import transforms as T
+from detectron2.structures import Boxes, BoxMode, Instances
+
+__all__ = ["attach_detections", "load_detections", "transform_detections"]
+
+logger = logging.getLogger(__name__)
+
+_KEYS = ("image_id", "category_id", "bbox", "score")
+
+
+def load_detections(
+    path: str, num_classes: int, category_ids: Mapping[int, int] | None = None
+) -> dict[str, dict[str, np.ndarray]]:
+    """Read a file of detections.
+
+    Args:
+        path: a COCO results file (``.json``) or Detectron2's ``instances_predictions.pth``.
+        num_classes: K.
+        category_ids: from the ids in a JSON file to 0-based classes (the metadata's
+            ``thing_dataset_id_to_contiguous_id``); None where they are 0-based already. The other
+            format always has 0-based ones.
+
+    Returns:
+        By image id, as a string: ``boxes`` (Q, 4) float32 XYXY, ``scores`` (Q,) float32 and
+        ``classes`` (Q,) int64.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is of neither format; with the record that is wrong.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"No file of detections '{path}' (DATASETS.DETECTION_FILES_TRAIN or _TEST)."
+        )
+    if path.endswith(".json"):
+        with open(path) as file:
+            records = json.load(file)
+        if not isinstance(records, list):
+            raise ValueError(
+                f"{path} holds a {type(records).__name__}, not a list of detections. COCO results "
+                'are [{"image_id", "category_id", "bbox": [x, y, width, height], "score"}, ...].'
+            )
+    else:
+        records, category_ids = _read_predictions(path), None
+    rows: dict[str, list[tuple[Sequence[float], float, int]]] = {}
+    for number, record in enumerate(records):
+        category = _check(record, f"{path}, detection {number}", num_classes, category_ids)
+        row = (record["bbox"], record["score"], category)
+        rows.setdefault(str(record["image_id"]), []).append(row)
+    return {image_id: _arrays(of_image) for image_id, of_image in rows.items()}
+
+
+def _read_predictions(path: str) -> list[dict[str, Any]]:
+    """The detections of all images in ``instances_predictions.pth``, one after another."""
+    try:
+        images = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds more than numbers and text (proposals, for instance) and is not "
+            "unpickled, since that can run code. Use the coco_instances_results.json that "
+            "Detectron2 writes beside it."
+        ) from error
+    try:
+        return [record for image in images for record in image["instances"]]
+    except (TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} is not Detectron2's instances_predictions.pth: a list of "
+            '{"image_id", "instances": [...]} was expected.'
+        ) from error
+
+
+def _check(
+    record: Any, where: str, num_classes: int, category_ids: Mapping[int, int] | None
+) -> int:
+    """The 0-based class of a record; raises ValueError if it cannot be used."""
+    missing = [key for key in _KEYS if key not in record] if isinstance(record, dict) else _KEYS
+    if missing:
+        raise ValueError(f"{where}: {', '.join(missing)} missing; it is {str(record)[:100]}")
+    category = record["category_id"]
+    if category_ids is not None:
+        if category not in category_ids:
+            raise ValueError(
+                f"{where}: category_id {category} is none of the data set's "
+                f"{sorted(category_ids)[:10]}... (thing_dataset_id_to_contiguous_id)."
+            )
+        category = category_ids[category]
+    if not 0 <= category < num_classes:
+        raise ValueError(
+            f"{where}: category_id {category} is outside the {num_classes} classes of the data "
+            "set. Ids are 0-based unless its metadata has thing_dataset_id_to_contiguous_id."
+        )
+    box, score = record["bbox"], record["score"]
+    if len(box) != 4 or not np.isfinite([*box, score]).all() or min(box[2:]) < 0:
+        raise ValueError(
+            f"{where}: box {box} and score {score}; expected finite numbers, the box as "
+            "[x, y, width, height]."
+        )
+    return int(category)
+
+
+def _arrays(rows: list[tuple[Sequence[float], float, int]]) -> dict[str, np.ndarray]:
+    boxes = np.array([row[0] for row in rows], dtype=np.float64)
+    return {
+        "boxes": BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS).astype(np.float32),
+        "scores": np.array([row[1] for row in rows], dtype=np.float32),
+        "classes": np.array([row[2] for row in rows], dtype=np.int64),
+    }
+
+
+def attach_detections(
+    dicts: Sequence[dict[str, Any]], dataset_name: str, path: str, num_classes: int
+) -> list[dict[str, Any]]:
+    """Put a file's detections into dataset dicts, as ``"detections"``, matched by image id.
+
+    Args:
+        dicts: dataset dicts of the data set; not changed.
+        dataset_name: for its metadata and for messages.
+        path: see :func:`load_detections`.
+        num_classes: K.
+
+    Returns:
+        The same dicts with ``"detections"``: arrays in the frame of the original image.
+
+    Raises:
+        ValueError: no image of the data set has a detection; with ids of both sides.
+    """
+    metadata = MetadataCatalog.get(dataset_name)
+    ids = getattr(metadata, "thing_dataset_id_to_contiguous_id", None)
+    found = load_detections(path, num_classes, ids)
+    without = [x["image_id"] for x in dicts if str(x["image_id"]) not in found]
+    if len(without) == len(dicts):
+        raise ValueError(
+            f"{path} has detections for none of the {len(dicts)} images of '{dataset_name}': its "
+            f"image ids are {list(found)[:3]}..., those of the data set {without[:3]}..."
+        )
+    if without:
+        logger.warning(
+            f"{path} has no detection for {len(without)} of {len(dicts)} images of "
+            f"'{dataset_name}', for instance image {without[0]}: they get no relations."
+        )
+    unused = len(found) - (len(dicts) - len(without))
+    logger.info(
+        f"Detections of {path}: {sum(len(x['scores']) for x in found.values())} for "
+        f"{len(found)} images, {unused} of which are not in '{dataset_name}'."
+    )
+    nothing = {
+        "boxes": np.zeros((0, 4), np.float32),
+        "scores": np.zeros(0, np.float32),
+        "classes": np.zeros(0, np.int64),
+    }
+    return [{**x, "detections": found.get(str(x["image_id"]), nothing)} for x in dicts]
+
+
+def transform_detections(
+    detections: dict[str, np.ndarray], transforms: T.Transform, image_shape: Sequence[int]
+) -> Instances:
+    """Detections of the original image as ``Instances`` in the frame of the augmented one.
+
+    Args:
+        detections: ``boxes`` (Q, 4), ``scores`` (Q,), ``classes`` (Q,).
+        transforms: what was done to the image.
+        image_shape: its (height, width) thereafter.
+
+    Returns:
+        ``pred_boxes``, ``scores`` and ``pred_classes``; boxes are clipped, empty ones dropped.
+    """
+    result = Instances(tuple(image_shape))
+    boxes = transforms.apply_box(detections["boxes"].astype(np.float64)).astype(np.float32)
+    result.pred_boxes = Boxes(torch.from_numpy(boxes.reshape(-1, 4)))
+    result.pred_boxes.clip(result.image_size)
+    result.scores = torch.from_numpy(detections["scores"].copy())
+    result.pred_classes = torch.from_numpy(detections["classes"].copy())
+    return result[result.pred_boxes.nonempty()]

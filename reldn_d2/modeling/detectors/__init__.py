@@ -1,0 +1,24 @@
+from .base import (
+    ENTITY_DETECTOR_REGISTRY,
+    EntityDetector,
+    build_entity_detector,
+    classify_by_overlap,
+    label_entities,
+)
+from .precomputed import PrecomputedDetector
+from .rcnn import C4RCNNDetector, CascadeRCNNDetector, GeneralizedRCNNDetector, Res5BoxHead
+from .retinanet import RetinaNetDetector
+
+__all__ = [
+    "C4RCNNDetector",
+    "CascadeRCNNDetector",
+    "ENTITY_DETECTOR_REGISTRY",
+    "EntityDetector",
+    "GeneralizedRCNNDetector",
+    "PrecomputedDetector",
+    "Res5BoxHead",
+    "RetinaNetDetector",
+    "build_entity_detector",
+    "classify_by_overlap",
+    "label_entities",
+]

@@ -1,0 +1,136 @@
+"""Detections from a file, of any detector at all; the features come from a backbone of Detectron2.
+
+Shapes: R boxes of one image, K entity classes, Q detections of one image.
+"""
+
+from typing import List, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_backbone
+from detectron2.modeling.roi_heads.box_head import build_box_head
+from detectron2.structures import Boxes, ImageList, Instances
+
+from .base import ENTITY_DETECTOR_REGISTRY, EntityDetector, classify_by_overlap
+
+__all__ = ["FeatureExtractor", "PrecomputedDetector"]
+
+
+class FeatureExtractor(nn.Module):
+    """The parts of a ``GeneralizedRCNN`` that give features, under the names they have there."""
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        box_head: Optional[nn.Module],
+        pixel_mean: List[float],
+        pixel_std: List[float],
+    ):
+        """
+        Args:
+            backbone: gives the feature maps.
+            box_head: the relation box heads start from it; None if there is none.
+            pixel_mean, pixel_std: the images are normalised with them.
+        """
+        super().__init__()
+        self.backbone = backbone
+        self.roi_heads = nn.Module()
+        if box_head is not None:
+            self.roi_heads.box_head = box_head
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+
+    def preprocess_image(self, batched_inputs: List[dict]) -> ImageList:
+        images = [x["image"].to(self.pixel_mean.device) for x in batched_inputs]
+        images = [(x - self.pixel_mean) / self.pixel_std for x in images]
+        return ImageList.from_tensors(images, self.backbone.size_divisibility)
+
+
+@ENTITY_DETECTOR_REGISTRY.register()
+class PrecomputedDetector(EntityDetector):
+    """Reads each image's ``"detections"``, which the data loaders take from files.
+
+    See ``DATASETS.DETECTION_FILES_TRAIN`` and ``DETECTION_FILES_TEST``. The checkpoint gives the
+    backbone and, with ``MODEL.RELDN.PRECOMPUTED_BOX_HEAD``, the box head; the rest of a detector's
+    checkpoint has no part in it. Given boxes (SGCLS) are classified by the detections that overlap
+    them, see :func:`.base.classify_by_overlap`.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        model: FeatureExtractor,
+        num_classes: int,
+        *,
+        score_threshold: float = 0.05,
+        most: int = 100,
+    ):
+        """
+        Args:
+            model: gives the features.
+            num_classes: K.
+            score_threshold: detections below are left out at test time.
+            most: detections an image at test time, those of the highest scores.
+        """
+        super().__init__(model)
+        self._num_classes = num_classes
+        self.score_threshold = score_threshold
+        self.most = most
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode):
+        backbone, box_head = build_backbone(cfg), None
+        if cfg.MODEL.RELDN.PRECOMPUTED_BOX_HEAD:
+            size = cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION
+            channels = backbone.output_shape()[cfg.MODEL.ROI_HEADS.IN_FEATURES[0]].channels
+            box_head = build_box_head(cfg, ShapeSpec(channels=channels, height=size, width=size))
+        return {
+            "model": FeatureExtractor(
+                backbone, box_head, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
+            ),
+            "num_classes": cfg.MODEL.ROI_HEADS.NUM_CLASSES,
+            "score_threshold": cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST,
+            "most": cfg.TEST.DETECTIONS_PER_IMAGE,
+        }
+
+    @property
+    def num_classes(self) -> int:
+        return self._num_classes
+
+    @property
+    def box_head(self) -> Optional[nn.Module]:
+        return getattr(self.model.roi_heads, "box_head", None)
+
+    def _read(self, batched_inputs: List[dict], device: torch.device) -> List[Instances]:
+        for x in batched_inputs:
+            if "detections" not in x:
+                raise ValueError(
+                    f"Image {x.get('image_id', '?')} ({x.get('file_name', 'no file name')}) came "
+                    "without 'detections'. Name a file for each data set in "
+                    "DATASETS.DETECTION_FILES_TRAIN and DATASETS.DETECTION_FILES_TEST, or put "
+                    "Instances with pred_boxes, scores and pred_classes under that key."
+                )
+        return [x["detections"].to(device) for x in batched_inputs]
+
+    def propose(self, batched_inputs, images, features) -> List[Boxes]:
+        return [x.pred_boxes for x in self._read(batched_inputs, images.device)]
+
+    def detect(self, batched_inputs, images, features) -> List[Instances]:
+        results = []
+        for found in self._read(batched_inputs, images.device):
+            found = found[found.scores > self.score_threshold]
+            best = found.scores.argsort(descending=True, stable=True)[: self.most]
+            results.append(found[best])
+        return results
+
+    def classify(self, batched_inputs, images, features, boxes) -> List[Tensor]:
+        results = []
+        for given, found in zip(boxes, self._read(batched_inputs, images.device)):
+            classes = F.one_hot(found.pred_classes, self.num_classes)
+            scores = classes * found.scores[:, None]
+            results.append(classify_by_overlap(given, found.pred_boxes, scores))
+        return results

@@ -1,0 +1,172 @@
+"""Two-stage detectors: Faster and Mask R-CNN with FPN or VGG16, Cascade R-CNN, Faster R-CNN C4.
+
+Shapes: R boxes of one image, K entity classes.
+"""
+
+from typing import List, Tuple, Type
+
+from torch import Tensor, nn
+
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import META_ARCH_REGISTRY, ROI_BOX_HEAD_REGISTRY, ROI_HEADS_REGISTRY
+from detectron2.modeling.backbone.resnet import BottleneckBlock, ResNet
+from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, StandardROIHeads
+from detectron2.structures import Boxes, Instances
+
+from .base import ENTITY_DETECTOR_REGISTRY, EntityDetector
+
+__all__ = ["C4RCNNDetector", "CascadeRCNNDetector", "GeneralizedRCNNDetector", "Res5BoxHead"]
+
+
+@ENTITY_DETECTOR_REGISTRY.register()
+class GeneralizedRCNNDetector(EntityDetector):
+    """``GeneralizedRCNN`` with ``StandardROIHeads``: Faster and Mask R-CNN."""
+
+    roi_heads: Type[nn.Module] = StandardROIHeads  # the kind that this adapter works with
+    parts: Tuple[str, ...] = ("box_pooler", "box_head", "box_predictor", "box_in_features")
+    one_stage_only = True  # several box heads, one after another, need another adapter
+
+    @configurable
+    def __init__(self, model: nn.Module):
+        """
+        Args:
+            model: a built ``GeneralizedRCNN``.
+
+        Raises:
+            TypeError: its ROI heads lack parts that this adapter uses.
+        """
+        missing = [name for name in self.parts if not hasattr(model.roi_heads, name)]
+        stages = isinstance(getattr(model.roi_heads, "box_head", None), nn.ModuleList)
+        if missing or stages == self.one_stage_only:
+            raise TypeError(
+                f"{type(self).__name__} works with {self.roi_heads.__name__}, but these are "
+                f"{type(model.roi_heads).__name__}. Name another adapter in MODEL.RELDN.DETECTOR, "
+                "or register an EntityDetector of your own (docs/detectors.md)."
+            )
+        super().__init__(model)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode):
+        return {"model": META_ARCH_REGISTRY.get("GeneralizedRCNN")(cfg)}
+
+    @classmethod
+    def accepts(cls, cfg: CfgNode) -> bool:
+        kind = ROI_HEADS_REGISTRY.get(cfg.MODEL.ROI_HEADS.NAME)
+        return isinstance(kind, type) and issubclass(kind, cls.roi_heads)
+
+    @property
+    def num_classes(self) -> int:
+        return self.model.roi_heads.num_classes
+
+    @property
+    def box_head(self) -> nn.Module:
+        return self.model.roi_heads.box_head
+
+    def _proposals(self, batched_inputs, images, features) -> List[Instances]:
+        if self.model.proposal_generator is None:
+            return [x["proposals"].to(images.device) for x in batched_inputs]
+        return self.model.proposal_generator(images, features, None)[0]
+
+    def propose(self, batched_inputs, images, features) -> List[Boxes]:
+        return [x.proposal_boxes for x in self._proposals(batched_inputs, images, features)]
+
+    def detect(self, batched_inputs, images, features) -> List[Instances]:
+        proposals = self._proposals(batched_inputs, images, features)
+        return self.model.roi_heads(images, features, proposals, None)[0]
+
+    def classify(self, batched_inputs, images, features, boxes) -> List[Tensor]:
+        heads = self.model.roi_heads
+        pooled = heads.box_pooler([features[name] for name in heads.box_in_features], boxes)
+        predictions = heads.box_predictor(heads.box_head(pooled))
+        return [x[:, :-1] for x in heads.box_predictor.predict_probs(predictions, boxes)]
+
+
+@ENTITY_DETECTOR_REGISTRY.register()
+class CascadeRCNNDetector(GeneralizedRCNNDetector):
+    """``GeneralizedRCNN`` with ``CascadeROIHeads``.
+
+    The relation box heads start from the first stage's, which was trained on the kind of boxes that
+    RelDN trains on (IoU from 0.5). Given boxes are classified by all stages, averaged.
+    """
+
+    roi_heads = CascadeROIHeads
+    one_stage_only = False
+
+    @property
+    def box_head(self) -> nn.Module:
+        return self.model.roi_heads.box_head[0]
+
+    def classify(self, batched_inputs, images, features, boxes) -> List[Tensor]:
+        heads = self.model.roi_heads
+        pooled = heads.box_pooler([features[name] for name in heads.box_in_features], boxes)
+        stages = [
+            predictor.predict_probs(predictor(box_head(pooled)), boxes)
+            for box_head, predictor in zip(heads.box_head, heads.box_predictor)
+        ]
+        return [sum(of_image)[:, :-1] / len(stages) for of_image in zip(*stages)]
+
+
+@ROI_BOX_HEAD_REGISTRY.register()
+class Res5BoxHead(nn.Module):
+    """The box head of a C4 detector: the last ResNet stage on each ROI, averaged over its area."""
+
+    @configurable
+    def __init__(self, res5: nn.Module):
+        """
+        Args:
+            res5: the stage, (R, c, h, w) to (R, d, h', w').
+        """
+        super().__init__()
+        self.res5 = res5
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec):
+        resnets = cfg.MODEL.RESNETS
+        out_channels = resnets.RES2_OUT_CHANNELS * 8
+        blocks = ResNet.make_stage(
+            BottleneckBlock,
+            3,
+            stride_per_block=[2, 1, 1],
+            in_channels=input_shape.channels,
+            bottleneck_channels=resnets.NUM_GROUPS * resnets.WIDTH_PER_GROUP * 8,
+            out_channels=out_channels,
+            num_groups=resnets.NUM_GROUPS,
+            norm=resnets.NORM,
+            stride_in_1x1=resnets.STRIDE_IN_1X1,
+        )
+        return {"res5": nn.Sequential(*blocks)}
+
+    @property
+    def output_shape(self) -> ShapeSpec:
+        """d channels."""
+        return ShapeSpec(channels=self.res5[-1].out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.res5(x).mean(dim=(2, 3))
+
+
+@ENTITY_DETECTOR_REGISTRY.register()
+class C4RCNNDetector(GeneralizedRCNNDetector):
+    """``GeneralizedRCNN`` with ``Res5ROIHeads``: Faster R-CNN on one feature map."""
+
+    roi_heads = Res5ROIHeads
+    parts = ("pooler", "res5", "box_predictor", "in_features")
+
+    @property
+    def box_head(self) -> nn.Module:
+        return Res5BoxHead(self.model.roi_heads.res5)
+
+    def relation_config(self, cfg: CfgNode) -> CfgNode:
+        """Box heads of the detector's kind; they end in a sum of residuals, not in fc7's ReLU."""
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.ROI_BOX_HEAD.NAME = "Res5BoxHead"
+        cfg.MODEL.ROI_RELATION_HEAD.NO_FC7_RELU = False
+        return cfg
+
+    def classify(self, batched_inputs, images, features, boxes) -> List[Tensor]:
+        heads = self.model.roi_heads
+        pooled = heads.pooler([features[name] for name in heads.in_features], boxes)
+        predictions = heads.box_predictor(heads.res5(pooled).mean(dim=(2, 3)))
+        return [x[:, :-1] for x in heads.box_predictor.predict_probs(predictions, boxes)]

@@ -1,0 +1,96 @@
+"""RetinaNet: a one-stage detector, without ROI heads.
+
+Shapes: N images, R boxes of one image, K entity classes, Q predictions of one image (one for each
+anchor).
+"""
+
+from typing import List, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
+from detectron2.structures import Boxes, Instances
+
+from .base import ENTITY_DETECTOR_REGISTRY, EntityDetector, classify_by_overlap
+
+__all__ = ["RetinaNetDetector"]
+
+_NUM_PROPOSALS = 300
+
+
+@ENTITY_DETECTOR_REGISTRY.register()
+class RetinaNetDetector(EntityDetector):
+    """Detectron2's ``RetinaNet``.
+
+    There is no box head to copy: the relation box heads (by default two fully connected layers, as
+    of an FPN detector) start from random weights and learn at the full rate. They pool from the
+    feature maps up to stride 32. Given boxes (SGCLS) are classified by the dense head's predictions
+    that overlap them, see :func:`.base.classify_by_overlap`: the head has no way to look at a given
+    box.
+    """
+
+    @configurable
+    def __init__(self, model: nn.Module):
+        """
+        Args:
+            model: a built ``RetinaNet``.
+        """
+        super().__init__(model)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode):
+        return {"model": META_ARCH_REGISTRY.get("RetinaNet")(cfg)}
+
+    @property
+    def num_classes(self) -> int:
+        return self.model.num_classes
+
+    def relation_config(self, cfg: CfgNode) -> CfgNode:
+        cfg = cfg.clone()
+        cfg.defrost()
+        model, shapes = cfg.MODEL, self.output_shape()
+        model.ROI_HEADS.NUM_CLASSES = self.num_classes
+        model.ROI_HEADS.IN_FEATURES = [
+            name for name in model.RETINANET.IN_FEATURES if shapes[name].stride <= 32
+        ]
+        if not model.ROI_BOX_HEAD.NAME:
+            model.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"
+            model.ROI_BOX_HEAD.NUM_FC = model.ROI_BOX_HEAD.NUM_FC or 2
+            model.ROI_BOX_HEAD.POOLER_RESOLUTION = 7
+        return cfg
+
+    def _dense(self, features) -> Tuple[List[Tensor], List[Tensor]]:
+        """Of each image the (Q, 4) predicted boxes and their (Q, K) class probabilities."""
+        maps = [features[name] for name in self.model.head_in_features]
+        anchors = Boxes.cat(self.model.anchor_generator(maps)).tensor
+        logits, deltas = self.model.head(maps)
+        logits = torch.cat([permute_to_N_HWA_K(x, self.num_classes) for x in logits], dim=1)
+        deltas = torch.cat([permute_to_N_HWA_K(x, 4) for x in deltas], dim=1)
+        boxes = [self.model.box2box_transform.apply_deltas(x.float(), anchors) for x in deltas]
+        return boxes, list(logits.float().sigmoid())
+
+    def propose(self, batched_inputs, images, features) -> List[Boxes]:
+        """The predictions of the highest class probability, before suppression."""
+        proposals = []
+        for boxes, probabilities, size in zip(*self._dense(features), images.image_sizes):
+            best = probabilities.amax(dim=1).topk(min(_NUM_PROPOSALS, len(boxes))).indices
+            found = Boxes(boxes[best])
+            found.clip(size)
+            proposals.append(found[found.nonempty()])
+        return proposals
+
+    def detect(self, batched_inputs, images, features) -> List[Instances]:
+        maps = [features[name] for name in self.model.head_in_features]
+        found = self.model.forward_inference(images, maps, self.model.head(maps))
+        for x in found:
+            x.pred_boxes.clip(x.image_size)  # Detectron2 does so when it scales the result
+        return [x[x.pred_boxes.nonempty()] for x in found]
+
+    def classify(self, batched_inputs, images, features, boxes) -> List[Tensor]:
+        return [
+            classify_by_overlap(given, Boxes(found), probabilities)
+            for given, found, probabilities in zip(boxes, *self._dense(features))
+        ]
