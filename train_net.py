@@ -8,9 +8,10 @@ Example::
 
 import reldn_d2  # isort: skip  registers everything, before Detectron2 is imported
 from reldn_d2.engine import RelDNTrainer
+from reldn_d2.launch import launch
 
 from detectron2.config import CfgNode, get_cfg
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -20,12 +21,18 @@ class Trainer(RelDNTrainer):
     """Override ``build_evaluator``, ``build_train_loader``, ... here, as with Detectron2's."""
 
 
-def setup(args) -> CfgNode:
-    """Config from the file and the ``KEY VALUE`` options, frozen; logging set up."""
+def config(args) -> CfgNode:
+    """Config from the file and the ``KEY VALUE`` options, frozen."""
     cfg = get_cfg()
     reldn_d2.add_reldn_config(cfg)
     reldn_d2.merge_config(cfg, args.config_file, args.opts)
     cfg.freeze()
+    return cfg
+
+
+def setup(args) -> CfgNode:
+    """The config; logging and the generators set up."""
+    cfg = config(args)
     default_setup(cfg, args)
     setup_logger(output=cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="reldn_d2")
     return cfg
@@ -54,4 +61,5 @@ if __name__ == "__main__":
         machine_rank=arguments.machine_rank,
         dist_url=arguments.dist_url,
         args=(arguments,),
+        on_cpu=config(arguments).MODEL.DEVICE == "cpu",
     )

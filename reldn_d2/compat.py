@@ -28,7 +28,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Callable, NamedTuple, NoReturn
 
-__all__ = ["applied", "apply", "has_compiled_ops"]
+__all__ = ["applied", "apply", "has_compiled_ops", "set_local_process_group"]
 
 INSTALL_DETECTRON2 = (
     "pip install 'git+https://github.com/facebookresearch/detectron2.git' --no-build-isolation"
@@ -77,6 +77,25 @@ def apply() -> None:
 def has_compiled_ops() -> bool:
     """Whether Detectron2's own compiled ops (``detectron2._C``) are there."""
     return not isinstance(sys.modules["detectron2._C"], _MissingOps)
+
+
+def set_local_process_group(num_local: int, machine_rank: int) -> None:
+    """Tells Detectron2 which processes are on this machine; its ``launch`` does so for GPUs only.
+
+    Args:
+        num_local: processes of each machine.
+        machine_rank: number of this machine.
+    """
+    comm = importlib.import_module("detectron2.utils.comm")
+    if hasattr(comm, "create_local_process_group"):  # Detectron2's main branch
+        comm.create_local_process_group(num_local)
+        return
+    dist = importlib.import_module("torch.distributed")
+    for machine in range(dist.get_world_size() // num_local):
+        ranks = list(range(machine * num_local, (machine + 1) * num_local))
+        group = dist.new_group(ranks)
+        if machine == machine_rank:
+            comm._LOCAL_PROCESS_GROUP = group
 
 
 def find_detectron2() -> Path:

@@ -3,37 +3,44 @@
 import json
 import logging
 import os
+import weakref
 from typing import Any, Dict, List, Optional
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import (
-    DatasetCatalog,
     MetadataCatalog,
     build_detection_test_loader,
-    build_detection_train_loader,
+    get_detection_dataset_dicts,
 )
-from detectron2.engine import DefaultTrainer
-from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from detectron2.engine import (
+    AMPTrainer,
+    DefaultTrainer,
+    SimpleTrainer,
+    TrainerBase,
+    create_ddp_model,
+)
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 
-from .checkpoint import RelDNCheckpointer
-from .data.annotations import check_annotations
+from .checkpoint import DetectorCheckpointer, RelDNCheckpointer
 from .data.dataset_mapper import RelationDatasetMapper
+from .data.detections import attach_detections
 from .data.frequency import log_frequencies
 from .data.statistics import RelationStatistics, training_statistics_of
+from .data.train_loader import build_train_loader, detection_files
 from .evaluation.build import build_relation_evaluator
 from .events import RelationStatisticsPrinter
+from .hooks import BestKeeper, CPUAMPTrainer, FiniteLosses, SeedEachIteration
 from .modeling.meta_arch import RelDN, predicts_relations
+from .solver import build_optimizer
 
 __all__ = ["RelDNTrainer", "build_checkpointer", "build_optimizer", "ensure_frequency_table"]
 
 logger = logging.getLogger(__name__)
-
-_OPTIMIZERS = ("SGD", "AdamW")
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
@@ -52,49 +59,12 @@ def _task(cfg: CfgNode) -> str:
     return cfg.TEST.RELATIONS.TASK if predicts_relations(cfg) else "bbox"
 
 
-def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """Detectron2's optimiser, with RelDN's parameter groups.
-
-    The predicate backbone and the relation box heads learn at ``SOLVER.BACKBONE_MULTIPLIER`` times
-    the base rate; biases and norms follow Detectron2's keys. Frozen parameters have no part in it.
-
-    Raises:
-        ValueError: ``SOLVER.OPTIMIZER`` is unknown.
-    """
-    solver = cfg.SOLVER
-    common = dict(
-        weight_decay=solver.WEIGHT_DECAY,
-        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
-        bias_lr_factor=solver.BIAS_LR_FACTOR,
-        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
-    )
-    slow: List[nn.Module] = []
-    if isinstance(model, RelDN):
-        slow = [x for x in (model.predicate_backbone, *model.relation_head.box_heads) if x]
-    slow_parameters = {id(p) for module in slow for p in module.parameters()}
-    groups = get_default_optimizer_params(
-        nn.ModuleList(slow), base_lr=solver.BASE_LR * solver.BACKBONE_MULTIPLIER, **common
-    )
-    for group in get_default_optimizer_params(model, base_lr=solver.BASE_LR, **common):
-        group["params"] = [p for p in group["params"] if id(p) not in slow_parameters]
-        groups.append(group)
-    groups = [group for group in groups if group["params"]]
-    if solver.OPTIMIZER == "SGD":
-        kind, extra = torch.optim.SGD, dict(momentum=solver.MOMENTUM, nesterov=solver.NESTEROV)
-    elif solver.OPTIMIZER == "AdamW":
-        kind, extra = torch.optim.AdamW, {}
-    else:
-        raise ValueError(
-            f"SOLVER.OPTIMIZER is '{solver.OPTIMIZER}'; known: {', '.join(_OPTIMIZERS)}"
-        )
-    kind = maybe_add_gradient_clipping(cfg, kind)
-    return kind(groups, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY, **extra)
-
-
-def build_checkpointer(cfg: CfgNode, model: nn.Module, **kwargs: Any) -> DetectionCheckpointer:
-    """A :class:`RelDNCheckpointer` for RelDN, Detectron2's own for any other model."""
+def build_checkpointer(cfg: CfgNode, model: nn.Module, **kwargs: Any) -> DetectorCheckpointer:
+    """A :class:`RelDNCheckpointer` for RelDN, a :class:`DetectorCheckpointer` for any other."""
+    kwargs.setdefault("matching_only", cfg.MODEL.RELDN.LOAD.MATCHING_ONLY)
+    kwargs.setdefault("allow_pickle", cfg.MODEL.RELDN.LOAD.ALLOW_PICKLE)
     if not isinstance(_unwrap(model), RelDN):
-        return DetectionCheckpointer(model, cfg.OUTPUT_DIR, **kwargs)
+        return DetectorCheckpointer(model, cfg.OUTPUT_DIR, **kwargs)
     names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
     metadata = MetadataCatalog.get(names[0]) if names else None
     return RelDNCheckpointer(
@@ -127,13 +97,32 @@ def ensure_frequency_table(cfg: CfgNode, model: nn.Module) -> Optional[RelationS
     return statistics
 
 
+def _wrap_for_distribution(model: nn.Module) -> nn.Module:
+    """Detectron2's ``create_ddp_model``, which does not know models on the CPU."""
+    if next(model.parameters()).device.type != "cpu":
+        return create_ddp_model(model, broadcast_buffers=False)
+    if comm.get_world_size() == 1:
+        return model
+    return DistributedDataParallel(model, broadcast_buffers=False)
+
+
+def _training_step(cfg: CfgNode) -> type:
+    """The class of Detectron2 that takes one step; with mixed precision where the config says."""
+    if not cfg.SOLVER.AMP.ENABLED:
+        return SimpleTrainer
+    return CPUAMPTrainer if torch.device(cfg.MODEL.DEVICE).type == "cpu" else AMPTrainer
+
+
 def check_counts(cfg: CfgNode) -> None:
     """Compare the numbers of classes and predicates of the config with those of its data sets.
 
     Raises:
         ValueError: they differ; with both numbers and the key.
     """
-    pairs = [("thing_classes", "MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES)]
+    names = (cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.RELDN.DETECTOR)
+    node = "RETINANET" if any(x.startswith("RetinaNet") for x in names) else "ROI_HEADS"
+    key = f"MODEL.{node}.NUM_CLASSES"
+    pairs = [("thing_classes", key, cfg.MODEL[node].NUM_CLASSES)]
     if predicts_relations(cfg):
         number = cfg.MODEL.ROI_RELATION_HEAD.NUM_PREDICATES
         pairs.append(("predicate_classes", "MODEL.ROI_RELATION_HEAD.NUM_PREDICATES", number))
@@ -150,22 +139,72 @@ def check_counts(cfg: CfgNode) -> None:
 class RelDNTrainer(DefaultTrainer):
     """``DefaultTrainer`` for RelDN and, with any other meta-architecture, for its detector."""
 
+    def __init__(self, cfg: CfgNode):
+        """
+        Args:
+            cfg: with :func:`.config.add_reldn_config`'s keys. With
+                ``SOLVER.REFERENCE_WORLD_SIZE`` batch, rate and schedule are rescaled to the number
+                of processes, as Detectron2 does.
+        """
+        TrainerBase.__init__(self)  # DefaultTrainer's own builds its checkpointer and DDP itself
+        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
+            setup_logger()
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        data_loader = self.build_train_loader(cfg)
+        model = _wrap_for_distribution(model)
+        self.losses = FiniteLosses(model)
+        self._trainer = _training_step(cfg)(model, data_loader, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = build_checkpointer(cfg, model, trainer=weakref.proxy(self))
+        self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        # The order of the data and all random choices follow from it; it is in the checkpoint.
+        self.seed: int = getattr(data_loader, "seed", max(cfg.SEED, 0))
+        self.register_hooks(self.build_hooks())
+
+    def build_hooks(self) -> List[Any]:
+        """Detectron2's hooks; random choices that a resumed run repeats; the best checkpoint."""
+        hooks = [SeedEachIteration(lambda: self.seed), *super().build_hooks()]
+        best = self.cfg.SOLVER.BEST_CHECKPOINT
+        if best.METRIC and comm.is_main_process():
+            if self.cfg.TEST.EVAL_PERIOD <= 0:
+                raise ValueError("SOLVER.BEST_CHECKPOINT.METRIC needs a TEST.EVAL_PERIOD above 0.")
+            keeper = BestKeeper(
+                self.cfg.TEST.EVAL_PERIOD, self.checkpointer, best.METRIC, best.MODE
+            )
+            hooks.insert(-1, keeper)  # after the evaluation, before the writers
+        return hooks
+
     def build_writers(self) -> List[Any]:
         """Detectron2's writers, and one for the statistics of the relation head."""
         return [*super().build_writers(), RelationStatisticsPrinter()]
 
-    def build_hooks(self):
-        """Detectron2's hooks, saving and loading through :func:`build_checkpointer`."""
-        state = self.checkpointer.checkpointables
-        self.checkpointer = build_checkpointer(self.cfg, self.model, **state)
-        return super().build_hooks()
-
     def resume_or_load(self, resume: bool = True) -> None:
-        """As Detectron2's; a run that starts anew also counts the frequency table."""
+        """As Detectron2's; a run that starts anew also counts the frequency table.
+
+        A resumed run goes on with the batches and the random choices that would have come next.
+        """
+        if resume and self.checkpointer.has_checkpoint():
+            self.checkpointer.matching_only = False  # what a run has saved fits as a whole
         super().resume_or_load(resume=resume)
+        if hasattr(self.data_loader, "seek"):
+            self.data_loader.seek(self.start_iter, self.seed)
+        elif self.start_iter:
+            logger.warning("This data loader cannot be resumed: the order of images starts anew.")
         statistics = ensure_frequency_table(self.cfg, self.model)
         if statistics is not None:
             self.checkpointer.description["statistics"] = statistics.description()
+
+    def run_step(self) -> None:
+        """One step; a loss that is not finite stops the training with the images of the batch."""
+        try:
+            super().run_step()
+        except FloatingPointError:
+            self.losses.check(self.iter)
+            raise  # the loss of another process, whose message names its images
+        self.losses.check(self.iter)
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -173,13 +212,15 @@ class RelDNTrainer(DefaultTrainer):
         return super().build_model(cfg)
 
     def state_dict(self) -> Dict[str, Any]:
-        """As Detectron2's, with the optimiser's state, which v0.6 leaves out."""
+        """As Detectron2's, with the optimiser's state, which v0.6 leaves out, and the seed."""
         state = super(DefaultTrainer, self).state_dict()
         state["_trainer"] = self._trainer.state_dict()
+        state["seed"] = self.seed
         return state
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         super(DefaultTrainer, self).load_state_dict(state_dict)
+        self.seed = state_dict.get("seed", self.seed)
         if "_trainer" in state_dict:
             self._trainer.load_state_dict(state_dict["_trainer"])
         else:
@@ -192,15 +233,20 @@ class RelDNTrainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
         mapper = RelationDatasetMapper(cfg, is_train=True)
-        for name in cfg.DATASETS.TRAIN:  # before Detectron2 filters them by their annotations
-            for record in DatasetCatalog.get(name):
-                check_annotations(record, mapper.num_classes, mapper.num_predicates)
-        return build_detection_train_loader(cfg, mapper=mapper)
+        return build_train_loader(cfg, mapper, mapper.num_classes, mapper.num_predicates)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+        mapper = RelationDatasetMapper(cfg, is_train=False)
+        files = detection_files(cfg, is_train=False)
+        if not files:
+            return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        path = files[list(cfg.DATASETS.TEST).index(dataset_name)]
+        dicts = get_detection_dataset_dicts(dataset_name, filter_empty=False)
         return build_detection_test_loader(
-            cfg, dataset_name, mapper=RelationDatasetMapper(cfg, is_train=False)
+            dataset=attach_detections(dicts, dataset_name, path, mapper.num_classes),
+            mapper=mapper,
+            num_workers=cfg.DATALOADER.NUM_WORKERS,
         )
 
     @classmethod
@@ -225,10 +271,12 @@ class RelDNTrainer(DefaultTrainer):
     def evaluate_checkpoint(cls, cfg: CfgNode, resume: bool = False) -> Dict[str, Any]:
         """Build the model, load ``MODEL.WEIGHTS`` (or the last checkpoint) and evaluate it."""
         model = cls.build_model(cfg)
-        checkpointer = build_checkpointer(cfg, model)
+        checkpointer = build_checkpointer(cfg, model, complete=True)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
         ensure_frequency_table(cfg, model)
-        if getattr(checkpointer, "started_from_detector", False):
+        head = getattr(model, "relation_head", None)
+        untrained = [x for x in (getattr(head, "spatial", 0), getattr(head, "visual", 0)) if x]
+        if getattr(checkpointer, "started_from_detector", False) and untrained:
             logger.warning(
                 f"MODEL.WEIGHTS ({cfg.MODEL.WEIGHTS}) is a detector: apart from the frequency "
                 "table the relation head is untrained. To evaluate a trained RelDN, name its "

@@ -20,6 +20,7 @@ from model_utils import (
 
 import reldn_d2
 from reldn_d2 import RelDNCheckpointer, initialize_relation_branch
+from reldn_d2.checkpoint import DetectorCheckpointer
 from reldn_d2.engine import RelDNTrainer, build_checkpointer, ensure_frequency_table
 from reldn_d2.modeling.relation_head.semantic import SemanticModule
 
@@ -295,7 +296,7 @@ def test_checkpointer_of_each_kind_of_model(tmp_path, dataset):
     assert isinstance(ours, RelDNCheckpointer)
     assert ours.description["thing_classes"] == CLASSES
     theirs = build_checkpointer(cfg, small_model(config=DETECTOR))
-    assert type(theirs) is DetectionCheckpointer and theirs.save_dir == str(tmp_path)
+    assert type(theirs) is DetectorCheckpointer and theirs.save_dir == str(tmp_path)
 
 
 def test_distributed_training_takes_any_batch_and_its_checkpoint_loads(tmp_path, detector):

@@ -11,8 +11,6 @@ import pickle
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-
-
 import numpy as np
 import torch
 

@@ -142,5 +142,5 @@ class VGG16BoxHead(nn.Sequential):
 
     @property
     def output_shape(self) -> ShapeSpec:
-        """d channels."""
+        """Shape of a vector: its d channels."""
         return ShapeSpec(channels=self.fc7.out_features)

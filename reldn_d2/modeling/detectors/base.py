@@ -42,7 +42,10 @@ class EntityDetector(nn.Module, ABC):
 
     Attributes:
         model: the detector itself, a Detectron2 meta-architecture; checkpoints load into it.
+        backbone_only_hint: what to do where a checkpoint has a backbone but not the rest.
     """
+
+    backbone_only_hint = "It looks like a backbone only: train the detector on your data set first."
 
     def __init__(self, model: nn.Module):
         super().__init__()

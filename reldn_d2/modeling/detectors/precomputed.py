@@ -60,6 +60,11 @@ class PrecomputedDetector(EntityDetector):
     them, see :func:`.base.classify_by_overlap`.
     """
 
+    backbone_only_hint = (
+        "If it has no box head, set MODEL.RELDN.PRECOMPUTED_BOX_HEAD to False: the relation box "
+        "heads then start from random weights."
+    )
+
     @configurable
     def __init__(
         self,

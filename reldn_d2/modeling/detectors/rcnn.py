@@ -139,7 +139,7 @@ class Res5BoxHead(nn.Module):
 
     @property
     def output_shape(self) -> ShapeSpec:
-        """d channels."""
+        """Shape of a vector: its d channels."""
         return ShapeSpec(channels=self.res5[-1].out_channels)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,0 +1,111 @@
+"""Reading checkpoint files without running what is in them, and writing them whole or not at all.
+
+==========  =====================================================  ==============================
+Suffix      What it is                                             How it is read
+==========  =====================================================  ==============================
+.pth, .pt   torch's format: ours, Detectron2's, torchvision's      tensors and plain types only
+.pkl        a pickle: Detectron2's model zoo, Caffe2's             arrays and plain types only
+.pyth       torch's format, by pycls                               tensors and plain types only
+==========  =====================================================  ==============================
+
+Anything else in a file is an error, unless unpickling is allowed explicitly: it can run code.
+"""
+
+import os
+import pickle
+from contextlib import contextmanager
+from typing import IO, Any, Dict, Iterator, Optional
+
+import torch
+from torch import Tensor
+
+from .modeling.backbone.vgg import TORCHVISION_NAMES
+
+__all__ = ["from_torchvision_vgg16", "read_checkpoint", "replace_file"]
+
+# What a pickle of numpy arrays in dicts is made of.
+_HARMLESS = {
+    ("_codecs", "encode"),
+    ("builtins", "bytearray"),
+    ("builtins", "complex"),
+    ("builtins", "set"),
+    ("collections", "OrderedDict"),
+    ("collections", "defaultdict"),
+    *(
+        (f"numpy.{core}.{module}", name)
+        for core in ("core", "_core")
+        for module, name in (
+            ("multiarray", "_reconstruct"),
+            ("multiarray", "scalar"),
+            ("numeric", "_frombuffer"),
+        )
+    ),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+}
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Unpickles dicts, lists, numbers, text and numpy arrays; refuses everything else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _HARMLESS:
+            raise pickle.UnpicklingError(f"it holds {module}.{name}")
+        return super().find_class(module, name)
+
+
+def read_checkpoint(path: str, allow_pickle: bool = False) -> Dict[str, Any]:
+    """What a checkpoint file holds.
+
+    Args:
+        path: a local file.
+        allow_pickle: unpickle whatever it holds, which can run code.
+
+    Raises:
+        ValueError: it is broken, or holds Python objects and ``allow_pickle`` is off.
+    """
+    try:
+        if not path.endswith(".pkl"):
+            return torch.load(path, map_location="cpu", weights_only=not allow_pickle)
+        with open(path, "rb") as file:
+            kind = pickle.Unpickler if allow_pickle else _ArraysOnly
+            return kind(file, encoding="latin1").load()
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is broken or holds more than tensors and plain types, and is not unpickled, "
+            "since that can run code. If you trust the file, set MODEL.RELDN.LOAD.ALLOW_PICKLE to "
+            f"True. ({str(error).splitlines()[0][:200]})"
+        ) from error
+    except (EOFError, RuntimeError, ModuleNotFoundError, AttributeError) as error:
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint: it is broken or cut off, or of another "
+            f"format. ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
+        ) from error
+
+
+def from_torchvision_vgg16(state: Dict[str, Any]) -> Optional[Dict[str, Tensor]]:
+    """The weights of torchvision's VGG16 under the names of a detector; None if it is no VGG16.
+
+    fc8, the classifier of ImageNet, has no place in a detector and is left out.
+    """
+    if not {"features.28.weight", "classifier.0.weight", "classifier.3.weight"} <= set(state):
+        return None
+    return {
+        f"{TORCHVISION_NAMES[layer]}.{kind}": state[f"{layer}.{kind}"]
+        for layer in TORCHVISION_NAMES
+        for kind in ("weight", "bias")
+    }
+
+
+@contextmanager
+def replace_file(path: str, mode: str = "wb") -> Iterator[IO]:
+    """Open a file to write that takes the place of ``path`` only when it is complete.
+
+    An interruption at any moment leaves the old file, if there was one, as it was.
+    """
+    temporary = f"{path}.tmp"
+    with open(temporary, mode) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
