@@ -119,7 +119,7 @@ class BestKeeper(BestCheckpointer):
     def _best_checking(self) -> None:
         latest = self.trainer.storage.latest()
         if self._metric not in latest:
-            known = sorted(name for name in latest if "/" in name)
+            known = [x for x in sorted(latest) if "/" in x and not x.startswith("reldn/")]
             raise KeyError(
                 f"SOLVER.BEST_CHECKPOINT.METRIC is '{self._metric}', which the evaluation did not "
                 f"give; it gave {', '.join(known)}."

@@ -1,6 +1,7 @@
 """The config keys, errors that help, and every YAML of the repository."""
 
 import pytest
+import torch
 from model_utils import CLASSES, PREDICATES, ROOT, small_config
 
 import reldn_d2
@@ -8,6 +9,7 @@ from reldn_d2.modeling import RelDN
 
 from detectron2.config import get_cfg
 from detectron2.data import MetadataCatalog
+from detectron2.engine import DefaultTrainer
 from detectron2.modeling import build_model
 
 YAMLS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml"))
@@ -101,22 +103,77 @@ def test_every_config_is_found():
     assert {"configs/Toy/reldn.yaml", "configs/VRD/reldn_R_50_FPN.yaml"} <= set(YAMLS)
 
 
+def merged(yaml, *options):
+    cfg = new_config()
+    reldn_d2.merge_config(cfg, str(ROOT / yaml), list(options))
+    return cfg
+
+
 @pytest.mark.parametrize("yaml", YAMLS)
 def test_config_merges_builds_and_fits_its_data_set(yaml):
-    cfg = new_config()
-    reldn_d2.merge_config(cfg, str(ROOT / yaml), ["MODEL.DEVICE", "cpu"])
-    model = build_model(cfg)
+    cfg = merged(yaml, "MODEL.DEVICE", "meta")  # the structure alone: no memory, no time
+    with torch.device("meta"):
+        model = build_model(cfg)
     assert type(model).__name__ == cfg.MODEL.META_ARCHITECTURE
-    names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
     if isinstance(model, RelDN):
-        assert any(p.requires_grad for p in model.relation_head.parameters())
-        if not yaml.rsplit("/", 1)[-1].startswith("Base-"):
+        parts = ("relation_head.spatial", "relation_head.visual")
+        trained = {n for n, p in model.named_parameters() if p.requires_grad}
+        has_modules = any(n.startswith(parts) for n in trained)
+        assert has_modules != cfg.MODEL.ROI_RELATION_HEAD.SEMANTIC.FREEZE
+        if not yaml.rsplit("/", 1)[-1].startswith("Base-") and "precomputed" not in yaml:
             assert cfg.MODEL.WEIGHTS, "RelDN starts from a detector"
-    for name in names:
+        for box_head in model.relation_head.box_heads:  # of the detector's kind
+            assert model.detector.box_head is None or type(box_head) is type(
+                model.detector.box_head
+            )
+    number = cfg.MODEL["RETINANET" if "retinanet" in yaml else "ROI_HEADS"].NUM_CLASSES
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         metadata = MetadataCatalog.get(name)
-        assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == len(metadata.thing_classes)
-        if isinstance(model, RelDN):
-            assert cfg.MODEL.ROI_RELATION_HEAD.NUM_PREDICATES == len(metadata.predicate_classes)
+        if metadata.get("thing_classes") is not None:
+            assert number == len(metadata.thing_classes)
+            if isinstance(model, RelDN):
+                predicates = metadata.predicate_classes
+                assert cfg.MODEL.ROI_RELATION_HEAD.NUM_PREDICATES == len(predicates)
+
+
+@pytest.mark.parametrize("yaml", [x for x in YAMLS if "Toy" not in x and "small" not in x])
+def test_released_schedules_fit_any_number_of_gpus(yaml):
+    solver = merged(yaml).SOLVER
+    assert solver.REFERENCE_WORLD_SIZE == solver.IMS_PER_BATCH == 8
+    assert (solver.BASE_LR, solver.MOMENTUM, solver.WEIGHT_DECAY) == (0.01, 0.9, 1e-4)
+    assert (solver.BACKBONE_MULTIPLIER, solver.BIAS_LR_FACTOR) == (0.1, 2.0)
+    assert solver.WEIGHT_DECAY_BIAS == 0.0 and solver.WARMUP_ITERS == 500
+    one = DefaultTrainer.auto_scale_workers(merged(yaml), 1).SOLVER
+    assert (one.IMS_PER_BATCH, one.MAX_ITER) == (1, 8 * solver.MAX_ITER)
+
+
+def test_released_hyper_parameters():
+    full, mini = (
+        merged(f"configs/OpenImages/{prefix}reldn_X_101_64x4d_FPN.yaml") for prefix in ("", "mini_")
+    )
+    assert (full.SOLVER.MAX_ITER, full.SOLVER.STEPS) == (80930, (53954, 71937))
+    assert (mini.SOLVER.MAX_ITER, mini.SOLVER.STEPS) == (6750, (4500, 6000))
+    assert full.MODEL.RESNETS.STRIDE_IN_1X1 is False and full.MODEL.RESNETS.NUM_GROUPS == 64
+    assert full.TEST.RELATIONS.PREDICATES_PER_PAIR == [2]
+    vg = merged("configs/VG/reldn_VGG16.yaml")
+    assert (vg.SOLVER.MAX_ITER, vg.SOLVER.STEPS) == (62723, (41815, 55754))
+    assert not vg.MODEL.ROI_RELATION_HEAD.SPATIAL.ENABLED
+    assert vg.MODEL.ANCHOR_GENERATOR.SIZES == [[32, 64, 128, 256, 512]]
+    vrd = merged("configs/VRD/reldn_VGG16_COCO.yaml")
+    assert (vrd.SOLVER.MAX_ITER, vrd.SOLVER.STEPS) == (7560, (5040, 6720))
+    for cfg in (full, mini, vg, vrd):
+        assert cfg.MODEL.ROI_RELATION_HEAD.OVERLAP_FILTER
+        assert cfg.INPUT.MIN_SIZE_TRAIN == (800,) and cfg.INPUT.MAX_SIZE_TRAIN == 1333
+
+
+def test_ablations_differ_in_one_thing_only():
+    base = merged("configs/OpenImages/mini_reldn_X_101_64x4d_FPN.yaml")
+    for yaml in (x for x in YAMLS if "Ablations" in x):
+        cfg = merged(yaml)
+        assert cfg.MODEL.ROI_RELATION_HEAD != base.MODEL.ROI_RELATION_HEAD
+        cfg.MODEL.ROI_RELATION_HEAD = base.MODEL.ROI_RELATION_HEAD
+        cfg.OUTPUT_DIR = base.OUTPUT_DIR
+        assert cfg == base
 
 
 def test_class_names_of_the_tests_are_the_toy_sets():

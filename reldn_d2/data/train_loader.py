@@ -131,6 +131,7 @@ class TrainLoader:
             batch_sampler=islice(self.indices(), self.start, None),
             num_workers=self.num_workers,
             collate_fn=_as_list,
+            generator=torch.Generator(),  # the global one is the model's
         )
 
 
