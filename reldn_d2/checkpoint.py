@@ -30,7 +30,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _RELDN_PREFIXES = ("detector.model.", "relation_head.", "predicate_backbone.")
-_PYCLS_COUNTER = "num_batches_tracked"
+_COUNTER = "num_batches_tracked"
 
 
 def _copy_weights(target: nn.Module, source: nn.Module) -> None:
@@ -186,7 +186,7 @@ class DetectorCheckpointer(DetectionCheckpointer):
             return {"model": blobs, "__author__": "Caffe2", "matching_heuristics": True}
         if filename.endswith(".pyth"):
             state = data.get("model_state", {})
-            state = {name: x for name, x in state.items() if not name.endswith(_PYCLS_COUNTER)}
+            state = {name: x for name, x in state.items() if not name.endswith(_COUNTER)}
             return {"model": state, "__author__": "pycls", "matching_heuristics": True}
         data = data if "model" in data else {"model": data}
         if "matching_heuristics=True" in self._path.partition("?")[2]:
@@ -204,9 +204,10 @@ class DetectorCheckpointer(DetectionCheckpointer):
         """Say in one line what went where; raise if something that must be loaded was not."""
         where = f"{kind} checkpoint {self._path}"
         not_loaded = {*incompatible.missing_keys, *(x[0] for x in incompatible.incorrect_shapes)}
+        not_loaded |= {name for name in module.state_dict() if name.endswith(_COUNTER)}
         loaded = [name for name in module.state_dict() if name not in not_loaded]
         parts = Counter(_part_of(name) for name in loaded)
-        unused = max(number - len(loaded) - len(incompatible.incorrect_shapes), 0)
+        unused = len(incompatible.unexpected_keys)
         logger.info(
             f"Loaded {len(loaded)} weights of the {where}: "
             + (", ".join(f"{count} into {part}" for part, count in parts.items()) or "none")
@@ -232,6 +233,7 @@ class DetectorCheckpointer(DetectionCheckpointer):
                 f"{where} lacks {len(missing)} weights of the model, among them "
                 f"{', '.join(missing[:3])}. {hint}"
             )
+        not_loaded = [name for name in not_loaded if not name.endswith(_COUNTER)]
         if not_loaded and self.matching_only:
             logger.warning(
                 f"{len(not_loaded)} weights stay as initialised (MODEL.RELDN.LOAD.MATCHING_ONLY), "
@@ -247,7 +249,7 @@ class DetectorCheckpointer(DetectionCheckpointer):
 
 def _must_load(module: nn.Module, name: str, complete: bool) -> bool:
     """Whether a missing weight is an error; a detector's training may start from its backbone."""
-    if "pixel_" in name or name.endswith(_PYCLS_COUNTER):
+    if "pixel_" in name or name.endswith(_COUNTER):
         return False
     has_fpn = hasattr(getattr(module, "backbone", None), "bottom_up")
     return complete or name.startswith("backbone.bottom_up." if has_fpn else "backbone.")

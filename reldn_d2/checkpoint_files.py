@@ -76,7 +76,7 @@ def read_checkpoint(path: str, allow_pickle: bool = False) -> Dict[str, Any]:
             "since that can run code. If you trust the file, set MODEL.RELDN.LOAD.ALLOW_PICKLE to "
             f"True. ({str(error).splitlines()[0][:200]})"
         ) from error
-    except (EOFError, RuntimeError, ModuleNotFoundError, AttributeError) as error:
+    except (EOFError, OSError, RuntimeError, ModuleNotFoundError, AttributeError) as error:
         raise ValueError(
             f"{path} cannot be read as a checkpoint: it is broken or cut off, or of another "
             f"format. ({type(error).__name__}: {str(error).splitlines()[0][:200]})"

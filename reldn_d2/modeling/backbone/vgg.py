@@ -43,7 +43,8 @@ class VGG16(Backbone):
     As in Faster R-CNN the pooling after the fifth block is left out.
 
     Attributes:
-        stage_names: ``conv1`` to ``conv5``, which are also the names of the maps.
+        stage_names: ``conv1`` to ``conv5``, or to the last block that is put out; also the names of
+            the maps.
     """
 
     def __init__(
@@ -62,11 +63,18 @@ class VGG16(Backbone):
             freeze_at: so many blocks, from the first, are not trained.
         """
         super().__init__()
-        self.stage_names: List[str] = []
+        names = [f"conv{number}" for number in range(1, 6)]
+        unknown = set(out_features) - set(names)
+        if unknown or not out_features:
+            raise ValueError(
+                f"MODEL.VGG.OUT_FEATURES names {sorted(unknown) or 'nothing'}; VGG16 has {names}."
+            )
+        self.stage_names: List[str] = names[: max(map(names.index, out_features)) + 1]
         self._out_features = list(out_features)
         self._out_feature_channels, self._out_feature_strides = {}, {}
-        for number, (count, factor) in enumerate(zip(_CONVOLUTIONS, _FACTORS), 1):
-            name, channels = f"conv{number}", width * factor
+        blocks = zip(self.stage_names, _CONVOLUTIONS, _FACTORS)
+        for number, (name, count, factor) in enumerate(blocks, 1):
+            channels = width * factor
             layers = OrderedDict() if number == 1 else OrderedDict(pool=nn.MaxPool2d(2, 2))
             for layer in range(1, count + 1):
                 convolution = nn.Conv2d(in_channels, channels, 3, padding=1)
@@ -75,16 +83,10 @@ class VGG16(Backbone):
                 layers[f"relu{number}_{layer}"] = nn.ReLU(inplace=True)
                 in_channels = channels
             self.add_module(name, nn.Sequential(layers))
-            self.stage_names.append(name)
             self._out_feature_channels[name] = channels
             self._out_feature_strides[name] = 2 ** (number - 1)
             if number <= freeze_at:
                 getattr(self, name).requires_grad_(False)
-        unknown = set(out_features) - set(self.stage_names)
-        if unknown:
-            raise ValueError(
-                f"MODEL.VGG.OUT_FEATURES names {sorted(unknown)}; VGG16 has {self.stage_names}."
-            )
 
     def forward(self, x: Tensor) -> Dict[str, Tensor]:
         """

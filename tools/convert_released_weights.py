@@ -1,0 +1,300 @@
+r"""Convert a checkpoint of the authors' released code into one of this project.
+
+Example::
+
+    python tools/convert_released_weights.py model_step80929.pth output/released/oi.pth \
+        --config-file configs/OpenImages/reldn_X_101_64x4d_FPN.yaml
+
+The config says what the checkpoint is: backbone, classes, predicates, modules. Beside the new
+checkpoint a YAML file is written with that config and the released code's own way of preparing
+images, to be used with it. Every weight of the model must be found; those left over are named.
+"""
+
+import argparse
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, Dict, List, Optional, Sequence
+
+import torch
+from torch import Tensor
+
+import reldn_d2
+from reldn_d2.checkpoint_files import read_checkpoint, replace_file
+from reldn_d2.modeling.backbone.vgg import TORCHVISION_NAMES
+
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import MetadataCatalog
+from detectron2.modeling import build_model
+
+# How the released code (as Detectron before it) prepares images and pools.
+RELEASED = (
+    *("INPUT.FORMAT", "BGR", "MODEL.PIXEL_MEAN", [102.9801, 115.9465, 122.7717]),
+    *("MODEL.PIXEL_STD", [1.0, 1.0, 1.0], "MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIAlign"),
+    *("MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO", 2),
+    *("MODEL.ROI_RELATION_HEAD.POOLER_TYPE", "ROIAlign"),
+)
+_FROZEN_BN_EPSILON = 1e-5
+
+# Module here: module there. Box heads and backbones occur several times.
+_HEADS = {
+    "detector.model.roi_heads.box_head": "Box_Head",
+    "relation_head.subject_box_head": "S_Head",
+    "relation_head.object_box_head": "O_Head",
+    "relation_head.predicate_box_head": "Prd_RCNN.Box_Head",
+}
+_BODIES = {"detector.model.backbone": "Conv_Body", "predicate_backbone": "Prd_RCNN.Conv_Body"}
+_FULLY_CONNECTED = {"fc1": "fc1", "fc2": "fc2", "fc6": "fc1", "fc7": "fc2"}
+_FPN = {
+    "fpn_lateral5": "conv_top",
+    **{f"fpn_lateral{4 - i}": f"topdown_lateral_modules.{i}.conv_lateral" for i in range(3)},
+    **{f"fpn_output{5 - i}": f"posthoc_modules.{i}" for i in range(4)},
+}
+_RPN = {"conv": "conv", "objectness_logits": "cls_score", "anchor_deltas": "bbox_pred"}
+_LAYERS = {
+    "relation_head.visual.first": "RelDN.prd_cls_feats.0",
+    "relation_head.visual.rest.1": "RelDN.prd_cls_feats.2",
+    "relation_head.visual.rest.3": "RelDN.prd_cls_scores",
+    "relation_head.visual.subject_skip": "RelDN.prd_sbj_scores",
+    "relation_head.visual.object_skip": "RelDN.prd_obj_scores",
+    "relation_head.spatial.0": "RelDN.spt_cls_feats.0",
+    "relation_head.spatial.2": "RelDN.spt_cls_feats.2",
+    "relation_head.spatial.4": "RelDN.spt_cls_scores",
+    "relation_head.semantic.table": "RelDN.freq_bias.rel_baseline",
+    "detector.model.roi_heads.box_predictor.cls_score": "Box_Outs.cls_score",
+    "detector.model.roi_heads.box_predictor.bbox_pred": "Box_Outs.bbox_pred",
+}
+_BACKGROUND_FIRST = (
+    "relation_head.visual.rest.3",
+    "relation_head.visual.subject_skip",
+    "relation_head.visual.object_skip",
+    "relation_head.spatial.4",
+    "detector.model.roi_heads.box_predictor.cls_score",
+)
+
+
+def background_last(x: Tensor, dim: int = 0) -> Tensor:
+    """Move the first row ("background", "no relationship") to the end."""
+    return x.roll(-1, dims=dim)
+
+
+def background_first(x: Tensor, dim: int = 0) -> Tensor:
+    """Move the last row to the front."""
+    return x.roll(1, dims=dim)
+
+
+@dataclass
+class Rule:
+    """One weight: its name there, and how its values are turned into ours and back."""
+
+    name: str
+    to_ours: Callable[[Tensor], Tensor] = lambda x: x
+    to_theirs: Callable[[Tensor], Tensor] = lambda x: x
+
+
+def _table_to_ours(x: Tensor, num_classes: int) -> Tensor:
+    """(K * K, P + 1), or with a background class ((K + 1) ** 2, P + 1), to (K * K, P + 1)."""
+    if len(x) == (num_classes + 1) ** 2:
+        grid = x.view(num_classes + 1, num_classes + 1, -1)
+        x = grid[1:, 1:].reshape(num_classes**2, -1)
+    return background_last(x, 1)
+
+
+def _anchors(cfg: CfgNode, values: int) -> Sequence[int]:
+    """Their row of each of our rows: they go through ratios, then sizes; Detectron2 the reverse."""
+    sizes = len(cfg.MODEL.ANCHOR_GENERATOR.SIZES[0])
+    ratios = len(cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS[0])
+    order = torch.arange(sizes * ratios * values).view(ratios, sizes, values)
+    return order.transpose(0, 1).reshape(-1)
+
+
+def _rpn_rule(cfg: CfgNode, layer: str, name: str) -> Rule:
+    if layer == "conv":
+        return Rule(name)
+    order = _anchors(cfg, 4 if layer == "anchor_deltas" else 1)
+
+    def to_ours(x: Tensor) -> Tensor:
+        if layer == "objectness_logits" and len(x) == 2 * len(order):  # a softmax of two logits
+            x = x[len(order) :] - x[: len(order)]
+        return x[order]
+
+    return Rule(name, to_ours, lambda x: x[torch.argsort(order)])
+
+
+def _body_name(layer: str) -> Optional[str]:
+    """Of a layer of the backbone, their name below ``Conv_Body``; None: no such weight there."""
+    if layer in _FPN:
+        return _FPN[layer]
+    index = {ours: theirs for theirs, ours in TORCHVISION_NAMES.items()}.get(f"backbone.{layer}")
+    if index is not None:
+        return index
+    match = re.fullmatch(r"(?:bottom_up\.)?(stem|res\d\.\d+)\.(conv\d|shortcut)(\.norm)?", layer)
+    if match is None:
+        return None
+    block, convolution, norm = match.groups()
+    block = "res1" if block == "stem" else block
+    if convolution == "shortcut":
+        return f"conv_body.{block}.downsample.{1 if norm else 0}"
+    return f"conv_body.{block}.{convolution.replace('conv', 'bn') if norm else convolution}"
+
+
+def rule_of(name: str, cfg: CfgNode) -> Optional[Rule]:
+    """How a weight of a RelDN is found in a released checkpoint; None: it is not in there.
+
+    Args:
+        name: in the model's state dict.
+        cfg: of the model.
+
+    Raises:
+        KeyError: the released code has nothing like it.
+    """
+    layer, _, kind = name.rpartition(".")
+    if kind in ("running_mean", "running_var", "counted"):
+        return None
+    if layer in _LAYERS:
+        theirs, num_classes = f"{_LAYERS[layer]}.{kind}", cfg.MODEL.ROI_HEADS.NUM_CLASSES
+        if layer in _BACKGROUND_FIRST:
+            return Rule(theirs, background_last, background_first)
+        if layer.endswith("bbox_pred") and not cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG:
+            return Rule(theirs, lambda x: x[4:], lambda x: torch.cat([torch.zeros_like(x[:4]), x]))
+        if layer.endswith("table"):
+            return Rule(
+                theirs,
+                lambda x: _table_to_ours(x, num_classes),
+                lambda x: background_first(x, 1),
+            )
+        return Rule(theirs)
+    parent, _, leaf = layer.rpartition(".")
+    if parent in _HEADS and leaf in _FULLY_CONNECTED:
+        return Rule(f"{_HEADS[parent]}.{_FULLY_CONNECTED[leaf]}.{kind}")
+    if parent == "detector.model.proposal_generator.rpn_head" and leaf in _RPN:
+        prefix = "RPN.FPN_RPN_" if "FPN" in cfg.MODEL.BACKBONE.NAME.upper() else "RPN.RPN_"
+        return _rpn_rule(cfg, leaf, f"{prefix}{_RPN[leaf]}.{kind}")
+    for ours, theirs in _BODIES.items():
+        if layer.startswith(f"{ours}."):
+            found = _body_name(layer[len(ours) + 1 :])
+            if found is not None:
+                return Rule(f"{theirs}.{found}.{kind}")
+    raise KeyError(f"The released code has no weight like {name}: does the config fit?")
+
+
+def _usual_names(state: Dict[str, Tensor], vgg: bool) -> Dict[str, Tensor]:
+    """The same weights, under one name each where the released files have several."""
+    result = {}
+    for name, value in state.items():
+        name = re.sub(r"^module\.", "", name)
+        name = re.sub(r"^freq_bias\.", "RelDN.freq_bias.", name)
+        if vgg:  # torchvision's containers, under whatever name they were put
+            name = re.sub(
+                r"(Conv_Body)\.(?:\w+\.)*(\d+\.(?:weight|bias))$", r"\1.features.\2", name
+            )
+            name = re.sub(r"(_Head)\.\w+\.0\.(weight|bias)$", r"\1.fc1.\2", name)
+            name = re.sub(r"(_Head)\.\w+\.3\.(weight|bias)$", r"\1.fc2.\2", name)
+            name = re.sub(r"(_Head)\.fc6\.", r"\1.fc1.", name)
+            name = re.sub(r"(_Head)\.fc7\.", r"\1.fc2.", name)
+        result[name] = value
+    return result
+
+
+def _constant(name: str, like: Tensor) -> Tensor:
+    """Weights that only exist here: a frozen BatchNorm that is an affine map, a table counted."""
+    if name.endswith("counted"):
+        return torch.ones_like(like, device="cpu")
+    value = 1.0 - _FROZEN_BN_EPSILON if name.endswith("running_var") else 0.0
+    return torch.full(like.shape, value)
+
+
+def to_ours(state: Dict[str, Tensor], cfg: CfgNode, report: Callable = print) -> Dict[str, Tensor]:
+    """The weights of a released checkpoint as the state dict of a RelDN.
+
+    Args:
+        state: its ``"model"``.
+        cfg: of the RelDN.
+        report: told which of their weights were left over.
+
+    Raises:
+        ValueError: a weight is missing or has another shape, with both.
+    """
+    state = _usual_names(state, vgg=cfg.MODEL.BACKBONE.NAME == "build_vgg16_backbone")
+    result, used = {}, set()
+    for name, like in _structure(cfg).items():
+        rule = rule_of(name, cfg)
+        if rule is None:
+            result[name] = _constant(name, like)
+            continue
+        if rule.name not in state:
+            raise ValueError(
+                f"The checkpoint has no {rule.name}, which {name} is made of. It has "
+                f"{', '.join(sorted(state)[:5])}, ... Is the config that of its experiment?"
+            )
+        value = rule.to_ours(state[rule.name].float())
+        if value.shape != like.shape:
+            raise ValueError(
+                f"{rule.name} has shape {tuple(state[rule.name].shape)}, which gives "
+                f"{tuple(value.shape)} for {name}; the model has {tuple(like.shape)}. Look at the "
+                "numbers of classes and predicates and at the backbone in the config."
+            )
+        result[name] = value.clone()
+        used.add(rule.name)
+    left = sorted(set(state) - used)
+    if left:
+        report(f"{len(left)} weights have no place here: {', '.join(left[:10])}")
+    return result
+
+
+def to_theirs(state: Dict[str, Tensor], cfg: CfgNode) -> Dict[str, Tensor]:
+    """The way back: a RelDN's state dict under the released code's names."""
+    rules = {name: rule_of(name, cfg) for name in _structure(cfg)}
+    return {rule.name: rule.to_theirs(state[name]) for name, rule in rules.items() if rule}
+
+
+def _structure(cfg: CfgNode) -> Dict[str, Tensor]:
+    """Names and shapes of the model's weights, without memory for them."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        return build_model(cfg).state_dict()
+
+
+def convert(source: str, target: Path, cfg: CfgNode, allow_pickle: bool = False) -> None:
+    """Read a released checkpoint and write ours, with a YAML file beside it."""
+    content = read_checkpoint(source, allow_pickle)
+    state = to_ours(content.get("model", content), cfg)
+    metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else None
+    description = {
+        key: list((metadata and metadata.get(key)) or ())
+        for key in ("thing_classes", "predicate_classes")
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replace_file(str(target)) as file:
+        torch.save({"model": state, "reldn": {**description, "config": cfg.dump()}}, file)
+    with replace_file(str(target.with_suffix(".yaml")), "w") as file:
+        file.write(cfg.dump())
+
+
+def main(arguments: Optional[List[str]] = None) -> None:
+    """Parse the command line and convert."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", help="the released checkpoint")
+    parser.add_argument("target", type=Path, help="the file to write, .pth")
+    parser.add_argument("--config-file", required=True, help="the experiment it belongs to")
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="unpickle the file, which can run code"
+    )
+    parser.add_argument("--options", nargs="*", default=[], help="KEY VALUE of the config")
+    args = parser.parse_args(arguments)
+    cfg = get_cfg()
+    reldn_d2.add_reldn_config(cfg)
+    reldn_d2.merge_config(cfg, args.config_file)
+    cfg.merge_from_list(list(RELEASED))
+    reldn_d2.merge_config(cfg, None, [*args.options, "MODEL.WEIGHTS", str(args.target)])
+    convert(args.source, args.target, cfg, args.allow_pickle)
+    print(f"Wrote {args.target}. Evaluate it with --config-file {args.target.with_suffix('.yaml')}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
