@@ -1,6 +1,6 @@
 """What sharing the detector's first stages with the predicate backbone saves, and what it costs.
 
-Seconds and peak memory of a training step of ResNet-50-FPN, and the relations' recall on the built-in
+Seconds and peak memory of a training step of ResNet-50-FPN, and recall of relations on the built-in
 data set after a short training on a trained detector of configs/Toy/detector.yaml.
 """
 
