@@ -236,6 +236,39 @@ def test_predicate_backbone_learns_more_slowly_only_if_it_starts_from_weights(tm
         assert rates[id(weight)] == pytest.approx(cfg.SOLVER.BASE_LR * factor)
 
 
+def test_every_trained_weight_of_retinanets_pyramid_gets_a_gradient():
+    """p6 and p7, and maps that are not pooled from, would have none: they are not trained."""
+    narrow = (
+        *("MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone"),
+        *("MODEL.RESNETS.OUT_FEATURES", ["res3", "res4", "res5"], "MODEL.RESNETS.DEPTH", 50),
+        *("MODEL.RESNETS.STEM_OUT_CHANNELS", 4, "MODEL.FPN.IN_FEATURES", ["res3", "res4", "res5"]),
+        *("MODEL.RETINANET.IN_FEATURES", ["p3", "p4", "p5", "p6", "p7"]),
+        *("MODEL.ANCHOR_GENERATOR.SIZES", [[8], [16], [32], [64], [128]]),
+    )
+    for more in ((), ("MODEL.ROI_RELATION_HEAD.IN_FEATURES", ["p4"])):
+        model = model_of("retinanet_FPN", *narrow, *more).train()
+        with EventStorage():
+            sum(model([busy_item(0)]).values()).backward()
+        body = model.predicate_backbone
+        missing = [n for n, p in body.named_parameters() if p.requires_grad and p.grad is None]
+        assert missing == []
+        frozen = {n.split(".")[0] for n, p in body.named_parameters() if not p.requires_grad}
+        assert "top_block" in frozen and ("fpn_output5" in frozen) == bool(more)
+
+
+def test_backbone_without_a_box_head_for_detections_from_files(tmp_path):
+    source = small_model(seed=4).detector.model.backbone
+    state = {f"backbone.{name}": value for name, value in source.state_dict().items()}
+    torch.save({"model": state}, tmp_path / "backbone.pth")
+    with pytest.raises(ValueError, match="lacks 4 weights.*PRECOMPUTED_BOX_HEAD to False"):
+        RelDNCheckpointer(model_of("precomputed")).load(str(tmp_path / "backbone.pth"))
+    model = model_of("precomputed", "MODEL.RELDN.PRECOMPUTED_BOX_HEAD", False)
+    RelDNCheckpointer(model).load(str(tmp_path / "backbone.pth"))
+    assert model.detector.box_head is None and len(pretrained_modules(model)) == 1
+    for name, value in source.state_dict().items():
+        assert torch.equal(model.predicate_backbone.state_dict()[name], value)
+
+
 class Evil:
     def __reduce__(self):
         return (open, ("/tmp/should_never_exist", "w"))

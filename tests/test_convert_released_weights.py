@@ -160,7 +160,7 @@ def test_their_formula_gives_our_probabilities(tool):
     s, o = pairs.T
     with torch.no_grad():
         entities = head.encode_entities(features, [boxes], [classes], [size])
-        ours = head.pair_logits(entities, predicate, s, o, [4]).softmax(dim=1)
+        ours = head.pair_logits(entities, predicate, s, o).softmax(dim=1)
 
         def layer(name, x):
             return F.linear(x, theirs[f"{name}.weight"], theirs[f"{name}.bias"])

@@ -9,9 +9,15 @@ from torch import Tensor, nn
 
 from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone
-from detectron2.modeling.backbone import Backbone
+from detectron2.modeling.backbone import FPN, Backbone
 
-__all__ = ["LaterStages", "build_predicate_backbone", "record_stages", "share_first_stages"]
+__all__ = [
+    "LaterStages",
+    "build_predicate_backbone",
+    "freeze_unused",
+    "record_stages",
+    "share_first_stages",
+]
 
 KINDS = ("same", "shared", "other")
 
@@ -105,6 +111,34 @@ def record_stages(backbone: nn.Module, names: Sequence[str]) -> Iterator[Dict[st
             handle.remove()
 
 
+def freeze_unused(backbone: nn.Module, wanted: Sequence[str]) -> None:
+    """Take those parts of an FPN out of training that no wanted map depends on.
+
+    They would never get a gradient, which distributed training takes for an error.
+
+    Args:
+        backbone: anything but an FPN is left as it is.
+        wanted: names of the maps that are used.
+    """
+    if not isinstance(backbone, FPN):
+        return
+    wanted_stages = [int(name[1:]) for name in wanted]
+    stages = sorted(
+        int(name[len("fpn_output") :])
+        for name, _ in backbone.named_children()
+        if name.startswith("fpn_output")
+    )
+    uses_top = max(wanted_stages) > stages[-1]
+    if backbone.top_block is not None and not uses_top:
+        backbone.top_block.requires_grad_(False)
+    for stage in stages:
+        feeds_top = uses_top and stage == stages[-1]
+        if stage not in wanted_stages and not feeds_top:
+            getattr(backbone, f"fpn_output{stage}").requires_grad_(False)
+        if stage < min(wanted_stages):
+            getattr(backbone, f"fpn_lateral{stage}").requires_grad_(False)
+
+
 def build_predicate_backbone(cfg: CfgNode) -> nn.Module:
     """Build what ``MODEL.RELDN.PREDICATE_BACKBONE.KIND`` names.
 
@@ -125,8 +159,6 @@ def build_predicate_backbone(cfg: CfgNode) -> nn.Module:
         cfg.defrost()
         cfg.merge_from_list(list(keys.OPTIONS))
     backbone = build_backbone(cfg)
-    if keys.KIND == "shared":
-        return share_first_stages(backbone, keys.SHARE_UNTIL)
     wanted = cfg.MODEL.ROI_RELATION_HEAD.IN_FEATURES or cfg.MODEL.ROI_HEADS.IN_FEATURES
     missing = set(wanted) - set(backbone.output_shape())
     if missing:
@@ -135,4 +167,7 @@ def build_predicate_backbone(cfg: CfgNode) -> nn.Module:
             f"{sorted(backbone.output_shape())}; the relation head pools from {list(wanted)} of "
             "either backbone (MODEL.ROI_RELATION_HEAD.IN_FEATURES)."
         )
+    freeze_unused(backbone, wanted)
+    if keys.KIND == "shared":
+        return share_first_stages(backbone, keys.SHARE_UNTIL)
     return backbone
