@@ -27,6 +27,7 @@ from reldn_d2.modeling.relation_head.semantic import SemanticModule
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.utils.events import EventStorage
+from detectron2.utils.file_io import PathHandler, PathManager
 
 DETECTOR = "configs/Toy/detector.yaml"
 DATASET = "checkpoint_test_set"
@@ -260,6 +261,28 @@ def test_reldn_checkpoint_of_fewer_modules_is_refused(tmp_path):
 def test_missing_file_is_named():
     with pytest.raises(FileNotFoundError, match=r"No checkpoint 'no/such\.pth' .MODEL.WEIGHTS"):
         RelDNCheckpointer(small_model()).load("no/such.pth")
+
+
+def test_files_of_the_model_zoo_come_through_detectron2s_path_manager(tmp_path, detector, caplog):
+    """As detectron2:// and catalog:// do."""
+
+    class Zoo(PathHandler):
+        def _get_supported_prefixes(self):
+            return ["testzoo://"]
+
+        def _get_local_path(self, path, **kwargs):
+            return str(tmp_path / path[len("testzoo://") :])
+
+    write(detector, tmp_path, "pkl")
+    PathManager.register_handler(Zoo(), allow_override=True)
+    model = small_model()
+    with caplog.at_level("INFO", logger="reldn_d2.checkpoint"):
+        RelDNCheckpointer(model).load("testzoo://detector.pkl")
+    assert_equal_state(model.detector.model, detector)
+    (line,) = (x.getMessage() for x in caplog.records if "Loaded" in x.getMessage())
+    count = len([x for x in detector.state_dict() if "num_batches" not in x])
+    assert f"Loaded {count} weights of the detector checkpoint testzoo://detector.pkl" in line
+    assert "into backbone" in line and "into roi_heads.box_head" in line
 
 
 def test_no_file_at_all_is_told(caplog):

@@ -266,6 +266,24 @@ def test_batch_that_cannot_be_divided_is_refused(tmp_path, dataset, monkeypatch)
         RelDNTrainer.build_train_loader(small_config(*options(tmp_path)))
 
 
+def test_frequency_baseline_needs_no_training(tmp_path, dataset, caplog):
+    """The table is counted when it is evaluated; there is nothing to train."""
+    head = "MODEL.ROI_RELATION_HEAD"
+    alone = [f"{head}.SPATIAL.ENABLED", False, f"{head}.SEMANTIC.FREEZE", True]
+    for name in ("SPO", "SUBJECT_SKIP", "OBJECT_SKIP"):
+        alone += [f"{head}.VISUAL.{name}", False]
+    detector = small_model().detector.model
+    DetectorCheckpointer(detector, str(tmp_path)).save("detector")
+    weights = ("MODEL.WEIGHTS", str(tmp_path / "detector.pth"), "TEST.RELATIONS.TASK", "prdcls")
+    cfg = small_config(*options(tmp_path / "run", *alone, *weights))
+    (results,) = RelDNTrainer.evaluate_checkpoint(cfg).values()
+    assert results["R@50"] > 50 and "untrained" not in caplog.text
+    RelDNTrainer.evaluate_checkpoint(small_config(*options(tmp_path / "run", *weights)))
+    assert "the relation head is untrained" in caplog.text
+    with pytest.raises(ValueError, match="Nothing in this model is trained.*--eval-only"):
+        RelDNTrainer(cfg)
+
+
 def gradient_batch():
     """Four images whose pairs are all sampled, with one predicate each: nothing is random."""
     items = [busy_item(i) for i in range(2)] + [unrelated_item(), one_box_item()]

@@ -195,6 +195,7 @@ def build_train_loader(
         ValueError: the batch cannot be divided among the processes, or the sampler is unknown.
     """
     dicts = load_training_dicts(cfg, num_classes, num_predicates)
+    number = len(dicts)  # the sampler must not keep the dicts themselves in memory
     batch, world = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
     if batch % world or batch < world:
         raise ValueError(f"SOLVER.IMS_PER_BATCH is {batch}: not divisible by {world} processes.")
@@ -210,7 +211,7 @@ def build_train_loader(
     elif name == "TrainingSampler":
 
         def build_sampler(seed: int) -> Sampler:
-            return TrainingSampler(len(dicts), seed=seed)
+            return TrainingSampler(number, seed=seed)
 
     else:
         raise ValueError(
