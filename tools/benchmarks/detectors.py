@@ -139,7 +139,7 @@ def run(args) -> None:
         row = [kind, ap50, detector_seconds, seconds]
         for task in TASKS:
             results = json.loads((folder / f"results_{task}.json").read_text())
-            metrics = results[f"relations_{task}"]
+            metrics = {name: x for block in results.values() for name, x in block.items()}
             row += [metrics["R@n"], metrics["R@50"]]
         rows.append(row)
         heads = ["detector", "AP50", "s/it", "s/it RelDN"]
