@@ -154,7 +154,6 @@ def test_released_hyper_parameters():
     assert (full.SOLVER.MAX_ITER, full.SOLVER.STEPS) == (80930, (53954, 71937))
     assert (mini.SOLVER.MAX_ITER, mini.SOLVER.STEPS) == (6750, (4500, 6000))
     assert full.MODEL.RESNETS.STRIDE_IN_1X1 is False and full.MODEL.RESNETS.NUM_GROUPS == 64
-    assert full.TEST.RELATIONS.PREDICATES_PER_PAIR == [2]
     vg = merged("configs/VG/reldn_VGG16.yaml")
     assert (vg.SOLVER.MAX_ITER, vg.SOLVER.STEPS) == (62723, (41815, 55754))
     assert not vg.MODEL.ROI_RELATION_HEAD.SPATIAL.ENABLED
