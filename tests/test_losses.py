@@ -8,6 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from loss_oracle import all_pairs, anchor_sides, contrastive_in_loops, groups_in_loops
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reldn_d2.modeling.losses import (
     AnchorSides,
@@ -313,6 +314,52 @@ def test_autocast_leaves_the_losses_in_float32(dtype):
         assert float(loss) == pytest.approx(float(value), abs=1e-6)
     sum(losses).backward()
     assert layer.weight.grad.dtype == torch.float32 and torch.isfinite(layer.weight.grad).all()
+
+
+@pytest.fixture
+def autocast_for_a_gpu():
+    """As ``torch.autocast("cuda", torch.bfloat16)``, which does nothing where there is none."""
+    try:
+        before = torch.get_autocast_dtype("cuda")
+    except AttributeError:
+        pytest.skip("torch before 2.4 sets autocast of a GPU in another way")
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    torch.set_autocast_enabled("cuda", True)
+    yield
+    torch.set_autocast_enabled("cuda", False)
+    torch.set_autocast_dtype("cuda", before)
+
+
+def test_autocast_on_a_gpu_leaves_the_losses_in_float32(autocast_for_a_gpu):
+    """Other operations are rounded there than on a CPU. Fake tensors tell their types anywhere."""
+    case = make_case([4, 3], [1, 0, 2, 0, 0], 2, 2, [0, 1, 1])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        on_gpu = {
+            name: torch.empty(x.shape, dtype=x.dtype, device="cuda")
+            for name, x in case.items()
+            if isinstance(x, torch.Tensor)
+        }
+        vectors, weight = torch.empty((18, 5), device="cuda"), torch.empty((3, 5), device="cuda")
+        logits = torch.nn.functional.linear(vectors, weight)
+        assert logits.dtype == torch.bfloat16
+        targets = draw_predicate_targets(on_gpu["labels"])
+        weights = torch.empty(18, device="cuda")
+        losses = [*run({**case, **on_gpu}, logits), predicate_loss(logits, targets, weights)]
+    assert [loss.dtype for loss in losses] == [torch.float32] * 4
+    assert all(loss.device.type == "cuda" for loss in losses)
+
+
+def test_a_hinge_at_its_corner_pulls_nothing():
+    case = make_case([3], [1, 0], 2, 2)
+    logits = torch.ones((6, 3), requires_grad=True)
+    sum(run(case, logits, alphas=(0.0, 0.0, 0.0))).backward()
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+def test_shapes_that_do_not_fit_are_named():
+    case = make_case([3], [1, 0], 2, 2)
+    with pytest.raises(ValueError, match=r"\(6, 4\) and labels of shape \(6, 2\) do not fit"):
+        run(case, torch.zeros(6, 4))
 
 
 def test_affinity_keeps_its_precision_where_it_is_small():

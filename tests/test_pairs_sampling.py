@@ -332,6 +332,16 @@ def test_sampling_is_reproducible_and_draws_share_their_pairs():
     positive = first.labels.any(dim=1)
     masks = (first.for_predicate, first.for_subjects, first.for_objects)
     assert len({frozenset(table(first, mask & positive)) for mask in masks}) == 1
+    # Of the negatives that both may take, one draw has all that the other has.
+    grid = crowded_grid()
+    preferred = grid.negative & grid.is_subject[:, None] & grid.is_object[None]
+    for seed in range(5):
+        pairs = draw(seed, num_pairs=150, num_positive=4, num_anchor_negative=12)
+        negative = ~pairs.labels.any(dim=1)
+        mutual = {pair for pair in table(pairs, pairs.for_predicate & negative) if preferred[pair]}
+        for mask in (pairs.for_subjects, pairs.for_objects):
+            mine = {pair for pair in table(pairs, mask & negative) if preferred[pair]}
+            assert mutual and mine and (mine <= mutual or mutual <= mine)
     # The smaller draw is part of the larger one.
     more = draw(0, num_positive=4, num_anchor_positive=6)
     wider = table(more, more.for_objects & more.labels.any(dim=1))

@@ -8,10 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_oracle import contrastive_in_loops
-from model_utils import small_config, small_model
+from model_utils import busy_item, small_config, small_model
 
 from reldn_d2.data.frequency import count_predicates, log_frequencies
 from reldn_d2.modeling.relation_head import RelDNHead, build_relation_head
+from reldn_d2.modeling.relation_head import head as head_module
 from reldn_d2.modeling.relation_head.inference import rank_triplets
 from reldn_d2.modeling.relation_head.semantic import SemanticModule
 from reldn_d2.modeling.relation_head.spatial import SpatialModule, spatial_features
@@ -369,3 +370,61 @@ def test_head_refuses_what_it_does_not_know():
     for wrong in ((), (1, -1)):
         with pytest.raises(ValueError, match="PREDICATES_PER_PAIR"):
             table_head(predicates_per_pair=wrong)
+
+
+def test_config_reaches_matching_and_sampling(monkeypatch):
+    seen = {}
+
+    def remember(name, function):
+        def call(*args, **kwargs):
+            seen[name] = kwargs
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(head_module, name, call)
+
+    remember("match_pairs", head_module.match_pairs)
+    remember("sample_pairs", head_module.sample_pairs)
+    key = "MODEL.ROI_RELATION_HEAD"
+    options = (
+        *(f"{key}.OVERLAP_FILTER", False, "MODEL.RELDN.ENTITY_IOU_THRESHOLD", 0.625),
+        *(f"{key}.SAMPLING.PAIRS", 11, f"{key}.SAMPLING.POSITIVE_PAIRS", 7),
+        *(f"{key}.SAMPLING.ANCHOR_POSITIVE_PAIRS", 5, f"{key}.SAMPLING.ANCHOR_NEGATIVE_PAIRS", 3),
+    )
+    with EventStorage(0):
+        small_model(*options).train()([busy_item()])
+    assert seen["match_pairs"]["overlap_filter"] is False
+    assert seen["match_pairs"]["iou_threshold"] == 0.625
+    anchors = {"num_anchor_positive": 5, "num_anchor_negative": 3}
+    assert seen["sample_pairs"] == {"num_pairs": 11, "num_positive": 7, **anchors}
+    # Without L1 to L3 no pair is drawn for them.
+    off = (x for i in (1, 2, 3) for x in (f"{key}.LOSS.LAMBDA_{i}", 0.0))
+    with EventStorage(0):
+        small_model(*options, *off).train()([busy_item()])
+    none = {"num_anchor_positive": 0, "num_anchor_negative": 0}
+    assert seen["sample_pairs"] == {"num_pairs": 11, "num_positive": 7, **none}
+
+
+def test_traced_pairs_have_the_same_logits():
+    """Under tracing each pair has a union box of its own."""
+    head = (
+        small_model("MODEL.ROI_RELATION_HEAD.POOLER_RESOLUTION", 5)
+        .relation_head.eval()
+        .requires_grad_(False)
+    )
+    generator = torch.Generator().manual_seed(0)
+    maps = {
+        name: torch.randn((1, 8, 64 // stride, 96 // stride), generator=generator)
+        for name, stride in (("p2", 4), ("p3", 8), ("p4", 16))
+    }
+    subjects, objects = torch.tensor([0, 1, 2]), torch.tensor([1, 0, 1])
+    with torch.no_grad():
+        classes = torch.tensor([0, 4, 8])
+        entities = head.encode_entities(maps, [Boxes(random_boxes(3))], [classes], [(64, 96)])
+        shared = head.pair_logits(entities, maps, subjects, objects)
+        traced = torch.jit.trace(
+            lambda *pair: head.pair_logits(entities, maps, *pair),
+            (subjects, objects),
+            check_trace=False,
+        )
+        own = traced(subjects, objects)
+    torch.testing.assert_close(own, shared, rtol=1e-5, atol=1e-5)

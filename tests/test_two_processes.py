@@ -1,5 +1,7 @@
 """Training on two processes: no process waits for ever, and the gradients are those of one."""
 
+from datetime import timedelta
+
 import pytest
 import torch
 from model_utils import busy_item, empty_item, item, small_model, unrelated_item
@@ -54,7 +56,11 @@ def train(model, steps):
 def train_in_process(rank, folder):
     torch.set_num_threads(1)
     distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(minutes=3),
     )
     model = DistributedDataParallel(small_model(*OPTIONS), broadcast_buffers=False)
     gradients = train(model, [[images[rank]] for images in batches()])

@@ -194,14 +194,12 @@ def group_weights(
         anchors_of.scatter_add_(1, image, groups.groups_of[0])  # 0 or 1 in L1
         share = 1.0 / (groups.groups_of * anchors_of.gather(1, image)).clamp(min=1.0)
         index = anchor
-    elif normalization == "released_code":
+    else:
         index = anchor_image.gather(0, anchor.view(-1)).view_as(anchor)
         margins_of = groups.groups_of.new_zeros((3, len(anchor), num_images))
         valid = groups.valid.to(margins_of.dtype)
         margins_of.scatter_add_(2, index.expand_as(valid), valid)
         share = 1.0 / (margins_of + 1.0)
-    else:
-        raise ValueError(f"normalization is '{normalization}'; known: {', '.join(NORMALIZATIONS)}")
     return share.gather(2, index.expand_as(groups.valid)) * groups.valid
 
 
@@ -235,7 +233,17 @@ def contrastive_losses(
     Returns:
         The three losses, scalars without their lambdas in float32 (float64 where the logits are),
         and the groups they are made of; None where there is no pair.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown normalisation.
     """
+    if labels.shape != (len(logits), logits.shape[1] - 1):
+        raise ValueError(
+            f"logits of shape {tuple(logits.shape)} and labels of shape {tuple(labels.shape)} do "
+            "not fit: expected (P, C + 1) and (P, C)."
+        )
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(f"normalization is '{normalization}'; known: {', '.join(NORMALIZATIONS)}")
     phi = affinity(logits)
     if len(phi) == 0:
         zero = phi.sum()
@@ -251,5 +259,6 @@ def contrastive_losses(
         slopes = weights.view_as(groups.positive).sum(dim=1)
         slopes = slopes.scatter_add_(1, groups.positive.flatten(1), -weights)
         constants = weights.sum(dim=1) * alphas
-    # The losses are linear in the affinities between the corners of the hinges.
-    return torch.addmv(constants, slopes, phi).unbind(), groups
+    # The losses are linear in the affinities between the corners of the hinges. (A matrix product
+    # would be rounded under autocast.)
+    return (constants + (slopes * phi).sum(dim=1)).unbind(), groups

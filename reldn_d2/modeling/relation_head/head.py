@@ -83,7 +83,7 @@ class RelDNHead(nn.Module):
             sampling: keyword arguments of :func:`.sampling.sample_pairs`.
             lambdas: weights of L1 to L3; all zero switches them off.
             alphas: margins of L1 to L3.
-            normalization: of L1 to L3, see :func:`..losses.contrastive.margin_loss`.
+            normalization: of L1 to L3, see :func:`..losses.contrastive.group_weights`.
             topk, predicates_per_pair: see :func:`.inference.rank_triplets`.
             pair_chunk: pairs scored at once at test time.
             statistics_period: iterations from one entry of training statistics to the next.
@@ -119,8 +119,11 @@ class RelDNHead(nn.Module):
         self.overlap_filter = overlap_filter
         self.pair_iou_threshold = pair_iou_threshold
         self.sampling = dict(sampling or {})
+        if not any(lambdas):
+            self.sampling.update(num_anchor_positive=0, num_anchor_negative=0)
         self.lambdas = tuple(lambdas)
         self.alphas = tuple(alphas)
+        self.register_buffer("_alphas", torch.tensor(self.alphas), persistent=False)
         self.normalization = normalization
         self.topk = topk
         self.predicates_per_pair = tuple(predicates_per_pair)
@@ -263,7 +266,7 @@ class RelDNHead(nn.Module):
         if self.visual is not None:
             vectors = union = None
             if self.predicate_box_head is not None:
-                if torch.jit.is_tracing():  # sizes have to be known beforehand
+                if torch.jit.is_tracing() and len(entities.sizes) == 1:  # sizes known beforehand
                     first, second, sizes = subjects, objects, [len(subjects)]
                 else:
                     first, second, union, sizes = distinct_unions(
@@ -354,7 +357,7 @@ class RelDNHead(nn.Module):
                 entities.image,
                 num_images=num_images,
                 num_classes=self.num_classes,
-                alphas=self.alphas,
+                alphas=self._alphas,
                 normalization=self.normalization,
             )
             for name, loss, weight in zip(LOSS_NAMES, contrastive, self.lambdas):
