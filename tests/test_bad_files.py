@@ -53,6 +53,11 @@ def compressed(path):
     Path(path).write_bytes(b"\x1f\x8b\x08\x00" + os.urandom(200))
 
 
+def folder(path):
+    os.remove(path)
+    os.mkdir(path)
+
+
 def remove(path):
     os.remove(path)
 
@@ -76,6 +81,7 @@ DAMAGES = {
     compressed: r"not UTF-8 text|cannot be read as HDF5",
     truncate: r"not valid JSON|values, expected 12|found .*; expected two values|"
     r"cannot be read as HDF5|1 values|Confidence",
+    folder: r": a folder, expected a file",
 }
 
 
@@ -218,6 +224,15 @@ def test_openimages_other_files(tmp_path, key, rows, message):
     def spoil(arguments):
         write_csv(Path(arguments[key]), rows)
 
+    check(tmp_path, "openimages", spoil, ValueError, message)
+
+
+def test_column_that_stands_twice(tmp_path):
+    def spoil(arguments):
+        rows = [[*values, values[0]] for values in OPENIMAGES_ROWS]
+        write_csv(Path(arguments["relations_csv"]), rows, [*HEADER, "ImageID"])
+
+    message = r"vrd\.csv, line 1: 2 columns are called ImageID"
     check(tmp_path, "openimages", spoil, ValueError, message)
 
 

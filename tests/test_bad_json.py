@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 from bad_files import check
-from data_files import coco_content, released_content, write_json
+from data_files import coco_content, released_content, write_coco, write_json
+
+from reldn_d2.data.datasets import load_relation_instances
 
 # ------------------------------------------------------------------------------------- JSON files
 
@@ -91,14 +93,16 @@ RELATION = r"relations\.json: images\[0\], relation 0 is .*: "
         *((own_without(key), f'no list "{key}"; it has') for key in ("images", "annotations")),
         *((own_without(key), f'no list "{key}"; it has') for key in ("categories", "predicates")),
         ([1], "expected an object with images, annotations"),
+        ({**coco_content(), "relations": [[101, 102, 5]]}, 'a list "relations" stands beside'),
         ({**coco_content(), "images": []}, "image_id is 7: no such image"),
-        (own_with("images", 0, id=None), r"images\[0\]: expected id and file_name"),
-        (own_with("images", 0, file_name=None), r"images\[0\]: expected id and file_name"),
+        (own_with("images", 0, id=None), r"images\[0\]: expected id .*and file_name"),
+        (own_with("images", 0, file_name=None), r"images\[0\]: expected id .*and file_name"),
         (own_with("images", 0, width=None), r"images\[0\] \(a\.jpg\): height is 40 and width None"),
-        (own_with("images", 0, height=-4), r"height is -4 and width 60; expected numbers of pixel"),
+        (own_with("images", 0, height=-4), r"height is -4 and width 60; expected integers"),
         (own_with("images", 1, id=7), r"images\[1\] \(more/b\.jpg\): another image has the id 7"),
         (own_with("images", 0, verified_labels=[[3, 2]]), r"verified_labels has \[3, 2\]"),
         (own_with("annotations", 0, id=None), r"annotations\[0\] is .*expected an object with an"),
+        (own_with("annotations", 0, id="101"), r"annotations\[0\] is .*with an id, an integer"),
         (own_with("annotations", 1, id=101), r"annotations\[1\] .*another annotation has this id"),
         (own_with("annotations", 0, image_id=9), FIRST_BOX + "image_id is 9: no such image"),
         (own_with("annotations", 0, category_id=1), FIRST_BOX + "category_id is 1; .*2 ids"),
@@ -106,11 +110,18 @@ RELATION = r"relations\.json: images\[0\], relation 0 is .*: "
         (own_with("annotations", 0, bbox=None), FIRST_BOX + "bbox is None; expected four numbers"),
         (own_with("annotations", 0, bbox=[0, 0, 0, 4]), FIRST_BOX + "bbox is .*above 0"),
         (own_with("annotations", 0, bbox=[0, 0, "4", 4]), FIRST_BOX + "bbox is .*four numbers"),
+        (own_with("annotations", 0, bbox=[0, float("nan"), 4, 4]), FIRST_BOX + "bbox is .*nan"),
+        (own_with("annotations", 0, bbox=[0, 10**400, 4, 4]), FIRST_BOX + "bbox is .*four"),
+        (own_with("annotations", 0, keypoints="abc"), FIRST_BOX + "keypoints are 'abc'; expected"),
+        (own_with("annotations", 0, keypoints=[1, 2]), FIRST_BOX + "keypoints are .*three numbers"),
+        (own_with("annotations", 0, attributes=1), FIRST_BOX + "attributes are 1; expected a list"),
+        (own_with("annotations", 0, segmentation={"counts": [1, 2]}), FIRST_BOX + "segmentation"),
+        (own_with("annotations", 0, segmentation=[["1"] * 6]), FIRST_BOX + "segmentation is"),
         (own_with("annotations", 0, iscrowd=2), FIRST_BOX + "iscrowd is 2; expected 0 or 1"),
         (own_with("annotations", 0, segmentation=[[1, 2, 3]]), FIRST_BOX + "segmentation is"),
         (
             own_with("annotations", 1, attributes=[4]),
-            r"attributes are \[4\]; expected ids of the 1",
+            r"attributes are \[4\]; expected a list of ids of the 1",
         ),
         (own_with("images", 0, relations=[[101, 103, 5]]), RELATION + "there is no annotation .*3"),
         (own_with("images", 0, relations=[[101, 101, 5]]), RELATION + "it relates an annotation"),
@@ -129,7 +140,7 @@ RELATION = r"relations\.json: images\[0\], relation 0 is .*: "
             own_with("annotations", 1, image_id=8),
             RELATION + "subject and object are annotations of different images",
         ),
-        (own_with("categories", 0, id="9"), r"categories\[0\] is .*expected .\"id\": a number"),
+        (own_with("categories", 0, id="9"), r"categories\[0\] is .*expected .\"id\": an integer"),
         (own_with("categories", 0, id=3), r"categories\[1\] is .*stands there before"),
         (own_with("predicates", 1, name="holds"), r"predicates\[1\] is .*stands there before"),
     ],
@@ -139,3 +150,37 @@ def test_own_json(tmp_path, content, message):
         Path(arguments["json_file"]).write_text(json.dumps(content))
 
     check(tmp_path, "own", spoil, ValueError, message)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, r"relations\.json: cannot be read as JSON"),
+        ("[" + "1" * 5000 + "]", r"relations\.json: (cannot be read as JSON|expected an object)"),
+    ],
+)
+def test_json_that_python_does_not_read(tmp_path, text, message):
+    def spoil(arguments):
+        Path(arguments["json_file"]).write_text(text)
+
+    check(tmp_path, "own", spoil, ValueError, message)
+
+
+@pytest.mark.parametrize(
+    ("key", "changes"),
+    [("images", {"height": 0}), ("annotations", {"bbox": [0, 0, -3, 4]})],
+)
+def test_a_record_with_a_problem_is_told_once(tmp_path, key, changes):
+    arguments = write_coco(tmp_path, own_with(key, 0, **changes))
+    with pytest.raises(ValueError) as caught:
+        load_relation_instances(**arguments)
+    assert len(caught.value.problems) == 1, "not also what refers to the record"
+
+
+def test_byte_order_mark_and_line_ends_of_windows(tmp_path):
+    arguments = write_coco(tmp_path)
+    good = load_relation_instances(**arguments)
+    path = Path(arguments["json_file"])
+    text = json.dumps(json.loads(path.read_text()), indent=1).replace("\n", "\r\n")
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert load_relation_instances(**arguments) == good

@@ -341,3 +341,10 @@ def test_any_data_set_becomes_an_own_file(tmp_path, registered, kind):
         assert new.get("verified_labels") == old.get("verified_labels")
         attributes = [[a.get("attributes") for a in x["annotations"]] for x in (old, new)]
         assert attributes[0] == attributes[1]
+
+
+def test_lists_with_a_byte_order_mark(tmp_path):
+    arguments = write_openimages(tmp_path)
+    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbfaa01\r\nbb02\r\n")
+    dicts = load_openimages_vrd(**arguments, image_list=str(tmp_path / "list.txt"))
+    assert [record["image_id"] for record in dicts] == ["aa01", "bb02"]

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -49,8 +50,10 @@ def register(tmp_path, monkeypatch):
 def loads(monkeypatch):
     """Names of the data sets that were loaded."""
     loaded = []
-    get = DatasetCatalog.get
-    monkeypatch.setattr(DatasetCatalog, "get", lambda name: loaded.append(name) or get(name))
+    get = statistics_module.dicts_without_images
+    monkeypatch.setattr(
+        statistics_module, "dicts_without_images", lambda name: loaded.append(name) or get(name)
+    )
     return loaded
 
 
@@ -243,13 +246,24 @@ def test_checkpoints_carry_them_with_the_names(tmp_path):
         unregister_dataset("in_a_checkpoint")
 
 
-def test_counting_needs_no_images(tmp_path):
+@pytest.mark.parametrize(
+    ("write", "register", "triplets"),
+    [
+        (write_released, register_relation_json, {(0, 3, 1), (1, 0, 0)}),
+        (
+            write_coco,
+            partial(register_relation_instances, metadata={}),
+            {(0, 0, 1), (0, 1, 1), (1, 1, 0)},
+        ),
+    ],
+)
+def test_counting_needs_no_images(tmp_path, write, register, triplets):
     """Where the annotations of a format can be read without them."""
-    arguments = write_released(tmp_path)
+    arguments = write(tmp_path)
     shutil.rmtree(arguments["image_root"])
-    register_relation_json("without_images", **arguments)
+    register("without_images", **arguments)
     try:
-        assert dataset_statistics("without_images").triplets == {(0, 3, 1), (1, 0, 0)}
+        assert dataset_statistics("without_images").triplets == triplets
     finally:
         DatasetCatalog.remove("without_images")
         MetadataCatalog.remove("without_images")

@@ -81,8 +81,19 @@ def check_dataset(name: str, decode: bool = False) -> Report:
         return report
     if not report.dataset_dicts:
         report.errors.append(f"data set {name}: it has no image.")
+    report.errors += [
+        f"data set {name}: its list of {what} is empty. Name them when you register it, or in its "
+        "files."
+        for what, value in zip(("classes", "predicates"), names)
+        if not len(value)
+    ]
     report.summary = DatasetSummary(*names)
     sound = _check_records(report, *map(len, names))
+    if report.dataset_dicts and not any(x.get("relations") for x in report.dataset_dicts):
+        report.warnings.append(
+            f"data set {name}: none of its images has a relation. Do they stand where its loader "
+            "looks for them (docs/own_data.md)?"
+        )
     _check_images(report, sound, decode)
     return report
 
@@ -203,8 +214,8 @@ def _check_images(
             size = read_image(path).shape[:2] if decode else image_size(path)
         except Exception as error:  # decoders raise all sorts
             return (
-                f"{where}: cannot be read as an image ({error}). Unpack it again, or remove the "
-                "record."
+                f"{where}: cannot be read as an image ({error.__cause__ or error}). Unpack it "
+                "again, or remove the record."
             )
         if tuple(size) != expected:
             return (

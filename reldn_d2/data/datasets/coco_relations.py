@@ -5,17 +5,14 @@ Beside COCO's ``images``, ``annotations`` and ``categories`` the file has ``pred
 ``[subject annotation id, object annotation id, predicate id]``.
 """
 
-import math
 import os
 from collections.abc import Sequence
-from numbers import Real
 from typing import Any
-
-import pycocotools.mask as mask_util
 
 from detectron2.structures import BoxMode
 
 from .catalog import register_dataset
+from .coco_values import are_numbers, is_among, is_int, segmentation
 from .files import Problems, find_images, no_garbage_collection, read_json
 
 __all__ = [
@@ -72,6 +69,8 @@ def register_relation_instances(
         dict(json_file=json_file, image_root=image_root, merge_duplicates=merge_duplicates),
         annotation_files=[json_file],
         read_names=lambda: _Reader(json_file, names_only=True).names(),
+        # For scoring predictions again and for counting, which need no images.
+        load_annotations=lambda: _Reader(json_file).dataset_dicts(None, merge_duplicates),
         image_root=image_root,
         json_file=json_file,
         **{"evaluator_type": "relation", **metadata},
@@ -85,6 +84,9 @@ class _Reader:
         self.path = json_file
         self.content = read_json(json_file, "COCO file with relations")
         self.problems = Problems()
+        # Ids of images and annotations with a problem: what refers to them is no other problem.
+        self.bad_images: set[Any] = set()
+        self.bad_annotations: set[Any] = set()
         if not isinstance(self.content, dict):
             raise ValueError(
                 f"{json_file}: expected an object with {', '.join(_LISTS)}, found a "
@@ -96,6 +98,11 @@ class _Reader:
                     f'{json_file}: no list "{key}"; it has {sorted(self.content)}. Expected a COCO '
                     f"file with {', '.join(_LISTS)} (docs/own_data.md shows one)."
                 )
+        if "relations" in self.content:
+            raise ValueError(
+                f'{json_file}: a list "relations" stands beside "images", where it is not read. '
+                "Put each relation into the entry of its image (docs/own_data.md shows how)."
+            )
         self.categories = self._numbers("categories")
         self.predicates = self._numbers("predicates")
         self.attributes = self._numbers("attributes")
@@ -115,8 +122,8 @@ class _Reader:
             names[field] = [by_id[identifier] for identifier in numbers]
         return names
 
-    def dataset_dicts(self, image_root: str, merge_duplicates: bool) -> list[dict[str, Any]]:
-        """See :func:`load_relation_instances`."""
+    def dataset_dicts(self, image_root: str | None, merge_duplicates: bool) -> list[dict[str, Any]]:
+        """See :func:`load_relation_instances`; None does not look for the images."""
         records: dict[Any, dict[str, Any]] = {}
         for number, image in enumerate(self.content["images"]):
             self._read_image(f"images[{number}]", image, records)
@@ -139,7 +146,8 @@ class _Reader:
         if not dicts:
             raise ValueError(f'{self.path}: "images" is empty. Expected at least one image.')
         names = [record["file_name"] for record in dicts]
-        for record, path in zip(dicts, _paths(image_root, names), strict=True):
+        paths = names if image_root is None else _paths(image_root, names)
+        for record, path in zip(dicts, paths, strict=True):
             record["file_name"] = path
             if merge_duplicates:
                 record["relations"] = list(dict.fromkeys(record["relations"]))
@@ -153,9 +161,9 @@ class _Reader:
             where = f"{self.path}: {key}[{number}]"
             identifier = entry.get("id") if isinstance(entry, dict) else None
             name = entry.get("name") if isinstance(entry, dict) else None
-            if not _is_int(identifier) or not isinstance(name, str):
+            if not is_int(identifier) or not isinstance(name, str):
                 self.problems.add(
-                    f'{where} is {entry!r:.120}; expected {{"id": a number, "name": a text}}.'
+                    f'{where} is {entry!r:.120}; expected {{"id": an integer, "name": a text}}.'
                 )
             elif identifier in ids or name in ids.values():
                 self.problems.add(f"{where} is {entry!r:.120}; its id or name stands there before.")
@@ -170,12 +178,15 @@ class _Reader:
             return
         identifier, name = image.get("id"), image.get("file_name")
         height, width = image.get("height"), image.get("width")
-        if not (_is_int(identifier) or isinstance(identifier, str)) or not isinstance(name, str):
-            self.problems.add(f"{where}: expected id and file_name, found {image!r:.160}.")
-        elif not all(_is_int(x) and x > 0 for x in (height, width)):
+        if not (is_int(identifier) or isinstance(identifier, str)) or not isinstance(name, str):
+            self.problems.add(
+                f"{where}: expected id (an integer or a text) and file_name, found {image!r:.160}."
+            )
+        elif not all(is_int(x) and x > 0 for x in (height, width)):
+            self.bad_images.add(identifier)
             self.problems.add(
                 f"{where} ({name}): height is {height!r:.40} and width {width!r:.40}; expected "
-                "numbers of pixels above 0."
+                "integers, numbers of pixels above 0."
             )
         elif identifier in records:
             self.problems.add(f"{where} ({name}): another image has the id {identifier!r} as well.")
@@ -213,19 +224,28 @@ class _Reader:
         places: dict[Any, tuple[Any, int]],
     ) -> None:
         where = f"{self.path}: {where}"
-        if not isinstance(annotation, dict) or not _is_int(annotation.get("id")):
-            self.problems.add(f"{where} is {annotation!r:.120}; expected an object with an id.")
+        if not isinstance(annotation, dict) or not is_int(annotation.get("id")):
+            self.problems.add(
+                f"{where} is {annotation!r:.120}; expected an object with an id, an integer."
+            )
             return
         identifier = annotation["id"]
         where = f"{where} (id {identifier})"
         try:
             record = self._lookup(annotation.get("image_id"), records)
             if record is None:
-                raise ValueError(f"image_id is {annotation.get('image_id')!r:.60}: no such image")
+                if is_among(annotation.get("image_id"), self.bad_images):
+                    self.bad_annotations.add(identifier)
+                    return
+                raise ValueError(
+                    f"image_id is {annotation.get('image_id')!r:.60}: no such image (a text and an "
+                    "integer are different ids)"
+                )
             if identifier in places:
                 raise ValueError("another annotation has this id as well")
             entry = self._entry(annotation)
         except ValueError as error:
+            self.bad_annotations.add(identifier)
             self.problems.add(f"{where}: {error}. Mend or remove it.")
             return
         places[identifier] = (annotation["image_id"], len(record["annotations"]))
@@ -240,14 +260,7 @@ class _Reader:
                 f"{len(self.categories)} ids of categories"
             )
         bbox = annotation.get("bbox")
-        if (
-            not isinstance(bbox, list)
-            or len(bbox) != 4
-            or not all(
-                isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x) for x in bbox
-            )
-            or min(bbox[2:]) <= 0
-        ):
+        if not are_numbers(bbox) or len(bbox) != 4 or min(bbox[2:]) <= 0:
             raise ValueError(
                 f"bbox is {bbox!r:.80}; expected four numbers [x, y, width, height] with a width "
                 "and a height above 0"
@@ -261,17 +274,23 @@ class _Reader:
         if entry["iscrowd"] not in (0, 1):
             raise ValueError(f"iscrowd is {entry['iscrowd']!r:.40}; expected 0 or 1")
         if annotation.get("segmentation"):
-            entry["segmentation"] = _segmentation(annotation["segmentation"])
+            entry["segmentation"] = segmentation(annotation["segmentation"])
         if annotation.get("keypoints"):
             # COCO's are numbers of pixels; Detectron2's are continuous, as in its own reader.
             values = annotation["keypoints"]
+            if not are_numbers(values) or len(values) % 3:
+                raise ValueError(
+                    f"keypoints are {values!r:.80}; expected three numbers each, [x, y, visibility]"
+                )
             entry["keypoints"] = [v if i % 3 == 2 else v + 0.5 for i, v in enumerate(values)]
         if "attributes" in annotation:
             wanted = annotation["attributes"]
-            known = [self._lookup(x, self.attributes) for x in wanted]
+            listed = isinstance(wanted, list)
+            known = [self._lookup(x, self.attributes) for x in wanted] if listed else [None]
             if None in known:
                 raise ValueError(
-                    f"attributes are {wanted!r:.80}; expected ids of the {len(self.attributes)} "
+                    f"attributes are {wanted!r:.80}; expected a list of ids of the "
+                    f"{len(self.attributes)} "
                     'of the list "attributes"'
                 )
             entry["attributes"] = known
@@ -291,6 +310,8 @@ class _Reader:
             relations if isinstance(relations, list) else [relations]
         ):
             place = f"{self.path}: {where}, relation {number}"
+            if self._is_told(relation):
+                continue
             try:
                 subject, object_, predicate = self._relation(relation, places)
                 image_id = places[relation[0]][0]
@@ -302,6 +323,11 @@ class _Reader:
                 self.problems.add(f"{place} is {relation!r:.80}: {error}. Mend or remove it.")
                 continue
             records[image_id]["relations"].append((subject, object_, predicate))
+
+    def _is_told(self, relation: Any) -> bool:
+        """Whether an end of it is an annotation of which a problem was told already."""
+        ends = relation[:2] if isinstance(relation, list) else []
+        return any(is_among(x, self.bad_annotations) for x in ends)
 
     def _relation(self, relation: Any, places: dict[Any, tuple[Any, int]]) -> tuple[int, int, int]:
         if not isinstance(relation, list) or len(relation) != 3:
@@ -324,29 +350,9 @@ class _Reader:
     @staticmethod
     def _lookup(key: Any, table: dict[Any, Any]) -> Any:
         """The entry of ``key``; None if there is none, or ``key`` cannot be one (True is no 1)."""
-        if _is_int(key) or isinstance(key, str):
+        if is_int(key) or isinstance(key, str):
             return table.get(key)
         return None
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _segmentation(value: Any) -> Any:
-    """Polygons or RLE as Detectron2 takes them, or a ValueError."""
-    if isinstance(value, dict):
-        if isinstance(value.get("counts"), list):
-            return mask_util.frPyObjects(value, *value["size"])
-        return value
-    if isinstance(value, list) and all(
-        isinstance(polygon, list) and len(polygon) % 2 == 0 and len(polygon) >= 6
-        for polygon in value
-    ):
-        return value
-    raise ValueError(
-        f"segmentation is {value!r:.80}; expected polygons [x, y, x, y, x, y, ...] or an RLE object"
-    )
 
 
 def _paths(image_root: str, names: Sequence[str]) -> list[str]:

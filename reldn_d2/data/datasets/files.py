@@ -26,6 +26,7 @@ __all__ = [
     "read_csv",
     "read_json",
     "read_names",
+    "require_file",
     "require_path",
     "write_atomically",
 ]
@@ -97,6 +98,13 @@ def require_path(path: str, what: str) -> str:
     )
 
 
+def require_file(path: str, what: str) -> str:
+    """As :func:`require_path`; a folder is no file."""
+    if PathManager.isdir(require_path(path, what)):
+        raise ValueError(f"{path}: a folder, expected a file: {what}.")
+    return path
+
+
 def read_json(path: str, what: str) -> Any:
     """Read a JSON file.
 
@@ -108,11 +116,11 @@ def read_json(path: str, what: str) -> Any:
         FileNotFoundError: if there is no such file.
         ValueError: if it is not JSON in UTF-8, with the place where reading stopped.
     """
-    require_path(path, what)
+    require_file(path, what)
     try:
         with PathManager.open(path, "rb") as file:
             # One expression, so that the bytes are given back before the text is parsed.
-            text = file.read().decode("utf-8")
+            text = file.read().decode("utf-8-sig")
         return json.loads(text, object_pairs_hook=_without_repeated_keys)
     except _RepeatedKey as error:
         raise ValueError(
@@ -127,8 +135,10 @@ def read_json(path: str, what: str) -> Any:
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path}: not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}). "
-            f"The file of the {what} is truncated or damaged: download it again."
+            f"The file ({what}) is truncated or damaged: mend it there, or download it again."
         ) from error
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number too long
+        raise ValueError(f"{path}: cannot be read as JSON ({error}). Expected {what}.") from error
 
 
 class _RepeatedKey(Exception):
@@ -174,6 +184,12 @@ def read_csv(
             f"{path}, line 1: no column {', '.join(missing)} for {what}; the columns are "
             f"{', '.join(header)!r:.200}. Is it the right file? Expected {', '.join(columns)}."
         )
+    for column in columns:
+        if header.count(column) > 1:
+            raise ValueError(
+                f"{path}, line 1: {header.count(column)} columns are called {column} ({what}). "
+                "Which one is meant? Remove or rename the others."
+            )
     indices = [header.index(column) for column in columns]
     for line, row in rows:
         if len(row) != len(header):
@@ -213,7 +229,7 @@ def read_names(path: str, what: str) -> dict[str, str]:
 
 def _csv_rows(path: str, what: str) -> Iterator[tuple[int, list[str]]]:
     """(line number, values) of the lines that are not blank."""
-    require_path(path, what)
+    require_file(path, what)
     with PathManager.open(path, "r", encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
         try:

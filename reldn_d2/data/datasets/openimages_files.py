@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from .entities import Entity, RelationshipList
-from .files import Problems, read_csv, read_names, require_path
+from .files import Problems, read_csv, read_names, require_file
 
 __all__ = [
     "Vocabulary",
@@ -70,12 +70,12 @@ def read_image_list(path: str) -> list[str]:
         FileNotFoundError: if there is no such file.
         ValueError: if it is empty, or a line is not one identifier, or repeats one.
     """
-    require_path(path, "The list of images")
+    require_file(path, "The list of images")
     images: dict[str, int] = {}
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                name = line.decode("utf-8").strip()
+                name = line.decode("utf-8-sig").strip()
             except UnicodeDecodeError:
                 name = "\0"
             if not name or name.startswith("#"):

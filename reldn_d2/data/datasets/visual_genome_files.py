@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .files import Problems, read_json, require_path
+from .files import Problems, read_json, require_file
 
 __all__ = [
     "TEST",
@@ -167,7 +167,7 @@ def _read_h5(h5_file: str) -> dict[str, np.ndarray]:
             f"{h5_file} needs h5py, which is not installed: pip install 'reldn_d2[vg]', or pip "
             "install h5py."
         ) from error
-    require_path(h5_file, "The scene graphs of Visual Genome")
+    require_file(h5_file, "The scene graphs of Visual Genome")
     if not os.path.getsize(h5_file):
         raise ValueError(f"{h5_file}: the file is empty. Expected VG-SGG.h5: download it again.")
     try:
