@@ -132,7 +132,7 @@ class _Reader:
         annotations = self.content["annotations"]
         holders = []  # annotations with relations
         for number, annotation in enumerate(annotations):
-            self._read_annotation(f"annotations[{number}]", annotation, records, places)
+            self._read_annotation(number, annotation, records, places)
             if isinstance(annotation, dict) and "relations" in annotation:
                 holders.append((number, annotation))
             annotations[number] = None  # large files need the memory
@@ -218,19 +218,18 @@ class _Reader:
 
     def _read_annotation(
         self,
-        where: str,
+        number: int,
         annotation: Any,
         records: dict[Any, dict[str, Any]],
         places: dict[Any, tuple[Any, int]],
     ) -> None:
-        where = f"{self.path}: {where}"
         if not isinstance(annotation, dict) or not is_int(annotation.get("id")):
             self.problems.add(
-                f"{where} is {annotation!r:.120}; expected an object with an id, an integer."
+                f"{self.path}: annotations[{number}] is {annotation!r:.120}; expected an object "
+                "with an id, an integer."
             )
             return
         identifier = annotation["id"]
-        where = f"{where} (id {identifier})"
         try:
             record = self._lookup(annotation.get("image_id"), records)
             if record is None:
@@ -246,7 +245,9 @@ class _Reader:
             entry = self._entry(annotation)
         except ValueError as error:
             self.bad_annotations.add(identifier)
-            self.problems.add(f"{where}: {error}. Mend or remove it.")
+            self.problems.add(
+                f"{self.path}: annotations[{number}] (id {identifier}): {error}. Mend or remove it."
+            )
             return
         places[identifier] = (annotation["image_id"], len(record["annotations"]))
         record["annotations"].append(entry)
@@ -309,8 +310,7 @@ class _Reader:
         for number, relation in enumerate(
             relations if isinstance(relations, list) else [relations]
         ):
-            place = f"{self.path}: {where}, relation {number}"
-            if self._is_told(relation):
+            if self.bad_annotations and self._is_told(relation):
                 continue
             try:
                 subject, object_, predicate = self._relation(relation, places)
@@ -320,7 +320,10 @@ class _Reader:
                 if annotation_id is not None and relation[0] != annotation_id:
                     raise ValueError("it stands at an annotation that is not its subject")
             except ValueError as error:
-                self.problems.add(f"{place} is {relation!r:.80}: {error}. Mend or remove it.")
+                self.problems.add(
+                    f"{self.path}: {where}, relation {number} is {relation!r:.80}: {error}. Mend "
+                    "or remove it."
+                )
                 continue
             records[image_id]["relations"].append((subject, object_, predicate))
 
@@ -332,11 +335,12 @@ class _Reader:
     def _relation(self, relation: Any, places: dict[Any, tuple[Any, int]]) -> tuple[int, int, int]:
         if not isinstance(relation, list) or len(relation) != 3:
             raise ValueError("expected [subject annotation id, object annotation id, predicate id]")
-        ends = [self._lookup(x, places) for x in relation[:2]]
-        for role, identifier, end in zip(("subject", "object"), relation, ends):
-            if end is None:
-                raise ValueError(f"there is no annotation with the id {identifier!r} ({role})")
-        if ends[0][0] != ends[1][0]:
+        subject = self._lookup(relation[0], places)
+        object_ = self._lookup(relation[1], places)
+        if subject is None or object_ is None:
+            number, role = (0, "subject") if subject is None else (1, "object")
+            raise ValueError(f"there is no annotation with the id {relation[number]!r} ({role})")
+        if subject[0] != object_[0]:
             raise ValueError("subject and object are annotations of different images")
         if relation[0] == relation[1]:
             raise ValueError("it relates an annotation to itself")
@@ -345,14 +349,12 @@ class _Reader:
             raise ValueError(
                 f"there is no predicate with the id {relation[2]!r} among {len(self.predicates)}"
             )
-        return ends[0][1], ends[1][1], predicate
+        return subject[1], object_[1], predicate
 
     @staticmethod
     def _lookup(key: Any, table: dict[Any, Any]) -> Any:
         """The entry of ``key``; None if there is none, or ``key`` cannot be one (True is no 1)."""
-        if is_int(key) or isinstance(key, str):
-            return table.get(key)
-        return None
+        return table.get(key) if type(key) in (int, str) else None
 
 
 def _paths(image_root: str, names: Sequence[str]) -> list[str]:
