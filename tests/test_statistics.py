@@ -8,12 +8,16 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from data_files import coco_content, write_coco, write_released
+from data_files import coco_content, write_coco, write_released, write_visual_genome
 from model_utils import register_dataset, small_config, unregister_dataset
 
 import reldn_d2.data.statistics as statistics_module
 from reldn_d2.data import count_predicates
-from reldn_d2.data.datasets import register_relation_instances, register_relation_json
+from reldn_d2.data.datasets import (
+    register_relation_instances,
+    register_relation_json,
+    register_visual_genome,
+)
 from reldn_d2.data.frequency import seen_triplets
 from reldn_d2.data.statistics import (
     dataset_statistics,
@@ -254,6 +258,11 @@ def test_checkpoints_carry_them_with_the_names(tmp_path):
             write_coco,
             partial(register_relation_instances, metadata={}),
             {(0, 0, 1), (0, 1, 1), (1, 1, 0)},
+        ),
+        (
+            write_visual_genome,
+            partial(register_visual_genome, split="train", num_val_images=0),
+            {(77, 30, 129), (129, 49, 149), (77, 0, 129)},
         ),
     ],
 )

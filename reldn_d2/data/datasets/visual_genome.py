@@ -69,7 +69,7 @@ def load_visual_genome(
     h5_file: str,
     dicts_file: str,
     image_data_file: str,
-    image_root: str,
+    image_root: str | None,
     split: str,
     *,
     thing_classes: Sequence[str] = VG_CLASSES,
@@ -88,7 +88,7 @@ def load_visual_genome(
         h5_file: ``VG-SGG.h5`` or ``VG-SGG-with-attri.h5``.
         dicts_file: ``VG-SGG-dicts.json`` or ``VG-SGG-dicts-with-attri.json``.
         image_data_file: ``image_data.json``, with or without the four corrupt images.
-        image_root: folder ``VG_100K`` of the images, ``IMAGEID.jpg``.
+        image_root: folder ``VG_100K`` of the images, ``IMAGEID.jpg``; None does not look for them.
         split: "train", "val" or "test". The validation images are the first ``num_val_images``
             of the training images that have relations, as in Neural Motifs; "train" is the others.
         thing_classes: what the classes of ``dicts_file`` have to be.
@@ -129,7 +129,9 @@ def load_visual_genome(
             f"images, and {test} for test ({TEST})."
         )
     names_of_files = [f"{images[number]['image_id']}.jpg" for number in chosen.tolist()]
-    paths = find_images(image_root, names_of_files, "Visual Genome")
+    paths = names_of_files
+    if image_root is not None:
+        paths = find_images(image_root, names_of_files, "Visual Genome")
     counts = {"outside": 0, "duplicates": 0, "reflexive": 0}
     dicts = [
         _record(graphs, number, images[number], path, merge_duplicates, counts)
@@ -181,6 +183,8 @@ def register_visual_genome(
         annotation_files=[h5_file, dicts_file, image_data_file],
         read_names=lambda: {**read_vg_names(dicts_file), **known},
         image_root=image_root,
+        # For scoring predictions again and for counting, which need no images.
+        load_annotations=lambda: load_visual_genome(**{**arguments, "image_root": None}),
         **{"evaluator_type": "scene_graph", **known, **(metadata or {})},
     )
 
