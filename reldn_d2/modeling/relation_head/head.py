@@ -24,8 +24,8 @@ from ..losses import AnchorSides, contrastive_losses, draw_predicate_targets, pr
 from ..losses.contrastive import LOSS_NAMES, NORMALIZATIONS
 from .build import ROI_RELATION_HEAD_REGISTRY
 from .entities import EntityBatch
-from .inference import rank_triplets
-from .pairs import candidate_pairs, distinct_unions, match_pairs, union_boxes
+from .inference import best_triplets
+from .pairs import distinct_unions, match_pairs, union_boxes
 from .sampling import SampledPairs, sample_pairs
 from .semantic import SemanticModule
 from .spatial import SpatialModule, spatial_features
@@ -83,9 +83,9 @@ class RelDNHead(nn.Module):
             sampling: keyword arguments of :func:`.sampling.sample_pairs`.
             lambdas: weights of L1 to L3; all zero switches them off.
             alphas: margins of L1 to L3.
-            normalization: of L1 to L3, see :func:`..losses.contrastive.group_weights`.
-            topk, predicates_per_pair: see :func:`.inference.rank_triplets`.
-            pair_chunk: pairs scored at once at test time.
+            normalization: of L1 to L3, see :func:`..losses.contrastive.margin_loss`.
+            topk, predicates_per_pair: see :class:`.inference.TopTriplets`.
+            pair_chunk: most pairs scored at once at test time.
             statistics_period: iterations from one entry of training statistics to the next.
         """
         super().__init__()
@@ -382,21 +382,20 @@ class RelDNHead(nn.Module):
         entities = self.encode_entities(
             features, [instances.pred_boxes], [instances.pred_classes], [instances.image_size]
         )
-        candidates = candidate_pairs(instances.pred_boxes, self.overlap_filter)
-        subjects, objects = candidates.nonzero(as_tuple=True)
-        probabilities = [instances.scores.new_zeros((0, self.num_predicates))]
-        for s, o in zip(subjects.split(self.pair_chunk), objects.split(self.pair_chunk)):
-            logits = self.pair_logits(entities, predicate_features, s, o)
-            probabilities.append(logits.float().softmax(dim=1)[:, :-1])
-        probabilities = torch.cat(probabilities)
-        pair_scores = instances.scores[subjects] * instances.scores[objects]
-        pairs, predicates, scores = rank_triplets(
-            probabilities, pair_scores, list(self.predicates_per_pair), self.topk
+
+        def score_pairs(subjects: Tensor, objects: Tensor) -> Tensor:
+            logits = self.pair_logits(entities, predicate_features, subjects, objects)
+            return logits.float().softmax(dim=1)[:, :-1]
+
+        best = best_triplets(
+            score_pairs,
+            instances.scores,
+            instances.pred_boxes.tensor if self.overlap_filter else None,
+            num_predicates=self.num_predicates,
+            predicates_per_pair=self.predicates_per_pair,
+            topk=self.topk,
+            chunk=self.pair_chunk,
         )
         return predicted_relations(
-            instances.image_size,
-            torch.stack([subjects[pairs], objects[pairs]], dim=1),
-            predicates,
-            scores,
-            probabilities[pairs, predicates],
+            instances.image_size, best.pairs, best.predicates, best.scores, best.predicate_scores
         )
