@@ -3,8 +3,11 @@
 A triplet scores ``p_det(s) * p(pred | s, o) * p_det(o)``, so no triplet of a pair scores more than
 the pair's bound ``p_det(s) * p_det(o)``. Pairs are visited in descending order of this bound; once
 the worst of the best triplets found beats the bound of the pairs that remain, none of these can
-come in, and their union boxes are never pooled. (s, o) and (o, s) have one bound and one union box: they
-are visited together, and the box is pooled once.
+come in, and their union boxes are never pooled.
+
+(s, o) and (o, s) have one bound and one union box: they are visited together, the box is pooled
+once. No tighter bound is used: what the semantic and the spatial module say of a pair bounds
+nothing as long as the logits of its union box are not known.
 
 Shapes: R entities of one image, P pairs, C predicates, K kept triplets.
 """
