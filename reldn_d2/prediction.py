@@ -178,7 +178,7 @@ class RelationPrediction(dict):
 
 
 def graph_to_graphml(graph) -> str:
-    """A scene graph as GraphML, whose attributes are plain: a box is ``x0``, ``y0``, ``x1``, ``y1``."""
+    """A scene graph as GraphML, whose attributes are plain: a box is ``x0`` to ``y1``."""
     import networkx
 
     flat = networkx.MultiDiGraph(**graph.graph)

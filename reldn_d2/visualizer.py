@@ -8,7 +8,6 @@ from typing import Any, Dict, Mapping, Optional, Sequence
 
 import numpy as np
 import torch
-from matplotlib.patches import Circle
 
 from reldn_d2.structures.relations import check_relation_triplets
 from reldn_d2.visualizer_canvas import (
@@ -39,7 +38,8 @@ from detectron2.utils.visualizer import VisImage, Visualizer
 
 __all__ = ["RelationVisualizer", "Scene", "compare_image", "compare_models", "find_hits"]
 
-MIN_SIDE, MAX_SIDE = 768, 1600
+MIN_SIDE, MAX_SIDE = 1152, 1600
+MOST_LINES = 4  # predicates written on one arrow; the panel has all
 _DIGIT_SPACE = "\u2007"  # as wide as a digit
 HIT, MISS = (0.06, 0.48, 0.20), (0.78, 0.12, 0.12)
 
@@ -47,8 +47,8 @@ HIT, MISS = (0.06, 0.48, 0.20), (0.78, 0.12, 0.12)
 class RelationVisualizer(Visualizer):
     """Draws the entities and relations of one image.
 
-    Each entity that takes part gets its box and name, each relation an arrow from subject to
-    object with its predicate, and a panel lists the relations in the order given. The colour of a
+    Each entity that takes part gets its box and name, each pair an arrow from subject to object
+    with its predicates, and a panel lists the relations in the order given. The colour of a
     predicate is the same in all pictures. Each ``draw_*`` of this class starts a new picture.
     """
 
@@ -58,7 +58,7 @@ class RelationVisualizer(Visualizer):
             img_rgb: (H, W, 3) in [0, 255].
             metadata: with ``thing_classes`` and ``predicate_classes``; ids where it has none.
             scale: pixels of the picture per pixel of the image. None enlarges a small image to a
-                longest side of 768 and reduces a large one to 1600.
+                longest side of 1152 and reduces a large one to 1600.
         """
         img_rgb = np.asarray(img_rgb)
         if img_rgb.ndim != 3 or img_rgb.shape[2] != 3 or 0 in img_rgb.shape:
@@ -211,23 +211,18 @@ class RelationVisualizer(Visualizer):
             output.line(np.array(corners), colors[entity], stroke)
 
         anchors = dict(zip(drawn, choose_anchors(boxes, spacing=5 * size)))
-        bulges = arc_bulges([t[:2] for t in scene.triplets], anchors, step=1.7 * size)
+        groups = scene.by_pair()
+        bulges = arc_bulges(list(groups), anchors, step=1.7 * size)
         arcs = [
             arc(anchors[s], anchors[o], bulge, sheet.area, trim=radius + 1.5)
-            for (s, o, _, _), bulge in zip(scene.triplets, bulges)
+            for (s, o), bulge in zip(groups, bulges)
         ]
-        for points, color, is_dashed in zip(arcs, line_colors, dashed):
-            output.arrow(points, color, 1.1 * stroke, is_dashed)
+        for points, members in zip(arcs, groups.values()):
+            whole = [number for number in members if not dashed[number]]
+            color = line_colors[(whole or members)[0]]
+            output.arrow(points, color, 1.1 * stroke, not whole)
         for entity in drawn:
-            output.add(
-                Circle(
-                    anchors[entity],
-                    radius,
-                    facecolor=colors[entity],
-                    edgecolor="white",
-                    linewidth=output.points(1.3),
-                )
-            )
+            output.dot(anchors[entity], radius, colors[entity])
 
         dots = np.stack([np.tile(anchors[e], 2) for e in drawn]) + radius * np.array([-1, -1, 1, 1])
         placer = LabelPlacer(sheet.area, taken=dots, details=boxes)
@@ -235,12 +230,32 @@ class RelationVisualizer(Visualizer):
         for entity, box in zip(drawn, boxes):
             text = shorten(names[entity], size, room)
             label = placer.place_at_box(label_size(text, size), box, arcs)
-            output.plate(label, text, colors[entity], WHITE, WHITE)
-        for number, (triplet, points) in enumerate(zip(scene.triplets, arcs)):
-            text = shorten(self._predicate_name(triplet[2]), size, room)
-            others = arcs[:number] + arcs[number + 1 :]
-            label = placer.place_on_line(label_size(text, size), points, others)
-            output.plate(label, text, WHITE, line_colors[number], line_colors[number])
+            output.plate(label, [(text, WHITE)], colors[entity], WHITE)
+        self._label_arrows(placer, arcs, scene, list(groups.values()), line_colors)
+
+    def _label_arrows(
+        self,
+        placer: LabelPlacer,
+        arcs: Sequence[np.ndarray],
+        scene: Scene,
+        groups: Sequence[Sequence[int]],
+        line_colors: Sequence[Color],
+    ) -> None:
+        """Write on each arrow the predicates of its pair, each in its colour."""
+        output: RelationImage = self.output
+        size, area = output.sheet.text, output.sheet.area
+        for number, (points, members) in enumerate(zip(arcs, groups)):
+            shown = members if len(members) <= MOST_LINES else members[: MOST_LINES - 1]
+            lines = []
+            for i in shown:
+                name = self._predicate_name(scene.triplets[i][2])
+                lines.append((shorten(name, size, 0.5 * (area[2] - area[0])), line_colors[i]))
+            if len(shown) < len(members):
+                lines.append((f"and {len(members) - len(shown)} more", FAINT))
+            others = [*arcs[:number], *arcs[number + 1 :]]
+            wanted = label_size([text for text, _ in lines], size)
+            label = placer.place_on_line(wanted, points, others)
+            output.plate(label, lines, WHITE, lines[0][1])
 
 
 def _best_of(scene: Scene, relations: Instances) -> Optional[str]:

@@ -5,7 +5,7 @@ Coordinates are pixels of the sheet, y downwards, unless said otherwise.
 
 import math
 from functools import lru_cache
-from typing import List, NamedTuple, Sequence, Tuple
+from typing import List, NamedTuple, Sequence, Tuple, Union
 
 import numpy as np
 from matplotlib import patheffects
@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
-from matplotlib.patches import FancyBboxPatch, Polygon
+from matplotlib.patches import Circle, FancyBboxPatch, Polygon
 from matplotlib.text import Text
 from matplotlib.textpath import text_to_path
 from PIL import Image
@@ -41,9 +41,11 @@ def text_width(text: str, size: float, bold: bool = False) -> float:
     return float(text_to_path.get_text_width_height_descent(text, _font(bold, size), False)[0])
 
 
-def label_size(text: str, size: float) -> Tuple[float, float]:
-    """Width and height in pixels of the plate of a label."""
-    return text_width(text, size) + 0.8 * size + 4, 1.35 * size + 4
+def label_size(lines: Union[str, Sequence[str]], size: float) -> Tuple[float, float]:
+    """Width and height in pixels of the plate of a label of one or several lines."""
+    lines = [lines] if isinstance(lines, str) else lines
+    width = max(text_width(line, size) for line in lines)
+    return width + 0.8 * size + 4, 1.35 * size + 4 + 1.25 * size * (len(lines) - 1)
 
 
 def shorten(text: str, size: float, width: float, bold: bool = False) -> str:
@@ -99,7 +101,7 @@ def plan_sheet(
     """
     image_w, image_h = max(1, round(width * scale)), max(1, round(height * scale))
     area_w, area_h = max(image_w, MIN_AREA), max(image_h, MIN_AREA)
-    text = min(max(max(image_w, image_h) / 64, 13.0), 20.0)
+    text = min(max(max(image_w, image_h) / 76, 13.0), 20.0)
     row_height, margin = round(1.65 * text), round(0.8 * text)
     top = round(2.2 * text) if title else 0
     column = min(max(row.width(text) for row in rows), max(0.75 * area_w, 320))
@@ -222,8 +224,22 @@ class RelationImage(VisImage):
         corners = np.stack([points[-1], back + side, back - side])
         self.add(Polygon(corners, facecolor=color, edgecolor="white", linewidth=self.points(0.8)))
 
-    def plate(self, label: Label, text: str, face: Color, edge: Color, ink: Color) -> None:
-        """Draw a label as a small rounded plate, with a leader line where it stands apart."""
+    def dot(self, centre: np.ndarray, radius: float, color: Color) -> None:
+        """Draw the point of an entity, where its arrows begin and end."""
+        style = dict(facecolor=color, edgecolor="white", linewidth=self.points(1.3))
+        self.add(Circle(centre, radius, **style))
+
+    def plate(
+        self, label: Label, lines: Sequence[Tuple[str, Color]], face: Color, edge: Color
+    ) -> None:
+        """Draw a label as a small rounded plate, with a leader line where it stands apart.
+
+        Args:
+            label: where.
+            lines: texts, one below the other, with their colours.
+            face: colour of the plate.
+            edge: colour of its rim and leader line.
+        """
         x0, y0, x1, y1 = label.rect
         size = self.sheet.text
         if label.target is not None:
@@ -240,7 +256,9 @@ class RelationImage(VisImage):
                 linewidth=self.points(1.2),
             )
         )
-        self.write(x0 + 2 + 0.4 * size, (y0 + y1) / 2, text, size, ink)
+        first = (y0 + y1) / 2 - 0.625 * size * (len(lines) - 1)
+        for number, (text, ink) in enumerate(lines):
+            self.write(x0 + 2 + 0.4 * size, first + 1.25 * size * number, text, size, ink)
 
     def list_rows(self, rows: Sequence[Row]) -> None:
         """Write the panel, column by column."""

@@ -41,6 +41,13 @@ class Scene(NamedTuple):
         rows = [(self.classes[s], p, self.classes[o]) for s, o, p, _ in self.triplets]
         return np.array(rows, dtype=np.int64).reshape(-1, 3)
 
+    def by_pair(self) -> Dict[Tuple[int, int], List[int]]:
+        """Numbers of the relations of each (subject, object), in order."""
+        groups: Dict[Tuple[int, int], List[int]] = {}
+        for number, (subject, object_, _, _) in enumerate(self.triplets):
+            groups.setdefault((subject, object_), []).append(number)
+        return groups
+
     @classmethod
     def from_dataset_dict(cls, dataset_dict: Dict[str, Any]) -> "Scene":
         """Ground truth of a dataset dict with ``annotations`` and ``relations``."""

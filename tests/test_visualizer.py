@@ -71,7 +71,7 @@ def all_pairs(count):
 
 @pytest.mark.parametrize(
     "size, scale",
-    [((160, 160), 4.8), ((700, 1000), 1.0), ((1500, 3200), 0.5), ((1, 1), 768.0)],
+    [((160, 160), 7.2), ((800, 1200), 1.0), ((1500, 3200), 0.5), ((1, 1), 1152.0)],
 )
 def test_picture_is_enlarged_or_reduced_to_readable_size(size, scale, metadata):
     visualizer = RelationVisualizer(np.zeros((*size, 3), np.uint8), metadata)
