@@ -1,10 +1,10 @@
-"""Pictures of relations: predictions, ground truth, and both side by side.
+"""Pictures of relations: predictions or ground truth, on the image or as a graph.
 
 All boxes are in the frame of the image given to the visualiser. The figures live outside of
 pyplot's global state, so thousands of pictures can be drawn in one process.
 """
 
-from typing import Any, Dict, Mapping, Optional, Sequence
+from typing import Any, Dict, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -20,8 +20,10 @@ from reldn_d2.visualizer_canvas import (
     plan_sheet,
     shorten,
 )
+from reldn_d2.visualizer_graph import place_nodes, route_edges
 from reldn_d2.visualizer_layout import (
     Color,
+    Label,
     LabelPlacer,
     arc,
     arc_bulges,
@@ -31,12 +33,12 @@ from reldn_d2.visualizer_layout import (
     name_entities,
     predicate_color,
 )
-from reldn_d2.visualizer_scene import Scene, Triplet, find_hits, same_entities
+from reldn_d2.visualizer_scene import Scene, Triplet, find_hits
 
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.visualizer import VisImage, Visualizer
 
-__all__ = ["RelationVisualizer", "Scene", "compare_image", "compare_models", "find_hits"]
+__all__ = ["RelationVisualizer", "Scene", "find_hits"]
 
 MIN_SIDE, MAX_SIDE = 1152, 1600
 MOST_LINES = 4  # predicates written on one arrow; the panel has all
@@ -85,11 +87,11 @@ class RelationVisualizer(Visualizer):
             min_score: relations below it are left out.
         """
         scene = Scene.from_outputs(instances, relations, topk, min_score)
-        return self._draw(scene, heading=_best_of(scene, relations))
+        return self._draw(scene, heading=best_of(scene, relations))
 
     def draw_ground_truth(self, dataset_dict: Dict[str, Any]) -> VisImage:
         """Draw the ``relations`` of a dataset dict whose boxes are in the image's frame."""
-        _check_size(self.img, dataset_dict)
+        check_size(self.img, dataset_dict)
         return self._draw(Scene.from_dataset_dict(dataset_dict))
 
     def draw_triplets(
@@ -114,6 +116,20 @@ class RelationVisualizer(Visualizer):
         check_relation_triplets([t[:3] for t in triplets], len(table), where="draw_triplets")
         return self._draw(Scene(table, [int(c) for c in classes], list(triplets)), **style)
 
+    def draw_graph(
+        self, boxes: Any, classes: Sequence[int], triplets: Sequence[Triplet], **style: Any
+    ) -> VisImage:
+        """Draw relations as a graph without the image: entities are nodes, near where they are.
+
+        Arguments and result as for :meth:`draw_triplets`; needs networkx.
+        """
+        boxes = boxes.tensor if isinstance(boxes, Boxes) else torch.as_tensor(np.asarray(boxes))
+        table = boxes.detach().cpu().double().numpy().reshape(-1, 4)
+        check_relation_triplets([t[:3] for t in triplets], len(table), where="draw_graph")
+        scene = Scene(table, [int(c) for c in classes], list(triplets))
+        blank = RelationVisualizer(np.full((720, 1080, 3), 255, np.uint8), self.metadata, 1.0)
+        return blank._draw(scene, image_size=self.img.shape[:2], **style)
+
     def name(self, scene: Scene, entities: Sequence[int]) -> Dict[int, str]:
         """Names of some entities of a scene, such as ``cup 2`` where there are several cups."""
         return name_entities(scene.boxes, scene.classes, entities, self._things)
@@ -128,8 +144,12 @@ class RelationVisualizer(Visualizer):
         heading: Optional[str] = None,
         panel: str = "right",
         plain: bool = False,
+        image_size: Optional[Tuple[int, int]] = None,
     ) -> VisImage:
-        """The common core; arguments as in :meth:`draw_triplets`."""
+        """The common core; arguments as in :meth:`draw_triplets`.
+
+        With an ``image_size`` (height, width) that the boxes refer to, it is a graph that is drawn.
+        """
         drawn = scene.drawn
         if marks is None:
             marks = [None] * len(scene.triplets)
@@ -157,7 +177,8 @@ class RelationVisualizer(Visualizer):
             self.output.write(6, sheet.area[1] / 2, text, 1.1 * sheet.text, INK, bold=True)
         if drawn:
             dashed = [mark is False for mark in marks]
-            self._draw_scene(scene, drawn, line_colors, dashed, names, colors)
+            draw = self._draw_scene if image_size is None else self._draw_nodes
+            draw(scene, drawn, line_colors, dashed, names, colors, *filter(None, [image_size]))
         if panel != "none":
             self.output.list_rows(rows)
         return self.output
@@ -217,10 +238,7 @@ class RelationVisualizer(Visualizer):
             arc(anchors[s], anchors[o], bulge, sheet.area, trim=radius + 1.5)
             for (s, o), bulge in zip(groups, bulges)
         ]
-        for points, members in zip(arcs, groups.values()):
-            whole = [number for number in members if not dashed[number]]
-            color = line_colors[(whole or members)[0]]
-            output.arrow(points, color, 1.1 * stroke, not whole)
+        self._draw_arrows(arcs, list(groups.values()), line_colors, dashed)
         for entity in drawn:
             output.dot(anchors[entity], radius, colors[entity])
 
@@ -232,6 +250,49 @@ class RelationVisualizer(Visualizer):
             label = placer.place_at_box(label_size(text, size), box, arcs)
             output.plate(label, [(text, WHITE)], colors[entity], WHITE)
         self._label_arrows(placer, arcs, scene, list(groups.values()), line_colors)
+
+    def _draw_nodes(
+        self,
+        scene: Scene,
+        drawn: Sequence[int],
+        line_colors: Sequence[Color],
+        dashed: Sequence[bool],
+        names: Mapping[int, str],
+        colors: Mapping[int, Color],
+        image_size: Tuple[int, int],
+    ) -> None:
+        """Draw entities as plates with their names, and arrows between them."""
+        output: RelationImage = self.output
+        sheet, groups = output.sheet, scene.by_pair()
+        height, width = image_size
+        texts = {e: shorten(names[e], sheet.text, 0.3 * sheet.area[2]) for e in drawn}
+        sizes = np.array([label_size(texts[e], sheet.text) for e in drawn])
+        boxes = scene.boxes[list(drawn)] / [width, height, width, height]
+        number = {entity: i for i, entity in enumerate(drawn)}
+        edges = [(number[s], number[o]) for s, o in groups]
+        centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+        places = place_nodes(centres, sizes, edges, sheet.area, gap=3.2 * sheet.text)
+        arcs = route_edges(edges, dict(enumerate(places)), dict(enumerate(sizes)), sheet.area)
+        self._draw_arrows(arcs, list(groups.values()), line_colors, dashed)
+        rects = np.concatenate([places - sizes / 2, places + sizes / 2], axis=1)
+        for entity, rect in zip(drawn, rects):
+            label = Label(tuple(float(x) for x in rect), None)
+            output.plate(label, [(texts[entity], WHITE)], colors[entity], WHITE)
+        placer = LabelPlacer(sheet.area, taken=rects, details=rects)
+        self._label_arrows(placer, arcs, scene, list(groups.values()), line_colors)
+
+    def _draw_arrows(
+        self,
+        arcs: Sequence[np.ndarray],
+        groups: Sequence[Sequence[int]],
+        line_colors: Sequence[Color],
+        dashed: Sequence[bool],
+    ) -> None:
+        """Draw an arrow a pair, in the colour of its best relation; dashed if all of them are."""
+        width = 1.1 * self.output.sheet.text / 7
+        for points, members in zip(arcs, groups):
+            whole = [number for number in members if not dashed[number]]
+            self.output.arrow(points, line_colors[(whole or members)[0]], width, not whole)
 
     def _label_arrows(
         self,
@@ -245,6 +306,9 @@ class RelationVisualizer(Visualizer):
         output: RelationImage = self.output
         size, area = output.sheet.text, output.sheet.area
         for number, (points, members) in enumerate(zip(arcs, groups)):
+            # Annotations may say the same thing of a pair twice.
+            first = {scene.triplets[i][2]: i for i in reversed(members)}
+            members = sorted(first.values())
             shown = members if len(members) <= MOST_LINES else members[: MOST_LINES - 1]
             lines = []
             for i in shown:
@@ -258,7 +322,7 @@ class RelationVisualizer(Visualizer):
             output.plate(label, lines, WHITE, lines[0][1])
 
 
-def _best_of(scene: Scene, relations: Instances) -> Optional[str]:
+def best_of(scene: Scene, relations: Instances) -> Optional[str]:
     """What stands above a list of predictions; None where it is empty."""
     count, total = len(scene.triplets), len(relations)
     return f"{count} best of {total} relation{'s' * (total > 1)}" if count else None
@@ -274,7 +338,7 @@ def _score_text(score: float) -> str:
     return f"{score:.2f}" if score >= 0.0995 else f"{score:.2g}"
 
 
-def _check_size(img: np.ndarray, dataset_dict: Dict[str, Any]) -> None:
+def check_size(img: np.ndarray, dataset_dict: Dict[str, Any]) -> None:
     height, width = img.shape[:2]
     expected = (dataset_dict.get("height", height), dataset_dict.get("width", width))
     if expected != (height, width):
@@ -284,89 +348,3 @@ def _check_size(img: np.ndarray, dataset_dict: Dict[str, Any]) -> None:
             "boxes belong to, read with its EXIF orientation "
             "(detectron2.data.detection_utils.read_image does so)."
         )
-
-
-def compare_image(
-    img_rgb: np.ndarray,
-    dataset_dict: Dict[str, Any],
-    outputs: Dict[str, Instances],
-    metadata: Any,
-    topk: Optional[int] = None,
-    side: int = 640,
-) -> np.ndarray:
-    """Ground truth beside the prediction: hits and what they find in green, the rest in red.
-
-    Arguments and result as in :func:`compare_models`, for one model.
-    """
-    return compare_models(img_rgb, dataset_dict, {"Prediction": outputs}, metadata, topk, side)
-
-
-def compare_models(
-    img_rgb: np.ndarray,
-    dataset_dict: Dict[str, Any],
-    outputs: Mapping[str, Dict[str, Instances]],
-    metadata: Any,
-    topk: Optional[int] = None,
-    side: int = 480,
-) -> np.ndarray:
-    """Ground truth and the predictions of models in one row; equal entities have equal names.
-
-    Args:
-        img_rgb: (H, W, 3) uint8.
-        dataset_dict: with ``annotations`` and ``relations`` in the image's frame.
-        outputs: from each model's name to its output, ``instances`` and ``relations``.
-        metadata: with ``thing_classes`` and ``predicate_classes``.
-        topk: predictions drawn of each model; None takes as many as there are true relations, or
-            5 where there is none.
-        side: longest side in pixels of each of the images.
-
-    Returns:
-        (H', W', 3) uint8. Hits are green, misses red and dashed. The ground truth is marked only
-        beside a single model.
-    """
-    _check_size(img_rgb, dataset_dict)
-    truth = Scene.from_dataset_dict(dataset_dict)
-    if topk is None:
-        topk = len(truth.triplets) or 5
-    scenes = [Scene.from_outputs(o["instances"], o["relations"], topk) for o in outputs.values()]
-    matches = [find_hits(scene, truth) for scene in scenes]
-    everything, maps = same_entities(truth, scenes)
-    maps = [{entity: entity for entity in truth.drawn}] + maps
-    used = sorted({same for known in maps for same in known.values()})
-    visualizer = RelationVisualizer(img_rgb, metadata, scale=side / max(img_rgb.shape[:2]))
-    names = visualizer.name(everything, used)
-    colors = {entity: entity_color(number) for number, entity in enumerate(used)}
-
-    marks = [matches[0][1] if len(matches) == 1 else None] + [hits for hits, _ in matches]
-    titles, headings = ["Ground truth"], [None]
-    for (name, output), scene, (_, found) in zip(outputs.items(), scenes, matches):
-        titles.append(f"{name}: {sum(found)} of {len(found)} found")
-        headings.append(_best_of(scene, output["relations"]))
-    pictures = []
-    for number, (scene, known) in enumerate(zip([truth] + scenes, maps)):
-        picture = visualizer.draw_triplets(
-            scene.boxes,
-            scene.classes,
-            scene.triplets,
-            marks=marks[number],
-            names={entity: names[same] for entity, same in known.items()},
-            colors={entity: colors[same] for entity, same in known.items()},
-            title=titles[number],
-            heading=headings[number],
-            panel="below",
-            plain=marks[number] is None,
-        )
-        pictures.append(picture.get_image())
-    return _in_a_row(pictures, gap=12)
-
-
-def _in_a_row(pictures: Sequence[np.ndarray], gap: int) -> np.ndarray:
-    """Put pictures side by side on white, aligned at their tops."""
-    height = max(picture.shape[0] for picture in pictures)
-    width = sum(picture.shape[1] for picture in pictures) + gap * (len(pictures) - 1)
-    row = np.full((height, width, 3), 255, dtype=np.uint8)
-    left = 0
-    for picture in pictures:
-        row[: picture.shape[0], left : left + picture.shape[1]] = picture
-        left += picture.shape[1] + gap
-    return row

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from reldn_d2.structures.relations import predicted_relations
-from reldn_d2.visualizer import RelationVisualizer, compare_image, compare_models
+from reldn_d2.visualizer import RelationVisualizer
 from reldn_d2.visualizer_canvas import RelationImage
+from reldn_d2.visualizer_compare import compare_image, compare_models
 from reldn_d2.visualizer_scene import Scene, find_hits, same_entities
 
 from detectron2.data import Metadata

@@ -22,13 +22,14 @@ import torch
 from PIL import Image
 
 from reldn_d2.structures.relations import predicted_relations
-from reldn_d2.visualizer import RelationVisualizer, compare_image
+from reldn_d2.visualizer import RelationVisualizer
+from reldn_d2.visualizer_compare import compare_image
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import Boxes, Instances
 
-__all__ = ["outputs_of", "read_predictions"]
+__all__ = ["check_dataset", "outputs_of", "read_predictions"]
 
 
 def outputs_of(record: Dict[str, Any], height: int, width: int) -> Dict[str, Instances]:
@@ -59,6 +60,17 @@ def read_predictions(path: Path, dicts: List[Dict[str, Any]]) -> Dict[Any, Dict[
     return {x["image_id"]: outputs_of(x, *sizes[x["image_id"]]) for x in records}
 
 
+def check_dataset(
+    parser: argparse.ArgumentParser, dataset: str, predictions: Optional[Path]
+) -> None:
+    """Stop with a message if the data set is not registered or the predictions are not there."""
+    if dataset not in DatasetCatalog.list():
+        near = difflib.get_close_matches(dataset, DatasetCatalog.list(), n=3)
+        parser.error(f"no data set '{dataset}' is registered; near it: {', '.join(near)}")
+    if predictions and not predictions.is_file():
+        parser.error(f"no file '{predictions}'; evaluating writes it under OUTPUT_DIR/inference")
+
+
 def main(arguments: Optional[List[str]] = None) -> int:
     """Draw; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -70,13 +82,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
     parser.add_argument("--number", type=int, default=10, help="images, from the first on")
     parser.add_argument("--top-k", type=int, help="predictions drawn; default: as many as are true")
     args = parser.parse_args(arguments)
-    if args.dataset not in DatasetCatalog.list():
-        near = difflib.get_close_matches(args.dataset, DatasetCatalog.list(), n=3)
-        parser.error(f"no data set '{args.dataset}' is registered; near it: {', '.join(near)}")
-    if args.predictions and not args.predictions.is_file():
-        parser.error(
-            f"no file '{args.predictions}'; evaluating writes it under OUTPUT_DIR/inference"
-        )
+    check_dataset(parser, args.dataset, args.predictions)
 
     dicts, metadata = DatasetCatalog.get(args.dataset), MetadataCatalog.get(args.dataset)
     predictions = read_predictions(args.predictions, dicts) if args.predictions else {}

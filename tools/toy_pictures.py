@@ -7,7 +7,8 @@ import numpy as np
 from draw_relations import read_predictions
 from PIL import Image
 
-from reldn_d2.visualizer import Scene, compare_models, find_hits
+from reldn_d2.visualizer import Scene, find_hits
+from reldn_d2.visualizer_compare import compare_models
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image

@@ -1,0 +1,74 @@
+#!/usr/bin/env python
+"""Write an HTML gallery of an evaluation: every image with its ranked triplets, hits and misses.
+
+Example::
+
+    python tools/make_gallery.py --dataset vrd_test --output output/vrd/gallery.html \
+        --predictions output/vrd/reldn_small/inference/sgdet/relation_predictions.json
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is not installed
+
+import reldn_d2  # noqa: E402,F401  # isort: skip  registers the data sets
+from draw_relations import check_dataset, read_predictions
+from tqdm import tqdm
+
+from reldn_d2.gallery import gallery_record, write_gallery
+from reldn_d2.images import ImageError, read_rgb
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+
+def main(arguments: Optional[List[str]] = None) -> int:
+    """Write the page; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dataset", required=True, help="a registered data set")
+    parser.add_argument("--predictions", type=Path, required=True, help="relation_predictions.json")
+    parser.add_argument("--output", type=Path, required=True, help="the HTML file")
+    parser.add_argument("--number", type=int, help="images, from the first on; default: all")
+    parser.add_argument("--top-k", type=int, default=20, help="relations listed of an image")
+    parser.add_argument("--side", type=int, default=400, help="longest side of a picture, pixels")
+    args = parser.parse_args(arguments)
+    check_dataset(parser, args.dataset, args.predictions)
+
+    dicts, metadata = DatasetCatalog.get(args.dataset), MetadataCatalog.get(args.dataset)
+    predictions = read_predictions(args.predictions, dicts)
+    chosen = [x for x in dicts if x["image_id"] in predictions][: args.number]
+    failed: List[str] = []
+
+    def records() -> Iterator[Dict[str, Any]]:
+        for record in tqdm(chosen, unit="image", disable=None):
+            try:
+                image = read_rgb(record["file_name"])
+            except ImageError as error:
+                failed.append(str(error))
+                continue
+            yield gallery_record(
+                Path(record["file_name"]).name,
+                image,
+                predictions[record["image_id"]],
+                metadata.thing_classes,
+                metadata.predicate_classes,
+                record,
+                args.top_k,
+                args.side,
+            )
+
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    title = f"{args.dataset}: {args.predictions}"
+    count = write_gallery(args.output, records(), title, metadata.predicate_classes)
+    print(f"{args.output}: {count} images, {args.output.stat().st_size / 1e6:.1f} MB")
+    for line in failed:
+        print(f"left out: {line}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
