@@ -62,7 +62,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
             )
 
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    title = f"{args.dataset}: {args.predictions}"
+    title = f"{args.dataset}: {'/'.join(args.predictions.resolve().parts[-4:-1])}"
     count = write_gallery(args.output, records(), title, metadata.predicate_classes)
     print(f"{args.output}: {count} images, {args.output.stat().st_size / 1e6:.1f} MB")
     for line in failed:

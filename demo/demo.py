@@ -1,0 +1,294 @@
+#!/usr/bin/env python
+"""Find the relations in images, folders of images and videos, with a trained RelDN.
+
+Examples::
+
+    python demo/demo.py --checkpoint model_final.pth --input street.jpg --output pictures
+    python demo/demo.py --checkpoint model_final.pth --input photos 'more/*.png' \
+        --output out --format json --top-k 100
+    python demo/demo.py --checkpoint model_final.pth --video-input walk.mp4 --output walk_out.mp4
+
+The checkpoint knows its config and the names of its classes; --config-file replaces the config.
+A file that cannot be used does not stop the others: it is listed at the end; the exit status is 1.
+"""
+
+import argparse
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is not installed
+
+import reldn_d2  # noqa: E402,F401  # isort: skip  bridges gaps before Detectron2 is imported
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from reldn_d2.gallery import gallery_record, write_gallery
+from reldn_d2.images import ImageError, find_images, read_rgb
+from reldn_d2.prediction import RelationPrediction, graph_to_dot, graph_to_graphml
+from reldn_d2.predictor import RelationPredictor
+from reldn_d2.video import EntityTracker, VideoError, VideoFile, VideoWriter, draw_frame
+from reldn_d2.visualizer import RelationVisualizer
+from reldn_d2.visualizer_scene import Scene
+
+SUFFIXES = {"image": ".png", "graph": ".png", "json": ".json", "graphml": ".graphml", "dot": ".dot"}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options: those of Detectron2's demo, and some more."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", metavar="FILE", help="a trained RelDN, model_final.pth")
+    parser.add_argument("--config-file", metavar="FILE", help="in place of the checkpoint's config")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--input", nargs="+", metavar="PATH", help="images, globs, folders")
+    source.add_argument("--video-input", metavar="FILE", help="a video")
+    source.add_argument("--webcam", action="store_true", help="the first camera; q ends")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="a folder, or a file where there is one result; without it a window shows the results",
+    )
+    parser.add_argument(
+        "--confidence-threshold", type=float, metavar="SCORE", help="least score of a detection"
+    )
+    parser.add_argument("--min-score", type=float, default=0.0, help="least score of a triplet")
+    parser.add_argument("--top-k", type=int, default=20, help="triplets of an image, the best")
+    parser.add_argument(
+        "--format",
+        choices=["image", "json", "graphml", "dot", "html", "graph"],
+        default="image",
+        help="pictures; JSON; scene graphs as GraphML, DOT or pictures; one HTML page of it all",
+    )
+    parser.add_argument(
+        "--boxes",
+        type=Path,
+        metavar="JSON",
+        help='boxes in place of detections: {"FILE NAME": {"boxes": [[x0, y0, x1, y1], ...], '
+        '"classes": [id or name, ...]}, ...}; classes may be missing',
+    )
+    parser.add_argument("--batch-size", type=int, default=1, help="images at once")
+    parser.add_argument("--device", help="cpu or cuda; default: a GPU if there is one")
+    parser.add_argument(
+        "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE config options"
+    )
+    return parser
+
+
+def build_predictor(args: argparse.Namespace) -> RelationPredictor:
+    """The model of the command line.
+
+    Raises:
+        ValueError: no checkpoint was named.
+    """
+    opts = list(args.opts)
+    path = args.checkpoint
+    if path is None and "MODEL.WEIGHTS" in opts:
+        path = opts[opts.index("MODEL.WEIGHTS") + 1]
+    if path is None:
+        raise ValueError("name a trained model: --checkpoint model_final.pth")
+    opts += ["TEST.RELATIONS.TOPK", max(args.top_k, 100)]
+    if args.confidence_threshold is not None:
+        opts += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", args.confidence_threshold]
+        opts += ["MODEL.RETINANET.SCORE_THRESH_TEST", args.confidence_threshold]
+    return RelationPredictor.from_checkpoint(path, args.device, args.config_file, opts)
+
+
+def names_of(predictor: RelationPredictor) -> Any:
+    """Metadata for the visualiser, which belongs to no registered data set."""
+    names = dict(
+        thing_classes=predictor.thing_classes, predicate_classes=predictor.predicate_classes
+    )
+    return types.SimpleNamespace(get=lambda key, default=None: names.get(key, default), **names)
+
+
+def read_boxes(path: Path) -> Dict[str, Dict[str, Any]]:
+    """Boxes by file name.
+
+    Raises:
+        ImageError: the file is not as ``--boxes`` wants it.
+    """
+    try:
+        table = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{path}: cannot be read as JSON: {error}") from None
+    good = isinstance(table, dict) and all(
+        isinstance(x, dict) and "boxes" in x for x in table.values()
+    )
+    if not good:
+        raise ImageError(f'{path}: expected {{"FILE NAME": {{"boxes": [...], "classes": [...]}}}}')
+    return table
+
+
+def predict_images(
+    predictor: RelationPredictor, files: List[str], args: argparse.Namespace
+) -> Iterator[Tuple[str, Union[RelationPrediction, ImageError]]]:
+    """Each file with its prediction or its error, in order."""
+    if args.boxes is None:
+        yield from predictor.stream(files, batch_size=args.batch_size)
+        return
+    table = read_boxes(args.boxes)
+    for file in files:
+        given = table.get(file) or table.get(Path(file).name)
+        try:
+            if given is None:
+                raise ImageError(f"{file}: {args.boxes} has no boxes for it")
+            yield file, predictor(file, boxes=given["boxes"], classes=given.get("classes"))
+        except ImageError as error:
+            yield file, error
+
+
+def draw(prediction: RelationPrediction, rgb: np.ndarray, args, metadata) -> np.ndarray:
+    """A picture of the best triplets, on the image or as a graph."""
+    visualizer = RelationVisualizer(rgb, metadata)
+    instances, relations = prediction["instances"], prediction["relations"]
+    if args.format == "graph":
+        scene = Scene.from_outputs(instances, relations, args.top_k, args.min_score)
+        return visualizer.draw_graph(*scene).get_image()
+    return visualizer.draw_predictions(instances, relations, args.top_k, args.min_score).get_image()
+
+
+def output_paths(files: List[str], output: Path, suffix: str) -> Dict[str, Path]:
+    """Where each file's result goes; equal names from different folders get a number.
+
+    A single file may go to a path that has a suffix.
+    """
+    if len(files) == 1 and output.suffix and not output.is_dir():
+        return {files[0]: output}
+    paths: Dict[str, Path] = {}
+    used = set()
+    for file in files:
+        name, number = Path(file).stem, 1
+        while name.lower() in used:
+            number += 1
+            name = f"{Path(file).stem}_{number}"
+        used.add(name.lower())
+        paths[file] = output / f"{name}{suffix}"
+    return paths
+
+
+def write_result(prediction: RelationPrediction, path: Path, args, metadata) -> None:
+    """Write one image's result in the chosen format."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    best = prediction.best(args.top_k, args.min_score)
+    if args.format in ("image", "graph"):
+        picture = draw(prediction, read_rgb(prediction.file_name), args, metadata)
+        Image.fromarray(picture).save(path)
+    elif args.format == "json":
+        path.write_text(best.to_json(indent=1) + "\n", encoding="utf-8")
+    else:
+        graph = best.graph(related_only=True)
+        text = graph_to_dot(graph) if args.format == "dot" else graph_to_graphml(graph)
+        path.write_text(text, encoding="utf-8")
+
+
+def run_images(predictor: RelationPredictor, args: argparse.Namespace) -> int:
+    """Predict all images; returns the exit status."""
+    files, metadata = find_images(args.input), names_of(predictor)
+    failed: List[str] = []
+    done = 0
+    progress = tqdm(predict_images(predictor, files, args), total=len(files), unit="image")
+
+    def good() -> Iterator[RelationPrediction]:
+        for _, prediction in progress:
+            if isinstance(prediction, ImageError):
+                failed.append(str(prediction))
+            else:
+                yield prediction
+
+    if args.output is None:
+        for prediction in good():
+            done += 1
+            picture = draw(prediction, read_rgb(prediction.file_name), args, metadata)
+            if show(picture, prediction.file_name, wait=0):
+                break
+    elif args.format == "html":
+        page = args.output if args.output.suffix == ".html" else args.output / "index.html"
+        page.parent.mkdir(parents=True, exist_ok=True)
+        names = (predictor.thing_classes, predictor.predicate_classes)
+        options = dict(topk=args.top_k, min_score=args.min_score)
+        records = (
+            gallery_record(Path(x.file_name).name, read_rgb(x.file_name), x, *names, **options)
+            for x in good()
+        )
+        done = write_gallery(page, records, "Relations", predictor.predicate_classes)
+    else:
+        paths = output_paths(files, args.output, SUFFIXES[args.format])
+        for prediction in good():
+            write_result(prediction, paths[prediction.file_name], args, metadata)
+            done += 1
+    where = f" in {args.output}" if args.output else ""
+    print(f"{done} of {len(files)} images done{where}")
+    if failed:
+        print(f"{len(failed)} could not be used:", file=sys.stderr)
+        for line in failed:
+            print(f"  {line}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def run_video(predictor: RelationPredictor, args: argparse.Namespace) -> int:
+    """Predict a video or the camera, frame by frame; returns the exit status."""
+    if args.format != "image" or args.boxes is not None:
+        raise ValueError("videos are drawn: --format and --boxes are for images")
+    metadata = names_of(predictor)
+    tracker = EntityTracker(predictor.thing_classes)
+    with VideoFile(0 if args.webcam else args.video_input) as video:
+        writer = None
+        if args.output is not None:
+            path = args.output
+            if not path.suffix or path.is_dir():
+                name = "webcam" if args.webcam else Path(args.video_input).stem
+                path = path / f"{name}.mp4"
+            writer = VideoWriter(path, video.frames_per_second)
+        count = 0
+        try:
+            for frame in tqdm(video, total=video.count, unit="frame"):
+                prediction = predictor(frame)
+                drawn = draw_frame(frame, prediction, tracker, metadata, args.top_k, args.min_score)
+                count += 1
+                if writer is not None:
+                    writer.write(drawn)
+                elif show(drawn, "relations", wait=1):
+                    break
+        finally:
+            if writer is not None:
+                writer.__exit__()
+    print(f"{count} frames done" + (f" in {writer.path}" if writer else ""))
+    return 0
+
+
+def show(picture: np.ndarray, title: str, wait: int) -> bool:
+    """Show a picture in a window; whether the user wants to end (q or Escape).
+
+    Raises:
+        ValueError: there is no window system.
+    """
+    import cv2
+
+    try:
+        cv2.imshow(title, picture[:, :, ::-1])
+        return cv2.waitKey(wait) in (27, ord("q"))
+    except cv2.error:
+        raise ValueError("this OpenCV or machine has no windows: name an --output") from None
+
+
+def main(arguments: Optional[List[str]] = None) -> int:
+    """Run the demo; returns the exit status."""
+    args = build_parser().parse_args(arguments)
+    try:
+        predictor = build_predictor(args)
+        return run_images(predictor, args) if args.input else run_video(predictor, args)
+    except (ImageError, VideoError, FileNotFoundError, KeyError, ValueError, ImportError) as error:
+        reason = error.args[0] if isinstance(error, KeyError) else error
+        print(f"demo.py: {reason}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
