@@ -266,13 +266,13 @@ class RelDNHead(nn.Module):
         if self.visual is not None:
             vectors = union = None
             if self.predicate_box_head is not None:
-                if torch.jit.is_tracing() and len(entities.sizes) == 1:  # sizes known beforehand
-                    first, second, sizes = subjects, objects, [len(subjects)]
+                if torch.jit.is_tracing():  # one image; no number of pairs is to be written down
+                    boxes = [union_boxes(subject_boxes, object_boxes)]
                 else:
                     first, second, union, sizes = distinct_unions(
                         subjects, objects, entities.image, len(entities.boxes), len(entities.sizes)
                     )
-                boxes = union_boxes(entities.boxes[first], entities.boxes[second]).split(sizes)
+                    boxes = union_boxes(entities.boxes[first], entities.boxes[second]).split(sizes)
                 maps = [predicate_features[name] for name in self.in_features]
                 vectors = self.predicate_box_head(
                     self.predicate_pooler(maps, [Boxes(x) for x in boxes])

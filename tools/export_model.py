@@ -1,0 +1,105 @@
+#!/usr/bin/env python
+"""Export a trained RelDN as TorchScript: one file that needs torch and torchvision only.
+
+Example::
+
+    python tools/export_model.py --checkpoint model_final.pth --image street.jpg \
+        --output reldn.ts --height 800 --width 1216
+
+The example image is scaled to the size given, and traced; the file then takes images of that size,
+as a (3, height, width) tensor. What was saved is loaded again in a fresh process, without this
+package, and compared with the eager model on the example.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import List, Optional
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is not installed
+
+import reldn_d2  # noqa: E402,F401  # isort: skip  bridges gaps before Detectron2 is imported
+import numpy as np
+import torch
+from PIL import Image
+
+from reldn_d2.export import save_torchscript
+from reldn_d2.images import ImageError, read_rgb
+from reldn_d2.predictor import RelationPredictor
+
+# Run by itself: it shows all that a user of the file needs.
+_RUN = """
+import sys, torch, torchvision
+model = torch.jit.load(sys.argv[1])
+with torch.no_grad():
+    outputs = model(torch.load(sys.argv[2]))
+assert not any(name.startswith(("reldn_d2", "detectron2")) for name in sys.modules)
+torch.save(outputs, sys.argv[3])
+"""
+
+
+def run_in_fresh_process(path: Path, example: torch.Tensor) -> List[torch.Tensor]:
+    """Outputs of a saved file, from a process that knows neither this package nor Detectron2."""
+    with tempfile.TemporaryDirectory() as folder:
+        given, result = Path(folder) / "in.pt", Path(folder) / "out.pt"
+        torch.save(example, given)
+        command = [sys.executable, "-W", "ignore", "-c", _RUN, str(path), str(given), str(result)]
+        subprocess.run(command, check=True, cwd=folder)
+        return list(torch.load(result, weights_only=True))
+
+
+def main(arguments: Optional[List[str]] = None) -> int:
+    """Export; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", required=True, help="a trained RelDN")
+    parser.add_argument("--image", required=True, help="an example that shows a relation")
+    parser.add_argument("--output", type=Path, required=True, help="the file, such as reldn.ts")
+    parser.add_argument("--height", type=int, help="of the input; default: as in evaluation")
+    parser.add_argument("--width", type=int, help="of the input; default: as in evaluation")
+    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE options")
+    args = parser.parse_args(arguments)
+    if (args.height is None) != (args.width is None):
+        parser.error("--height and --width go together")
+    try:
+        predictor = RelationPredictor.from_checkpoint(args.checkpoint, "cpu", opts=args.opts)
+        rgb = read_rgb(args.image)
+        if args.height:
+            size = (args.width, args.height)
+            rgb = np.asarray(Image.fromarray(rgb).resize(size, Image.BILINEAR))
+            bgr = rgb[:, :, ::-1] if predictor.cfg.INPUT.FORMAT == "BGR" else rgb
+            example = torch.as_tensor(np.ascontiguousarray(bgr.transpose(2, 0, 1))).float()
+        else:
+            example = predictor.prepare(rgb)["image"].float()
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        expected = save_torchscript(
+            predictor.model,
+            example,
+            args.output,
+            predictor.thing_classes,
+            predictor.predicate_classes,
+            predictor.cfg.INPUT.FORMAT,
+        )
+    except (ImageError, FileNotFoundError, ValueError, TypeError) as error:
+        print(f"export_model.py: {error}", file=sys.stderr)
+        return 1
+    found = run_in_fresh_process(args.output, example)
+    same = all(torch.equal(found[i], expected[i]) for i in (1, 3, 4))
+    difference = max(
+        (float((a - b).abs().max()) for a, b in zip(found, expected) if a.numel()), default=0.0
+    )
+    size = args.output.stat().st_size / 1e6
+    print(f"{args.output}: {size:.1f} MB, input {tuple(example.shape)}")
+    print(
+        f"in a fresh process: {len(found[0])} entities, {len(found[3])} relations, "
+        f"{'the same' if same else 'NOT the same'} triplets as the eager model; largest difference "
+        f"of any number {difference:.1e}"
+    )
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
