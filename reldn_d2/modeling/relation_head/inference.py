@@ -23,6 +23,7 @@ from torch import Tensor
 __all__ = [
     "RankedTriplets",
     "TopTriplets",
+    "best_of_chunks",
     "best_triplets",
     "distinct_boxes",
     "exhaustive_triplets",
@@ -181,7 +182,10 @@ def rank_triplets(
 
 
 class _Bands:
-    """All pairs of R scores, cut into bands of descending products, in memory of size R."""
+    """All pairs i < j of R descending scores, cut into bands of descending products.
+
+    The memory is that of R numbers.
+    """
 
     def __init__(self, scores: np.ndarray):
         """
@@ -190,11 +194,12 @@ class _Bands:
                 were float32 are exact in it.
         """
         self.scores = scores
-        self.done = np.zeros(len(scores), dtype=np.int64)  # of each subject, how many objects
+        self._least = np.arange(1, len(scores) + 1)  # a pair's second is after its first
+        self.done = self._least  # where each first's next band begins
         self.low = float("inf")  # no remaining pair's product is above it
 
     def _reach(self, low: float) -> np.ndarray:
-        """(R,) how many objects each subject has with a product of ``low`` or more."""
+        """(R,) where the seconds end whose product with each first is ``low`` or more."""
         if low <= 0:
             return np.full(len(self.scores), len(self.scores))
         with np.errstate(divide="ignore"):
@@ -203,7 +208,7 @@ class _Bands:
         return np.maximum(np.searchsorted(-self.scores, -needed, side="right"), self.done)
 
     def next(self, number: int, floor: float) -> Tuple[np.ndarray, np.ndarray]:
-        """Of each subject, the range of objects in the next band: first (R,), end (R,).
+        """Of each first, the range of seconds in the next band: begin (R,), end (R,).
 
         Args:
             number: pairs in the band, roughly and at most; only equal products make it larger.
@@ -216,22 +221,19 @@ class _Bands:
         if end.sum() - done > number:
             # Bisect, in steps of equal ratio, between too many pairs and too few.
             many, few = max(low, 1e-12 * self.low), self.low
-            if self._reach(many).sum() - done <= number:
-                low = many
-            else:
-                low, end = many, self._reach(many)
-                for _ in range(40):
-                    middle = float(np.sqrt(many * few))
-                    reach = self._reach(middle)
-                    count = reach.sum() - done
-                    if count > number:
-                        many, low, end = middle, middle, reach
-                    else:
-                        few = middle
-                        if count > number // 2:
-                            low, end = middle, reach
-                            break
-            end = self._reach(low)
+            low, end = many, self._reach(many)
+            for _ in range(40 if end.sum() - done > number else 0):
+                middle = float(np.sqrt(many * few))
+                reach = self._reach(middle)
+                count = reach.sum() - done
+                if count > number:
+                    many = low = middle
+                    end = reach
+                elif count > number // 2:
+                    low, end = middle, reach
+                    break
+                else:
+                    few = middle
         self.low, self.done = low, end
         return start, end
 
@@ -245,7 +247,8 @@ def pairs_by_bound(
 ) -> Iterator[Tuple[Tensor, Tensor]]:
     """Ordered pairs (i, j), i != j, in chunks, roughly in descending order of ``p(i) * p(j)``.
 
-    Nothing of size R x R is made: the memory is that of R numbers and of a chunk.
+    (i, j) and (j, i) come in one chunk, unless chunks have one pair. Nothing of size R x R is
+    made: the memory is that of R numbers and of a chunk.
 
     Args:
         scores: (R,) float32 on the CPU.
@@ -265,25 +268,25 @@ def pairs_by_bound(
         limit = floor() / _ROUNDING
         if limit >= bands.low:
             return
+        half = max(size // 2, 1)  # each pair comes in both orders
         share = max(found / looked_at, 1 / 16) if looked_at else 1.0
-        start, end = bands.next(int(size / share), limit)
+        start, end = bands.next(int(half / share), limit)
         ends = (end - start).cumsum()
         looked_at += int(ends[-1])
         # Only bands of equal products have more than one part.
-        for first in range(0, int(ends[-1]), 16 * chunk):
-            number = np.arange(first, min(first + 16 * chunk, int(ends[-1])))
-            subjects = np.searchsorted(ends, number, side="right")
-            objects = end[subjects] - (ends[subjects] - number)
-            subjects, objects = order[subjects], order[objects]
-            chosen = subjects != objects
-            subjects, objects = (torch.from_numpy(x[chosen]) for x in (subjects, objects))
+        for begin in range(0, int(ends[-1]), 16 * chunk):
+            number = np.arange(begin, min(begin + 16 * chunk, int(ends[-1])))
+            first = np.searchsorted(ends, number, side="right")
+            second = end[first] - (ends[first] - number)
+            pairs = torch.from_numpy(np.stack([order[first], order[second]], axis=1))
             if boxes is not None:
-                overlap = _overlap(boxes[subjects], boxes[objects])
-                subjects, objects = subjects[overlap], objects[overlap]
-            found += len(subjects)
-            for part in zip(subjects.split(size), objects.split(size)):
-                if len(part[0]):
-                    yield part
+                pairs = pairs[_overlap(boxes[pairs[:, 0]], boxes[pairs[:, 1]])]
+            found += len(pairs)
+            for part in pairs.split(half):
+                both = torch.stack([part, part.flip(1)], dim=1).reshape(-1, 2)
+                for ordered in both.split(max(chunk, 1)):
+                    if len(ordered):
+                        yield ordered[:, 0], ordered[:, 1]
         size = min(math.ceil(GROWTH * size), chunk)
 
 
@@ -294,12 +297,20 @@ def _overlap(first: Tensor, second: Tensor) -> Tensor:
     return ((high - low).clamp(min=0).prod(dim=1)) > 0
 
 
-def _best_of_chunks(
+def best_of_chunks(
     chunks: Iterator[Tuple[Tensor, Tensor]],
     best: TopTriplets,
     score_pairs: ScorePairs,
     scores: Tensor,
 ) -> RankedTriplets:
+    """Score chunks of pairs, one after the other, and keep the best triplets.
+
+    Args:
+        chunks: (P,) subjects and (P,) objects each; no pair comes twice.
+        best: takes the triplets in.
+        score_pairs: called for chunk after chunk.
+        scores: (R,) float32 of the entities.
+    """
     device, num_entities, num_scored = scores.device, len(scores), 0
     nothing = scores.new_zeros(0)
     best.update(
@@ -348,7 +359,7 @@ def best_triplets(
         chunk,
         floor=best.threshold,
     )
-    return _best_of_chunks(chunks, best, score_pairs, scores)
+    return best_of_chunks(chunks, best, score_pairs, scores)
 
 
 def exhaustive_triplets(
@@ -372,4 +383,4 @@ def exhaustive_triplets(
     subjects, objects = candidates.nonzero(as_tuple=True)
     best = TopTriplets(predicates_per_pair, topk, num_predicates)
     chunks = (x for x in zip(subjects.split(chunk), objects.split(chunk)) if len(x[0]))
-    return _best_of_chunks(chunks, best, score_pairs, scores)
+    return best_of_chunks(chunks, best, score_pairs, scores)
