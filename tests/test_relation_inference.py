@@ -14,7 +14,6 @@ from reldn_d2.modeling.relation_head import head as head_module
 from reldn_d2.modeling.relation_head import inference
 from reldn_d2.modeling.relation_head.inference import (
     best_triplets,
-    distinct_boxes,
     exhaustive_triplets,
     pairs_by_bound,
 )
@@ -211,14 +210,6 @@ def test_not_a_number_is_kept_to_be_reported():
         chunk=2,
     )
     assert [0, 1] in best.pairs.tolist() and best.scores.isnan().any()
-
-
-def test_distinct_boxes_gives_back_every_box():
-    boxes = torch.tensor([[1.0, 2, 3, 4], [0, 0, 9, 9], [1, 2, 3, 4], [0, 0, 9, 8]])
-    rows, index = distinct_boxes(boxes)
-    assert len(rows) == 3 and torch.equal(rows[index], boxes)
-    rows, index = distinct_boxes(boxes[:0])
-    assert rows.shape == (0, 4) and index.shape == (0,)
 
 
 @pytest.mark.parametrize("task", ["sgdet", "sgcls", "prdcls"])

@@ -28,13 +28,6 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 
 import torch
-from benchmarks.measure import (
-    add_device_arguments,
-    describe,
-    peak_memory,
-    print_table,
-    seconds,
-)
 from torch import Tensor
 
 import reldn_d2
@@ -47,7 +40,16 @@ from reldn_d2.modeling.relation_head.inference import (
     exhaustive_triplets,
     pairs_by_bound,
 )
+from reldn_d2.modeling.relation_head.pairs import union_boxes
+from reldn_d2.modeling.relation_head.spatial import spatial_features
 
+from benchmarks.measure import (
+    add_device_arguments,
+    describe,
+    peak_memory,
+    print_table,
+    seconds,
+)
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.structures import Boxes, BoxMode
@@ -146,7 +148,7 @@ def toy_detections(checkpoint: Path, number: int) -> List[Detections]:
             )
             s, o = torch.meshgrid(torch.arange(count), torch.arange(count), indexing="ij")
             logits = self.pair_logits(
-                encoded, predicate_features, s.flatten(), o.flatten(), [count * count]
+                encoded, predicate_features, s.flatten(), o.flatten()
             )
             table = logits.softmax(dim=1)[:, :-1].reshape(count, count, -1)
             height, width = instances.image_size
@@ -286,12 +288,13 @@ def prepare(
     @torch.no_grad()
     def call():
         with torch.autocast(device.split(":")[0], amp_type, enabled=precision == "amp"):
-            # Training does not share union boxes: that is the plain way.
-            head.training = way == "every ordered pair"
             entities = head.encode_entities(maps, [Boxes(boxes)], [classes], [IMAGE_SIZE])
 
             def score_pairs(subjects: Tensor, objects: Tensor) -> Tensor:
-                logits = head.pair_logits(entities, maps, subjects, objects, [len(subjects)])
+                if way == WAYS[0]:
+                    logits = plain_pair_logits(head, entities, maps, subjects, objects)
+                else:
+                    logits = head.pair_logits(entities, maps, subjects, objects)
                 probabilities = logits.float().softmax(dim=1)[:, :-1]
                 return table[subjects, objects] + 0.0 * probabilities
 
@@ -306,6 +309,24 @@ def prepare(
             )
 
     return call
+
+
+def plain_pair_logits(head, entities, maps, subjects: Tensor, objects: Tensor) -> Tensor:
+    """As the head's own, but each ordered pair has its union box pooled for itself."""
+    boxes = entities.boxes
+    logits = head.semantic(entities.classes[subjects], entities.classes[objects])
+    sizes = entities.image_sizes[entities.image[subjects]]
+    logits = logits + head.spatial(spatial_features(boxes[subjects], boxes[objects], sizes))
+    unions = [Boxes(union_boxes(boxes[subjects], boxes[objects]))]
+    pooled = head.predicate_pooler([maps[name] for name in head.in_features], unions)
+    return logits + head.visual(
+        entities.subject_vectors,
+        entities.object_vectors,
+        head.predicate_box_head(pooled),
+        subjects,
+        objects,
+        torch.arange(len(subjects), device=subjects.device),
+    )
 
 
 def sharing_triplets(

@@ -25,7 +25,6 @@ __all__ = [
     "TopTriplets",
     "best_of_chunks",
     "best_triplets",
-    "distinct_boxes",
     "exhaustive_triplets",
     "pairs_by_bound",
     "rank_triplets",
@@ -37,13 +36,6 @@ _ROUNDING = 1.0 + 2.0**-20
 
 ScorePairs = Callable[[Tensor, Tensor], Tensor]
 """From (P,) subjects and (P,) objects to the (P, C) probabilities of their predicates."""
-
-
-def distinct_boxes(boxes: Tensor) -> Tuple[Tensor, Tensor]:
-    """(U, 4) the different ones of (P, 4) boxes, and (P,) which of them each is."""
-    if len(boxes) == 0:
-        return boxes, torch.zeros(0, dtype=torch.int64, device=boxes.device)
-    return torch.unique(boxes, dim=0, return_inverse=True)
 
 
 @dataclass
