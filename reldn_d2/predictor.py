@@ -167,6 +167,18 @@ class RelationPredictor:
                 )
         return results
 
+    def feature_maps(self, image: Image):
+        """Where both CNNs look, see :func:`reldn_d2.saliency.feature_saliency`."""
+        from .saliency import feature_saliency
+
+        return feature_saliency(self, image)
+
+    def saliency(self, image: Image, rank: int = 0):
+        """What a predicted triplet hangs on, see :func:`reldn_d2.saliency.triplet_saliency`."""
+        from .saliency import triplet_saliency
+
+        return triplet_saliency(self, image, rank)
+
     @contextmanager
     def _as_task(self, task: str) -> Iterator[None]:
         before, self.model.task = self.model.task, task

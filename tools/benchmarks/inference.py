@@ -28,6 +28,13 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 
 import torch
+from benchmarks.measure import (
+    add_device_arguments,
+    describe,
+    peak_memory,
+    print_table,
+    seconds,
+)
 from torch import Tensor
 
 import reldn_d2
@@ -43,13 +50,6 @@ from reldn_d2.modeling.relation_head.inference import (
 from reldn_d2.modeling.relation_head.pairs import union_boxes
 from reldn_d2.modeling.relation_head.spatial import spatial_features
 
-from benchmarks.measure import (
-    add_device_arguments,
-    describe,
-    peak_memory,
-    print_table,
-    seconds,
-)
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.structures import Boxes, BoxMode
@@ -147,9 +147,7 @@ def toy_detections(checkpoint: Path, number: int) -> List[Detections]:
                 features, [boxes], [instances.pred_classes], [instances.image_size]
             )
             s, o = torch.meshgrid(torch.arange(count), torch.arange(count), indexing="ij")
-            logits = self.pair_logits(
-                encoded, predicate_features, s.flatten(), o.flatten()
-            )
+            logits = self.pair_logits(encoded, predicate_features, s.flatten(), o.flatten())
             table = logits.softmax(dim=1)[:, :-1].reshape(count, count, -1)
             height, width = instances.image_size
             scale = torch.tensor([IMAGE_SIZE[1] / width, IMAGE_SIZE[0] / height]).repeat(2)
