@@ -117,7 +117,7 @@ class RelationPredictor:
                 of such, None where an image's entities are to be detected.
             classes: (R,) their classes, as ids or names; for a list of images a list. Boxes without
                 classes are classified by the detector.
-            batch_size: images that go through the network at once.
+            batch_size: images that go through the network at once, if they are of one size.
             channels: "RGB" or "BGR" (OpenCV), of the arrays.
 
         Returns:
@@ -145,16 +145,18 @@ class RelationPredictor:
         return results[0] if single else results
 
     def _predict_batch(self, images, boxes, classes, channels) -> List[RelationPrediction]:
-        inputs, tasks = [], []
+        inputs, kinds = [], []
         for number, (image, given, labels) in enumerate(zip(images, boxes, classes)):
             name = str(image) if isinstance(image, (str, Path)) else f"image {number}"
             rgb = load_rgb(image, channels, name)
             inputs.append(self.prepare(rgb, given, labels, name))
-            tasks.append("sgdet" if given is None else "sgcls" if labels is None else "prdcls")
+            task = "sgdet" if given is None else "sgcls" if labels is None else "prdcls"
+            # Images of other sizes would be padded, which moves detections a little.
+            kinds.append((task, tuple(inputs[-1]["image"].shape)))
         results: List[Any] = [None] * len(images)
-        for task in dict.fromkeys(tasks):
-            chosen = [i for i, x in enumerate(tasks) if x == task]
-            with torch.no_grad(), self._as_task(task):
+        for kind in dict.fromkeys(kinds):
+            chosen = [i for i, x in enumerate(kinds) if x == kind]
+            with torch.no_grad(), self._as_task(kind[0]):
                 outputs = self.model([inputs[i] for i in chosen])
             for i, output in zip(chosen, outputs):
                 path = images[i] if isinstance(images[i], (str, Path)) else None

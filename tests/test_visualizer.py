@@ -344,3 +344,36 @@ def test_save_writes_the_picture(tmp_path, image, metadata):
     picture.save(str(tmp_path / "picture.png"))
     saved = np.asarray(Image.open(tmp_path / "picture.png").convert("RGB"))
     assert np.array_equal(saved, picture.get_image())
+
+
+def test_relations_of_a_pair_share_an_arrow(image, metadata):
+    triplets = [(0, 1, 0, 0.9), (0, 1, 1, 0.8), (1, 0, 1, 0.7)]
+    picture = RelationVisualizer(image, metadata).draw_triplets(
+        BOXES, CLASSES, triplets, panel="none"
+    )
+    assert len([x for x in picture.overlay.patches if type(x).__name__ == "Polygon"]) == 2
+    assert sorted(texts(picture)) == ["cup", "holds", "on", "on", "person"]
+
+
+def test_label_of_many_predicates_is_cut_short(image, metadata):
+    triplets = [(0, 1, n, 0.9 - 0.1 * n) for n in range(6)]
+    words = texts(RelationVisualizer(image, metadata).draw_triplets(BOXES, CLASSES, triplets))
+    assert "and 3 more" in words
+
+
+def test_scene_graph_has_a_node_for_each_entity_and_none_covers_another(image, metadata):
+    triplets = all_pairs(8)
+    picture = RelationVisualizer(image, metadata).draw_graph(BOXES, CLASSES, triplets)
+    plates = [x for x in picture.overlay.patches if type(x).__name__ == "FancyBboxPatch"]
+    rects = [(x.get_x(), x.get_y(), x.get_width(), x.get_height()) for x in plates]
+    assert len(rects) == 4 + 8  # nodes, and a label for each arrow
+    for (x, y, w, h), (u, v, a, b) in itertools.combinations(rects, 2):
+        assert x + w <= u or u + a <= x or y + h <= v or v + b <= y
+    again = RelationVisualizer(image, metadata).draw_graph(BOXES, CLASSES, triplets)
+    assert np.array_equal(picture.get_image(), again.get_image())
+
+
+def test_scene_graph_of_one_entity_pair_and_of_none(image, metadata):
+    visualizer = RelationVisualizer(image, metadata)
+    assert "cup" in texts(visualizer.draw_graph(BOXES, CLASSES, [(0, 1, 0, None)]))
+    assert texts(visualizer.draw_graph(BOXES, CLASSES, [])) == ["no relations"]

@@ -1,0 +1,306 @@
+"""demo/demo.py and the tools around it, as a user starts them."""
+
+import json
+import re
+
+import cv2
+import draw_saliency
+import export_model
+import make_gallery
+import networkx
+import numpy as np
+import pytest
+import torch
+from model_utils import PREDICATES, busy_item, register_dataset, unregister_dataset
+from PIL import Image
+from usage_utils import picture, write_checkpoint
+
+import demo as demo_script
+from reldn_d2.export import OUTPUT_NAMES, RelDNExport
+from reldn_d2.gallery import gallery_record, write_gallery
+from reldn_d2.images import ImageError
+from reldn_d2.predictor import RelationPredictor
+from reldn_d2.video import EntityTracker, VideoError, VideoFile
+from reldn_d2.visualizer_scene import Scene
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return str(write_checkpoint(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Six images, and three files that are none."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(6):
+        Image.fromarray(picture(seed=number)).save(folder / f"good_{number}.png")
+    (folder / "text.jpg").write_text("hello")
+    (folder / "nothing.jpg").write_bytes(b"")
+    Image.fromarray(picture(200, 300)).save(folder / "cut.jpg")
+    (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:2000])
+    return folder
+
+
+def run(checkpoint, *arguments):
+    return demo_script.main(["--checkpoint", checkpoint, "--device", "cpu", *map(str, arguments)])
+
+
+def test_broken_files_are_listed_and_the_others_done(checkpoint, folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    status = run(
+        checkpoint,
+        *("--input", folder, "--output", out, "--format", "json"),
+        *("--batch-size", 4, "--top-k", 7),
+    )
+    assert status == 1
+    assert sorted(x.name for x in out.iterdir()) == [f"good_{n}.json" for n in range(6)]
+    printed = capsys.readouterr()
+    assert "6 of 9 images done" in printed.out and "3 could not be used:" in printed.err
+    for name in ("text.jpg", "nothing.jpg", "cut.jpg"):
+        assert len(re.findall(rf"^  .*{name}: cannot be read", printed.err, re.MULTILINE)) == 1
+    record = json.loads((out / "good_0.json").read_text())
+    assert len(record["relations"]["scores"]) == 7
+    assert set(record["relations"]["predicate_names"]) <= set(PREDICATES)
+
+
+@pytest.mark.parametrize("kind", ["image", "graph", "graphml", "dot", "html"])
+def test_formats(kind, checkpoint, folder, tmp_path):
+    out = tmp_path / "out"
+    files = [folder / "good_0.png", folder / "good_1.png"]
+    assert run(checkpoint, "--input", *files, "--output", out, "--format", kind) == 0
+    made = sorted(x.name for x in out.iterdir())
+    if kind == "html":
+        assert made == ["index.html"]
+        page = (out / "index.html").read_text()
+        assert page.count("data:image/jpeg;base64,") == 2 and "http" not in page.replace(
+            "http://www.w3.org/2000/svg", ""
+        )
+        return
+    suffix = {"image": "png", "graph": "png"}.get(kind, kind)
+    assert made == [f"good_{n}.{suffix}" for n in (0, 1)]
+    path = out / made[0]
+    if suffix == "png":
+        assert np.asarray(Image.open(path)).std() > 10
+    elif kind == "graphml":
+        assert networkx.read_graphml(path).number_of_edges() == 20
+    else:
+        assert path.read_text().count("->") == 20
+
+
+def test_equal_names_do_not_overwrite_each_other(checkpoint, folder, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    Image.fromarray(picture(seed=9)).save(other / "good_0.png")
+    Image.fromarray(picture(seed=8)).save(folder / "good_0.jpg")
+    pattern = str(folder / "good_0.*")
+    out = tmp_path / "out"
+    status = run(checkpoint, "--input", pattern, other, "--output", out, "--format", "dot")
+    assert status == 0
+    assert sorted(x.name for x in out.iterdir()) == ["good_0.dot", "good_0_2.dot", "good_0_3.dot"]
+
+
+def test_given_boxes_thresholds_and_one_output_file(checkpoint, folder, tmp_path, capsys):
+    table = {"good_0.png": {"boxes": [[0, 0, 40, 50], [30, 20, 80, 55]], "classes": ["cup", 7]}}
+    (tmp_path / "boxes.json").write_text(json.dumps(table))
+    out = tmp_path / "result.json"
+    options = ("--output", out, "--format", "json")
+    boxes = ("--boxes", tmp_path / "boxes.json")
+    assert run(checkpoint, "--input", folder / "good_0.png", *options, *boxes) == 0
+    assert json.loads(out.read_text())["instances"]["class_names"] == ["cup", "table"]
+    assert run(checkpoint, "--input", folder / "good_1.png", *options, *boxes) == 1
+    assert "good_1.png" in capsys.readouterr().err
+    status = run(
+        checkpoint, "--input", folder / "good_0.png", *options, "--confidence-threshold", 0.999
+    )
+    assert status == 0 and json.loads(out.read_text())["instances"]["boxes"] == []
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--input", "EMPTY"], "no image in this folder"),
+        (["--input", "EMPTY/*.png"], "no file matches"),
+        (["--checkpoint", "EMPTY/none.pth", "--input", "EMPTY"], "No checkpoint '.*none.pth'"),
+        (["--video-input", "EMPTY/none.mp4"], "none.mp4: there is no such file"),
+        (["--input", "EMPTY", "--opts", "MODEL.NONSENSE", "1"], "Unknown config key"),
+        (["--input", "EMPTY", "--config-file", "EMPTY/c.yaml"], "No config file"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(checkpoint, arguments, message, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    arguments = [x.replace("EMPTY", str(tmp_path / "empty")) for x in arguments]
+    start = [] if "--checkpoint" in arguments else ["--checkpoint", checkpoint]
+    assert demo_script.main([*start, "--device", "cpu", *arguments]) == 1
+    error = capsys.readouterr().err.strip().splitlines()
+    assert re.search(message, error[-1]) and error[-1].startswith("demo.py: ")
+    assert "Traceback" not in "".join(error)
+
+
+def test_checkpoint_may_be_named_as_detectron2_does(checkpoint, folder, tmp_path, capsys):
+    image, out = str(folder / "good_0.png"), str(tmp_path / "x.dot")
+    common = ["--input", image, "--output", out, "--format", "dot", "--device", "cpu"]
+    assert demo_script.main([*common, "--opts", "MODEL.WEIGHTS", checkpoint]) == 0
+    assert demo_script.main(common) == 1
+    assert "name a trained model" in capsys.readouterr().err
+
+
+def test_video(checkpoint, tmp_path, capsys):
+    path, out = tmp_path / "in.avi", tmp_path / "out.mp4"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 10, (90, 60))
+    for _ in range(5):
+        writer.write(np.ascontiguousarray(picture()[:, :, ::-1]))
+    writer.release()
+    assert run(checkpoint, "--video-input", path, "--output", out, "--top-k", 3) == 0
+    printed = capsys.readouterr()
+    assert "5 frames done" in printed.out and "5/5" in printed.err  # the progress bar
+    with VideoFile(out) as video:
+        frames = list(video)
+    assert len(frames) == 5 and frames[0].shape == (60, 90, 3)
+    assert video.frames_per_second == pytest.approx(10)
+    # The scene stands still: so do the colours and names.
+    assert np.abs(frames[0].astype(int) - frames[4]).mean() < 6
+    assert np.abs(frames[0].astype(int) - picture()).mean() > 6
+    (tmp_path / "text.mp4").write_text("hello")
+    with pytest.raises(VideoError, match="text.mp4: cannot be read as a video"):
+        VideoFile(tmp_path / "text.mp4")
+
+
+def test_entities_keep_name_and_colour_while_they_move():
+    tracker = EntityTracker(["person", "cup"], patience=2)
+    triplets = [(0, 1, 0, 0.9)]
+
+    def scene(shift, order=(0, 1)):
+        boxes = np.array([[0, 0, 40, 90], [30, 40, 60, 70]])[list(order)] + [shift, 0, shift, 0]
+        return Scene(boxes.astype(float), [[0, 1][i] for i in order], triplets)
+
+    names, colors = tracker.update(scene(0))
+    assert sorted(names.values()) == ["cup 1", "person 1"]
+    for shift in range(5, 60, 5):
+        moved, new_colors = tracker.update(scene(shift, order=(1, 0)))  # in another order
+        assert (moved[0], moved[1]) == (names[1], names[0])
+        assert (new_colors[0], new_colors[1]) == (colors[1], colors[0])
+    jumped, _ = tracker.update(scene(300))
+    assert sorted(jumped.values()) == ["cup 2", "person 2"]
+    for _ in range(3):
+        tracker.update(Scene(np.zeros((0, 4)), [], []))
+    assert sorted(tracker.update(scene(300))[0].values()) == ["cup 3", "person 3"]  # forgotten
+
+
+def test_gallery_of_an_evaluation(checkpoint, tmp_path, capsys):
+    name = "gallery_test_set"
+    register_dataset(name, tmp_path / "images")
+    try:
+        truth = busy_item()
+        record = {
+            "image_id": 0,
+            "instances": {
+                "boxes": truth["instances"].gt_boxes.tensor.tolist(),
+                "classes": truth["instances"].gt_classes.tolist(),
+                "scores": [0.9] * 4,
+            },
+            "relations": {
+                "pairs": [[0, 1], [3, 0], [1, 3]],
+                "predicates": [0, 2, 3],
+                "scores": [0.5, 0.4, 0.3],
+            },
+        }
+        file = tmp_path / "relation_predictions.json"
+        file.write_text(json.dumps([record, {**record, "image_id": 1}]))
+        out = tmp_path / "gallery.html"
+        arguments = ["--dataset", name, "--predictions", str(file), "--output", str(out)]
+        assert make_gallery.main(arguments) == 0
+        lines = out.read_text().splitlines()
+        records = [json.loads(x.rstrip(",")) for x in lines if x.startswith('{"name"')]
+        assert [x["truth"] for x in records] == [5, 5]
+        assert [row[4] for row in records[0]["rows"]] == [True, False, True]
+        assert [row[2] for row in records[0]["missed"]] == ["plays", "on", "under"]
+        (tmp_path / "images" / "1.png").write_text("hello")
+        assert make_gallery.main(arguments) == 1
+        assert "left out: " in capsys.readouterr().err
+    finally:
+        unregister_dataset(name)
+
+
+def test_gallery_cannot_be_broken_by_names(tmp_path, checkpoint):
+    predictor = RelationPredictor.from_checkpoint(checkpoint, device="cpu")
+    evil = "</script><script>alert(1)</script>"
+    record = gallery_record(
+        evil, picture(), predictor(picture()), [evil] * 9, ["<b>&amp;"] * 6, topk=3
+    )
+    out = tmp_path / "x.html"
+    assert write_gallery(out, [record], evil, ["<b>"]) == 1
+    page = out.read_text()
+    assert "<script>alert" not in page and page.count("</script>") == 1
+    assert len(record["rows"]) == 3 and record["truth"] is None
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.load. is deprecated")
+def test_exported_file_gives_the_same_triplets_in_a_fresh_process(
+    checkpoint, folder, tmp_path, capsys
+):
+    out = tmp_path / "reldn.ts"
+    arguments = ["--checkpoint", checkpoint, "--output", str(out), "--height", "64", "--width"]
+    arguments += ["96", "--image", str(folder / "good_0.png"), "--opts", "TEST.RELATIONS.TOPK", "9"]
+    assert export_model.main(arguments) == 0
+    assert "the same triplets as the eager model" in capsys.readouterr().out
+    extra = {"reldn.json": ""}
+    exported = torch.jit.load(str(out), _extra_files=extra)
+    description = json.loads(extra["reldn.json"])
+    assert description["input"] == [3, 64, 96] and description["outputs"] == list(OUTPUT_NAMES)
+    assert description["predicate_classes"] == PREDICATES
+    # On images that it was not traced on, and against the model's own lazy way.
+    predictor = RelationPredictor.from_checkpoint(
+        checkpoint, "cpu", opts=["TEST.RELATIONS.TOPK", 9]
+    )
+    for seed in (3, 4):
+        rgb = picture(64, 96, seed)
+        image = torch.as_tensor(np.ascontiguousarray(rgb[:, :, ::-1].transpose(2, 0, 1))).float()
+        with torch.no_grad():
+            found = exported(image)
+            expected = predictor.model.inference([{"image": image}], do_postprocess=False)[0]
+        relations = expected["relations"]
+        assert torch.equal(found[3], relations.pairs)
+        assert torch.equal(found[4], relations.predicates)
+        torch.testing.assert_close(found[5], relations.scores, rtol=0, atol=1e-6)
+        torch.testing.assert_close(found[6], relations.predicate_scores, rtol=0, atol=1e-6)
+        torch.testing.assert_close(found[0], expected["instances"].pred_boxes.tensor)
+
+
+@pytest.mark.parametrize("ks", [[1], [0], [1, 3]])
+@pytest.mark.parametrize("overlap", [True, False])
+def test_exportable_function_equals_the_model(checkpoint, ks, overlap):
+    options = ["TEST.RELATIONS.PREDICATES_PER_PAIR", ks, "TEST.RELATIONS.TOPK", 11]
+    options += ["MODEL.ROI_RELATION_HEAD.OVERLAP_FILTER", overlap]
+    model = RelationPredictor.from_checkpoint(checkpoint, "cpu", opts=options).model
+    image = torch.as_tensor(picture(64, 96).transpose(2, 0, 1).copy()).float()
+    with torch.no_grad():
+        found = RelDNExport(model)(image)
+        expected = model.inference([{"image": image}], do_postprocess=False)[0]["relations"]
+    assert torch.equal(found[3], expected.pairs) and torch.equal(found[4], expected.predicates)
+    torch.testing.assert_close(found[5], expected.scores, rtol=0, atol=1e-6)
+
+
+def test_export_says_what_is_wrong(checkpoint, folder, tmp_path, capsys):
+    common = ["--checkpoint", checkpoint, "--output", str(tmp_path / "x.ts")]
+    assert export_model.main([*common, "--image", str(folder / "text.jpg")]) == 1
+    assert "text.jpg: cannot be read" in capsys.readouterr().err
+    few = ["--opts", "TEST.DETECTIONS_PER_IMAGE", "1"]
+    assert export_model.main([*common, "--image", str(folder / "good_0.png"), *few]) == 1
+    assert "1 entities are found in the example" in capsys.readouterr().err
+
+
+def test_saliency_tool(checkpoint, folder, tmp_path, capsys):
+    out = tmp_path / "saliency"
+    files = ["--input", str(folder / "good_0.png"), str(folder / "text.jpg")]
+    common = ["--checkpoint", checkpoint, *files, "--output", str(out)]
+    assert draw_saliency.main([*common, "--triplets", "0"]) == 1
+    assert "text.jpg" in capsys.readouterr().err
+    assert [x.name for x in out.iterdir()] == ["good_0_triplet_0_fused.png"]
+
+
+def test_boxes_file_of_another_shape(tmp_path):
+    (tmp_path / "b.json").write_text("[1, 2]")
+    with pytest.raises(ImageError, match="b.json: expected"):
+        demo_script.read_boxes(tmp_path / "b.json")

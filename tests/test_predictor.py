@@ -1,0 +1,232 @@
+"""RelationPredictor: from a checkpoint alone, on anything that is an image, and what it gives."""
+
+import json
+
+import networkx
+import numpy as np
+import pytest
+import torch
+from model_utils import CLASSES, PREDICATES
+from PIL import Image
+from usage_utils import picture, write_checkpoint
+
+from reldn_d2.images import ImageError
+from reldn_d2.prediction import graph_to_dot, graph_to_graphml
+from reldn_d2.predictor import RelationPredictor
+from reldn_d2.saliency import draw_feature_maps, draw_triplet_saliency
+
+from detectron2.data import transforms as T
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def predictor(checkpoint):
+    return RelationPredictor.from_checkpoint(checkpoint, device="cpu")
+
+
+def same(first, second):
+    """Two predictions of one image, made in batches of another shape."""
+    assert torch.equal(first["relations"].pairs, second["relations"].pairs)
+    for field in ("scores", "predicate_scores"):
+        torch.testing.assert_close(
+            first["relations"].get(field), second["relations"].get(field), rtol=0, atol=1e-5
+        )
+    boxes = [x["instances"].pred_boxes.tensor for x in (first, second)]
+    torch.testing.assert_close(*boxes, rtol=0, atol=1e-3)
+
+
+def test_paths_arrays_lists_and_batches_agree(predictor, tmp_path):
+    rgb = [picture(60, 90, seed) for seed in range(3)] + [picture(90, 60, 3)]
+    paths = []
+    for number, image in enumerate(rgb):
+        paths.append(tmp_path / f"{number}.png")
+        Image.fromarray(image).save(paths[-1])
+    alone = [predictor(str(path)) for path in paths]
+    assert all(len(x["relations"]) > 10 for x in alone)
+    for other in (
+        predictor(paths, batch_size=4),
+        predictor([x[:, :, ::-1] for x in rgb], channels="BGR", batch_size=3),
+        [x for _, x in predictor.stream(paths, batch_size=3)],
+    ):
+        for one, two in zip(alone, other):
+            same(one, two)
+            assert one.image_size == two.image_size
+    assert alone[0].file_name == str(paths[0]) and predictor(rgb[0]).file_name is None
+
+
+def test_output_is_the_models_own_in_the_frame_of_the_image(predictor):
+    rgb = picture(50, 120)
+    found = predictor(rgb)
+    resize = T.ResizeShortestEdge([96, 96], 128).get_transform(rgb)
+    image = torch.as_tensor(resize.apply_image(rgb[:, :, ::-1]).transpose(2, 0, 1).copy())
+    with torch.no_grad():
+        expected = predictor.model([{"image": image, "height": 50, "width": 120}])[0]
+    same(found, expected)
+    assert found.image_size == (50, 120)
+
+
+def test_triplets_json_and_graph_say_the_same(predictor):
+    found = predictor(picture())
+    triplets, relations = found.triplets(), found["relations"]
+    assert len(triplets) == len(relations) > 0
+    first = triplets[0]
+    assert first.subject in CLASSES and first.predicate in PREDICATES
+    assert [x.score for x in triplets] == sorted((x.score for x in triplets), reverse=True)
+    record = json.loads(found.to_json())
+    assert record["relations"]["pairs"][0] == [first.subject_index, first.object_index]
+    assert record["relations"]["predicate_names"][0] == first.predicate
+    assert record["instances"]["class_names"][first.subject_index] == first.subject
+    assert (record["height"], record["width"]) == (60, 90)
+
+    graph = found.graph()
+    assert isinstance(graph, networkx.MultiDiGraph)
+    assert graph.number_of_nodes() == len(found["instances"])
+    assert graph.number_of_edges() == len(relations)
+    number = PREDICATES.index(first.predicate)
+    edge = graph.edges[first.subject_index, first.object_index, number]
+    assert edge["name"] == first.predicate and edge["score"] == pytest.approx(first.score)
+    node = graph.nodes[first.subject_index]
+    assert node["name"] == first.subject and len(node["box"]) == 4
+    read = networkx.parse_graphml(graph_to_graphml(graph))
+    assert read.number_of_edges() == len(relations)
+    assert read.nodes[str(first.subject_index)]["x0"] == pytest.approx(node["box"][0])
+    dot = graph_to_dot(found.best(3).graph(related_only=True))
+    assert dot.count("->") == 3 and dot.startswith("digraph")
+    assert len(found.best(min_score=2.0)["relations"]) == 0
+
+
+def test_dot_quotes_names(predictor):
+    graph = networkx.MultiDiGraph()
+    graph.add_node(0, name='a "b" \\ c')
+    assert '[label="a \\"b\\" \\\\ c"]' in graph_to_dot(graph)
+
+
+def test_given_boxes_are_taken_as_they_are(predictor):
+    rgb, boxes = picture(80, 120), [[5, 5, 60, 70], [50, 10, 110, 75], [20, 30, 40, 50]]
+    found = predictor(rgb, boxes=boxes, classes=["person", 1, "table"])
+    instances = found["instances"]
+    torch.testing.assert_close(
+        instances.pred_boxes.tensor, torch.tensor(boxes).float(), rtol=0, atol=1e-3
+    )
+    assert instances.pred_classes.tolist() == [0, 1, CLASSES.index("table")]
+    assert instances.scores.tolist() == [1.0, 1.0, 1.0]
+    unnamed = predictor(rgb, boxes=np.array(boxes))["instances"]
+    assert len(unnamed) == 3 and (unnamed.scores < 1).all()
+    # A list mixes given and detected; afterwards the model is as it was.
+    mixed = predictor([rgb, rgb, rgb], boxes=[boxes, None, []], batch_size=3)
+    assert len(mixed[0]["instances"]) == 3 and len(mixed[2]["instances"]) == 0
+    same(mixed[1], predictor(rgb))
+    assert predictor.model.task == "sgdet"
+
+
+@pytest.mark.parametrize(
+    "boxes, classes, message",
+    [
+        ([[0, 0, 10]], None, "shape"),
+        ([[0, 0, 10, "x"]], None, "no table of numbers"),
+        ([[0, 0, 9, 9], [10, 10, 5, 20]], None, r"box 1, \[10.0, 10.0, 5.0, 20.0\], has no area"),
+        ([[200, 0, 300, 20]], None, "90 x 60"),
+        ([[0, 0, float("nan"), 5]], None, "box 0"),
+        ([[0, 0, 9, 9]], [99], "no class 99"),
+        ([[0, 0, 9, 9]], ["unicorn"], "no class 'unicorn'"),
+        ([[0, 0, 9, 9]], [0, 1], "1 boxes were given with 2 classes"),
+        (None, [0], "no boxes that they belong to"),
+    ],
+)
+def test_bad_boxes_are_told(predictor, boxes, classes, message):
+    with pytest.raises(ImageError, match=message):
+        predictor(picture(), boxes=boxes, classes=classes)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_no_detection_and_one_detection(checkpoint, count, tmp_path):
+    options = ["TEST.DETECTIONS_PER_IMAGE", max(count, 1)]
+    if count == 0:
+        options += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 1.0]
+    few = RelationPredictor.from_checkpoint(checkpoint, device="cpu", opts=options)
+    found = few(picture())
+    assert len(found["instances"]) == count and found.triplets() == []
+    assert found.graph().number_of_nodes() == count
+    assert json.loads(found.to_json())["relations"]["pairs"] == []
+    with pytest.raises(ImageError, match="triplet 0 was asked for, but there are 0"):
+        few.saliency(picture())
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (400, 10000), (10000, 2), (1, 700)])
+def test_odd_sizes(predictor, height, width):
+    found = predictor(np.full((height, width, 3), 120, np.uint8))
+    assert found.image_size == (height, width)
+    boxes = found["instances"].pred_boxes.tensor
+    assert (boxes >= 0).all() and (boxes[:, 2] <= width).all() and (boxes[:, 3] <= height).all()
+
+
+def test_stream_goes_on_after_a_bad_image(predictor, tmp_path):
+    (tmp_path / "text.jpg").write_text("hello")
+    images = [picture(), str(tmp_path / "text.jpg"), picture(seed=1), np.zeros((2, 3, 4, 5))]
+    results = [x for _, x in predictor.stream(images, batch_size=3)]
+    assert [isinstance(x, ImageError) for x in results] == [False, True, False, True]
+    assert "text.jpg" in str(results[1])
+    same(results[2], predictor(picture(seed=1)))
+
+
+def test_missing_and_foreign_checkpoints(tmp_path):
+    with pytest.raises(FileNotFoundError, match="No checkpoint '.*none.pth'"):
+        RelationPredictor.from_checkpoint(tmp_path / "none.pth")
+    torch.save({"model": {}}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="other.pth does not say which model"):
+        RelationPredictor.from_checkpoint(tmp_path / "other.pth")
+    (tmp_path / "text.pth").write_text("hello")
+    with pytest.raises(ValueError, match="text.pth cannot be read as a checkpoint"):
+        RelationPredictor.from_checkpoint(tmp_path / "text.pth")
+
+
+def test_feature_maps_are_averages_over_channels(predictor):
+    rgb = picture(64, 96)  # scaled to 85 x 128, padded to a multiple of the strides
+    maps = predictor.feature_maps(rgb)
+    assert set(maps.detector) == {"p2", "p3", "p4", "fused"} == set(maps.predicate)
+    for values in (*maps.detector.values(), *maps.predicate.values()):
+        assert values.shape == (64, 96) and values.min() >= 0 and values.max() <= 1
+    with torch.no_grad():
+        model = predictor.model
+        images = model.detector.preprocess([predictor.prepare(rgb)])
+        mean = model.predicate_backbone(images.tensor)["p2"][0].abs().mean(0)
+    # The brightest place of the map is the brightest place of the network's own.
+    y, x = np.unravel_index(maps.predicate["p2"].argmax(), (64, 96))
+    stride = images.tensor.shape[-1] / mean.shape[-1]
+    scale = predictor.prepare(rgb)["image"].shape[-1] / 96
+    assert mean[int(y * scale / stride), int(x * scale / stride)] > mean.quantile(0.9)
+
+
+def test_saliency_of_a_triplet_lies_on_its_boxes(predictor):
+    """The gradient of a score reaches only what its three boxes pool from."""
+    rgb = picture(96, 128)
+    triplets = predictor(rgb).triplets()
+    for rank in (0, 3):
+        maps, prediction = predictor.saliency(rgb, rank)
+        assert prediction.triplets()[0][:3] == triplets[rank][:3]
+        assert prediction.triplets()[0].score == pytest.approx(triplets[rank].score, abs=1e-5)
+        boxes = prediction["instances"].pred_boxes.tensor[list(triplets[rank][4:])]
+        low, high = boxes[:, :2].min(0).values, boxes[:, 2:].max(0).values
+        far = np.ones((96, 128), dtype=bool)
+        margin = 24  # what bilinear sampling on the coarsest of the maps reaches
+        y0, x0 = (max(int(x) - margin, 0) for x in low.tolist()[::-1])
+        y1, x1 = (int(x) + margin for x in high.tolist()[::-1])
+        far[y0:y1, x0:x1] = False
+        for branch in (maps.detector, maps.predicate):
+            assert branch["fused"].max() == 1.0
+            assert not far.any() or branch["fused"][far].max() < 0.05
+    with pytest.raises(ImageError, match="triplet 5000 was asked for"):
+        predictor.saliency(rgb, 5000)
+
+
+def test_saliency_pictures(predictor):
+    drawn = draw_feature_maps(predictor, picture(), ["p2", "fused"])
+    assert drawn.dtype == np.uint8 and drawn.shape[1] > 3 * 500
+    with pytest.raises(ImageError, match="no feature map 'p9'; it has p2, p3, p4, fused"):
+        draw_feature_maps(predictor, picture(), ["p9"])
+    drawn, triplet = draw_triplet_saliency(predictor, picture(), 1)
+    assert triplet.predicate in PREDICATES and drawn.shape[1] > 3 * 500

@@ -1,0 +1,42 @@
+"""A tiny trained-looking checkpoint and images of every kind, for the tests of what users run."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from model_utils import CLASSES, PREDICATES, ROOT, small_config
+from PIL import Image
+
+import reldn_d2
+
+from detectron2.modeling import build_model
+
+for _folder in ("tools", "demo"):
+    if str(ROOT / _folder) not in sys.path:
+        sys.path.insert(0, str(ROOT / _folder))
+
+OPTIONS = (
+    *("TEST.RELATIONS.PREDICATES_PER_PAIR", [0], "INPUT.MIN_SIZE_TEST", 96),
+    *("INPUT.MAX_SIZE_TEST", 128, "SEED", 1),
+)
+
+
+def write_checkpoint(folder: Path) -> Path:
+    """``model_final.pth`` of a tiny RelDN that finds six entities and their relations anywhere."""
+    torch.manual_seed(0)
+    cfg = small_config(*OPTIONS)
+    model = build_model(cfg)
+    with torch.no_grad():  # classes and pairs that differ from each other
+        model.relation_head.semantic.table.weight.normal_(0, 2)
+        model.detector.model.roi_heads.box_predictor.cls_score.weight.normal_(0, 0.5)
+    reldn_d2.RelDNCheckpointer(
+        model, str(folder), thing_classes=CLASSES, predicate_classes=PREDICATES, cfg=cfg
+    ).save("model_final")
+    return folder / "model_final.pth"
+
+
+def picture(height: int = 60, width: int = 90, seed: int = 0) -> np.ndarray:
+    """Smooth random colours, (height, width, 3) uint8."""
+    small = np.random.default_rng(seed).integers(0, 255, (6, 9, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(small).resize((width, height), Image.BICUBIC))
