@@ -19,7 +19,7 @@ def compare_image(
     outputs: Dict[str, Instances],
     metadata: Any,
     topk: Optional[int] = None,
-    side: int = 640,
+    side: int = 800,
 ) -> np.ndarray:
     """Ground truth beside the prediction: hits and what they find in green, the rest in red.
 

@@ -1,7 +1,10 @@
 """demo/demo.py and the tools around it, as a user starts them."""
 
+import html
 import json
 import re
+import shutil
+import subprocess
 
 import cv2
 import draw_saliency
@@ -19,9 +22,12 @@ import demo as demo_script
 from reldn_d2.export import OUTPUT_NAMES, RelDNExport
 from reldn_d2.gallery import gallery_record, write_gallery
 from reldn_d2.images import ImageError
+from reldn_d2.prediction import RelationPrediction
 from reldn_d2.predictor import RelationPredictor
 from reldn_d2.video import EntityTracker, VideoError, VideoFile
 from reldn_d2.visualizer_scene import Scene
+
+from detectron2.structures import Boxes, BoxMode, Instances
 
 
 @pytest.fixture(scope="module")
@@ -234,6 +240,80 @@ def test_gallery_cannot_be_broken_by_names(tmp_path, checkpoint):
     page = out.read_text()
     assert "<script>alert" not in page and page.count("</script>") == 1
     assert len(record["rows"]) == 3 and record["truth"] is None
+
+
+# Sets the page's controls as a user does, and writes down what is then seen.
+PROBE = """<script>
+const report = [];
+function look(what, settings) {
+  for (const id in settings) {
+    el(id).value = settings[id];
+    el(id).dispatchEvent(new Event("input"));
+  }
+  const names = [...document.querySelectorAll("h2")].map(x => x.textContent).join(" ");
+  const rows = [...document.querySelectorAll("article button")].map(x => x.textContent).join(";");
+  const wide = document.documentElement.scrollWidth > window.innerWidth;
+  report.push(`${what}|${names}|${rows}|${wide}`);
+}
+look("all", {});
+look("on", { predicate: "on" });
+look("missed", { predicate: "", kind: "missed" });
+look("high", { kind: "all", sort: "high" });
+look("worst", { sort: "worst" });
+look("words", { sort: "order", words: "table" });
+document.title = "done";
+document.body.append(make("pre", { id: "report", textContent: report.join("\\n") }));
+</script></body>"""
+
+
+@pytest.mark.parametrize("width", [1400, 420])
+def test_gallery_in_a_browser(width, checkpoint, tmp_path):
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("no chromium")
+    truth = {
+        "annotations": [
+            {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": number}
+            for number, box in enumerate([[0, 0, 40, 50], [30, 20, 80, 55], [5, 30, 30, 58]])
+        ],
+        "relations": [(0, 1, 0), (1, 2, 1)],
+    }
+
+    def record(name, scores, predicates):
+        found = RelationPrediction(Instances((60, 90)), Instances((60, 90)))
+        instances, relations = found["instances"], found["relations"]
+        instances.pred_boxes = Boxes(torch.tensor([x["bbox"] for x in truth["annotations"]]))
+        instances.pred_classes = torch.arange(3)
+        relations.pairs = torch.tensor([[0, 1], [1, 2]][: len(scores)])
+        relations.predicates, relations.scores = torch.tensor(predicates), torch.tensor(scores)
+        names = (["person", "cup", "table"], ["holds", "on"])
+        return gallery_record(name, picture(), found, *names, truth)
+
+    records = [record("low", [0.2], [1]), record("both", [0.9, 0.5], [0, 1])]
+    write_gallery(tmp_path / "x.html", records, "A title", ["holds", "on"])
+    page = (tmp_path / "x.html").read_text().replace("</body>", PROBE)
+    (tmp_path / "x.html").write_text(page)
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --dump-dom "
+    flags += "--disable-background-networking --disable-component-update --disable-sync "
+    flags += f"--window-size={width},900 --virtual-time-budget=3000"
+    done = subprocess.run(
+        [chromium, *flags.split(), f"--user-data-dir={tmp_path / 'user'}", tmp_path / "x.html"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    report = html.unescape(re.search(r'<pre id="report">(.*?)</pre>', done.stdout, re.S).group(1))
+    seen = {x.split("|")[0]: x.split("|")[1:] for x in report.split("\n")}
+    hit, wrong, third = "✓person holds cup0.90", "✗person on cup0.20", "✓cup on table0.50"
+    missed = "–person holds cup;–cup on table"
+    both = f"{hit};{third}"
+    assert seen["all"][:2] == ["low both", f"{wrong};{missed};{both}"]
+    assert seen["on"][:2] == ["low both", f"{wrong};–cup on table;{third}"]
+    assert seen["missed"][:2] == ["low", missed]
+    assert seen["high"][:2] == ["both low", f"{both};{wrong};{missed}"]
+    assert seen["worst"][0] == "low both"
+    assert seen["words"][1] == f"–cup on table;{third}"
+    assert all(x[2] == "false" for x in seen.values())  # nothing to scroll to the side
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.load. is deprecated")

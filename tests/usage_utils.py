@@ -1,20 +1,15 @@
 """A tiny trained-looking checkpoint and images of every kind, for the tests of what users run."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from model_utils import CLASSES, PREDICATES, ROOT, small_config
+from model_utils import CLASSES, PREDICATES, small_config
 from PIL import Image
 
 import reldn_d2
 
 from detectron2.modeling import build_model
-
-for _folder in ("tools", "demo"):
-    if str(ROOT / _folder) not in sys.path:
-        sys.path.insert(0, str(ROOT / _folder))
 
 OPTIONS = (
     *("TEST.RELATIONS.PREDICATES_PER_PAIR", [0], "INPUT.MIN_SIZE_TEST", 96),
