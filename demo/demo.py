@@ -15,7 +15,6 @@ A file that cannot be used does not stop the others: it is listed at the end; th
 import argparse
 import json
 import sys
-import types
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
 
@@ -96,14 +95,6 @@ def build_predictor(args: argparse.Namespace) -> RelationPredictor:
         opts += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", args.confidence_threshold]
         opts += ["MODEL.RETINANET.SCORE_THRESH_TEST", args.confidence_threshold]
     return RelationPredictor.from_checkpoint(path, args.device, args.config_file, opts)
-
-
-def names_of(predictor: RelationPredictor) -> Any:
-    """Metadata for the visualiser, which belongs to no registered data set."""
-    names = dict(
-        thing_classes=predictor.thing_classes, predicate_classes=predictor.predicate_classes
-    )
-    return types.SimpleNamespace(get=lambda key, default=None: names.get(key, default), **names)
 
 
 def read_boxes(path: Path) -> Dict[str, Dict[str, Any]]:
@@ -188,7 +179,7 @@ def write_result(prediction: RelationPrediction, path: Path, args, metadata) -> 
 
 def run_images(predictor: RelationPredictor, args: argparse.Namespace) -> int:
     """Predict all images; returns the exit status."""
-    files, metadata = find_images(args.input), names_of(predictor)
+    files, metadata = find_images(args.input), predictor.metadata
     failed: List[str] = []
     done = 0
     progress = tqdm(predict_images(predictor, files, args), total=len(files), unit="image")
@@ -234,7 +225,7 @@ def run_video(predictor: RelationPredictor, args: argparse.Namespace) -> int:
     """Predict a video or the camera, frame by frame; returns the exit status."""
     if args.format != "image" or args.boxes is not None:
         raise ValueError("videos are drawn: --format and --boxes are for images")
-    metadata = names_of(predictor)
+    metadata = predictor.metadata
     tracker = EntityTracker(predictor.thing_classes)
     with VideoFile(0 if args.webcam else args.video_input) as video:
         writer = None

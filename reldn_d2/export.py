@@ -61,12 +61,9 @@ class RelDNExport(nn.Module):
         model, head = self.model, self.model.relation_head
         inputs = [{"image": image}]
         images = model.detector.preprocess(inputs)
-        features = model.detector.extract_features(images)
+        features, maps = model.feature_maps(images)
         found = model.detector.detect(inputs, images, features)[0]
         boxes, classes, box_scores = found.pred_boxes.tensor, found.pred_classes, found.scores
-        maps = None
-        if model.predicate_backbone is not None:
-            maps = model.predicate_backbone(images.tensor)
 
         size = torch.tensor([list(image.shape[-2:])], dtype=boxes.dtype, device=boxes.device)
         entities = self._encode(features, boxes, classes, size)

@@ -6,6 +6,7 @@ Shapes: R boxes of one image. Boxes are XYXY in pixels of the image as it was re
 import os
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
@@ -16,6 +17,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.file_io import PathManager
 
 from .checkpoint import RelDNCheckpointer
 from .config import add_reldn_config, merge_config
@@ -68,7 +70,8 @@ class RelationPredictor:
         """Build the model that a RelDN checkpoint describes; no data set is needed.
 
         Args:
-            path: a checkpoint that RelDN's training wrote; it holds config and names.
+            path: a checkpoint that RelDN's training wrote, a file or a URL; it holds config and
+                names.
             device: ``cpu`` or ``cuda``; None takes a GPU if there is one.
             config_file: replaces the checkpoint's own config.
             opts: ``KEY, VALUE, ...`` config options, merged last.
@@ -168,6 +171,12 @@ class RelationPredictor:
                     None if path is None else str(path),
                 )
         return results
+
+    @property
+    def metadata(self) -> SimpleNamespace:
+        """The names as a visualiser takes them; they belong to no registered data set."""
+        names = dict(thing_classes=self.thing_classes, predicate_classes=self.predicate_classes)
+        return SimpleNamespace(get=lambda key, default=None: names.get(key, default), **names)
 
     def feature_maps(self, image: Image):
         """Where both CNNs look, see :func:`reldn_d2.saliency.feature_saliency`."""
@@ -291,6 +300,8 @@ def read_description(path: str) -> dict:
         FileNotFoundError: there is no such file.
         ValueError: it cannot be read.
     """
+    if "://" in path:
+        path = PathManager.get_local_path(path)
     if not os.path.isfile(path):
         raise FileNotFoundError(
             f"No checkpoint '{path}'. Training RelDN writes it as OUTPUT_DIR/model_final.pth."

@@ -4,15 +4,17 @@ Shapes: c channels, (h, w) one level of a feature pyramid, (H, W) the image. Map
 [0, 1] in the frame of the image as it was read.
 """
 
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib import colormaps
+from PIL import Image as PILImage
 from torch import Tensor
 
 from .images import ImageError
+from .modeling.meta_arch import postprocess_relations
 from .prediction import RelationPrediction, Triplet
 from .predictor import Image, RelationPredictor, load_rgb
 from .visualizer import RelationVisualizer
@@ -106,8 +108,6 @@ def triplet_saliency(
                 moved[level] = (gradient * x.detach()).sum(dim=1)[0].abs()
         maps.append(_to_image(moved, _sizes(predictor, rgb), normalize_levels=False))
     height, width = rgb.shape[:2]
-    from .modeling.meta_arch import postprocess_relations
-
     found = postprocess_relations(entities, relations[rank : rank + 1], height, width)
     names = (predictor.thing_classes, predictor.predicate_classes)
     return Saliency(*maps), RelationPrediction(*found, *names)
@@ -117,10 +117,7 @@ def _run(predictor: RelationPredictor, rgb: np.ndarray):
     """Feature maps of both CNNs, and the detections in pixels of the network's input."""
     model, inputs = predictor.model, [predictor.prepare(rgb)]
     images = model.detector.preprocess(inputs)
-    features = model.detector.extract_features(images)
-    predicate_features = None
-    if model.predicate_backbone is not None:
-        predicate_features = model.predicate_backbone(images.tensor)
+    features, predicate_features = model.feature_maps(images)
     return features, predicate_features, model.detector.detect(inputs, images, features)[0]
 
 
@@ -210,20 +207,8 @@ def draw_triplet_saliency(
 
 
 def _draw_triplet(predictor: RelationPredictor, rgb: np.ndarray, scene: Scene) -> np.ndarray:
-    metadata: Any = _Names(predictor)
-    visualizer = RelationVisualizer(rgb, metadata, scale=_scale(rgb))
+    visualizer = RelationVisualizer(rgb, predictor.metadata, scale=_scale(rgb))
     return visualizer.draw_triplets(*scene, panel="none").get_image()
-
-
-class _Names:
-    """Class names as the visualiser asks for them."""
-
-    def __init__(self, predictor: RelationPredictor):
-        self.thing_classes = predictor.thing_classes
-        self.predicate_classes = predictor.predicate_classes
-
-    def get(self, key: str, default: Optional[Any] = None) -> Any:
-        return getattr(self, key, default)
 
 
 def _scale(rgb: np.ndarray) -> float:
@@ -232,8 +217,6 @@ def _scale(rgb: np.ndarray) -> float:
 
 def _sheet(rows: Sequence[Sequence[Tuple[str, np.ndarray]]]) -> np.ndarray:
     """Pictures with titles, in rows and columns on white."""
-    from PIL import Image as PILImage
-
     lines = []
     for row in rows:
         cells = []
@@ -241,7 +224,7 @@ def _sheet(rows: Sequence[Sequence[Tuple[str, np.ndarray]]]) -> np.ndarray:
             scale = _scale(picture)
             size = [max(240, round(x * scale)) for x in picture.shape[1::-1]]
             picture = np.asarray(PILImage.fromarray(picture).resize(size, PILImage.BICUBIC))
-            framed = RelationVisualizer(picture, _EMPTY, scale=1.0).draw_triplets(
+            framed = RelationVisualizer(picture, scale=1.0).draw_triplets(
                 np.zeros((0, 4)), [], [], title=title, panel="none"
             )
             cells.append(framed.get_image())
@@ -256,11 +239,3 @@ def _pad(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     sheet = np.full((height, width, 3), 255, np.uint8)
     sheet[: picture.shape[0], : picture.shape[1]] = picture
     return sheet
-
-
-class _Empty:
-    def get(self, key: str, default: Optional[Any] = None) -> Any:
-        return default
-
-
-_EMPTY: Any = _Empty()

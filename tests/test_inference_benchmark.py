@@ -5,6 +5,7 @@ import json
 import benchmark
 import pytest
 import torch
+from benchmarks import _inference_cases
 from benchmarks import inference as measured
 from usage_utils import write_checkpoint
 
@@ -14,9 +15,10 @@ from detectron2.structures import Boxes
 @pytest.fixture
 def small_shapes(monkeypatch):
     """The same code on a small image with few detections."""
-    monkeypatch.setattr(measured, "IMAGE_SIZE", (64, 96))
+    for module in (measured, _inference_cases):
+        monkeypatch.setattr(module, "IMAGE_SIZE", (64, 96))
+        monkeypatch.setattr(module, "NUMBER", 12)
     monkeypatch.setattr(measured, "CHANNELS", 4)
-    monkeypatch.setattr(measured, "NUMBER", 12)
 
 
 def test_plain_pairs_have_the_logits_of_the_head(small_shapes):

@@ -157,6 +157,13 @@ class RelDN(nn.Module):
             results.append({"instances": found, "relations": related})
         return results
 
+    def feature_maps(
+        self, images: ImageList
+    ) -> Tuple[Dict[str, Tensor], Optional[Dict[str, Tensor]]]:
+        """The feature maps of the detector and of the predicate backbone, (N, c, h, w) each."""
+        features, stages = self._detector_features(images)
+        return features, self._predicate_features(images, stages)
+
     def _detector_features(self, images: ImageList):
         """The detector's feature maps, and the stages that the predicate backbone shares."""
         names = getattr(self.predicate_backbone, "shared_stages", ())
