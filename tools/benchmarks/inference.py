@@ -70,7 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, help="RelDN trained on the built-in set")
     parser.add_argument("--vrd-detections", type=Path, help="COCO results on VRD's test set")
     parser.add_argument("--vrd-annotations", type=Path, help="VRD's annotations_train.json")
-    parser.add_argument("--images", type=int, default=3, help="timed images of each case")
+    parser.add_argument(
+        "--images", type=int, default=3, help="timed images of each case, evenly chosen"
+    )
     parser.add_argument(
         "--count-images", type=int, default=50, help="images over which pairs are counted"
     )
@@ -234,7 +236,7 @@ def time_ways(cases: Dict[str, List[Detections]], args: argparse.Namespace) -> N
     rows = []
     for precision in ("float32", "amp") if cuda else ("float32",):
         for name, images in cases.items():
-            images = images[: args.images]
+            images = images[:: max(len(images) // args.images, 1)][: args.images]
             for k in (1, 0) if name != "all scores equal" else (1,):
                 times = {way: [0.0, 0.0] for way in WAYS}
                 for image in images:

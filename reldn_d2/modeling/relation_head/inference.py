@@ -186,8 +186,7 @@ class _Bands:
                 were float32 are exact in it.
         """
         self.scores = scores
-        self._least = np.arange(1, len(scores) + 1)  # a pair's second is after its first
-        self.done = self._least  # where each first's next band begins
+        self.done = np.arange(1, len(scores) + 1)  # where each first's next band begins
         self.low = float("inf")  # no remaining pair's product is above it
 
     def _reach(self, low: float) -> np.ndarray:
@@ -252,7 +251,7 @@ def pairs_by_bound(
     Yields:
         (P,) subjects and (P,) objects, int64, P > 0.
     """
-    values = np.abs(np.nan_to_num(scores.double().numpy(), nan=1.0))
+    values = np.abs(np.nan_to_num(scores.double().numpy(), nan=1.0)).clip(max=1e30)
     order = np.argsort(-values, kind="stable")
     bands = _Bands(values[order])
     size, found, looked_at = min(first_chunk, chunk), 0, 0
@@ -264,22 +263,23 @@ def pairs_by_bound(
         share = max(found / looked_at, 1 / 16) if looked_at else 1.0
         start, end = bands.next(int(half / share), limit)
         ends = (end - start).cumsum()
-        looked_at += int(ends[-1])
-        # Only bands of equal products have more than one part.
-        for begin in range(0, int(ends[-1]), 16 * chunk):
-            number = np.arange(begin, min(begin + 16 * chunk, int(ends[-1])))
+        begin = 0
+        while begin < ends[-1]:  # only a band of equal products takes more than one round
+            number = np.arange(begin, min(begin + int(half / share), int(ends[-1])))
+            begin += len(number)
             first = np.searchsorted(ends, number, side="right")
             second = end[first] - (ends[first] - number)
             pairs = torch.from_numpy(np.stack([order[first], order[second]], axis=1))
             if boxes is not None:
                 pairs = pairs[_overlap(boxes[pairs[:, 0]], boxes[pairs[:, 1]])]
-            found += len(pairs)
+            found, looked_at = found + len(pairs), looked_at + len(number)
             for part in pairs.split(half):
                 both = torch.stack([part, part.flip(1)], dim=1).reshape(-1, 2)
-                for ordered in both.split(max(chunk, 1)):
+                for ordered in both.split(chunk):
                     if len(ordered):
                         yield ordered[:, 0], ordered[:, 1]
-        size = min(math.ceil(GROWTH * size), chunk)
+            size = min(math.ceil(GROWTH * size), chunk)
+            half = max(size // 2, 1)
 
 
 def _overlap(first: Tensor, second: Tensor) -> Tensor:
