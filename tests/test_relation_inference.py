@@ -169,6 +169,22 @@ def test_pairs_that_cannot_come_in_are_not_computed():
     assert best.pairs[-1].tolist() == [0, 3]
 
 
+def test_visit_ends_within_a_band_of_equal_bounds():
+    """All detections score 0.3; few pairs are related, but those of the first chunks suffice."""
+    scores, table = torch.full((80,), 0.3), torch.full((80, 80, 1), 0.01)
+    table[:4] = 0.9  # 0.09 * 0.9 does not beat 0.09: all of them have to be seen
+    arguments = dict(num_predicates=1, predicates_per_pair=[1], topk=5, chunk=100)
+    assert best_triplets(Scorer(table), scores, None, **arguments).num_scored == 80 * 79
+    scores[:10] = 1.0  # 90 pairs of bound 1; the 1400 of bound 0.3 are one band
+    table[:10, :10], table[:10, 10:] = 0.2, 0.99
+    best = best_triplets(Scorer(table), scores, None, **{**arguments, "topk": 100})
+    assert best.num_scored == 90 + 1400
+    table[:10, 10:] = 1.0
+    scores[:10] = torch.linspace(1.0, 0.99, 10)
+    best = best_triplets(Scorer(table), scores, None, **{**arguments, "topk": 20})
+    assert best.num_scored < 1000
+
+
 def test_scores_that_round_to_the_bound_are_found():
     """Certain predicates: a triplet equals its bound, and ties with the K-th best count."""
     scores = torch.tensor([1.0, 1 / 3, 1 / 3, 1 / 3, 0.1])

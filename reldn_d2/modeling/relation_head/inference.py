@@ -198,6 +198,11 @@ class _Bands:
         # Both steps are monotonous in ``low``, so each pair falls into one band, whatever rounds.
         return np.maximum(np.searchsorted(-self.scores, -needed, side="right"), self.done)
 
+    def highest(self, start: np.ndarray, end: np.ndarray) -> float:
+        """The largest product of a band."""
+        first = np.flatnonzero(end > start)
+        return float((self.scores[first] * self.scores[start[first]]).max(initial=0.0))
+
     def next(self, number: int, floor: float) -> Tuple[np.ndarray, np.ndarray]:
         """Of each first, the range of seconds in the next band: begin (R,), end (R,).
 
@@ -263,8 +268,10 @@ def pairs_by_bound(
         share = max(found / looked_at, 1 / 16) if looked_at else 1.0
         start, end = bands.next(int(half / share), limit)
         ends = (end - start).cumsum()
-        begin = 0
+        begin, high = 0, bands.highest(start, end)
         while begin < ends[-1]:  # only a band of equal products takes more than one round
+            if begin and floor() / _ROUNDING > high:
+                return
             number = np.arange(begin, min(begin + int(half / share), int(ends[-1])))
             begin += len(number)
             first = np.searchsorted(ends, number, side="right")
