@@ -83,7 +83,7 @@ class RelDNHead(nn.Module):
             sampling: keyword arguments of :func:`.sampling.sample_pairs`.
             lambdas: weights of L1 to L3; all zero switches them off.
             alphas: margins of L1 to L3.
-            normalization: of L1 to L3, see :func:`..losses.contrastive.margin_loss`.
+            normalization: of L1 to L3, see :func:`..losses.contrastive.group_weights`.
             topk, predicates_per_pair: see :class:`.inference.TopTriplets`.
             pair_chunk: most pairs scored at once at test time.
             statistics_period: iterations from one entry of training statistics to the next.
