@@ -22,7 +22,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from .losses import frequencies
-from .measure import add_device_arguments, describe, peak_memory, print_table, seconds
+from .measure import add_device_arguments, describe, least_seconds, peak_memory, print_table
 from .plain import plain_head_losses
 
 __all__ = ["add_arguments", "build_head", "draw_batch", "run"]
@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> None:
         steps = {plain: prepare_step(plain, *options) for plain in (True, False)}
         losses = {plain: [x.item() for x in step()] for plain, step in steps.items()}
         difference = max(abs(a - b) for a, b in zip(*losses.values()))
-        times = {plain: seconds(step, args.threads, 5.0) for plain, step in steps.items()}
+        times = least_seconds(steps, args.threads, 8.0)
         del steps
         memory = {
             plain: peak_memory(

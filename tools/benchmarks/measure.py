@@ -7,13 +7,20 @@ import multiprocessing
 import os
 import platform
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Dict, List, Sequence
 
 import torch
 from tabulate import tabulate
 from torch.utils import benchmark
 
-__all__ = ["add_device_arguments", "describe", "peak_memory", "print_table", "seconds"]
+__all__ = [
+    "add_device_arguments",
+    "describe",
+    "least_seconds",
+    "peak_memory",
+    "print_table",
+    "seconds",
+]
 
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +45,33 @@ def seconds(function: Callable[[], Any], threads: int = 2, at_least: float = 1.0
     """
     timer = benchmark.Timer("f()", globals={"f": function}, num_threads=threads)
     return timer.blocked_autorange(min_run_time=at_least).median
+
+
+def least_seconds(
+    functions: Dict[Any, Callable[[], Any]], threads: int = 2, at_least: float = 1.0
+) -> Dict[Any, float]:
+    """Seconds of one call of each function, in the round that was disturbed least.
+
+    The functions take turns, so that whatever else the machine does meets all of them.
+
+    Args:
+        functions: by name; they take no argument.
+        threads: CPU threads of torch.
+        at_least: seconds that each function is called for, after a warm-up.
+    """
+    timers = {
+        name: benchmark.Timer("f()", globals={"f": function}, num_threads=threads)
+        for name, function in functions.items()
+    }
+    numbers = {
+        name: max(1, round(at_least / 20 / max(timer.timeit(1).mean, 1e-6)))
+        for name, timer in timers.items()
+    }
+    found: Dict[Any, List[float]] = {name: [] for name in timers}
+    while any(sum(found[name]) * numbers[name] < at_least for name in timers):
+        for name, timer in timers.items():
+            found[name].append(timer.timeit(numbers[name]).mean)
+    return {name: min(times) for name, times in found.items()}
 
 
 def _resident(field: str) -> int:
