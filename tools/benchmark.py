@@ -7,12 +7,8 @@ Examples:
 
 import argparse
 import importlib
-import os
 import sys
 from pathlib import Path
-
-# A second thread that waits for work is not to take the core that others need; before torch loads.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _FOLDER = Path(__file__).resolve().parent / "benchmarks"
 BENCHMARKS = sorted(
