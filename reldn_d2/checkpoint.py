@@ -8,6 +8,7 @@ import logging
 import os
 import re
 from collections import Counter
+from math import isqrt
 from typing import Any, Dict, List, Optional, Sequence
 
 import torch
@@ -17,7 +18,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 
-from .checkpoint_files import from_torchvision_vgg16, read_checkpoint, replace_file
+from .checkpoint_files import fetch, from_torchvision_vgg16, read_checkpoint, replace_file
 from .modeling.meta_arch import RelDN
 
 __all__ = [
@@ -55,12 +56,16 @@ def pretrained_modules(model: RelDN) -> List[nn.Module]:
     return modules + [x for x in head.box_heads if _fits(x, detector.box_head)]
 
 
-def initialize_relation_branch(model: RelDN) -> None:
+def initialize_relation_branch(model: RelDN, allow_pickle: bool = False) -> None:
     """Copy the detector's backbone into the predicate backbone and its box head into the three
     relation box heads (section 5 of the paper).
 
     A predicate backbone of another kind gets its own weights instead, and the box head of its
     vectors stays as it is where its structure is another. Without a box head to copy all stay.
+
+    Args:
+        model: its detector has been loaded.
+        allow_pickle: of a predicate backbone's own file, see :class:`DetectorCheckpointer`.
 
     Raises:
         ValueError: a part of another structure, with the keys that differ.
@@ -70,7 +75,7 @@ def initialize_relation_branch(model: RelDN) -> None:
     if model.predicate_backbone is not None and model.predicate_weights is None:
         copies.append(("the predicate backbone", model.predicate_backbone, detector.backbone))
     elif model.predicate_weights:
-        _load_backbone(model.predicate_backbone, model.predicate_weights)
+        _load_backbone(model.predicate_backbone, model.predicate_weights, allow_pickle)
         done.append(f"the predicate backbone from {model.predicate_weights}")
     for box_head in head.box_heads if detector.box_head is not None else ():
         own = box_head is head.predicate_box_head and model.predicate_weights is not None
@@ -92,11 +97,11 @@ def initialize_relation_branch(model: RelDN) -> None:
     )
 
 
-def _load_backbone(backbone: nn.Module, path: str) -> None:
+def _load_backbone(backbone: nn.Module, path: str, allow_pickle: bool) -> None:
     """Load a backbone alone, from a file of it (ImageNet) or of a detector on it."""
     wrapper = nn.Module()
     wrapper.backbone = backbone
-    DetectorCheckpointer(wrapper).load(path)
+    DetectorCheckpointer(wrapper, allow_pickle=allow_pickle).load(path)
 
 
 class DetectorCheckpointer(DetectionCheckpointer):
@@ -137,7 +142,7 @@ class DetectorCheckpointer(DetectionCheckpointer):
         """Load a file or URL (``detectron2://`` included).
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: there is no such file, or it cannot be fetched.
             ValueError: it cannot be read, or weights that must be loaded are missing or of another
                 shape.
         """
@@ -147,6 +152,8 @@ class DetectorCheckpointer(DetectionCheckpointer):
                 f"No checkpoint '{path}' (MODEL.WEIGHTS). RelDN starts from a trained detector or "
                 "continues from a RelDN checkpoint; README.md shows how to train the detector."
             )
+        if path and "://" in path:
+            fetch(path)
         self._path = path
         return super().load(path, *args, **kwargs)
 
@@ -229,6 +236,12 @@ class DetectorCheckpointer(DetectionCheckpointer):
             hint = "Build the model with the config that the checkpoint was trained with."
             if kind == "detector" and any("roi_heads" in x for x in missing):
                 hint = self.backbone_only_hint
+                if incompatible.unexpected_keys:
+                    hint += (
+                        f" Or is it another kind of detector? It has "
+                        f"{sorted(incompatible.unexpected_keys)[0]}, which this model has not; "
+                        "MODEL.RELDN.DETECTOR names the kind."
+                    )
             raise ValueError(
                 f"{where} lacks {len(missing)} weights of the model, among them "
                 f"{', '.join(missing[:3])}. {hint}"
@@ -349,7 +362,7 @@ class RelDNCheckpointer(DetectorCheckpointer):
         detector = DetectionCheckpointer(self.model.detector.model)
         incompatible = detector._load_model(checkpoint)
         self._check_loaded(detector.model, incompatible, len(names), "detector", True)
-        initialize_relation_branch(self.model)
+        initialize_relation_branch(self.model, self.allow_pickle)
         self.started_from_detector = True
         return incompatible
 
@@ -358,7 +371,14 @@ class RelDNCheckpointer(DetectorCheckpointer):
         head = self.model.relation_head
         reasons = _explain_classes(shapes)
         for name, found, expected in shapes:
-            if name == "relation_head.semantic.table.weight" and found[1] != expected[1]:
+            if name != "relation_head.semantic.table.weight":
+                continue
+            if found[0] != expected[0] and not reasons:  # rows are pairs of classes
+                reasons.append(
+                    f"it was trained with {isqrt(found[0])} entity classes, the config has "
+                    f"{isqrt(expected[0])}"
+                )
+            if found[1] != expected[1]:
                 reasons.append(self._explain_predicates(found[1]))
         if not any("predicates" in x for x in reasons):
             last = [x for x in shapes if x[0].startswith("relation_head.") and len(x[1]) == 1]

@@ -13,15 +13,18 @@ Anything else in a file is an error, unless unpickling is allowed explicitly: it
 
 import os
 import pickle
+import re
 from contextlib import contextmanager
 from typing import IO, Any, Dict, Iterator, Optional
 
 import torch
 from torch import Tensor
 
+from detectron2.utils.file_io import PathManager
+
 from .modeling.backbone.vgg import TORCHVISION_NAMES
 
-__all__ = ["from_torchvision_vgg16", "read_checkpoint", "replace_file"]
+__all__ = ["fetch", "from_torchvision_vgg16", "read_checkpoint", "replace_file"]
 
 # What a pickle of numpy arrays in dicts is made of.
 _HARMLESS = {
@@ -54,6 +57,24 @@ class _ArraysOnly(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+def fetch(path: str) -> None:
+    """Bring a file into the cache, where Detectron2 finds it when it loads it.
+
+    Args:
+        path: a URL, of Detectron2's own kinds too (``detectron2://``).
+
+    Raises:
+        FileNotFoundError: it cannot be fetched.
+    """
+    try:
+        PathManager.get_local_path(path.split("?")[0])
+    except (OSError, RuntimeError) as error:
+        raise FileNotFoundError(
+            f"The checkpoint '{path}' (MODEL.WEIGHTS) could not be fetched: {error}. Without a "
+            "network download it elsewhere and name the local file."
+        ) from error
+
+
 def read_checkpoint(path: str, allow_pickle: bool = False) -> Dict[str, Any]:
     """What a checkpoint file holds.
 
@@ -74,13 +95,19 @@ def read_checkpoint(path: str, allow_pickle: bool = False) -> Dict[str, Any]:
         raise ValueError(
             f"{path} is broken or holds more than tensors and plain types, and is not unpickled, "
             "since that can run code. If you trust the file, set MODEL.RELDN.LOAD.ALLOW_PICKLE to "
-            f"True. ({str(error).splitlines()[0][:200]})"
+            f"True (of a converter: --allow-pickle). ({_reason(error)})"
         ) from error
     except (EOFError, OSError, RuntimeError, ModuleNotFoundError, AttributeError) as error:
         raise ValueError(
             f"{path} cannot be read as a checkpoint: it is broken or cut off, or of another "
             f"format. ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
         ) from error
+
+
+def _reason(error: pickle.UnpicklingError) -> str:
+    """What the file holds, without torch's advice to load it unsafely."""
+    found = re.search(r"WeightsUnpickler error: (.*?)(?: was not an allowed|\n|$)", str(error))
+    return (found.group(1) if found else str(error).partition("\n")[0])[:200]
 
 
 def from_torchvision_vgg16(state: Dict[str, Any]) -> Optional[Dict[str, Tensor]]:

@@ -38,7 +38,13 @@ from .hooks import BestKeeper, CPUAMPTrainer, FiniteLosses, SeedEachIteration
 from .modeling.meta_arch import RelDN, predicts_relations
 from .solver import build_optimizer
 
-__all__ = ["RelDNTrainer", "build_checkpointer", "build_optimizer", "ensure_frequency_table"]
+__all__ = [
+    "RelDNTrainer",
+    "build_checkpointer",
+    "build_optimizer",
+    "check_counts",
+    "ensure_frequency_table",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -113,19 +119,26 @@ def _training_step(cfg: CfgNode) -> type:
     return CPUAMPTrainer if torch.device(cfg.MODEL.DEVICE).type == "cpu" else AMPTrainer
 
 
-def check_counts(cfg: CfgNode) -> None:
-    """Compare the numbers of classes and predicates of the config with those of its data sets.
+_NUM_CLASSES_KEYS = {  # of detectors; others are not checked
+    "GeneralizedRCNN": "MODEL.ROI_HEADS.NUM_CLASSES",
+    "RetinaNet": "MODEL.RETINANET.NUM_CLASSES",
+}
+
+
+def check_counts(cfg: CfgNode, model: nn.Module) -> None:
+    """Compare a model's numbers of classes and predicates with those of the config's data sets.
 
     Raises:
         ValueError: they differ; with both numbers and the key.
     """
-    names = (cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.RELDN.DETECTOR)
-    node = "RETINANET" if any(x.startswith("RetinaNet") for x in names) else "ROI_HEADS"
-    key = f"MODEL.{node}.NUM_CLASSES"
-    pairs = [("thing_classes", key, cfg.MODEL[node].NUM_CLASSES)]
-    if predicts_relations(cfg):
-        number = cfg.MODEL.ROI_RELATION_HEAD.NUM_PREDICATES
+    pairs = []
+    if isinstance(model, RelDN):
+        detector, number = model.detector, cfg.MODEL.ROI_RELATION_HEAD.NUM_PREDICATES
+        pairs.append(("thing_classes", detector.num_classes_key, detector.num_classes))
         pairs.append(("predicate_classes", "MODEL.ROI_RELATION_HEAD.NUM_PREDICATES", number))
+    elif cfg.MODEL.META_ARCHITECTURE in _NUM_CLASSES_KEYS:
+        key = _NUM_CLASSES_KEYS[cfg.MODEL.META_ARCHITECTURE]
+        pairs.append(("thing_classes", key, cfg.MODEL[key.split(".")[1]].NUM_CLASSES))
     for dataset in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)):
         for field, key, number in pairs:
             names = MetadataCatalog.get(dataset).get(field, None)
@@ -149,6 +162,8 @@ class RelDNTrainer(DefaultTrainer):
         TrainerBase.__init__(self)  # DefaultTrainer's own builds its checkpointer and DDP itself
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
+        if not logging.getLogger("reldn_d2").hasHandlers():  # a script without train_net.py
+            setup_logger(distributed_rank=comm.get_rank(), name="reldn_d2")
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -208,8 +223,9 @@ class RelDNTrainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        check_counts(cfg)
-        return super().build_model(cfg)
+        model = super().build_model(cfg)
+        check_counts(cfg, model)
+        return model
 
     def state_dict(self) -> Dict[str, Any]:
         """As Detectron2's, with the optimiser's state, which v0.6 leaves out, and the seed."""

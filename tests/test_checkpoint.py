@@ -1,6 +1,7 @@
 """Checkpoints: detectors' and RelDN's own, resuming, and what does not fit."""
 
 import pickle
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -234,6 +235,22 @@ def test_another_number_of_classes_says_both(tmp_path, detector, kind):
     assert "predicates, the config" not in str(error.value)
 
 
+def test_another_number_of_classes_says_both_where_the_table_alone_knows_it(tmp_path):
+    kind = ("MODEL.RELDN.DETECTOR", "PrecomputedDetector")
+    RelDNCheckpointer(small_model(*kind), str(tmp_path)).save("reldn")
+    model = small_model(*kind, "MODEL.ROI_HEADS.NUM_CLASSES", 57)
+    with pytest.raises(ValueError, match="trained with 9 entity classes, the config has 57"):
+        RelDNCheckpointer(model).load(str(tmp_path / "reldn.pth"))
+
+
+def test_another_kind_of_detector_is_told(tmp_path):
+    retinanet = ("MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.DEVICE", "cpu")
+    config = "configs/Toy/Detectors/retinanet_FPN.yaml"
+    DetectorCheckpointer(small_model(*retinanet, config=config), str(tmp_path)).save("detector")
+    with pytest.raises(ValueError, match=r"another kind.* head\..*MODEL\.RELDN\.DETECTOR"):
+        RelDNCheckpointer(small_model()).load(str(tmp_path / "detector.pth"))
+
+
 @pytest.mark.parametrize("zoo", [True, False])
 def test_backbone_alone_is_no_detector(tmp_path, detector, zoo):
     backbone = {
@@ -261,6 +278,20 @@ def test_reldn_checkpoint_of_fewer_modules_is_refused(tmp_path):
 def test_missing_file_is_named():
     with pytest.raises(FileNotFoundError, match=r"No checkpoint 'no/such\.pth' .MODEL.WEIGHTS"):
         RelDNCheckpointer(small_model()).load("no/such.pth")
+
+
+def test_file_that_cannot_be_fetched_is_one_clear_error():
+    class NoNetwork(PathHandler):
+        def _get_supported_prefixes(self):
+            return ["nonetwork://"]
+
+        def _get_local_path(self, path, **kwargs):
+            raise URLError("Name or service not known")
+
+    PathManager.register_handler(NoNetwork(), allow_override=True)
+    message = r"'nonetwork://a\.pkl' .MODEL.WEIGHTS. could not be fetched: .*not known.*local file"
+    with pytest.raises(FileNotFoundError, match=message):
+        RelDNCheckpointer(small_model()).load("nonetwork://a.pkl")
 
 
 def test_files_of_the_model_zoo_come_through_detectron2s_path_manager(tmp_path, detector, caplog):

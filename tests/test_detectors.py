@@ -8,7 +8,7 @@ from model_utils import ROOT, SIZE, busy_item, empty_item, small_config
 
 import reldn_d2
 from reldn_d2.checkpoint import DetectorCheckpointer, initialize_relation_branch, pretrained_modules
-from reldn_d2.engine import RelDNTrainer
+from reldn_d2.engine import RelDNTrainer, check_counts
 from reldn_d2.modeling.detectors import (
     ENTITY_DETECTOR_REGISTRY,
     EntityDetector,
@@ -241,7 +241,11 @@ def test_new_kind_of_detector_plugs_in_from_outside():
             return [torch.full((len(x), 9), 1 / 9) for x in boxes]
 
     try:
-        model = model_of("faster_rcnn_FPN", "MODEL.ROI_HEADS.NAME", "FixedHeads")
+        # K is the detector's, whatever Detectron2's key says.
+        more = ("MODEL.ROI_HEADS.NAME", "FixedHeads", "MODEL.ROI_HEADS.NUM_CLASSES", 80)
+        model = model_of("faster_rcnn_FPN", *more)
+        check_counts(small_config(*more), model)
+        assert model.relation_head.num_classes == 9
         assert isinstance(model.detector, FixedDetector)
         initialize_relation_branch(model)
         model.train()

@@ -76,7 +76,9 @@ class RelDN(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode):
         detector = build_entity_detector(cfg)
-        cfg = detector.relation_config(cfg)
+        cfg = detector.relation_config(cfg).clone()
+        cfg.defrost()
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = detector.num_classes
         predicate_backbone = build_predicate_backbone(cfg)
         head = build_relation_head(cfg, detector.output_shape(), predicate_backbone.output_shape())
         predicate = cfg.MODEL.RELDN.PREDICATE_BACKBONE

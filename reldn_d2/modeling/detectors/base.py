@@ -42,9 +42,11 @@ class EntityDetector(nn.Module, ABC):
 
     Attributes:
         model: the detector itself, a Detectron2 meta-architecture; checkpoints load into it.
+        num_classes_key: the config key that K is read from, for messages.
         backbone_only_hint: what to do where a checkpoint has a backbone but not the rest.
     """
 
+    num_classes_key = "MODEL.ROI_HEADS.NUM_CLASSES"
     backbone_only_hint = "It looks like a backbone only: train the detector on your data set first."
 
     def __init__(self, model: nn.Module):
@@ -82,9 +84,9 @@ class EntityDetector(nn.Module, ABC):
     def relation_config(self, cfg: CfgNode) -> CfgNode:
         """The config for the relation head, with what this detector's own config leaves open.
 
-        The relation head reads ``MODEL.ROI_HEADS.NUM_CLASSES`` and ``IN_FEATURES``,
-        ``MODEL.ROI_BOX_HEAD`` (its box heads are of the detector's kind) and
-        ``MODEL.ROI_RELATION_HEAD``.
+        The relation head reads ``MODEL.ROI_HEADS.IN_FEATURES``, ``MODEL.ROI_BOX_HEAD`` (its
+        box heads are of the detector's kind) and ``MODEL.ROI_RELATION_HEAD``; K is
+        :attr:`num_classes`.
         """
         return cfg
 

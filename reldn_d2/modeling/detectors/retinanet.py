@@ -32,6 +32,8 @@ class RetinaNetDetector(EntityDetector):
     box.
     """
 
+    num_classes_key = "MODEL.RETINANET.NUM_CLASSES"
+
     @configurable
     def __init__(self, model: nn.Module):
         """
@@ -52,7 +54,6 @@ class RetinaNetDetector(EntityDetector):
         cfg = cfg.clone()
         cfg.defrost()
         model, shapes = cfg.MODEL, self.output_shape()
-        model.ROI_HEADS.NUM_CLASSES = self.num_classes
         model.ROI_HEADS.IN_FEATURES = [
             name for name in model.RETINANET.IN_FEATURES if shapes[name].stride <= 32
         ]
