@@ -106,8 +106,12 @@ def read_checkpoint(path: str, allow_pickle: bool = False) -> Dict[str, Any]:
 
 def _reason(error: pickle.UnpicklingError) -> str:
     """What the file holds, without torch's advice to load it unsafely."""
-    found = re.search(r"WeightsUnpickler error: (.*?)(?: was not an allowed|\n|$)", str(error))
-    return (found.group(1) if found else str(error).partition("\n")[0])[:200]
+    text = str(error)
+    found = re.search(r"(?i)unsupported (?:global:? |class )+(\w+(?:\.\w+)+)", text)
+    if found:
+        return f"it holds {found[1]}"
+    found = re.search(r"WeightsUnpickler error: ([^\n]*)", text)
+    return (found[1] if found else text.partition("\n")[0])[:200]
 
 
 def from_torchvision_vgg16(state: Dict[str, Any]) -> Optional[Dict[str, Tensor]]:

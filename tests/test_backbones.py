@@ -11,6 +11,7 @@ from test_detectors import config, model_of
 
 from reldn_d2 import RelDNCheckpointer
 from reldn_d2.checkpoint import DetectorCheckpointer, initialize_relation_branch, pretrained_modules
+from reldn_d2.checkpoint_files import read_checkpoint
 from reldn_d2.modeling.backbone import VGG16, VGG16BoxHead, share_first_stages
 from reldn_d2.solver import build_optimizer
 
@@ -290,8 +291,7 @@ def test_files_with_code_in_them_are_not_run(tmp_path, suffix):
     with pytest.raises(ValueError, match="evil.*can run code.*LOAD.ALLOW_PICKLE.*mkdir") as error:
         RelDNCheckpointer(small_model()).load(str(path))
     assert not made.exists() and "weights_only" not in str(error.value)
-    with pytest.raises((ValueError, AttributeError)):  # the file does run what it holds, if allowed
-        RelDNCheckpointer(small_model(), allow_pickle=True).load(str(path))
+    read_checkpoint(str(path), allow_pickle=True)  # it would have run
     assert made.exists()
 
 
