@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Find the relations in images, folders of images and videos, with a trained RelDN.
+r"""Find the relations in images, folders of images and videos, with a trained RelDN.
 
 Examples::
 

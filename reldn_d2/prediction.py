@@ -141,9 +141,7 @@ class RelationPrediction(dict):
         try:
             import networkx
         except ImportError as error:
-            raise ImportError(
-                "Scene graphs need networkx: pip install 'reldn_d2[graph]' (or networkx)."
-            ) from error
+            raise ImportError("Scene graphs need networkx: pip install networkx") from error
 
         instances, relations = self["instances"], self["relations"]
         height, width = self.image_size

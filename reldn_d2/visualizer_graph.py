@@ -40,9 +40,7 @@ def place_nodes(
     try:
         import networkx
     except ImportError as error:
-        raise ImportError(
-            "Drawing scene graphs needs networkx: pip install 'reldn_d2[graph]' (or networkx)."
-        ) from error
+        raise ImportError("Drawing scene graphs needs networkx: pip install networkx") from error
 
     graph = networkx.Graph()
     graph.add_nodes_from(range(len(centres)))

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draw images of a registered data set with their true relations, beside predictions if given.
+r"""Draw images of a registered data set with their true relations, beside predictions if given.
 
 Example::
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Score a predictions file again, the model's own or anyone's, without model or images.
+r"""Score a predictions file again, the model's own or anyone's, without model or images.
 
 Examples:
     python tools/evaluate_relations.py --dataset vrd_test \
         --predictions output/vrd/reldn_small/inference/sgdet/relation_predictions.json
-    python tools/evaluate_relations.py --dataset vg_test --predictions theirs.json.gz \
+    python tools/evaluate_relations.py --dataset visual_genome_test --predictions theirs.json.gz \
         --protocol motifs --task prdcls --output output/theirs
 """
 

@@ -241,9 +241,10 @@ def require_dataset(name: str) -> None:
     """
     known = DatasetCatalog.list()
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=3) or sorted(known)
+        near = difflib.get_close_matches(name, known, n=3)
+        near = f"Near to it: {', '.join(near)}. " if near else ""
         raise KeyError(
-            f"No data set '{name}' is registered. Near to it: {', '.join(near)}. One of your own "
+            f"No data set '{name}' is registered. {near}One of your own "
             "is registered by the module that you name with --module."
         )
 
