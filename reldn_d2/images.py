@@ -42,7 +42,7 @@ def read_rgb(path: Union[str, Path]) -> np.ndarray:
         raise ImageError(f"{path}: this is a folder; name an image in it") from None
     except Image.DecompressionBombError:
         raise ImageError(f"{path}: more pixels than Pillow opens; scale it down first") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # Pillow's readers stumble over broken files in many ways
         reason = " ".join(str(error).split()) or type(error).__name__
         if "cannot identify" in reason:
             reason = "its content is not that of an image"

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 from usage_utils import picture
 
 from reldn_d2.images import ImageError, find_images, read_rgb, to_rgb
@@ -112,3 +112,16 @@ def test_find_images(tmp_path):
         find_images([tmp_path / "empty"])
     with pytest.raises(ImageError, match="no file matches"):
         find_images([str(tmp_path / "*.gif")])
+
+
+def test_whatever_a_reader_stumbles_over_names_the_file(tmp_path, monkeypatch):
+    """Pillow's readers raise more than OSError on broken files; none may stop a whole folder."""
+    path = tmp_path / "x.png"
+    Image.fromarray(picture()).save(path)
+
+    def stumble(*_):
+        raise EOFError("no more data")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", stumble)
+    with pytest.raises(ImageError, match=r"x\.png: cannot be read as an image: no more data"):
+        read_rgb(path)
