@@ -273,7 +273,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
     try:
         predictor = build_predictor(args)
         return run_images(predictor, args) if args.input else run_video(predictor, args)
-    except (ImageError, VideoError, FileNotFoundError, KeyError, ValueError, ImportError) as error:
+    except (ImageError, VideoError, OSError, KeyError, ValueError, ImportError) as error:
         reason = error.args[0] if isinstance(error, KeyError) else error
         print(f"demo.py: {reason}", file=sys.stderr)
         return 1

@@ -239,8 +239,13 @@ class RelationPredictor:
         number_of = {x: i for i, x in enumerate(self.thing_classes)}
         known = self.model.detector.num_classes
         numbers = []
-        for x in classes.tolist() if hasattr(classes, "tolist") else classes:
-            number = number_of.get(x, -1) if isinstance(x, str) else int(x)
+        classes = classes.tolist() if hasattr(classes, "tolist") else classes
+        if not isinstance(classes, (list, tuple)):
+            raise ImageError(f"{name}: classes is {classes!r}; expected a list of ids or names")
+        for x in classes:
+            number = number_of.get(x, -1) if isinstance(x, str) else x
+            whole = isinstance(number, (int, float, np.number)) and number == number // 1
+            number = int(number) if whole else -1
             if not 0 <= number < known:
                 kinds = ", ".join(self.thing_classes[:8]) or f"0 to {known - 1}"
                 raise ImageError(f"{name}: the model has no class {x!r}; it has {kinds}, ...")

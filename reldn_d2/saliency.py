@@ -4,6 +4,7 @@ Shapes: c channels, (h, w) one level of a feature pyramid, (H, W) the image. Map
 [0, 1] in the frame of the image as it was read.
 """
 
+from pathlib import Path
 from typing import Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
@@ -78,13 +79,13 @@ def triplet_saliency(
     Raises:
         ImageError: there are not so many triplets.
     """
-    name = image if isinstance(image, str) else "image"
+    name = str(image) if isinstance(image, (str, Path)) else "image"
     rgb = load_rgb(image)
     head = predictor.model.relation_head
     with torch.no_grad():
         features, predicate_features, entities = _run(predictor, rgb)
         relations = head(features, predicate_features, [entities])[0]
-    if rank >= len(relations):
+    if not 0 <= rank < len(relations):
         raise ImageError(f"{name}: triplet {rank} was asked for, but there are {len(relations)}")
     subject, object_ = relations.pairs[rank]
     predicate = int(relations.predicates[rank])
@@ -176,8 +177,7 @@ def draw_feature_maps(
     rows = []
     for level in levels:
         if level not in saliency.detector:
-            known = ", ".join(saliency.detector)
-            raise ImageError(f"the model has no feature map '{level}'; it has {known}")
+            raise ImageError(_unknown_level(level, saliency))
         row = [("image", rgb), (f"detector CNN, {level}", overlay(rgb, saliency.detector[level]))]
         if level in saliency.predicate:
             row.append((f"predicate CNN, {level}", overlay(rgb, saliency.predicate[level])))
@@ -192,9 +192,14 @@ def draw_triplet_saliency(
 
     Returns:
         the picture and the triplet.
+
+    Raises:
+        ImageError: there are not so many triplets, or the model has no such level.
     """
     rgb = load_rgb(image)
     saliency, prediction = triplet_saliency(predictor, image, rank)
+    if level not in saliency.detector:
+        raise ImageError(_unknown_level(level, saliency))
     triplet = prediction.triplets()[0]
     scene = Scene.from_outputs(prediction["instances"], prediction["relations"], 1)
     words = f"{triplet.subject} {triplet.predicate} {triplet.object}, {triplet.score:.2f}"
@@ -204,6 +209,10 @@ def draw_triplet_saliency(
             shown = overlay(rgb, maps[level])
             row.append((f"{kind}, {level}", _draw_triplet(predictor, shown, scene)))
     return _sheet([row]), triplet
+
+
+def _unknown_level(level: str, saliency: Saliency) -> str:
+    return f"the model has no feature map '{level}'; it has {', '.join(saliency.detector)}"
 
 
 def _draw_triplet(predictor: RelationPredictor, rgb: np.ndarray, scene: Scene) -> np.ndarray:

@@ -131,12 +131,16 @@ def test_given_boxes_thresholds_and_one_output_file(checkpoint, folder, tmp_path
         (["--checkpoint", "EMPTY/none.pth", "--input", "EMPTY"], "No checkpoint '.*none.pth'"),
         (["--video-input", "EMPTY/none.mp4"], "none.mp4: there is no such file"),
         (["--input", "EMPTY", "--opts", "MODEL.NONSENSE", "1"], "Unknown config key"),
+        (["--input", "PICTURE", "--output", "PICTURE/x"], "picture.png"),
         (["--input", "EMPTY", "--config-file", "EMPTY/c.yaml"], "No config file"),
     ],
 )
 def test_mistakes_are_told_in_a_line(checkpoint, arguments, message, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    arguments = [x.replace("EMPTY", str(tmp_path / "empty")) for x in arguments]
+    Image.fromarray(picture()).save(tmp_path / "picture.png")
+    names = {"EMPTY": str(tmp_path / "empty"), "PICTURE": str(tmp_path / "picture.png")}
+    for short, name in names.items():
+        arguments = [x.replace(short, name) for x in arguments]
     start = [] if "--checkpoint" in arguments else ["--checkpoint", checkpoint]
     assert demo_script.main([*start, "--device", "cpu", *arguments]) == 1
     error = capsys.readouterr().err.strip().splitlines()

@@ -133,6 +133,9 @@ def test_given_boxes_are_taken_as_they_are(predictor):
         ([[0, 0, float("nan"), 5]], None, "box 0"),
         ([[0, 0, 9, 9]], [99], "no class 99"),
         ([[0, 0, 9, 9]], ["unicorn"], "no class 'unicorn'"),
+        ([[0, 0, 9, 9]], [None], "no class None"),
+        ([[0, 0, 9, 9]], [0.5], "no class 0.5"),
+        ([[0, 0, 9, 9]], 3, "classes is 3; expected a list"),
         ([[0, 0, 9, 9]], [0, 1], "1 boxes were given with 2 classes"),
         (None, [0], "no boxes that they belong to"),
     ],
@@ -230,3 +233,6 @@ def test_saliency_pictures(predictor):
         draw_feature_maps(predictor, picture(), ["p9"])
     drawn, triplet = draw_triplet_saliency(predictor, picture(), 1)
     assert triplet.predicate in PREDICATES and drawn.shape[1] > 3 * 500
+    for rank, level, message in ((-1, "fused", "triplet -1"), (0, "p9", "no feature map 'p9'")):
+        with pytest.raises(ImageError, match=message):
+            draw_triplet_saliency(predictor, picture(), rank, level)

@@ -13,7 +13,7 @@ Examples::
 import argparse
 import sys
 from pathlib import Path
-from typing import List, Optional
+from typing import Dict, List, Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is not installed
 
@@ -43,11 +43,16 @@ def main(arguments: Optional[List[str]] = None) -> int:
     try:
         predictor = RelationPredictor.from_checkpoint(args.checkpoint, opts=args.opts)
         files = find_images(args.input)
-    except (FileNotFoundError, ValueError) as error:
-        print(f"draw_saliency.py: {error}", file=sys.stderr)
+    except (FileNotFoundError, KeyError, ValueError) as error:
+        reason = error.args[0] if isinstance(error, KeyError) else error
+        print(f"draw_saliency.py: {reason}", file=sys.stderr)
         return 1
     args.output.mkdir(parents=True, exist_ok=True)
+    used: Dict[str, int] = {}
     for file in files:
+        stem = Path(file).stem
+        used[stem] = used.get(stem, 0) + 1
+        stem += f"_{used[stem]}" if used[stem] > 1 else ""  # of one name in another folder
         try:
             if args.triplets is None:
                 pictures = {"features": draw_feature_maps(predictor, file, args.levels)}
@@ -64,7 +69,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
             failed += 1
             continue
         for name, picture in pictures.items():
-            path = args.output / f"{Path(file).stem}_{name}.png"
+            path = args.output / f"{stem}_{name}.png"
             Image.fromarray(picture).save(path)
             print(path)
     return 1 if failed else 0

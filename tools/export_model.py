@@ -83,11 +83,20 @@ def main(arguments: Optional[List[str]] = None) -> int:
             predictor.predicate_classes,
             predictor.cfg.INPUT.FORMAT,
         )
-    except (ImageError, FileNotFoundError, ValueError, TypeError) as error:
-        print(f"export_model.py: {error}", file=sys.stderr)
+    except (ImageError, FileNotFoundError, KeyError, ValueError, TypeError) as error:
+        reason = error.args[0] if isinstance(error, KeyError) else error
+        print(f"export_model.py: {reason}", file=sys.stderr)
         return 1
     found = run_in_fresh_process(args.output, example)
     same = all(torch.equal(found[i], expected[i]) for i in (1, 3, 4))
+    if [x.shape for x in found] != [x.shape for x in expected]:
+        print(
+            f"export_model.py: {args.output}: in a fresh process it finds {len(found[0])} entities "
+            f"and {len(found[3])} relations, the eager model {len(expected[0])} and "
+            f"{len(expected[3])}",
+            file=sys.stderr,
+        )
+        return 1
     difference = max(
         (float((a - b).abs().max()) for a, b in zip(found, expected) if a.numel()), default=0.0
     )
