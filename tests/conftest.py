@@ -1,5 +1,6 @@
-"""Where the tests find real data: data that is not there skips the tests that read it."""
+"""What the tests share: where real data is, whose absence skips a test; loggers left as found."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -34,3 +35,14 @@ def full_vrd_annotations() -> Path:
         if path.is_file() and path.stat().st_size > 1_000_000:  # a sample of the images has less
             return path.parent
     pytest.skip("no full annotations of VRD: set RELDN_TEST_DATASETS to a folder that holds vrd/")
+
+
+@pytest.fixture(autouse=True)
+def no_handlers_left():
+    """Log handlers that a test's run set up hold streams that are closed after the test."""
+    loggers = [logging.getLogger(name) for name in (None, "reldn_d2", "detectron2", "fvcore")]
+    before = [list(logger.handlers) for logger in loggers]
+    yield
+    for logger, handlers in zip(loggers, before):
+        for handler in [x for x in logger.handlers if x not in handlers]:
+            logger.removeHandler(handler)
