@@ -81,7 +81,8 @@ class ContrastiveGroups:
     """The groups of L1, L2 and L3, in this order along the first dimension.
 
     A group that has a margin is represented by its largest negative member, since each negative
-    pair is in just one group of each loss and side.
+    pair is in just one group of each loss and side. The tensors are inference tensors: to be read,
+    not to be differentiated through.
 
     Attributes:
         valid: (3, S, P) bool, where the pair represents a group.
@@ -99,7 +100,7 @@ class ContrastiveGroups:
         return phi.gather(0, self.positive.flatten()).view_as(self.positive) - phi
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def find_groups(
     phi: Tensor,
     predicted: Tensor,
@@ -163,7 +164,7 @@ def find_groups(
     )
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def group_weights(
     groups: ContrastiveGroups,
     anchor: Tensor,
@@ -251,7 +252,7 @@ def contrastive_losses(
     predicted = logits.detach()[:, :-1].max(dim=1).indices
     values = phi.detach()
     groups = find_groups(values, predicted, labels, sides, len(anchor_image), num_classes)
-    with torch.no_grad():
+    with torch.inference_mode():
         weights = group_weights(groups, sides.anchor, anchor_image, num_images, normalization)
         alphas = torch.as_tensor(alphas, dtype=phi.dtype, device=phi.device)
         active = groups.margins(values) < alphas[:, None, None]
@@ -260,5 +261,5 @@ def contrastive_losses(
         slopes = slopes.scatter_add_(1, groups.positive.flatten(1), -weights)
         constants = weights.sum(dim=1) * alphas
     # The losses are linear in the affinities between the corners of the hinges. (A matrix product
-    # would be rounded under autocast.)
-    return (constants + (slopes * phi).sum(dim=1)).unbind(), groups
+    # would be rounded under autocast, and inference tensors cannot be kept for the backward pass.)
+    return (constants.clone() + (slopes.clone() * phi).sum(dim=1)).unbind(), groups
