@@ -46,3 +46,17 @@ def no_handlers_left():
     for logger, handlers in zip(loggers, before):
         for handler in [x for x in logger.handlers if x not in handlers]:
             logger.removeHandler(handler)
+
+
+@pytest.fixture
+def registered():
+    """Names of data sets that are removed from the catalogs after the test."""
+    import reldn_d2  # noqa: F401  (before Detectron2)
+
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    names = []
+    yield lambda name: names.append(name) or name
+    for name in names:
+        DatasetCatalog.pop(name, None)
+        MetadataCatalog.pop(name, None)

@@ -42,16 +42,6 @@ from detectron2.data import (
 from detectron2.structures import BoxMode
 
 
-@pytest.fixture
-def registered():
-    """Names that are removed from the catalogs after the test."""
-    names = []
-    yield lambda name: names.append(name) or name
-    for name in names:
-        DatasetCatalog.pop(name, None)
-        MetadataCatalog.pop(name, None)
-
-
 def boxes(record):
     return boxes_xyxy(record["annotations"]).tolist()
 

@@ -28,17 +28,6 @@ from detectron2.data import (
     build_detection_train_loader,
 )
 
-
-@pytest.fixture
-def registered():
-    """Names that are removed from the catalogs after the test."""
-    names = []
-    yield lambda name: names.append(name) or name
-    for name in names:
-        DatasetCatalog.pop(name, None)
-        MetadataCatalog.pop(name, None)
-
-
 # ------------------------------------------------------------------------------- what is common
 
 

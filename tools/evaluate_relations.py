@@ -21,8 +21,9 @@ from typing import List, Optional
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is not installed
 
 import reldn_d2  # noqa: E402,F401  # isort: skip  registers the data sets
+from reldn_d2.data.datasets.files import write_atomically
 from reldn_d2.evaluation import evaluate_predictions
-from reldn_d2.evaluation.predictions_file import read_predictions, written_whole
+from reldn_d2.evaluation.predictions_file import read_predictions
 from reldn_d2.evaluation.submission import LAYOUTS, write_submission
 from reldn_d2.protocols import PROTOCOLS
 from reldn_d2.structures.relations import TASKS
@@ -111,7 +112,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
         )
         if args.output:
             path = os.path.join(args.output, "results.json")
-            with written_whole(path) as stream:  # JSON knows no NaN: null instead
+            with write_atomically(path) as stream:  # JSON knows no NaN: null instead
                 values = {
                     task: {name: None if x != x else x for name, x in metrics.items()}
                     for task, metrics in results.items()

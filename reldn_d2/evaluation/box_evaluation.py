@@ -4,13 +4,13 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets.coco import convert_to_coco_dict
 from detectron2.evaluation import COCOEvaluator
 
 from ..compat import has_compiled_ops
+from ..data.datasets.files import write_atomically
 
 __all__ = ["box_evaluator"]
 
@@ -61,11 +61,8 @@ def _convert(dataset_name: str, output_dir: str) -> str:
     folder = os.path.join(os.path.abspath(output_dir), f"coco_{fingerprint}")
     file = os.path.join(folder, f"{dataset_name}.json")
     if not os.path.exists(file):
-        os.makedirs(folder, exist_ok=True)
         # Several processes may do this at once: each writes its own file, the last one stays.
-        handle, unfinished = tempfile.mkstemp(dir=folder, suffix=".tmp")
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+        with write_atomically(file) as stream:
             stream.write(content)
-        os.replace(unfinished, file)
         logger.info("Wrote the boxes of '%s' in COCO's format to %s", dataset_name, file)
     return file

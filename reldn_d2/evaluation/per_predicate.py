@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import numpy as np
 from tabulate import tabulate
 
-from .predictions_file import written_whole
+from ..data.datasets.files import write_atomically
 
 __all__ = ["GROUPS", "PredicateTable"]
 
@@ -124,11 +124,11 @@ class PredicateTable:
     def write(self, folder: str, name: str, title: str) -> List[str]:
         """Write ``per_predicate_<name>`` as .json, .md and .png; returns the paths."""
         paths = [os.path.join(folder, f"per_predicate_{name}.{x}") for x in ("json", "md", "png")]
-        with written_whole(paths[0]) as stream:
+        with write_atomically(paths[0]) as stream:
             json.dump(self.to_dict(), stream, indent=1)
-        with written_whole(paths[1]) as stream:
+        with write_atomically(paths[1]) as stream:
             stream.write(f"# {title}\n\n{self.to_markdown()}\n")
-        with written_whole(paths[2], "wb") as stream:
+        with write_atomically(paths[2], "wb") as stream:
             self.draw(stream, title)
         return paths
 

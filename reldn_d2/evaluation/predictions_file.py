@@ -14,9 +14,9 @@ equal scores rank as listed. Images may be missing.
 
 import json
 import os
-from contextlib import contextmanager
-from typing import IO, Any, Dict, Iterable, Iterator, Optional
+from typing import Any, Dict, Iterable, Iterator, Optional
 
+from ..data.datasets.files import write_atomically
 from .json_stream import list_elements
 from .records import Prediction
 
@@ -26,7 +26,6 @@ __all__ = [
     "settings_file",
     "write_predictions",
     "write_settings",
-    "written_whole",
 ]
 
 _EXPECTED = (
@@ -34,23 +33,9 @@ _EXPECTED = (
 )
 
 
-@contextmanager
-def written_whole(file: str, mode: str = "w") -> Iterator[IO]:
-    """Open ``file`` for writing; it appears under its name when all is written, or not at all."""
-    os.makedirs(os.path.dirname(os.path.abspath(file)), exist_ok=True)
-    unfinished = f"{file}.{os.getpid()}.tmp"
-    try:
-        with open(unfinished, mode, **({} if "b" in mode else {"encoding": "utf-8"})) as stream:
-            yield stream
-        os.replace(unfinished, file)
-    finally:
-        if os.path.exists(unfinished):
-            os.remove(unfinished)
-
-
 def write_predictions(predictions: Iterable[Prediction], file: str) -> None:
     """Write the file, whole or not at all."""
-    with written_whole(file) as stream:
+    with write_atomically(file) as stream:
         stream.write("[")
         for number, prediction in enumerate(predictions):
             stream.write(",\n" if number else "\n")
@@ -133,7 +118,7 @@ def settings_file(predictions_file: str) -> str:
 
 def write_settings(file: str, settings: Dict[str, Any]) -> None:
     """Write beside the predictions ``file`` what it was made for, for :func:`read_settings`."""
-    with written_whole(settings_file(file)) as stream:
+    with write_atomically(settings_file(file)) as stream:
         json.dump(settings, stream, indent=2)
 
 

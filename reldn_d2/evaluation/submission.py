@@ -20,7 +20,7 @@ import numpy as np
 from detectron2.data import MetadataCatalog
 
 from ..data.annotations import dicts_without_images
-from .predictions_file import written_whole
+from ..data.datasets.files import write_atomically
 from .records import ImageId, Prediction
 
 __all__ = ["COLUMNS", "LAYOUTS", "read_submission", "write_submission"]
@@ -101,7 +101,7 @@ def write_submission(
             'name predicates like "inside_of", or write the layout "table".'
         )
     missing = dict(names.sizes)
-    with written_whole(file) as stream:
+    with write_atomically(file) as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(_SERVER_COLUMNS if layout == "server" else COLUMNS)
         for prediction in predictions:

@@ -375,11 +375,10 @@ def exhaustive_triplets(
     scores = scores.float()
     device, num_entities = scores.device, len(scores)
     candidates = ~torch.eye(num_entities, dtype=torch.bool, device=device)
-    if boxes is not None:
-        low = torch.maximum(boxes[:, None, :2], boxes[None, :, :2])
-        high = torch.minimum(boxes[:, None, 2:], boxes[None, :, 2:])
-        candidates &= (high - low).clamp(min=0).prod(dim=2) > 0
     subjects, objects = candidates.nonzero(as_tuple=True)
+    if boxes is not None:
+        overlapping = _overlap(boxes[subjects], boxes[objects])
+        subjects, objects = subjects[overlapping], objects[overlapping]
     best = TopTriplets(predicates_per_pair, topk, num_predicates)
     chunks = (x for x in zip(subjects.split(chunk), objects.split(chunk)) if len(x[0]))
     return best_of_chunks(chunks, best, score_pairs, scores)
