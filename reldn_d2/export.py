@@ -109,7 +109,17 @@ def all_pairs(boxes: Tensor, overlap_filter: bool) -> Tuple[Tensor, Tensor]:
 def rank_everything(
     probabilities: Tensor, pair_scores: Tensor, predicates_per_pair: Sequence[int], topk: int
 ) -> Tuple[Tensor, Tensor, Tensor]:
-    """As :func:`.inference.rank_triplets`, in operations that any number of pairs goes through."""
+    """As :class:`.inference.TopTriplets`, in operations that any number of pairs goes through.
+
+    Args:
+        probabilities: (P, C), without "no relationship".
+        pair_scores: (P,), ``p_det(s) * p_det(o)``.
+        predicates_per_pair, topk: see :class:`.inference.TopTriplets`.
+
+    Returns:
+        (K,) pair, (K,) predicate and (K,) score, in descending order of the score; equal scores by
+        pair, then predicate.
+    """
     num_predicates = probabilities.shape[1]
     scores = (probabilities * pair_scores[:, None]).flatten()
     best_first = probabilities.argsort(dim=1, descending=True, stable=True)

@@ -20,6 +20,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.file_io import PathManager
 
 from .checkpoint import RelDNCheckpointer
+from .checkpoint_files import fetch
 from .config import add_reldn_config, merge_config
 from .images import ImageError, read_rgb, to_rgb
 from .prediction import RelationPrediction
@@ -306,12 +307,13 @@ def read_description(path: str) -> dict:
         ValueError: it cannot be read.
     """
     if "://" in path:
+        fetch(path)
         path = PathManager.get_local_path(path)
     if not os.path.isfile(path):
         raise FileNotFoundError(
             f"No checkpoint '{path}'. Training RelDN writes it as OUTPUT_DIR/model_final.pth."
         )
-    try:
+    try:  # RelDN's own files need no unpickling, so there is no option to allow it
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(

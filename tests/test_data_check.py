@@ -236,7 +236,7 @@ def test_wrong_commands(register, capsys):
     register()
     for arguments, message in (
         (["data_set_of_this_tset"], f"Near to it: {NAME}"),
-        ([NAME, "--module", "no_such_module"], "--module: No module named"),
+        ([NAME, "--module", "no_such_module"], "--module no_such_module: No module named"),
     ):
         with pytest.raises(SystemExit) as status:
             main(arguments)

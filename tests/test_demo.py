@@ -1,33 +1,25 @@
 """demo/demo.py and the tools around it, as a user starts them."""
 
-import html
 import json
 import re
-import shutil
-import subprocess
 
 import cv2
 import draw_saliency
 import export_model
-import make_gallery
 import networkx
 import numpy as np
 import pytest
 import torch
-from model_utils import PREDICATES, busy_item, register_dataset, unregister_dataset
+from model_utils import PREDICATES
 from PIL import Image
 from usage_utils import picture, write_checkpoint
 
 import demo as demo_script
 from reldn_d2.export import OUTPUT_NAMES, RelDNExport
-from reldn_d2.gallery import gallery_record, write_gallery
 from reldn_d2.images import ImageError
-from reldn_d2.prediction import RelationPrediction
 from reldn_d2.predictor import RelationPredictor
 from reldn_d2.video import EntityTracker, VideoError, VideoFile
 from reldn_d2.visualizer_scene import Scene
-
-from detectron2.structures import Boxes, BoxMode, Instances
 
 
 @pytest.fixture(scope="module")
@@ -196,128 +188,6 @@ def test_entities_keep_name_and_colour_while_they_move():
     for _ in range(3):
         tracker.update(Scene(np.zeros((0, 4)), [], []))
     assert sorted(tracker.update(scene(300))[0].values()) == ["cup 3", "person 3"]  # forgotten
-
-
-def test_gallery_of_an_evaluation(checkpoint, tmp_path, capsys):
-    name = "gallery_test_set"
-    register_dataset(name, tmp_path / "images")
-    try:
-        truth = busy_item()
-        record = {
-            "image_id": 0,
-            "instances": {
-                "boxes": truth["instances"].gt_boxes.tensor.tolist(),
-                "classes": truth["instances"].gt_classes.tolist(),
-                "scores": [0.9] * 4,
-            },
-            "relations": {
-                "pairs": [[0, 1], [3, 0], [1, 3]],
-                "predicates": [0, 2, 3],
-                "scores": [0.5, 0.4, 0.3],
-            },
-        }
-        file = tmp_path / "relation_predictions.json"
-        file.write_text(json.dumps([record, {**record, "image_id": 1}]))
-        out = tmp_path / "gallery.html"
-        arguments = ["--dataset", name, "--predictions", str(file), "--output", str(out)]
-        assert make_gallery.main(arguments) == 0
-        lines = out.read_text().splitlines()
-        records = [json.loads(x.rstrip(",")) for x in lines if x.startswith('{"name"')]
-        assert [x["truth"] for x in records] == [5, 5]
-        assert [row[4] for row in records[0]["rows"]] == [True, False, True]
-        assert [row[2] for row in records[0]["missed"]] == ["plays", "on", "under"]
-        (tmp_path / "images" / "1.png").write_text("hello")
-        assert make_gallery.main(arguments) == 1
-        assert "left out: " in capsys.readouterr().err
-    finally:
-        unregister_dataset(name)
-
-
-def test_gallery_cannot_be_broken_by_names(tmp_path, checkpoint):
-    predictor = RelationPredictor.from_checkpoint(checkpoint, device="cpu")
-    evil = "</script><script>alert(1)</script>"
-    record = gallery_record(
-        evil, picture(), predictor(picture()), [evil] * 9, ["<b>&amp;"] * 6, topk=3
-    )
-    out = tmp_path / "x.html"
-    assert write_gallery(out, [record], evil, ["<b>"]) == 1
-    page = out.read_text()
-    assert "<script>alert" not in page and page.count("</script>") == 1
-    assert len(record["rows"]) == 3 and record["truth"] is None
-
-
-# Sets the page's controls as a user does, and writes down what is then seen.
-PROBE = """<script>
-const report = [];
-function look(what, settings) {
-  for (const id in settings) {
-    el(id).value = settings[id];
-    el(id).dispatchEvent(new Event("input"));
-  }
-  const names = [...document.querySelectorAll("h2")].map(x => x.textContent).join(" ");
-  const rows = [...document.querySelectorAll("article button")].map(x => x.textContent).join(";");
-  const wide = document.documentElement.scrollWidth > window.innerWidth;
-  report.push(`${what}|${names}|${rows}|${wide}`);
-}
-look("all", {});
-look("on", { predicate: "on" });
-look("missed", { predicate: "", kind: "missed" });
-look("high", { kind: "all", sort: "high" });
-look("worst", { sort: "worst" });
-look("words", { sort: "order", words: "table" });
-document.title = "done";
-document.body.append(make("pre", { id: "report", textContent: report.join("\\n") }));
-</script></body>"""
-
-
-@pytest.mark.parametrize("width", [1400, 420])
-def test_gallery_in_a_browser(width, checkpoint, tmp_path):
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
-        pytest.skip("no chromium")
-    truth = {
-        "annotations": [
-            {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": number}
-            for number, box in enumerate([[0, 0, 40, 50], [30, 20, 80, 55], [5, 30, 30, 58]])
-        ],
-        "relations": [(0, 1, 0), (1, 2, 1)],
-    }
-
-    def record(name, scores, predicates):
-        found = RelationPrediction(Instances((60, 90)), Instances((60, 90)))
-        instances, relations = found["instances"], found["relations"]
-        instances.pred_boxes = Boxes(torch.tensor([x["bbox"] for x in truth["annotations"]]))
-        instances.pred_classes = torch.arange(3)
-        relations.pairs = torch.tensor([[0, 1], [1, 2]][: len(scores)])
-        relations.predicates, relations.scores = torch.tensor(predicates), torch.tensor(scores)
-        names = (["person", "cup", "table"], ["holds", "on"])
-        return gallery_record(name, picture(), found, *names, truth)
-
-    records = [record("low", [0.2], [1]), record("both", [0.9, 0.5], [0, 1])]
-    write_gallery(tmp_path / "x.html", records, "A title", ["holds", "on"])
-    page = (tmp_path / "x.html").read_text().replace("</body>", PROBE)
-    (tmp_path / "x.html").write_text(page)
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --dump-dom "
-    flags += "--disable-background-networking --disable-component-update --disable-sync "
-    flags += f"--window-size={width},900 --virtual-time-budget=3000"
-    done = subprocess.run(
-        [chromium, *flags.split(), f"--user-data-dir={tmp_path / 'user'}", tmp_path / "x.html"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    report = html.unescape(re.search(r'<pre id="report">(.*?)</pre>', done.stdout, re.S).group(1))
-    seen = {x.split("|")[0]: x.split("|")[1:] for x in report.split("\n")}
-    hit, wrong, third = "✓person holds cup0.90", "✗person on cup0.20", "✓cup on table0.50"
-    missed = "–person holds cup;–cup on table"
-    both = f"{hit};{third}"
-    assert seen["all"][:2] == ["low both", f"{wrong};{missed};{both}"]
-    assert seen["on"][:2] == ["low both", f"{wrong};–cup on table;{third}"]
-    assert seen["missed"][:2] == ["low", missed]
-    assert seen["high"][:2] == ["both low", f"{both};{wrong};{missed}"]
-    assert seen["worst"][0] == "low both"
-    assert seen["words"][1] == f"–cup on table;{third}"
-    assert all(x[2] == "false" for x in seen.values())  # nothing to scroll to the side
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.load. is deprecated")

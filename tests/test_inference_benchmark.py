@@ -23,7 +23,7 @@ def small_shapes(monkeypatch):
 
 def test_plain_pairs_have_the_logits_of_the_head(small_shapes):
     head, maps = measured.big_head("cpu", 9), measured.feature_maps("cpu")
-    boxes = measured.equal_detections().boxes
+    boxes = measured.alike_detections(1.0).boxes
     subjects, objects = torch.tensor([0, 1, 5, 3]), torch.tensor([1, 0, 2, 11])
     with torch.no_grad():
         entities = head.encode_entities(
@@ -36,7 +36,7 @@ def test_plain_pairs_have_the_logits_of_the_head(small_shapes):
 
 def test_all_ways_give_the_same_triplets(small_shapes):
     generator = torch.Generator().manual_seed(0)
-    case = measured.equal_detections()._replace(scores=torch.rand(12, generator=generator) ** 3)
+    case = measured.alike_detections(1.0)._replace(scores=torch.rand(12, generator=generator) ** 3)
     results = [measured.prepare(way, case, "cpu", 5, 1)() for way in measured.WAYS]
     for other in results[:2]:
         assert torch.equal(results[2].pairs, other.pairs)

@@ -349,9 +349,8 @@ def test_options_of_the_tool(cases, records, tmp_path, capsys):
     assert run_tool([*call]) == 1
     assert "error: " in capsys.readouterr().err and not (tmp_path / "out/results.json").exists()
     assert run_tool(["--dataset", "predictions_file_test_sat", "--predictions", path]) == 2
-    assert f"no data set 'predictions_file_test_sat' is registered; near it: {NAME}" in (
-        capsys.readouterr().err
-    )
+    message = f"No data set 'predictions_file_test_sat' is registered. Near to it: {NAME}"
+    assert message in capsys.readouterr().err
 
 
 def test_vrd_scored_as_its_own_predictions(full_vrd_annotations, tmp_path):

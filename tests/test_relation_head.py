@@ -13,7 +13,7 @@ from model_utils import busy_item, small_config, small_model
 from reldn_d2.data.frequency import count_predicates, log_frequencies
 from reldn_d2.modeling.relation_head import RelDNHead, build_relation_head
 from reldn_d2.modeling.relation_head import head as head_module
-from reldn_d2.modeling.relation_head.inference import rank_triplets
+from reldn_d2.modeling.relation_head.inference import TopTriplets
 from reldn_d2.modeling.relation_head.semantic import SemanticModule
 from reldn_d2.modeling.relation_head.spatial import SpatialModule, spatial_features
 from reldn_d2.modeling.relation_head.visual import VisualModule, without_last_relu
@@ -154,7 +154,10 @@ def test_ranking_equals_an_exhaustive_search(pairs, predicates, ks, topk, ties, 
     pair_scores = torch.rand(pairs, generator=generator, dtype=torch.float64)
     if ties:  # zero scores among them
         probabilities, pair_scores = (2 * probabilities).round() / 2, (2 * pair_scores).round() / 2
-    pair, predicate, score = rank_triplets(probabilities, pair_scores, ks, topk)
+    best = TopTriplets(ks, topk, predicates)
+    best.update(probabilities, pair_scores, torch.arange(pairs))
+    ranked = best.result(1, pairs)
+    pair, predicate, score = ranked.pairs[:, 0], ranked.predicates, ranked.scores
     triplets = list(zip(pair.tolist(), predicate.tolist()))
     assert len(set(triplets)) == len(triplets)
     assert score.tolist() == sorted(score.tolist(), reverse=True)

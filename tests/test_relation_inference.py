@@ -169,20 +169,26 @@ def test_pairs_that_cannot_come_in_are_not_computed():
     assert best.pairs[-1].tolist() == [0, 3]
 
 
-def test_visit_ends_within_a_band_of_equal_bounds():
-    """All detections score 0.3; few pairs are related, but those of the first chunks suffice."""
+def test_pairs_of_equal_bounds_are_visited_in_whole_chunks():
+    """No triplet of theirs beats their bound, so the visit cannot end among them."""
     scores, table = torch.full((80,), 0.3), torch.full((80, 80, 1), 0.01)
-    table[:4] = 0.9  # 0.09 * 0.9 does not beat 0.09: all of them have to be seen
-    arguments = dict(num_predicates=1, predicates_per_pair=[1], topk=5, chunk=100)
-    assert best_triplets(Scorer(table), scores, None, **arguments).num_scored == 80 * 79
-    scores[:10] = 1.0  # 90 pairs of bound 1; the 1400 of bound 0.3 are one band
-    table[:10, :10], table[:10, 10:] = 0.2, 0.99
-    best = best_triplets(Scorer(table), scores, None, **{**arguments, "topk": 100})
-    assert best.num_scored == 90 + 1400
-    table[:10, 10:] = 1.0
-    scores[:10] = torch.linspace(1.0, 0.99, 10)
-    best = best_triplets(Scorer(table), scores, None, **{**arguments, "topk": 20})
-    assert best.num_scored < 1000
+    table[:4] = 0.9
+    arguments = dict(num_predicates=1, predicates_per_pair=[1], topk=5, chunk=2000)
+    lazy = Scorer(table)
+    assert best_triplets(lazy, scores, None, **arguments).num_scored == 80 * 79
+    assert lazy.calls == [2000, 2000, 2000, 320]
+
+
+@pytest.mark.parametrize("topk", [6, 100, 588])
+def test_better_pairs_do_not_wait_for_the_many_equal_ones(topk):
+    """Few detections of a detector, and many at its threshold: their pairs are a band alone."""
+    scores = torch.cat([torch.tensor([0.9, 0.6, 0.3]), torch.full((97,), 0.05)])
+    table = torch.full((100, 100, 1), 0.9)
+    arguments = dict(num_predicates=1, predicates_per_pair=[1], topk=topk, chunk=2048)
+    best = best_triplets(Scorer(table), scores, None, **arguments)
+    bounds = (scores[:, None] * scores)[~torch.eye(100, dtype=torch.bool)]
+    needed = int((bounds >= best.scores[-1]).sum())
+    assert needed <= best.num_scored <= needed + inference.FIRST_CHUNK  # all would be 9,900
 
 
 def test_scores_that_round_to_the_bound_are_found():

@@ -7,7 +7,6 @@ Example::
 """
 
 import argparse
-import importlib
 import json
 import os
 import sys
@@ -19,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is n
 import reldn_d2  # noqa: E402,F401  # isort: skip  registers the data sets
 from reldn_d2.data.datasets import to_relation_instances
 from reldn_d2.data.datasets.files import write_atomically
-from reldn_d2.data.statistics import require_dataset
+from reldn_d2.data.registered import add_module_argument, import_modules, require_dataset
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
@@ -32,12 +31,10 @@ def main(arguments: Optional[List[str]] = None) -> int:
     parser.add_argument("--dataset", required=True, help="a registered data set")
     parser.add_argument("--output", required=True, help="JSON file")
     parser.add_argument("--image-root", help="file names become relative to it; default: its own")
-    parser.add_argument("--module", action="append", default=[], help="registers your data sets")
+    add_module_argument(parser)
     args = parser.parse_args(arguments)
-    sys.path.insert(0, os.getcwd())
     try:
-        for module in args.module:
-            importlib.import_module(module)
+        import_modules(args.module)
         require_dataset(args.dataset)
         dicts, metadata = DatasetCatalog.get(args.dataset), MetadataCatalog.get(args.dataset)
     except (KeyError, ValueError, OSError, ImportError) as error:

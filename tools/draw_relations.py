@@ -8,67 +8,86 @@ Example::
 """
 
 import argparse
-import difflib
-import json
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, NamedTuple, Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is not installed
 
 import reldn_d2  # noqa: E402,F401  # isort: skip  registers the data sets
-import numpy as np
-import torch
 from PIL import Image
 
-from reldn_d2.structures.relations import predicted_relations
+from reldn_d2.data.registered import add_module_argument, import_modules, require_dataset
+from reldn_d2.evaluation.predictions_file import read_predictions
+from reldn_d2.evaluation.records import Prediction
+from reldn_d2.images import ImageError, read_rgb
 from reldn_d2.visualizer import RelationVisualizer
 from reldn_d2.visualizer_compare import compare_image
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.detection_utils import read_image
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Instances
 
-__all__ = ["check_dataset", "outputs_of", "read_predictions"]
+__all__ = ["add_arguments", "load_arguments", "load_predictions"]
 
 
-def outputs_of(record: Dict[str, Any], height: int, width: int) -> Dict[str, Instances]:
-    """The model's output for one image, from its record in ``relation_predictions.json``."""
-    instances = Instances((height, width))
-    entities, related = record["instances"], record["relations"]
-    instances.pred_boxes = Boxes(torch.tensor(entities["boxes"]).reshape(-1, 4))
-    instances.scores = torch.tensor(entities["scores"])
-    instances.pred_classes = torch.tensor(entities["classes"], dtype=torch.int64)
-    pairs = torch.tensor(related["pairs"], dtype=torch.int64).reshape(-1, 2)
-    scores = torch.tensor(related["scores"])
-    of_entities = instances.scores[pairs].prod(dim=1)
-    relations = predicted_relations(
-        (height, width),
-        pairs,
-        torch.tensor(related["predicates"], dtype=torch.int64),
-        scores,
-        scores / of_entities.clamp(min=1e-12),
+class Loaded(NamedTuple):
+    """A data set, and what was predicted for it."""
+
+    dicts: List[Dict[str, Any]]
+    metadata: Any
+    predictions: Dict[Any, Prediction]  # by image id
+
+    def outputs(self, record: Dict[str, Any]) -> Optional[Dict[str, Instances]]:
+        """What was predicted for the image of a dataset dict, as a model's output."""
+        found = self.predictions.get(record["image_id"])
+        return found and found.to_output(record["height"], record["width"])
+
+
+def add_arguments(parser: argparse.ArgumentParser, predictions_required: bool) -> None:
+    """Options that name a data set and predictions."""
+    parser.add_argument("--dataset", required=True, help="a registered data set")
+    add_module_argument(parser)
+    parser.add_argument(
+        "--predictions",
+        type=Path,
+        required=predictions_required,
+        help="relation_predictions.json of this data set, plain or gzipped",
     )
-    best_first = scores.argsort(descending=True, stable=True)
-    return {"instances": instances, "relations": relations[best_first]}
 
 
-def read_predictions(path: Path, dicts: List[Dict[str, Any]]) -> Dict[Any, Dict[str, Instances]]:
-    """Outputs by image id, for the images of a data set."""
-    sizes = {x["image_id"]: (x["height"], x["width"]) for x in dicts}
-    records = json.loads(Path(path).read_text())
-    return {x["image_id"]: outputs_of(x, *sizes[x["image_id"]]) for x in records}
+def load_predictions(
+    file: Path, dicts: List[Dict[str, Any]], metadata: Any
+) -> Dict[Any, Prediction]:
+    """Predictions of a data set by image id, as small arrays.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`.predictions_file.read_predictions`; or an image is
+            not one of the data set's.
+    """
+    known = {record["image_id"] for record in dicts}
+    numbers = [len(metadata.thing_classes), len(metadata.predicate_classes)]
+    found = {}
+    for number, prediction in enumerate(read_predictions(str(file), *numbers)):
+        if prediction.image_id not in known:
+            raise ValueError(
+                f"{file}, record {number}: data set '{metadata.name}' has no image "
+                f"{prediction.image_id!r}. Name the data set that the file was written for."
+            )
+        found[prediction.image_id] = prediction
+    return found
 
 
-def check_dataset(
-    parser: argparse.ArgumentParser, dataset: str, predictions: Optional[Path]
-) -> None:
-    """Stop with a message if the data set is not registered or the predictions are not there."""
-    if dataset not in DatasetCatalog.list():
-        near = difflib.get_close_matches(dataset, DatasetCatalog.list(), n=3)
-        parser.error(f"no data set '{dataset}' is registered; near it: {', '.join(near)}")
-    if predictions and not predictions.is_file():
-        parser.error(f"no file '{predictions}'; evaluating writes it under OUTPUT_DIR/inference")
+def load_arguments(args: argparse.Namespace) -> Loaded:
+    """What the options of :func:`add_arguments` name.
+
+    Raises:
+        ImportError, KeyError, OSError, ValueError: with what to do.
+    """
+    import_modules(args.module)
+    require_dataset(args.dataset)
+    dicts, metadata = DatasetCatalog.get(args.dataset), MetadataCatalog.get(args.dataset)
+    predictions = load_predictions(args.predictions, dicts, metadata) if args.predictions else {}
+    return Loaded(dicts, metadata, predictions)
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
@@ -76,28 +95,34 @@ def main(arguments: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dataset", required=True, help="a registered data set")
-    parser.add_argument("--predictions", type=Path, help="relation_predictions.json of this set")
+    add_arguments(parser, predictions_required=False)
     parser.add_argument("--output", type=Path, required=True, help="folder for the pictures")
     parser.add_argument("--number", type=int, default=10, help="images, from the first on")
     parser.add_argument("--top-k", type=int, help="predictions drawn; default: as many as are true")
     args = parser.parse_args(arguments)
-    check_dataset(parser, args.dataset, args.predictions)
-
-    dicts, metadata = DatasetCatalog.get(args.dataset), MetadataCatalog.get(args.dataset)
-    predictions = read_predictions(args.predictions, dicts) if args.predictions else {}
+    try:
+        loaded = load_arguments(args)
+    except (ImportError, KeyError, OSError, ValueError) as error:
+        parser.error(str(error.args[0] if isinstance(error, KeyError) else error))
     args.output.mkdir(parents=True, exist_ok=True)
-    for record in dicts[: args.number]:
-        image = np.ascontiguousarray(read_image(record["file_name"], format="RGB"))
-        outputs = predictions.get(record["image_id"])
+    failed = 0
+    for record in loaded.dicts[: args.number]:
+        outputs = loaded.outputs(record)
+        try:
+            image = read_rgb(record["file_name"])
+        except ImageError as error:
+            print(f"left out: {error}", file=sys.stderr)
+            failed += 1
+            continue
         if outputs is None:
-            picture = RelationVisualizer(image, metadata).draw_ground_truth(record).get_image()
+            visualizer = RelationVisualizer(image, loaded.metadata)
+            picture = visualizer.draw_ground_truth(record).get_image()
         else:
-            picture = compare_image(image, record, outputs, metadata, args.top_k)
+            picture = compare_image(image, record, outputs, loaded.metadata, args.top_k)
         path = args.output / f"{Path(record['file_name']).stem}.png"
         Image.fromarray(picture).save(path)
         print(path)
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

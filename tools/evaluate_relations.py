@@ -10,7 +10,6 @@ Examples:
 
 import argparse
 import csv
-import difflib
 import json
 import logging
 import os
@@ -22,13 +21,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is n
 
 import reldn_d2  # noqa: E402,F401  # isort: skip  registers the data sets
 from reldn_d2.data.datasets.files import write_atomically
+from reldn_d2.data.registered import add_module_argument, import_modules, require_dataset
 from reldn_d2.evaluation import evaluate_predictions
 from reldn_d2.evaluation.predictions_file import read_predictions
 from reldn_d2.evaluation.submission import LAYOUTS, write_submission
 from reldn_d2.protocols import PROTOCOLS
 from reldn_d2.structures.relations import TASKS
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.utils.logger import setup_logger
 
 
@@ -38,6 +38,7 @@ def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dataset", required=True, help="a registered data set")
+    add_module_argument(parser)
     parser.add_argument(
         "--predictions",
         required=True,
@@ -75,11 +76,12 @@ def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace
         "of the metadata, or thing_classes",
     )
     args = parser.parse_args(arguments)
-    for option in ("dataset", "train_dataset"):
-        name = getattr(args, option)
-        if name is not None and name not in DatasetCatalog.list():
-            near = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
-            parser.error(f"no data set '{name}' is registered; near it: {', '.join(near)}")
+    try:
+        import_modules(args.module)
+        for name in filter(None, (args.dataset, args.train_dataset)):
+            require_dataset(name)
+    except (ImportError, KeyError) as error:
+        parser.error(str(error.args[0]))
     return args
 
 

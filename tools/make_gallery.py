@@ -15,13 +15,11 @@ from typing import Any, Dict, Iterator, List, Optional
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is not installed
 
 import reldn_d2  # noqa: E402,F401  # isort: skip  registers the data sets
-from draw_relations import check_dataset, read_predictions
+from draw_relations import add_arguments, load_arguments
 from tqdm import tqdm
 
 from reldn_d2.gallery import gallery_record, write_gallery
 from reldn_d2.images import ImageError, read_rgb
-
-from detectron2.data import DatasetCatalog, MetadataCatalog
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
@@ -29,18 +27,18 @@ def main(arguments: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dataset", required=True, help="a registered data set")
-    parser.add_argument("--predictions", type=Path, required=True, help="relation_predictions.json")
+    add_arguments(parser, predictions_required=True)
     parser.add_argument("--output", type=Path, required=True, help="the HTML file")
     parser.add_argument("--number", type=int, help="images, from the first on; default: all")
     parser.add_argument("--top-k", type=int, default=20, help="relations listed of an image")
     parser.add_argument("--side", type=int, default=400, help="longest side of a picture, pixels")
     args = parser.parse_args(arguments)
-    check_dataset(parser, args.dataset, args.predictions)
-
-    dicts, metadata = DatasetCatalog.get(args.dataset), MetadataCatalog.get(args.dataset)
-    predictions = read_predictions(args.predictions, dicts)
-    chosen = [x for x in dicts if x["image_id"] in predictions][: args.number]
+    try:
+        loaded = load_arguments(args)
+    except (ImportError, KeyError, OSError, ValueError) as error:
+        parser.error(str(error.args[0] if isinstance(error, KeyError) else error))
+    metadata = loaded.metadata
+    chosen = [x for x in loaded.dicts if x["image_id"] in loaded.predictions][: args.number]
     failed: List[str] = []
 
     def records() -> Iterator[Dict[str, Any]]:
@@ -53,7 +51,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
             yield gallery_record(
                 Path(record["file_name"]).name,
                 image,
-                predictions[record["image_id"]],
+                loaded.outputs(record),
                 metadata.thing_classes,
                 metadata.predicate_classes,
                 record,

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 import numpy as np
-from draw_relations import read_predictions
+from draw_relations import load_predictions
 from PIL import Image
 
 from reldn_d2.visualizer import Scene, find_hits
@@ -42,10 +42,16 @@ def draw_pictures(folders: Dict[str, Path], output: Path, number: int) -> List[P
         The files.
     """
     dicts = {x["image_id"]: x for x in DatasetCatalog.get(DATASET)}
+    metadata = MetadataCatalog.get(DATASET)
     predictions = {
-        name: read_predictions(
-            folder / "inference" / TASK / "relation_predictions.json", list(dicts.values())
-        )
+        name: {
+            image_id: x.to_output(dicts[image_id]["height"], dicts[image_id]["width"])
+            for image_id, x in load_predictions(
+                folder / "inference" / TASK / "relation_predictions.json",
+                list(dicts.values()),
+                metadata,
+            ).items()
+        }
         for name, folder in folders.items()
     }
     first, second = predictions.values()
@@ -67,7 +73,7 @@ def draw_pictures(folders: Dict[str, Path], output: Path, number: int) -> List[P
             np.ascontiguousarray(image),
             dicts[image_id],
             {name: found[image_id] for name, found in predictions.items()},
-            MetadataCatalog.get(DATASET),
+            metadata,
         )
         path = output / f"{rank + 1}_image_{Path(dicts[image_id]['file_name']).stem}.png"
         Image.fromarray(row).save(path)

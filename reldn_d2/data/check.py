@@ -6,7 +6,6 @@ if the command is wrong.
 """
 
 import argparse
-import importlib
 import os
 import sys
 from collections import Counter
@@ -28,7 +27,7 @@ from detectron2.utils.logger import setup_logger
 
 from .annotations import annotation_problems, boxes_xyxy
 from .datasets.files import image_size
-from .statistics import require_dataset
+from .registered import add_module_argument, import_modules, require_dataset
 from .summary import DatasetSummary
 
 __all__ = ["Report", "check_dataset", "draw_dataset", "main"]
@@ -277,22 +276,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", metavar="NAME", help="a registered data set")
-    parser.add_argument(
-        "--module", action="append", default=[], help="module that registers your data sets"
-    )
+    add_module_argument(parser)
     parser.add_argument("--decode", action="store_true", help="read the pixels of every image")
     parser.add_argument("--limit", type=int, help="problems printed of each kind; default: all")
     parser.add_argument("--draw", metavar="DIR", help="folder for pictures of the ground truth")
     parser.add_argument("--number", type=int, default=10, help="pictures to draw")
     args = parser.parse_args(arguments)
     setup_logger(name="reldn_d2")
-    sys.path.insert(0, os.getcwd())
     try:
-        for module in args.module:
-            importlib.import_module(module)
+        import_modules(args.module)
         report = check_dataset(args.name, args.decode)
     except ImportError as error:
-        parser.error(f"--module: {error}")
+        parser.error(str(error))
     except KeyError as error:
         parser.error(error.args[0])
     if report.summary is not None:

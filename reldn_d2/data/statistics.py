@@ -7,9 +7,7 @@ Shorthand: C entity classes, P predicates.
 """
 
 import argparse
-import difflib
 import hashlib
-import importlib
 import json
 import logging
 import os
@@ -30,12 +28,12 @@ from detectron2.utils.logger import setup_logger
 from .annotations import dicts_without_images
 from .datasets.files import cache_paths, write_atomically
 from .frequency import PairCounts, count_pairs
+from .registered import add_module_argument, import_modules, require_dataset
 
 __all__ = [
     "RelationStatistics",
     "dataset_statistics",
     "fingerprint",
-    "require_dataset",
     "training_statistics_of",
     "zero_shot_triplets",
 ]
@@ -233,22 +231,6 @@ def fingerprint(name: str) -> str | None:
     return digest.hexdigest()
 
 
-def require_dataset(name: str) -> None:
-    """Raise if no data set of this name is registered, with names near to it.
-
-    Raises:
-        KeyError: with the names.
-    """
-    known = DatasetCatalog.list()
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=3)
-        near = f"Near to it: {', '.join(near)}. " if near else ""
-        raise KeyError(
-            f"No data set '{name}' is registered. {near}One of your own "
-            "is registered by the module that you name with --module."
-        )
-
-
 def _places(name: str) -> list[str]:
     folder = os.path.dirname(os.path.abspath(MetadataCatalog.get(name).annotation_files[0]))
     return cache_paths(folder, f"{name}.statistics.npz")
@@ -303,14 +285,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Count a registered data set, keep the counts beside it and print them.",
     )
     parser.add_argument("names", nargs="+", metavar="NAME", help="registered data sets")
-    parser.add_argument("--module", action="append", default=[], help="registers your data sets")
+    add_module_argument(parser)
     parser.add_argument("--recount", action="store_true", help="do not use what is kept")
     args = parser.parse_args(arguments)
     setup_logger(name="reldn_d2")
-    sys.path.insert(0, os.getcwd())
     try:
-        for module in args.module:
-            importlib.import_module(module)
+        import_modules(args.module)
         for name in args.names:
             _print(name, dataset_statistics(name, recount=args.recount))
     except (KeyError, ValueError, OSError, ImportError) as error:

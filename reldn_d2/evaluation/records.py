@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any, Dict, Sequence, Tuple, Union
 
 import numpy as np
+import torch
 
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 
 from ..data.annotations import boxes_xyxy, dicts_without_images
-from ..structures.relations import check_relation_triplets
+from ..structures.relations import check_relation_triplets, predicted_relations
 from .matching import limit_predicates_per_pair, rank_by_score
 
 __all__ = [
@@ -194,6 +195,26 @@ class Prediction:
     def empty(cls, image_id: ImageId) -> "Prediction":
         """No boxes and no triplets."""
         return cls.from_arrays(image_id, [], [], [], [], [], [])
+
+    def to_output(self, height: int, width: int) -> Dict[str, Instances]:
+        """As a model's output for an image of this size, such as pictures are drawn of.
+
+        ``predicate_scores`` are what is left of the triplets' scores without those of the boxes.
+        """
+        size = (height, width)
+        instances = Instances(size)
+        instances.pred_boxes = Boxes(torch.from_numpy(self.boxes).float())
+        instances.pred_classes = torch.from_numpy(self.classes).long()
+        instances.scores = torch.from_numpy(self.box_scores).float()
+        of_boxes = self.box_scores[self.pairs].prod(axis=1)
+        relations = predicted_relations(
+            size,
+            torch.from_numpy(self.pairs).long(),
+            torch.from_numpy(self.predicates).long(),
+            torch.from_numpy(self.scores).float(),
+            torch.from_numpy(self.scores / of_boxes.clip(min=1e-12)).float(),
+        )
+        return {"instances": instances, "relations": relations}
 
     def to_record(self) -> Dict[str, Any]:
         """The image's record in ``relation_predictions.json``."""

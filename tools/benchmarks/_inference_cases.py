@@ -12,7 +12,7 @@ from reldn_d2.modeling.relation_head import RelDNHead
 
 from detectron2.structures import BoxMode
 
-__all__ = ["Detections", "equal_detections", "toy_detections", "vrd_detections"]
+__all__ = ["Detections", "alike_detections", "toy_detections", "vrd_detections"]
 
 IMAGE_SIZE, NUMBER = (800, 1333), 100  # of the network's input; detections of an image
 
@@ -119,8 +119,8 @@ def read_relations(annotations: Path) -> List[Dict[str, Any]]:
     return dicts
 
 
-def equal_detections() -> Detections:
-    """The worst case: no bound tells pairs apart."""
+def alike_detections(lowest: float) -> Detections:
+    """The worst case: scores from ``lowest`` to 1, so that the bound tells pairs hardly apart."""
     generator = torch.Generator().manual_seed(0)
     size = torch.tensor([IMAGE_SIZE[1], IMAGE_SIZE[0]])
     low = torch.rand((NUMBER, 2), generator=generator) * size * 0.6
@@ -128,4 +128,4 @@ def equal_detections() -> Detections:
         [low, low + 8 + torch.rand((NUMBER, 2), generator=generator) * size * 0.35], 1
     )
     probabilities = torch.rand((NUMBER, NUMBER, 9), generator=generator) / 9
-    return Detections(torch.ones(NUMBER), boxes, probabilities)
+    return Detections(torch.linspace(lowest, 1, NUMBER), boxes, probabilities)

@@ -14,7 +14,7 @@ Shapes: R entities of one image, P pairs, C predicates, K kept triplets.
 
 import math
 from dataclasses import dataclass
-from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterator, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -27,7 +27,6 @@ __all__ = [
     "best_triplets",
     "exhaustive_triplets",
     "pairs_by_bound",
-    "rank_triplets",
 ]
 
 FIRST_CHUNK, GROWTH = 256, 1.5  # pairs, and the factor from chunk to chunk up to the limit
@@ -148,31 +147,6 @@ class TopTriplets:
         return RankedTriplets(pairs, predicates, scores[order], probabilities[order], num_scored)
 
 
-def rank_triplets(
-    predicate_probabilities: Tensor,
-    pair_scores: Tensor,
-    predicates_per_pair: List[int],
-    topk: int,
-) -> Tuple[Tensor, Tensor, Tensor]:
-    """The best triplets of pairs that are all computed.
-
-    Args:
-        predicate_probabilities: (P, C), without "no relationship".
-        pair_scores: (P,), ``p_det(s) * p_det(o)``.
-        predicates_per_pair, topk: see :class:`TopTriplets`.
-
-    Returns:
-        (K,) pair index, (K,) predicate and (K,) score, in descending order of the score; equal
-        scores by pair, then predicate.
-    """
-    num_pairs, num_predicates = predicate_probabilities.shape
-    best = TopTriplets(predicates_per_pair, topk, num_predicates)
-    numbers = torch.arange(num_pairs, device=pair_scores.device)
-    best.update(predicate_probabilities, pair_scores, numbers)
-    ranked = best.result(1, num_pairs)
-    return ranked.pairs[:, 0], ranked.predicates, ranked.scores
-
-
 class _Bands:
     """All pairs i < j of R descending scores, cut into bands of descending products.
 
@@ -198,16 +172,12 @@ class _Bands:
         # Both steps are monotonous in ``low``, so each pair falls into one band, whatever rounds.
         return np.maximum(np.searchsorted(-self.scores, -needed, side="right"), self.done)
 
-    def highest(self, start: np.ndarray, end: np.ndarray) -> float:
-        """The largest product of a band."""
-        first = np.flatnonzero(end > start)
-        return float((self.scores[first] * self.scores[start[first]]).max(initial=0.0))
-
     def next(self, number: int, floor: float) -> Tuple[np.ndarray, np.ndarray]:
         """Of each first, the range of seconds in the next band: begin (R,), end (R,).
 
         Args:
-            number: pairs in the band, roughly and at most; only equal products make it larger.
+            number: pairs in the band at most. It has more only where equal products are more; then
+                it has nothing but these.
             floor: leave out pairs whose product is below; all are left out from then on.
         """
         start, done = self.done, self.done.sum()
@@ -216,20 +186,22 @@ class _Bands:
         low, end = floor, self._reach(floor)
         if end.sum() - done > number:
             # Bisect, in steps of equal ratio, between too many pairs and too few.
-            many, few = max(low, 1e-12 * self.low), self.low
-            low, end = many, self._reach(many)
-            for _ in range(40 if end.sum() - done > number else 0):
-                middle = float(np.sqrt(many * few))
+            many, few = (max(low, 1e-12 * self.low), None), (self.low, None)
+            for _ in range(40):
+                middle = float(np.sqrt(many[0] * few[0]))
                 reach = self._reach(middle)
                 count = reach.sum() - done
                 if count > number:
-                    many = low = middle
-                    end = reach
-                elif count > number // 2:
-                    low, end = middle, reach
-                    break
+                    many = (middle, reach)
+                elif count > 0:
+                    few = (middle, reach)
                 else:
-                    few = middle
+                    few = (middle, None)
+                if number // 2 < count <= number:
+                    break
+            low, end = many if few[1] is None else few
+            if end is None:  # a ratio of 1e12 among the scores: the poorest pairs at once
+                end = self._reach(low)
         self.low, self.done = low, end
         return start, end
 
@@ -250,8 +222,11 @@ def pairs_by_bound(
         scores: (R,) float32 on the CPU.
         boxes: (R, 4) on the CPU to leave out pairs whose boxes do not overlap; None takes all.
         chunk: most pairs at once.
-        floor: asked before each chunk; pairs whose product is certainly below it are left out.
-        first_chunk: pairs of the first chunk at most; the next are ``GROWTH`` times as large.
+        floor: asked before each band of pairs; those whose product is certainly below it are left
+            out.
+        first_chunk: pairs of the first chunk at most; the next are ``GROWTH`` times as large. More
+            pairs of equal products than that are visited in whole chunks, for no triplet of theirs
+            can end the visit.
 
     Yields:
         (P,) subjects and (P,) objects, int64, P > 0.
@@ -264,29 +239,26 @@ def pairs_by_bound(
         limit = floor() / _ROUNDING
         if limit >= bands.low:
             return
-        half = max(size // 2, 1)  # each pair comes in both orders
         share = max(found / looked_at, 1 / 16) if looked_at else 1.0
-        start, end = bands.next(int(half / share), limit)
+        wanted = int(max(size // 2, 1) / share)  # each pair comes in both orders
+        start, end = bands.next(wanted, limit)
         ends = (end - start).cumsum()
-        begin, high = 0, bands.highest(start, end)
-        while begin < ends[-1]:  # only a band of equal products takes more than one round
-            if begin and floor() / _ROUNDING > high:
-                return
-            number = np.arange(begin, min(begin + int(half / share), int(ends[-1])))
-            begin += len(number)
+        if ends[-1] > wanted:
+            wanted = int(max(chunk // 2, 1) / share)
+        for begin in range(0, int(ends[-1]), wanted):
+            number = np.arange(begin, min(begin + wanted, int(ends[-1])))
             first = np.searchsorted(ends, number, side="right")
             second = end[first] - (ends[first] - number)
             pairs = torch.from_numpy(np.stack([order[first], order[second]], axis=1))
             if boxes is not None:
                 pairs = pairs[_overlap(boxes[pairs[:, 0]], boxes[pairs[:, 1]])]
             found, looked_at = found + len(pairs), looked_at + len(number)
-            for part in pairs.split(half):
+            for part in pairs.split(max(chunk // 2, 1)):
                 both = torch.stack([part, part.flip(1)], dim=1).reshape(-1, 2)
                 for ordered in both.split(chunk):
                     if len(ordered):
                         yield ordered[:, 0], ordered[:, 1]
-            size = min(math.ceil(GROWTH * size), chunk)
-            half = max(size // 2, 1)
+        size = min(math.ceil(GROWTH * size), chunk)
 
 
 def _overlap(first: Tensor, second: Tensor) -> Tensor:
