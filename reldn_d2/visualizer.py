@@ -4,7 +4,7 @@ All boxes are in the frame of the image given to the visualiser. The figures liv
 pyplot's global state, so thousands of pictures can be drawn in one process.
 """
 
-from typing import Any, Dict, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ from detectron2.utils.visualizer import VisImage, Visualizer
 __all__ = ["RelationVisualizer", "Scene", "find_hits"]
 
 MIN_SIDE, MAX_SIDE = 1152, 1600
+GRAPH_TEXT, GRAPH_SIDES = 15.0, (360, 240)  # font size of a graph, its least width and height
 MOST_LINES = 4  # predicates written on one arrow; the panel has all
 _DIGIT_SPACE = "\u2007"  # as wide as a digit
 HIT, MISS = (0.06, 0.48, 0.20), (0.78, 0.12, 0.12)
@@ -127,8 +128,28 @@ class RelationVisualizer(Visualizer):
         table = boxes.detach().cpu().double().numpy().reshape(-1, 4)
         check_relation_triplets([t[:3] for t in triplets], len(table), where="draw_graph")
         scene = Scene(table, [int(c) for c in classes], list(triplets))
-        blank = RelationVisualizer(np.full((720, 1080, 3), 255, np.uint8), self.metadata, 1.0)
-        return blank._draw(scene, image_size=self.img.shape[:2], **style)
+        drawn, groups = scene.drawn, scene.by_pair()
+        names = style.setdefault("names", self.name(scene, drawn))
+        size = GRAPH_TEXT
+        plates = [label_size(_node_text(names[e], size), size) for e in drawn]
+        nodes = {entity: i for i, entity in enumerate(drawn)}
+        labels = [
+            label_size([text for text, _ in self._arrow_lines(scene, members)], size)
+            for members in groups.values()
+        ]
+        places, (width, height) = place_nodes(
+            (scene.boxes[drawn, :2] + scene.boxes[drawn, 2:]) / 2,
+            np.array(plates).reshape(-1, 2),
+            [(nodes[s], nodes[o]) for s, o in groups],
+            np.array(labels).reshape(-1, 2),
+            gap=2.5 * size,
+        )
+        whole = np.maximum(np.ceil([width, height]), GRAPH_SIDES).astype(int)
+        places = places + (whole - [width, height]) / 2
+        blank = np.full((whole[1], whole[0], 3), 255, np.uint8)
+        return RelationVisualizer(blank, self.metadata, 1.0)._draw(
+            scene, nodes=dict(zip(drawn, places)), **style
+        )
 
     def name(self, scene: Scene, entities: Sequence[int]) -> Dict[int, str]:
         """Names of some entities of a scene, such as ``cup 2`` where there are several cups."""
@@ -144,11 +165,11 @@ class RelationVisualizer(Visualizer):
         heading: Optional[str] = None,
         panel: str = "right",
         plain: bool = False,
-        image_size: Optional[Tuple[int, int]] = None,
+        nodes: Optional[Mapping[int, np.ndarray]] = None,
     ) -> VisImage:
         """The common core; arguments as in :meth:`draw_triplets`.
 
-        With an ``image_size`` (height, width) that the boxes refer to, it is a graph that is drawn.
+        With ``nodes``, the (2,) centre of each drawn entity, it is a graph that is drawn.
         """
         drawn = scene.drawn
         if marks is None:
@@ -170,15 +191,18 @@ class RelationVisualizer(Visualizer):
         ):
             rows.append(self._row(number, triplet, mark, color, names, colors))
         height, width = self.img.shape[:2]
-        sheet = plan_sheet(width, height, self.scale, rows, panel, title is not None)
+        text = None if nodes is None else GRAPH_TEXT
+        sheet = plan_sheet(width, height, self.scale, rows, panel, title is not None, text)
         self.output = RelationImage(self.img, self.scale, sheet)
         if title is not None:
             text = shorten(title, 1.1 * sheet.text, sheet.area[2] - 12, bold=True)
             self.output.write(6, sheet.area[1] / 2, text, 1.1 * sheet.text, INK, bold=True)
         if drawn:
             dashed = [mark is False for mark in marks]
-            draw = self._draw_scene if image_size is None else self._draw_nodes
-            draw(scene, drawn, line_colors, dashed, names, colors, *filter(None, [image_size]))
+            if nodes is None:
+                self._draw_scene(scene, drawn, line_colors, dashed, names, colors)
+            else:
+                self._draw_nodes(scene, nodes, line_colors, dashed, names, colors)
         if panel != "none":
             self.output.list_rows(rows)
         return self.output
@@ -254,28 +278,22 @@ class RelationVisualizer(Visualizer):
     def _draw_nodes(
         self,
         scene: Scene,
-        drawn: Sequence[int],
+        nodes: Mapping[int, np.ndarray],
         line_colors: Sequence[Color],
         dashed: Sequence[bool],
         names: Mapping[int, str],
         colors: Mapping[int, Color],
-        image_size: Tuple[int, int],
     ) -> None:
         """Draw entities as plates with their names, and arrows between them."""
         output: RelationImage = self.output
         sheet, groups = output.sheet, scene.by_pair()
-        height, width = image_size
-        texts = {e: shorten(names[e], sheet.text, 0.3 * sheet.area[2]) for e in drawn}
-        sizes = np.array([label_size(texts[e], sheet.text) for e in drawn])
-        boxes = scene.boxes[list(drawn)] / [width, height, width, height]
-        number = {entity: i for i, entity in enumerate(drawn)}
-        edges = [(number[s], number[o]) for s, o in groups]
-        centres = (boxes[:, :2] + boxes[:, 2:]) / 2
-        places = place_nodes(centres, sizes, edges, sheet.area, gap=3.2 * sheet.text)
-        arcs = route_edges(edges, dict(enumerate(places)), dict(enumerate(sizes)), sheet.area)
+        nodes = {e: place + np.array(sheet.image[:2]) for e, place in nodes.items()}
+        texts = {e: _node_text(names[e], sheet.text) for e in nodes}
+        sizes = {e: np.array(label_size(texts[e], sheet.text)) for e in nodes}
+        arcs = route_edges(list(groups), nodes, sizes, sheet.area)
         self._draw_arrows(arcs, list(groups.values()), line_colors, dashed)
-        rects = np.concatenate([places - sizes / 2, places + sizes / 2], axis=1)
-        for entity, rect in zip(drawn, rects):
+        rects = np.array([[*(x - sizes[e] / 2), *(x + sizes[e] / 2)] for e, x in nodes.items()])
+        for entity, rect in zip(nodes, rects):
             label = Label(tuple(float(x) for x in rect), None)
             output.plate(label, [(texts[entity], WHITE)], colors[entity], WHITE)
         placer = LabelPlacer(sheet.area, taken=rects, details=rects)
@@ -304,22 +322,34 @@ class RelationVisualizer(Visualizer):
     ) -> None:
         """Write on each arrow the predicates of its pair, each in its colour."""
         output: RelationImage = self.output
-        size, area = output.sheet.text, output.sheet.area
+        size, room = output.sheet.text, 0.5 * (output.sheet.area[2] - output.sheet.area[0])
         for number, (points, members) in enumerate(zip(arcs, groups)):
-            # Annotations may say the same thing of a pair twice.
-            first = {scene.triplets[i][2]: i for i in reversed(members)}
-            members = sorted(first.values())
-            shown = members if len(members) <= MOST_LINES else members[: MOST_LINES - 1]
-            lines = []
-            for i in shown:
-                name = self._predicate_name(scene.triplets[i][2])
-                lines.append((shorten(name, size, 0.5 * (area[2] - area[0])), line_colors[i]))
-            if len(shown) < len(members):
-                lines.append((f"and {len(members) - len(shown)} more", FAINT))
+            lines = [
+                (shorten(text, size, room), FAINT if i is None else line_colors[i])
+                for text, i in self._arrow_lines(scene, members)
+            ]
             others = [*arcs[:number], *arcs[number + 1 :]]
             wanted = label_size([text for text, _ in lines], size)
             label = placer.place_on_line(wanted, points, others)
             output.plate(label, lines, WHITE, lines[0][1])
+
+    def _arrow_lines(
+        self, scene: Scene, members: Sequence[int]
+    ) -> List[Tuple[str, Optional[int]]]:
+        """What is written on the arrow of a pair: texts, and the relation that each one names."""
+        # Annotations may say the same thing of a pair twice.
+        first = {scene.triplets[i][2]: i for i in reversed(members)}
+        members = sorted(first.values())
+        shown = members if len(members) <= MOST_LINES else members[: MOST_LINES - 1]
+        lines = [(self._predicate_name(scene.triplets[i][2]), i) for i in shown]
+        if len(shown) < len(members):
+            lines.append((f"and {len(members) - len(shown)} more", None))
+        return lines
+
+
+def _node_text(name: str, size: float) -> str:
+    """The text of a node of a graph."""
+    return shorten(name, size, 20 * size)
 
 
 def best_of(scene: Scene, relations: Instances) -> Optional[str]:

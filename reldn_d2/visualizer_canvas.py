@@ -5,7 +5,7 @@ Coordinates are pixels of the sheet, y downwards, unless said otherwise.
 
 import math
 from functools import lru_cache
-from typing import List, NamedTuple, Sequence, Tuple, Union
+from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 from matplotlib import patheffects
@@ -87,7 +87,13 @@ class Sheet(NamedTuple):
 
 
 def plan_sheet(
-    width: int, height: int, scale: float, rows: Sequence[Row], panel: str, title: bool
+    width: int,
+    height: int,
+    scale: float,
+    rows: Sequence[Row],
+    panel: str,
+    title: bool,
+    text: Optional[float] = None,
 ) -> Sheet:
     """Lay out a picture.
 
@@ -98,10 +104,11 @@ def plan_sheet(
         rows: heading and rows of the panel.
         panel: "right", "below" or "none".
         title: whether a title stands above the image.
+        text: font size in pixels; None takes one that suits the image.
     """
     image_w, image_h = max(1, round(width * scale)), max(1, round(height * scale))
     area_w, area_h = max(image_w, MIN_AREA), max(image_h, MIN_AREA)
-    text = min(max(max(image_w, image_h) / 76, 13.0), 20.0)
+    text = text or min(max(max(image_w, image_h) / 76, 13.0), 20.0)
     row_height, margin = round(1.65 * text), round(0.8 * text)
     top = round(2.2 * text) if title else 0
     column = min(max(row.width(text) for row in rows), max(0.75 * area_w, 320))

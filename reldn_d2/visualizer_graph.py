@@ -3,7 +3,7 @@
 Shapes: E nodes, P edges. Rectangles are ``(x0, y0, x1, y1)`` in pixels, y downwards.
 """
 
-from typing import Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
 import numpy as np
 
@@ -16,23 +16,24 @@ def place_nodes(
     centres: np.ndarray,
     sizes: np.ndarray,
     edges: Sequence[Tuple[int, int]],
-    frame: Sequence[float],
+    labels: np.ndarray,
     gap: float,
-) -> np.ndarray:
+) -> Tuple[np.ndarray, Tuple[float, float]]:
     """Place nodes so that related ones are near each other and none covers another.
 
-    The layout is networkx's spring layout, started where the entities are in the image, so that the
-    drawing keeps left and right, above and below where it can.
+    Each connected part is laid out by networkx's spring layout, started where the entities are in
+    the image and then turned so that left and right, above and below are kept where they can be;
+    the parts stand side by side, in the order in which they are in the image.
 
     Args:
-        centres: (E, 2) of the entities, as shares of the image's width and height.
+        centres: (E, 2) of the entities in the image, both in one unit.
         sizes: (E, 2) width and height of each node.
         edges: pairs of nodes.
-        frame: rectangle in which all nodes lie.
+        labels: (P, 2) width and height of what stands on each edge.
         gap: pixels that stay free around a node.
 
     Returns:
-        (E, 2) centres.
+        (E, 2) centres in a drawing that begins at (0, 0), and its width and height.
 
     Raises:
         ImportError: networkx is not installed.
@@ -44,31 +45,79 @@ def place_nodes(
 
     graph = networkx.Graph()
     graph.add_nodes_from(range(len(centres)))
-    graph.add_edges_from(edges)
+    for edge, label in zip(edges, labels):
+        graph.add_edge(*edge, label=label)
+    parts = [sorted(part) for part in networkx.connected_components(graph)]
+    parts.sort(key=lambda part: tuple(centres[part].mean(axis=0)))
+    places, boxes = np.zeros((len(centres), 2)), []
+    for part in parts:
+        laid_out = _place_part(graph.subgraph(part), centres, sizes, gap)
+        low = (laid_out - sizes[part] / 2 - gap / 2).min(axis=0)
+        high = (laid_out + sizes[part] / 2 + gap / 2).max(axis=0)
+        places[part] = laid_out - low
+        boxes.append(high - low)
+    corners, whole = _pack(boxes)
+    for part, corner in zip(parts, corners):
+        places[part] += corner
+    return places, whole
+
+
+def _place_part(graph: Any, centres: np.ndarray, sizes: np.ndarray, gap: float) -> np.ndarray:
+    """Centres of the nodes, in order, of one connected part; its edges have a ``label``."""
+    import networkx
+
+    nodes = sorted(graph)
+    if len(nodes) == 1:
+        return np.zeros((1, 2))
+    start = centres[nodes] - centres[nodes].mean(axis=0)
     # Two nodes at one place would push each other in no direction.
-    start = centres + 0.03 * np.random.default_rng(0).standard_normal(centres.shape)
-    positions = networkx.spring_layout(
-        graph,
-        pos={i: tuple(place) for i, place in enumerate(start)},
-        k=1.6 / max(len(centres), 1) ** 0.5,
-        iterations=40,
-        seed=0,
+    spread = np.abs(start).max() or 1.0
+    start = start / spread + 0.03 * np.random.default_rng(0).standard_normal(start.shape)
+    found = networkx.spring_layout(
+        graph, pos=dict(zip(nodes, start)), k=1.0, iterations=200, seed=0, weight=None
     )
-    places = np.array([positions[i] for i in range(len(centres))]).reshape(-1, 2)
-    low, high = np.asarray(frame[:2], dtype=float), np.asarray(frame[2:], dtype=float)
-    spread = places.max(axis=0) - places.min(axis=0)
-    relative = np.where(spread > 1e-6, (places - places.min(axis=0)) / spread.clip(1e-6), 0.5)
-    margin = sizes / 2 + gap / 2
-    places = low + margin + relative * ((high - low) - 2 * margin).clip(min=0)
-    return _push_apart(places, sizes + gap, low, high)
+    places = np.array([found[node] for node in nodes])
+    places -= places.mean(axis=0)
+    left, _, right = np.linalg.svd(places.T @ start)
+    places = places @ (left @ right)  # the rotation or reflection nearest to the image
+    index = {node: i for i, node in enumerate(nodes)}
+    ratios = []
+    for i, j, label in graph.edges(data="label"):
+        offset = np.abs(places[index[i]] - places[index[j]])
+        length = max(np.hypot(*offset), 1e-6)
+        # Half of both nodes and the label, along the edge, and some line to be seen of it.
+        needed = float(((sizes[i] + sizes[j]) / 2 + label) @ offset) / length + 1.5 * gap
+        ratios.append(needed / length)
+    return _push_apart(places * np.quantile(ratios, 0.75), sizes[nodes] + gap)
 
 
-def _push_apart(
-    places: np.ndarray, sizes: np.ndarray, low: np.ndarray, high: np.ndarray
-) -> np.ndarray:
+def _pack(boxes: Sequence[np.ndarray]) -> Tuple[List[np.ndarray], Tuple[float, float]]:
+    """Corners of boxes that are put side by side, in rows, and the width and height of all."""
+    widest = max((box[0] for box in boxes), default=0.0)
+    width = max(widest, (1.8 * sum(box.prod() for box in boxes)) ** 0.5)
+    rows: List[List[int]] = []
+    used = np.inf
+    for number, box in enumerate(boxes):
+        if used + box[0] > 1.15 * width:
+            rows.append([])
+            used = 0.0
+        rows[-1].append(number)
+        used += box[0]
+    corners = [np.zeros(2) for _ in boxes]
+    top = right = 0.0
+    for row in rows:
+        height, left = max(boxes[i][1] for i in row), 0.0
+        for i in row:
+            corners[i] = np.array([left, top + (height - boxes[i][1]) / 2])
+            left += boxes[i][0]
+        top, right = top + height, max(right, left)
+    return corners, (float(right), float(top))
+
+
+def _push_apart(places: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Move overlapping rectangles away from each other, along the axis where less is in common."""
     places = places.copy()
-    for _ in range(200):
+    for _ in range(300):
         offset = places[:, None] - places[None]
         common = (sizes[:, None] + sizes[None]) / 2 - np.abs(offset)
         both = (common > 1e-6).all(axis=2)
@@ -82,7 +131,6 @@ def _push_apart(
         step = 0.5 * np.take_along_axis(common, axis[..., None], axis=2)[..., 0] * sign * both
         for i in (0, 1):
             places[:, i] += (step * (axis == i)).sum(axis=1)
-        places = np.clip(places, low + sizes / 2, np.maximum(high - sizes / 2, low + sizes / 2))
     return places
 
 

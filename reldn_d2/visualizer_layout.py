@@ -252,9 +252,11 @@ class LabelPlacer:
         centres = (shifts[:, None] + along[None]).reshape(-1, 2)
         apart = np.arange(len(shifts)).clip(max=2) * 0.3
         cost = (apart[:, None] + np.arange(len(along)) * 0.05).reshape(-1)
-        # Of a short line, half must remain to be seen.
+        # Of a short line, half must remain to be seen, and the arrow's head.
         hidden = self._inside(points, self._rects(size, centres)).mean(axis=1)
         cost += 5.0 * (hidden - 0.5).clip(min=0)
+        head = points[int(0.85 * last) :]
+        cost += 1.0 * self._inside(head, self._rects(size, centres)).any(axis=1)
         return self._place(size, centres, cost, np.tile(points, 2), lines, slack=1.0)
 
     def _place(
