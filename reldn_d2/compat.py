@@ -72,6 +72,8 @@ def apply() -> None:
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
         importlib.import_module("detectron2.modeling")
     import_model_zoo_without_pkg_resources(folder)
+    # Of Detectron2's anchors, once in every process; there is nothing that a user could do.
+    warnings.filterwarnings("ignore", "torch.meshgrid: in an upcoming release", UserWarning)
 
 
 def has_compiled_ops() -> bool:

@@ -18,7 +18,7 @@ from .images import ImageError
 from .modeling.meta_arch import postprocess_relations
 from .prediction import RelationPrediction, Triplet
 from .predictor import Image, RelationPredictor, load_rgb
-from .visualizer import RelationVisualizer
+from .visualizer import RelationVisualizer, score_text
 from .visualizer_scene import Scene
 
 __all__ = [
@@ -202,7 +202,7 @@ def draw_triplet_saliency(
         raise ImageError(_unknown_level(level, saliency))
     triplet = prediction.triplets()[0]
     scene = Scene.from_outputs(prediction["instances"], prediction["relations"], 1)
-    words = f"{triplet.subject} {triplet.predicate} {triplet.object}, {triplet.score:.2f}"
+    words = f"{triplet.subject} {triplet.predicate} {triplet.object}, {score_text(triplet.score)}"
     row: List[Tuple[str, np.ndarray]] = [(words, _draw_triplet(predictor, rgb, scene))]
     for kind, maps in (("detector CNN", saliency.detector), ("predicate CNN", saliency.predicate)):
         if level in maps:

@@ -228,7 +228,7 @@ class RelationVisualizer(Visualizer):
             (" \u2013 ", FAINT, False),
             (names[object_], colors[object_], False),
         ]
-        return Row(pieces, "" if score is None else _score_text(score))
+        return Row(pieces, "" if score is None else score_text(score))
 
     def _predicate_name(self, predicate: int) -> str:
         known = 0 <= predicate < len(self._predicates)
@@ -333,9 +333,7 @@ class RelationVisualizer(Visualizer):
             label = placer.place_on_line(wanted, points, others)
             output.plate(label, lines, WHITE, lines[0][1])
 
-    def _arrow_lines(
-        self, scene: Scene, members: Sequence[int]
-    ) -> List[Tuple[str, Optional[int]]]:
+    def _arrow_lines(self, scene: Scene, members: Sequence[int]) -> List[Tuple[str, Optional[int]]]:
         """What is written on the arrow of a pair: texts, and the relation that each one names."""
         # Annotations may say the same thing of a pair twice.
         first = {scene.triplets[i][2]: i for i in reversed(members)}
@@ -364,7 +362,8 @@ def _line_color(predicate: int, mark: Optional[bool]) -> Color:
     return HIT if mark else MISS
 
 
-def _score_text(score: float) -> str:
+def score_text(score: float) -> str:
+    """Two digits behind the point; of small scores two that are not zero."""
     return f"{score:.2f}" if score >= 0.0995 else f"{score:.2g}"
 
 

@@ -200,6 +200,18 @@ def test_everything_used_of_detectron2_can_be_imported(module):
     assert compat.importlib.import_module(f"detectron2.{module}")
 
 
+def test_anchors_warn_of_nothing():
+    code = """
+import reldn_d2, torch
+from detectron2.modeling.anchor_generator import _create_grid_offsets
+import inspect
+kinds = inspect.signature(_create_grid_offsets).parameters
+_create_grid_offsets([2, 3], 4, 0.0, torch.zeros(1) if "target_device_tensor" in kinds else "cpu")
+"""
+    result = run_python(Path(__file__).resolve().parent.parent, code)
+    assert result.returncode == 0 and "meshgrid" not in result.stderr, result.stderr
+
+
 def test_detectron2_names_its_classes_in_the_log(caplog):
     """Without ``numpy.int`` Detectron2 0.6 leaves this table out and says nothing."""
     from detectron2.data.build import print_instances_class_histogram
