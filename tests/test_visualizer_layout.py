@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from reldn_d2.visualizer_canvas import MIN_AREA, Row, plan_sheet, shorten, text_width
+from reldn_d2.visualizer_graph import place_nodes
 from reldn_d2.visualizer_layout import (
     LabelPlacer,
     arc,
@@ -88,3 +89,38 @@ def test_sheet_is_never_lower_than_its_panel():
     assert sheet.size[1] >= sheet.rows_per_column * sheet.row_height
     assert sheet.size[0] >= sheet.area[2] + sheet.column_width * -(-101 // sheet.rows_per_column)
     assert fit_size(10, 5, 640, 1600) == 64 and fit_size(800, 5, 640, 1600) == 1
+
+
+@pytest.mark.parametrize(
+    "edges",
+    [
+        [(0, 1), (1, 0)],
+        [(0, i) for i in range(1, 40)],
+        [(2 * i, 2 * i + 1) for i in range(20)],
+        list(itertools.permutations(range(12), 2)),
+    ],
+    ids=["pair", "star", "many parts", "everything"],
+)
+def test_nodes_of_any_graph_lie_apart_and_inside(edges):
+    generator = np.random.default_rng(0)
+    count = max(max(edge) for edge in edges) + 1
+    sizes = np.stack([generator.uniform(30, 200, count), np.full(count, 25.0)], axis=1)
+    labels = np.tile([60.0, 25.0], (len(edges), 1))
+    for centres in (generator.random((count, 2)) * 500, np.zeros((count, 2))):
+        places, whole = place_nodes(centres, sizes, edges, labels, gap=30.0)
+        assert (places - sizes / 2 >= 15 - 1e-6).all()
+        assert (places + sizes / 2 <= np.array(whole) - 15 + 1e-6).all()
+        offset = np.abs(places[:, None] - places[None])
+        apart = offset - (sizes[:, None] + sizes[None]) / 2
+        np.fill_diagonal(apart[..., 0], np.inf)
+        assert (apart.max(axis=2) >= 30 - 1e-4).all()
+
+
+def test_graph_is_turned_as_the_image_and_parts_stand_in_its_order():
+    centres = np.array([[400.0, 50], [410, 300], [20, 40], [200, 60], [30, 300]])
+    edges = [(0, 1), (2, 3), (2, 4)]
+    sizes, labels = np.full((5, 2), 30.0), np.full((3, 2), 20.0)
+    places, _ = place_nodes(centres, sizes, edges, labels, gap=10.0)
+    assert places[[2, 3, 4], 0].max() < places[[0, 1], 0].min()  # the part on the left
+    assert places[0, 1] < places[1, 1] and abs(places[0, 0] - places[1, 0]) < 30
+    assert places[3, 0] > places[2, 0] and places[4, 1] > places[2, 1]
