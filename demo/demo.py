@@ -9,12 +9,15 @@ Examples::
     python demo/demo.py --checkpoint model_final.pth --video-input walk.mp4 --output walk_out.mp4
 
 The checkpoint knows its config and the names of its classes; --config-file replaces the config.
-A file that cannot be used does not stop the others: it is listed at the end; the exit status is 1.
+Folders give the images in them, not in folders below. A file that cannot be used does not stop the
+others: it is listed at the end; the exit status is 1. No input is overwritten.
 """
 
 import argparse
 import json
+import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
 
@@ -30,10 +33,33 @@ from reldn_d2.images import ImageError, find_images, read_rgb
 from reldn_d2.prediction import RelationPrediction, graph_to_dot, graph_to_graphml
 from reldn_d2.predictor import RelationPredictor
 from reldn_d2.video import EntityTracker, VideoError, VideoFile, VideoWriter, draw_frame
-from reldn_d2.visualizer import RelationVisualizer
+from reldn_d2.visualizer import RelationVisualizer, best_of
 from reldn_d2.visualizer_scene import Scene
 
-SUFFIXES = {"image": ".png", "graph": ".png", "json": ".json", "graphml": ".graphml", "dot": ".dot"}
+SUFFIXES = {
+    "image": (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"),
+    "graph": (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"),
+    "json": (".json",),
+    "graphml": (".graphml", ".xml"),
+    "dot": (".dot", ".gv"),
+    "html": (".html", ".htm"),
+}  # by format, those that a file named as --output may have; the first is taken in a folder
+
+
+def share(text: str) -> float:
+    """A number of the command line in [0, 1]."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not within 0 and 1")
+    return value
+
+
+def positive(text: str) -> int:
+    """A whole number of the command line, 1 or more."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return value
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,15 +79,31 @@ def build_parser() -> argparse.ArgumentParser:
         help="a folder, or a file where there is one result; without it a window shows the results",
     )
     parser.add_argument(
-        "--confidence-threshold", type=float, metavar="SCORE", help="least score of a detection"
+        "--confidence-threshold",
+        type=share,
+        metavar="SCORE",
+        help="least score of a detection; default: the config's, 0.05",
     )
-    parser.add_argument("--min-score", type=float, default=0.0, help="least score of a triplet")
-    parser.add_argument("--top-k", type=int, default=20, help="triplets of an image, the best")
+    parser.add_argument(
+        "--min-score",
+        type=share,
+        default=0.01,
+        metavar="SCORE",
+        help="least score of a triplet; default: 0.01",
+    )
+    parser.add_argument(
+        "--top-k",
+        type=positive,
+        default=20,
+        metavar="K",
+        help="the best triplets of an image; default: 20",
+    )
     parser.add_argument(
         "--format",
         choices=["image", "json", "graphml", "dot", "html", "graph"],
         default="image",
-        help="pictures; JSON; scene graphs as GraphML, DOT or pictures; one HTML page of it all",
+        help="pictures; JSON; scene graphs as GraphML, DOT or pictures; one HTML page of it all; "
+        "default: image",
     )
     parser.add_argument(
         "--boxes",
@@ -70,7 +112,9 @@ def build_parser() -> argparse.ArgumentParser:
         help='boxes in place of detections: {"FILE NAME": {"boxes": [[x0, y0, x1, y1], ...], '
         '"classes": [id or name, ...]}, ...}; classes may be missing',
     )
-    parser.add_argument("--batch-size", type=int, default=1, help="images at once")
+    parser.add_argument(
+        "--batch-size", type=positive, default=1, metavar="N", help="images at once; default: 1"
+    )
     parser.add_argument("--device", help="cpu or cuda; default: a GPU if there is one")
     parser.add_argument(
         "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE config options"
@@ -90,11 +134,11 @@ def build_predictor(args: argparse.Namespace) -> RelationPredictor:
         path = opts[opts.index("MODEL.WEIGHTS") + 1]
     if path is None:
         raise ValueError("name a trained model: --checkpoint model_final.pth")
-    opts += ["TEST.RELATIONS.TOPK", max(args.top_k, 100)]
+    ours = ["TEST.RELATIONS.TOPK", max(args.top_k, 100)]
     if args.confidence_threshold is not None:
-        opts += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", args.confidence_threshold]
-        opts += ["MODEL.RETINANET.SCORE_THRESH_TEST", args.confidence_threshold]
-    return RelationPredictor.from_checkpoint(path, args.device, args.config_file, opts)
+        ours += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", args.confidence_threshold]
+        ours += ["MODEL.RETINANET.SCORE_THRESH_TEST", args.confidence_threshold]
+    return RelationPredictor.from_checkpoint(path, args.device, args.config_file, ours + opts)
 
 
 def read_boxes(path: Path) -> Dict[str, Dict[str, Any]]:
@@ -139,17 +183,55 @@ def draw(prediction: RelationPrediction, rgb: np.ndarray, args, metadata) -> np.
     instances, relations = prediction["instances"], prediction["relations"]
     if args.format == "graph":
         scene = Scene.from_outputs(instances, relations, args.top_k, args.min_score)
-        return visualizer.draw_graph(*scene).get_image()
+        heading = best_of(scene, relations, args.min_score)
+        return visualizer.draw_graph(*scene, heading=heading).get_image()
     return visualizer.draw_predictions(instances, relations, args.top_k, args.min_score).get_image()
 
 
-def output_paths(files: List[str], output: Path, suffix: str) -> Dict[str, Path]:
-    """Where each file's result goes; equal names from different folders get a number.
+def prepare_output(output: Optional[Path], kind: str, files: List[str]) -> Dict[str, Path]:
+    """Make the folder of the results; where each image's result goes.
 
-    A single file may go to a path that has a suffix.
+    Args:
+        output: as named on the command line; None for a window.
+        kind: the format.
+        files: the images.
+
+    Raises:
+        ValueError: the file's suffix is not one of the format, one file is named for several
+            images, the folder cannot be written, or an input would be overwritten.
     """
-    if len(files) == 1 and output.suffix and not output.is_dir():
-        return {files[0]: output}
+    if output is None:
+        return dict.fromkeys(files, Path())
+    format_of = {suffix: name for name, suffixes in SUFFIXES.items() for suffix in suffixes}
+    suffix = output.suffix.lower()
+    is_file = suffix in format_of and not output.is_dir()
+    if is_file and suffix not in SUFFIXES[kind]:
+        raise ValueError(
+            f"--output {output}: --format {kind} writes {', '.join(SUFFIXES[kind])}; name such a "
+            f"file, a folder, or --format {format_of[suffix]}"
+        )
+    if is_file and len(files) > 1 and kind != "html":
+        raise ValueError(f"--output {output}: there are {len(files)} images; name a folder")
+    folder = output.parent if is_file else output
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"--output {output}: {folder} cannot be written: {error}") from None
+    if is_file or kind == "html":
+        paths = dict.fromkeys(files, output if is_file else output / "index.html")
+    else:
+        paths = distinct_paths(files, output, SUFFIXES[kind][0])
+    inputs = {os.path.realpath(file) for file in files}
+    for path in paths.values():
+        if os.path.realpath(path) in inputs:
+            raise ValueError(f"--output {output}: {path} is an input; name another folder or file")
+    return paths
+
+
+def distinct_paths(files: List[str], folder: Path, suffix: str) -> Dict[str, Path]:
+    """A path in the folder for each file; equal names from different folders get a number."""
     paths: Dict[str, Path] = {}
     used = set()
     for file in files:
@@ -158,13 +240,12 @@ def output_paths(files: List[str], output: Path, suffix: str) -> Dict[str, Path]
             number += 1
             name = f"{Path(file).stem}_{number}"
         used.add(name.lower())
-        paths[file] = output / f"{name}{suffix}"
+        paths[file] = folder / f"{name}{suffix}"
     return paths
 
 
 def write_result(prediction: RelationPrediction, path: Path, args, metadata) -> None:
     """Write one image's result in the chosen format."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     best = prediction.best(args.top_k, args.min_score)
     if args.format in ("image", "graph"):
         picture = draw(prediction, read_rgb(prediction.file_name), args, metadata)
@@ -177,9 +258,17 @@ def write_result(prediction: RelationPrediction, path: Path, args, metadata) -> 
         path.write_text(text, encoding="utf-8")
 
 
-def run_images(predictor: RelationPredictor, args: argparse.Namespace) -> int:
-    """Predict all images; returns the exit status."""
-    files, metadata = find_images(args.input), predictor.metadata
+def run_images(
+    predictor: RelationPredictor, paths: Dict[str, Path], args: argparse.Namespace
+) -> int:
+    """Predict all images; returns the exit status.
+
+    Args:
+        predictor: the model.
+        paths: of each image, where its result goes.
+        args: the command line.
+    """
+    files, metadata = list(paths), predictor.metadata
     failed: List[str] = []
     done = 0
     progress = tqdm(predict_images(predictor, files, args), total=len(files), unit="image")
@@ -198,17 +287,14 @@ def run_images(predictor: RelationPredictor, args: argparse.Namespace) -> int:
             if show(picture, prediction.file_name, wait=0):
                 break
     elif args.format == "html":
-        page = args.output if args.output.suffix == ".html" else args.output / "index.html"
-        page.parent.mkdir(parents=True, exist_ok=True)
         names = (predictor.thing_classes, predictor.predicate_classes)
         options = dict(topk=args.top_k, min_score=args.min_score)
         records = (
             gallery_record(Path(x.file_name).name, read_rgb(x.file_name), x, *names, **options)
             for x in good()
         )
-        done = write_gallery(page, records, "Relations", predictor.predicate_classes)
+        done = write_gallery(paths[files[0]], records, "Relations", predictor.predicate_classes)
     else:
-        paths = output_paths(files, args.output, SUFFIXES[args.format])
         for prediction in good():
             write_result(prediction, paths[prediction.file_name], args, metadata)
             done += 1
@@ -234,6 +320,8 @@ def run_video(predictor: RelationPredictor, args: argparse.Namespace) -> int:
             if not path.suffix or path.is_dir():
                 name = "webcam" if args.webcam else Path(args.video_input).stem
                 path = path / f"{name}.mp4"
+            if not args.webcam and os.path.realpath(path) == os.path.realpath(args.video_input):
+                raise ValueError(f"--output {path} is the input; name another file")
             writer = VideoWriter(path, video.frames_per_second)
         count = 0
         try:
@@ -271,8 +359,10 @@ def main(arguments: Optional[List[str]] = None) -> int:
     """Run the demo; returns the exit status."""
     args = build_parser().parse_args(arguments)
     try:
-        predictor = build_predictor(args)
-        return run_images(predictor, args) if args.input else run_video(predictor, args)
+        if not args.input:
+            return run_video(build_predictor(args), args)
+        paths = prepare_output(args.output, args.format, find_images(args.input))
+        return run_images(build_predictor(args), paths, args)
     except (ImageError, VideoError, OSError, KeyError, ValueError, ImportError) as error:
         reason = error.args[0] if isinstance(error, KeyError) else error
         print(f"demo.py: {reason}", file=sys.stderr)

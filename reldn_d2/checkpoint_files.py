@@ -97,10 +97,10 @@ def read_checkpoint(path: str, allow_pickle: bool = False) -> Dict[str, Any]:
             "since that can run code. If you trust the file, set MODEL.RELDN.LOAD.ALLOW_PICKLE to "
             f"True (of a converter: --allow-pickle). ({_reason(error)})"
         ) from error
-    except (EOFError, OSError, RuntimeError, ModuleNotFoundError, AttributeError) as error:
+    except Exception as error:  # torch's readers stumble over other files in many ways
         raise ValueError(
             f"{path} cannot be read as a checkpoint: it is broken or cut off, or of another "
-            f"format. ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
+            f"format. ({type(error).__name__}: {str(error).partition(chr(10))[0][:200]})"
         ) from error
 
 

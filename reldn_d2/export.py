@@ -9,13 +9,14 @@ Shapes: R detections, K relations, P pairs, C predicates. Boxes are XYXY in pixe
 import json
 import warnings
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
 
 from detectron2.structures import Boxes
 
+from .checkpoint_files import replace_file
 from .modeling.meta_arch import RelDN
 from .modeling.relation_head import RelDNHead
 from .modeling.relation_head.entities import EntityBatch
@@ -36,10 +37,11 @@ OUTPUT_NAMES = (
 class RelDNExport(nn.Module):
     """Task SGDET on one image tensor, without Python objects at its border."""
 
-    def __init__(self, model: RelDN):
+    def __init__(self, model: RelDN, size: Optional[Sequence[int]] = None):
         """
         Args:
             model: with its weights.
+            size: (3, H, W), the only shape that is taken; None takes any.
 
         Raises:
             TypeError: its relation head is of another kind.
@@ -48,6 +50,7 @@ class RelDNExport(nn.Module):
         if not isinstance(model.relation_head, RelDNHead):
             raise TypeError(f"only RelDNHead can be exported, not {type(model.relation_head)}")
         self.model = model.eval()
+        self.size = None if size is None else tuple(size)
 
     def forward(self, image: Tensor) -> Tuple[Tensor, ...]:
         """Predict.
@@ -59,6 +62,8 @@ class RelDNExport(nn.Module):
             tensors in the order of ``OUTPUT_NAMES``.
         """
         model, head = self.model, self.model.relation_head
+        if self.size is not None:
+            image = image.expand(self.size)  # an error for another size, in a traced graph too
         inputs = [{"image": image}]
         images = model.detector.preprocess(inputs)
         features, maps = model.feature_maps(images)
@@ -161,8 +166,9 @@ def save_torchscript(
 
     Raises:
         ValueError: fewer than two entities are found in the example.
+        OSError: the file cannot be written.
     """
-    exportable = RelDNExport(model).eval()
+    exportable = RelDNExport(model, example.shape).eval()
     with torch.no_grad(), warnings.catch_warnings():
         # Tracing tells of every size that it takes as fixed; the images' is, by contract.
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
@@ -183,5 +189,6 @@ def save_torchscript(
             "outputs": list(OUTPUT_NAMES),
         }
         extra = {"reldn.json": json.dumps(description)}
-        torch.jit.save(traced, str(path), _extra_files=extra)
+        with replace_file(str(path)) as file:
+            torch.jit.save(traced, file, _extra_files=extra)
     return list(expected)

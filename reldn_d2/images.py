@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from detectron2.utils.file_io import PathManager
 
-__all__ = ["IMAGE_SUFFIXES", "ImageError", "find_images", "read_rgb", "to_rgb"]
+__all__ = ["IMAGE_SUFFIXES", "ImageError", "find_images", "pil_to_rgb", "read_rgb", "to_rgb"]
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 
@@ -35,7 +35,7 @@ def read_rgb(path: Union[str, Path]) -> np.ndarray:
     try:
         with PathManager.open(str(path), "rb") as file, Image.open(file) as image:
             image.load()
-            return _pil_to_rgb(ImageOps.exif_transpose(image))
+            return pil_to_rgb(image)
     except FileNotFoundError:
         raise ImageError(f"{path}: there is no such file") from None
     except IsADirectoryError:
@@ -45,11 +45,14 @@ def read_rgb(path: Union[str, Path]) -> np.ndarray:
     except Exception as error:  # Pillow's readers stumble over broken files in many ways
         reason = " ".join(str(error).split()) or type(error).__name__
         if "cannot identify" in reason:
-            reason = "its content is not that of an image"
+            empty = os.path.isfile(path) and os.path.getsize(path) == 0
+            reason = "the file is empty" if empty else "its content is not that of an image"
         raise ImageError(f"{path}: cannot be read as an image: {reason}") from None
 
 
-def _pil_to_rgb(image: Image.Image) -> np.ndarray:
+def pil_to_rgb(image: Image.Image) -> np.ndarray:
+    """A PIL image as :func:`read_rgb` reads it: (H, W, 3) uint8 in RGB order."""
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":  # 16 or 32 bits: (H, W) grey
         values = np.asarray(image)
         high = 1.0 if image.mode == "F" and values.max(initial=0) <= 1 else 65535.0

@@ -8,6 +8,8 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 from detectron2.structures import Instances
 
+from .visualizer_layout import name_entities
+
 __all__ = ["RelationPrediction", "Triplet", "graph_to_dot", "graph_to_graphml"]
 
 
@@ -128,7 +130,8 @@ class RelationPrediction(dict):
     def graph(self, related_only: bool = False):
         """The scene graph as a :class:`networkx.MultiDiGraph`.
 
-        Nodes are the entities by index, with ``name``, ``class_id``, ``score`` and ``box``
+        Nodes are the entities by index, with ``name`` of the class, ``label`` (numbered where there
+        are several of a class, as in pictures), ``class_id``, ``score`` and ``box``
         [x0, y0, x1, y1]; edges lead from subject to object, with ``name``, ``predicate_id``,
         ``score`` and ``predicate_score``, their key being the predicate's id.
 
@@ -146,16 +149,21 @@ class RelationPrediction(dict):
         instances, relations = self["instances"], self["relations"]
         height, width = self.image_size
         graph = networkx.MultiDiGraph(height=height, width=width, file_name=self.file_name or "")
-        taking_part = set(relations.pairs.flatten().tolist())
-        rows = zip(
-            instances.pred_boxes.tensor.tolist(),
-            instances.pred_classes.tolist(),
-            instances.scores.tolist(),
-        )
-        for index, (box, number, score) in enumerate(rows):
-            if not related_only or index in taking_part:
-                name = self.class_name(number)
-                graph.add_node(index, name=name, class_id=number, score=score, box=box)
+        boxes, classes = instances.pred_boxes.tensor.tolist(), instances.pred_classes.tolist()
+        nodes = range(len(boxes))
+        if related_only:
+            nodes = sorted(set(relations.pairs.flatten().tolist()))
+        labels = name_entities(boxes, classes, nodes, self.thing_classes)
+        scores = instances.scores.tolist()
+        for i in nodes:
+            graph.add_node(
+                i,
+                name=self.class_name(classes[i]),
+                label=labels[i],
+                class_id=classes[i],
+                score=scores[i],
+                box=boxes[i],
+            )
         rows = zip(
             relations.pairs.tolist(),
             relations.predicates.tolist(),
@@ -193,7 +201,7 @@ def graph_to_dot(graph) -> str:
     """A scene graph in Graphviz's DOT language."""
     lines = ["digraph scene {", "  node [shape=box, style=rounded];"]
     for node, data in graph.nodes(data=True):
-        lines.append(f"  {node} [label={_quote(data['name'])}];")
+        lines.append(f"  {node} [label={_quote(data.get('label', data['name']))}];")
     for subject, object_, data in graph.edges(data=True):
         label = _quote(f"{data['name']} {data['score']:.2f}")
         lines.append(f"  {subject} -> {object_} [label={label}];")

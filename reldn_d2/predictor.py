@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
+import PIL.Image
 import torch
 from torch import nn
 
@@ -20,14 +21,14 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.file_io import PathManager
 
 from .checkpoint import RelDNCheckpointer
-from .checkpoint_files import fetch
+from .checkpoint_files import fetch, read_checkpoint
 from .config import add_reldn_config, merge_config
-from .images import ImageError, read_rgb, to_rgb
+from .images import ImageError, pil_to_rgb, read_rgb, to_rgb
 from .prediction import RelationPrediction
 
 __all__ = ["GivenBoxes", "RelationPredictor"]
 
-Image = Union[str, Path, np.ndarray]
+Image = Union[str, Path, np.ndarray, PIL.Image.Image]
 GivenBoxes = Union[np.ndarray, torch.Tensor, Sequence[Sequence[float]]]
 
 
@@ -73,27 +74,26 @@ class RelationPredictor:
         Args:
             path: a checkpoint that RelDN's training wrote, a file or a URL; it holds config and
                 names.
-            device: ``cpu`` or ``cuda``; None takes a GPU if there is one.
+            device: such as ``cpu`` or ``cuda:0``; None takes a GPU if there is one.
             config_file: replaces the checkpoint's own config.
             opts: ``KEY, VALUE, ...`` config options, merged last.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is the checkpoint of something else.
+            ValueError: it is the checkpoint of something else, or there is no such device.
         """
         path = str(path)
+        device = check_device(device)
         description = read_description(path)
         cfg = get_cfg()
         add_reldn_config(cfg)
         if config_file is None and not description.get("config"):
             raise ValueError(
-                f"{path} does not say which model it is of: it is not a checkpoint of RelDN, or "
-                "one of a detector alone. Name its config file, or train RelDN on top of it."
+                f"{path} does not say which model it is of: this package did not write it. Name "
+                "its config file."
             )
         if config_file is None:
             cfg.merge_from_other_cfg(CfgNode.load_cfg(description["config"]))
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         merge_config(cfg, config_file, ["MODEL.DEVICE", device, *opts])
         cfg.MODEL.WEIGHTS = path
         model = build_model(cfg)
@@ -116,7 +116,7 @@ class RelationPredictor:
         """Predict one image, or a list of images.
 
         Args:
-            images: a path, an (H, W[, 3 or 4]) array, or a list of these.
+            images: a path, an (H, W[, 3 or 4]) array, a PIL image, or a list of these.
             boxes: (R, 4) boxes that are taken in place of detections; for a list of images a list
                 of such, None where an image's entities are to be detected.
             classes: (R,) their classes, as ids or names; for a list of images a list. Boxes without
@@ -131,17 +131,23 @@ class RelationPredictor:
         Raises:
             ImageError: an image or boxes that cannot be used; one line that names the file.
         """
-        single = isinstance(images, (str, Path, np.ndarray))
+        single = isinstance(images, (str, Path, np.ndarray, PIL.Image.Image))
         if single:
             images, boxes, classes = [images], [boxes], [classes]
-        images = list(images)
-        boxes = [None] * len(images) if boxes is None else list(boxes)
-        classes = [None] * len(images) if classes is None else list(classes)
-        if not len(images) == len(boxes) == len(classes):
+        if not isinstance(images, (list, tuple)):
             raise ImageError(
-                f"{len(images)} images came with {len(boxes)} sets of boxes and {len(classes)} of "
-                "classes; give one for each image, None where there is none"
+                f"a {type(images).__name__} is neither an image nor a list of images: give a path, "
+                "an (H, W, 3) numpy array, a PIL image, or a list of these"
             )
+        given = {"boxes": boxes, "classes": classes}
+        for what, sets in given.items():
+            given[what] = [None] * len(images) if sets is None else list(sets)
+            if len(given[what]) != len(images):
+                raise ImageError(
+                    f"{len(images)} images came with {len(given[what])} sets of {what}; give one "
+                    "for each image, None where there is none"
+                )
+        boxes, classes = given["boxes"], given["classes"]
         results = []
         for start in range(0, len(images), max(batch_size, 1)):
             part = slice(start, start + max(batch_size, 1))
@@ -304,7 +310,7 @@ def read_description(path: str) -> dict:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it cannot be read.
+        ValueError: it cannot be read, or has no relation head.
     """
     if "://" in path:
         fetch(path)
@@ -313,21 +319,52 @@ def read_description(path: str) -> dict:
         raise FileNotFoundError(
             f"No checkpoint '{path}'. Training RelDN writes it as OUTPUT_DIR/model_final.pth."
         )
-    try:  # RelDN's own files need no unpickling, so there is no option to allow it
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+    try:
+        checkpoint = read_checkpoint(path)
+    except ValueError as error:  # whose advice is for checkpoints of others
         raise ValueError(
-            f"{path} cannot be read as a checkpoint of tensors and plain types: "
-            f"{str(error).splitlines()[0]}"
+            f"{path} cannot be read as a checkpoint of RelDN, which holds tensors and plain types "
+            "only: it is broken, cut off or of another kind"
         ) from error
-    description = checkpoint.get("reldn") if isinstance(checkpoint, dict) else None
-    return description or {}
+    weights = checkpoint.get("model") if isinstance(checkpoint, dict) else None
+    if not isinstance(weights, dict) or not any("relation_head." in x for x in weights):
+        raise ValueError(
+            f"{path} has no relation head: it is the checkpoint of a detector alone, or of another "
+            f"program. Train RelDN on it (MODEL.WEIGHTS {path}) and name what that writes."
+        )
+    return checkpoint.get("reldn") or {}
+
+
+def check_device(device: Optional[str]) -> str:
+    """The device; a GPU, if there is one, where none is named.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    try:
+        kind = torch.device(device or "cuda").type
+    except RuntimeError:
+        kind = None
+    if kind == "cuda" and not torch.cuda.is_available():
+        if device is None:
+            return "cpu"
+        raise ValueError(f"device '{device}': torch {torch.__version__} sees no GPU here; use cpu")
+    if kind is None:
+        raise ValueError(f"device '{device}' is unknown; use cpu, cuda or cuda:N")
+    return device or "cuda"
 
 
 def load_rgb(image: Image, channels: str = "RGB", name: str = "image") -> np.ndarray:
-    """(H, W, 3) uint8 in RGB order of a path or an array."""
+    """(H, W, 3) uint8 in RGB order of a path, an array or a PIL image."""
     if isinstance(image, (str, Path)):
         return read_rgb(image)
+    if isinstance(image, PIL.Image.Image):
+        return pil_to_rgb(image)
+    if not isinstance(image, np.ndarray):
+        raise ImageError(
+            f"{name}: a {type(image).__name__} is no image; give a path, an (H, W, 3) numpy array "
+            "or a PIL image"
+        )
     return to_rgb(image, channels, name)
 
 

@@ -11,10 +11,13 @@ import numpy as np
 
 from reldn_d2.prediction import RelationPrediction
 from reldn_d2.visualizer import RelationVisualizer
-from reldn_d2.visualizer_layout import entity_color
+from reldn_d2.visualizer_layout import entity_color, fit_size
 from reldn_d2.visualizer_scene import Scene, same_entities
 
 __all__ = ["EntityTracker", "VideoError", "VideoFile", "VideoWriter", "draw_frame"]
+
+
+MIN_SIDE = 960  # pixels of the longest side of a drawn frame, at least
 
 
 class VideoError(ValueError):
@@ -87,7 +90,10 @@ def draw_frame(
     topk: int = 20,
     min_score: float = 0.0,
 ) -> np.ndarray:
-    """Draw the best relations on a frame; the result has the frame's size, made even for codecs.
+    """Draw the best relations on a frame.
+
+    The result has the frame's size, made even for codecs; a small frame, on which no label would
+    be readable, is enlarged to a longest side of 960.
 
     Args:
         frame_rgb: (H, W, 3) uint8.
@@ -98,13 +104,12 @@ def draw_frame(
     """
     scene = Scene.from_outputs(prediction["instances"], prediction["relations"], topk, min_score)
     names, colors = tracker.update(scene)
-    picture = RelationVisualizer(frame_rgb, metadata, scale=1.0).draw_triplets(
+    scale = fit_size(*frame_rgb.shape[1::-1], MIN_SIDE, float("inf"))
+    picture = RelationVisualizer(frame_rgb, metadata, scale=scale).draw_triplets(
         *scene, names=names, colors=colors, panel="none"
     )
-    image = picture.get_image()
-    height, width = (max(x - x % 2, 2) for x in frame_rgb.shape[:2])
-    image = image[: frame_rgb.shape[0], : frame_rgb.shape[1]] if picture.sheet.size else image
-    return np.ascontiguousarray(image[:height, :width])
+    height, width = (max(x - x % 2, 2) for x in picture.get_image().shape[:2])
+    return np.ascontiguousarray(picture.get_image()[:height, :width])
 
 
 class VideoFile:

@@ -88,7 +88,7 @@ class RelationVisualizer(Visualizer):
             min_score: relations below it are left out.
         """
         scene = Scene.from_outputs(instances, relations, topk, min_score)
-        return self._draw(scene, heading=best_of(scene, relations))
+        return self._draw(scene, heading=best_of(scene, relations, min_score))
 
     def draw_ground_truth(self, dataset_dict: Dict[str, Any]) -> VisImage:
         """Draw the ``relations`` of a dataset dict whose boxes are in the image's frame."""
@@ -350,10 +350,12 @@ def _node_text(name: str, size: float) -> str:
     return shorten(name, size, 20 * size)
 
 
-def best_of(scene: Scene, relations: Instances) -> Optional[str]:
-    """What stands above a list of predictions; None where it is empty."""
+def best_of(scene: Scene, relations: Instances, min_score: float = 0.0) -> str:
+    """What stands above a list of predictions."""
     count, total = len(scene.triplets), len(relations)
-    return f"{count} best of {total} relation{'s' * (total > 1)}" if count else None
+    if count or not total:
+        return f"{count} best of {total} relation{'s' * (total > 1)}" if count else "no relations"
+    return f"none of {total} relations scores {min_score:g}"
 
 
 def _line_color(predicate: int, mark: Optional[bool]) -> Color:
@@ -363,8 +365,10 @@ def _line_color(predicate: int, mark: Optional[bool]) -> Color:
 
 
 def score_text(score: float) -> str:
-    """Two digits behind the point; of small scores two that are not zero."""
-    return f"{score:.2f}" if score >= 0.0995 else f"{score:.2g}"
+    """Two digits behind the point; three of small scores."""
+    if score >= 0.0995:
+        return f"{score:.2f}"
+    return f"{score:.3f}" if score >= 0.0005 else "<0.001"
 
 
 def check_size(img: np.ndarray, dataset_dict: Dict[str, Any]) -> None:

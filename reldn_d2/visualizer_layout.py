@@ -88,14 +88,20 @@ def name_entities(
             entities, key=lambda e: (boxes[e][0] + boxes[e][2], boxes[e][1] + boxes[e][3], e)
         )
         for number, entity in enumerate(entities, start=1):
-            names[entity] = f"{name} {number}" if len(entities) > 1 else name
+            names[entity] = f"{name} {'' if known else '#'}{number}" if len(entities) > 1 else name
     return names
 
 
 def fit_size(width: int, height: int, low: float, high: float) -> float:
-    """The factor that brings an image's longest side into ``[low, high]``; 1 if it lies there."""
-    longest = max(width, height)
-    return low / longest if longest < low else min(1.0, high / longest)
+    """The factor that brings an image's longest side into ``[low, high]``; 1 if it lies there.
+
+    A panorama becomes three times as long at most, so that its short side stays a quarter of
+    ``high`` where it can.
+    """
+    longest, shortest = max(width, height), min(width, height)
+    if longest < low:
+        return low / longest
+    return min(1.0, max(high / longest, min(high / (4 * shortest), 3 * high / longest)))
 
 
 def choose_anchors(boxes: np.ndarray, spacing: float) -> np.ndarray:

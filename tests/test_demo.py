@@ -120,11 +120,16 @@ def test_given_boxes_thresholds_and_one_output_file(checkpoint, folder, tmp_path
     [
         (["--input", "EMPTY"], "no image in this folder"),
         (["--input", "EMPTY/*.png"], "no file matches"),
-        (["--checkpoint", "EMPTY/none.pth", "--input", "EMPTY"], "No checkpoint '.*none.pth'"),
+        (["--checkpoint", "EMPTY/none.pth", "--input", "PICTURE"], "No checkpoint '.*none.pth'"),
         (["--video-input", "EMPTY/none.mp4"], "none.mp4: there is no such file"),
-        (["--input", "EMPTY", "--opts", "MODEL.NONSENSE", "1"], "Unknown config key"),
-        (["--input", "PICTURE", "--output", "PICTURE/x"], "picture.png"),
-        (["--input", "EMPTY", "--config-file", "EMPTY/c.yaml"], "No config file"),
+        (["--input", "PICTURE", "--opts", "MODEL.NONSENSE", "1"], "Unknown config key"),
+        (["--input", "PICTURE", "--output", "PICTURE/x"], "--output .*picture.png.* be written"),
+        (["--input", "PICTURE", "--output", "PICTURE"], "picture.png is an input"),
+        (["--input", "PICTURE", "--output", "EMPTY/.."], "picture.png is an input"),
+        (["--input", "PICTURE", "--output", "EMPTY/x.json"], "or --format json"),
+        (["--input", "PICTURE", "PICTURE.", "--output", "EMPTY/x.png"], "there are 2 images"),
+        (["--input", "PICTURE", "--config-file", "EMPTY/c.yaml"], "No config file"),
+        (["--input", "PICTURE", "--device", "banana"], "device 'banana' is unknown"),
     ],
 )
 def test_mistakes_are_told_in_a_line(checkpoint, arguments, message, tmp_path, capsys):
@@ -138,6 +143,23 @@ def test_mistakes_are_told_in_a_line(checkpoint, arguments, message, tmp_path, c
     error = capsys.readouterr().err.strip().splitlines()
     assert re.search(message, error[-1]) and error[-1].startswith("demo.py: ")
     assert "Traceback" not in "".join(error)
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [("--top-k", "0"), ("--batch-size", "-1"), ("--min-score", "2"), ("--format", "jpeg")],
+)
+def test_impossible_numbers_are_refused(checkpoint, option, value, capsys):
+    with pytest.raises(SystemExit) as status:
+        run(checkpoint, "--input", "x.png", option, value)
+    assert status.value.code == 2 and option in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_options_of_the_user_come_last(checkpoint, folder, tmp_path):
+    out = tmp_path / "out.json"
+    arguments = ("--input", folder / "good_0.png", "--output", out, "--format", "json")
+    assert run(checkpoint, *arguments, "--opts", "TEST.RELATIONS.TOPK", 3) == 0
+    assert len(json.loads(out.read_text())["relations"]["scores"]) == 3
 
 
 def test_checkpoint_may_be_named_as_detectron2_does(checkpoint, folder, tmp_path, capsys):
@@ -159,11 +181,15 @@ def test_video(checkpoint, tmp_path, capsys):
     assert "5 frames done" in printed.out and "5/5" in printed.err  # the progress bar
     with VideoFile(out) as video:
         frames = list(video)
-    assert len(frames) == 5 and frames[0].shape == (60, 90, 3)
+    assert len(frames) == 5 and frames[0].shape == (640, 960, 3)  # large enough to be read
     assert video.frames_per_second == pytest.approx(10)
     # The scene stands still: so do the colours and names.
     assert np.abs(frames[0].astype(int) - frames[4]).mean() < 6
-    assert np.abs(frames[0].astype(int) - picture()).mean() > 6
+    plain = cv2.resize(picture(), (960, 640))
+    assert np.abs(frames[0].astype(int) - plain).mean() > 6
+    before = path.read_bytes()
+    assert run(checkpoint, "--video-input", path, "--output", path) == 1
+    assert path.read_bytes() == before and "is the input" in capsys.readouterr().err
     (tmp_path / "text.mp4").write_text("hello")
     with pytest.raises(VideoError, match="text.mp4: cannot be read as a video"):
         VideoFile(tmp_path / "text.mp4")
@@ -204,6 +230,8 @@ def test_exported_file_gives_the_same_triplets_in_a_fresh_process(
     description = json.loads(extra["reldn.json"])
     assert description["input"] == [3, 64, 96] and description["outputs"] == list(OUTPUT_NAMES)
     assert description["predicate_classes"] == PREDICATES
+    with torch.no_grad(), pytest.raises(RuntimeError, match="must match the existing size"):
+        exported(torch.zeros(3, 96, 64))
     # On images that it was not traced on, and against the model's own lazy way.
     predictor = RelationPredictor.from_checkpoint(
         checkpoint, "cpu", opts=["TEST.RELATIONS.TOPK", 9]
@@ -243,6 +271,10 @@ def test_export_says_what_is_wrong(checkpoint, folder, tmp_path, capsys):
     few = ["--opts", "TEST.DETECTIONS_PER_IMAGE", "1"]
     assert export_model.main([*common, "--image", str(folder / "good_0.png"), *few]) == 1
     assert "1 entities are found in the example" in capsys.readouterr().err
+    (tmp_path / "taken.ts.tmp").mkdir()
+    common[-1] = str(tmp_path / "taken.ts")
+    assert export_model.main([*common, "--image", str(folder / "good_0.png")]) == 1
+    assert "taken.ts" in capsys.readouterr().err
 
 
 def test_saliency_tool(checkpoint, folder, tmp_path, capsys):

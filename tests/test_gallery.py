@@ -66,6 +66,13 @@ def test_gallery_of_an_evaluation(evaluation, tmp_path, capsys):
     assert "left out: " in capsys.readouterr().err
 
 
+def test_predictions_of_another_data_set_are_told(evaluation, tmp_path, capsys):
+    settings = {"dataset": "another", "task": "sgdet", "predicates_per_pair": [1], "triplets": 9}
+    (tmp_path / "relation_predictions_settings.json").write_text(json.dumps(settings))
+    assert make_gallery.main([*evaluation, "--output", str(tmp_path / "x.html")]) == 0
+    assert "written for data set 'another', not 'gallery_test_set'" in capsys.readouterr().err
+
+
 def test_pictures_of_an_evaluation(evaluation, tmp_path, capsys):
     arguments = [*evaluation, "--output", str(tmp_path / "beside"), "--number", "2"]
     assert draw_relations.main(arguments) == 0

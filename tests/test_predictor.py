@@ -91,6 +91,8 @@ def test_triplets_json_and_graph_say_the_same(predictor):
     assert edge["name"] == first.predicate and edge["score"] == pytest.approx(first.score)
     node = graph.nodes[first.subject_index]
     assert node["name"] == first.subject and len(node["box"]) == 4
+    labels = [data["label"] for _, data in graph.nodes(data=True)]
+    assert len(set(labels)) == len(labels) and node["label"].startswith(first.subject)
     read = networkx.parse_graphml(graph_to_graphml(graph))
     assert read.number_of_edges() == len(relations)
     assert read.nodes[str(first.subject_index)]["x0"] == pytest.approx(node["box"][0])
@@ -176,15 +178,46 @@ def test_stream_goes_on_after_a_bad_image(predictor, tmp_path):
     same(results[2], predictor(picture(seed=1)))
 
 
-def test_missing_and_foreign_checkpoints(tmp_path):
+def test_missing_and_foreign_checkpoints(checkpoint, tmp_path):
     with pytest.raises(FileNotFoundError, match="No checkpoint '.*none.pth'"):
         RelationPredictor.from_checkpoint(tmp_path / "none.pth")
     torch.save({"model": {}}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="other.pth does not say which model"):
+    with pytest.raises(ValueError, match="other.pth has no relation head"):
         RelationPredictor.from_checkpoint(tmp_path / "other.pth")
+    content = torch.load(checkpoint, weights_only=True)
+    torch.save({"model": content["model"]}, tmp_path / "unnamed.pth")
+    with pytest.raises(ValueError, match="unnamed.pth does not say which model"):
+        RelationPredictor.from_checkpoint(tmp_path / "unnamed.pth")
+    # A detector's weights, with a config that would build a RelDN.
+    weights = {k: v for k, v in content["model"].items() if k.startswith("detector.")}
+    torch.save({**content, "model": weights}, tmp_path / "detector.pth")
+    with pytest.raises(ValueError, match="detector.pth has no relation head: .* Train RelDN on it"):
+        RelationPredictor.from_checkpoint(tmp_path / "detector.pth")
     (tmp_path / "text.pth").write_text("hello")
     with pytest.raises(ValueError, match="text.pth cannot be read as a checkpoint"):
         RelationPredictor.from_checkpoint(tmp_path / "text.pth")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_devices_that_are_not_there(checkpoint):
+    with pytest.raises(ValueError, match="device 'cuda:1': torch .* sees no GPU here; use cpu"):
+        RelationPredictor.from_checkpoint(checkpoint, device="cuda:1")
+    assert RelationPredictor.from_checkpoint(checkpoint).model.device.type == "cpu"
+
+
+def test_pil_images_and_what_is_no_image(predictor):
+    rgb = picture()
+    same(predictor(Image.fromarray(rgb)), predictor(rgb))
+    same(predictor([Image.fromarray(rgb), rgb])[0], predictor(rgb))
+    for wrong, message in (
+        (torch.from_numpy(rgb.copy()), "a Tensor is neither an image nor a list of images"),
+        (None, "a NoneType is neither"),
+        ([torch.from_numpy(rgb.copy())], "image 0: a Tensor is no image"),
+    ):
+        with pytest.raises(ImageError, match=message):
+            predictor(wrong)
+    with pytest.raises(ImageError, match="^2 images came with 1 sets of boxes; give one for each"):
+        predictor([rgb, rgb], boxes=[[[0, 0, 5, 5]]])
 
 
 def test_feature_maps_are_averages_over_channels(predictor):

@@ -72,7 +72,13 @@ def all_pairs(count):
 
 @pytest.mark.parametrize(
     "size, scale",
-    [((160, 160), 7.2), ((800, 1200), 1.0), ((1500, 3200), 0.5), ((1, 1), 1152.0)],
+    [
+        ((160, 160), 7.2),
+        ((800, 1200), 1.0),
+        ((1500, 3200), 0.5),
+        ((1, 1), 1152.0),
+        ((400, 10000), 0.48),
+    ],
 )
 def test_picture_is_enlarged_or_reduced_to_readable_size(size, scale, metadata):
     visualizer = RelationVisualizer(np.zeros((*size, 3), np.uint8), metadata)
@@ -119,7 +125,8 @@ def test_min_score_leaves_relations_out(image, metadata):
     visualizer = RelationVisualizer(image, metadata)
     words = texts(visualizer.draw_predictions(**output, min_score=0.5))
     assert "1 best of 2 relations" in words and "table" not in words
-    assert texts(visualizer.draw_predictions(**output, min_score=0.9)) == ["no relations"]
+    words = texts(visualizer.draw_predictions(**output, min_score=0.9))
+    assert words == ["none of 2 relations scores 0.9"]
 
 
 def test_only_entities_that_take_part_are_drawn(image, metadata):

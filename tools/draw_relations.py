@@ -18,7 +18,7 @@ import reldn_d2  # noqa: E402,F401  # isort: skip  registers the data sets
 from PIL import Image
 
 from reldn_d2.data.registered import add_module_argument, import_modules, require_dataset
-from reldn_d2.evaluation.predictions_file import read_predictions
+from reldn_d2.evaluation.predictions_file import read_predictions, read_settings
 from reldn_d2.evaluation.records import Prediction
 from reldn_d2.images import ImageError, read_rgb
 from reldn_d2.visualizer import RelationVisualizer
@@ -64,6 +64,13 @@ def load_predictions(
         FileNotFoundError, ValueError: as :func:`.predictions_file.read_predictions`; or an image is
             not one of the data set's.
     """
+    written_for = read_settings(str(file)).get("dataset", metadata.name)
+    if written_for != metadata.name:
+        print(
+            f"warning: {file} was written for data set '{written_for}', not '{metadata.name}': "
+            "equal image ids may be other images",
+            file=sys.stderr,
+        )
     known = {record["image_id"] for record in dicts}
     numbers = [len(metadata.thing_classes), len(metadata.predicate_classes)]
     found = {}

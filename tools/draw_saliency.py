@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Draw where the detector's CNN and the predicate CNN look, or what a triplet's score hangs on.
+r"""Draw where the detector's CNN and the predicate CNN look, or what a triplet's score hangs on.
 
 Examples::
 
     python tools/draw_saliency.py --checkpoint model_final.pth --input street.jpg --output out
     python tools/draw_saliency.py --checkpoint model_final.pth --input street.jpg --output out \
-        --levels p2 p3 p4 p5 fused
+        --levels p2 p4 fused
     python tools/draw_saliency.py --checkpoint model_final.pth --input street.jpg --output out \
         --triplets 0 1 2
 """
@@ -33,7 +33,12 @@ def main(arguments: Optional[List[str]] = None) -> int:
     parser.add_argument("--checkpoint", required=True, help="a trained RelDN")
     parser.add_argument("--input", nargs="+", required=True, help="images, globs, folders")
     parser.add_argument("--output", type=Path, required=True, help="folder for the pictures")
-    parser.add_argument("--levels", nargs="+", default=[FUSED], help="feature maps; default: fused")
+    parser.add_argument(
+        "--levels",
+        nargs="+",
+        default=[FUSED],
+        help="feature maps, as the config names them (p2 to p5), or fused; default: fused",
+    )
     parser.add_argument(
         "--triplets", nargs="+", type=int, help="ranks of predicted triplets, 0 being the best"
     )

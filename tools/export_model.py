@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Export a trained RelDN as TorchScript: one file that needs torch and torchvision only.
+r"""Export a trained RelDN as TorchScript: one file that needs torch and torchvision only.
 
 Example::
 
@@ -83,7 +83,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
             predictor.predicate_classes,
             predictor.cfg.INPUT.FORMAT,
         )
-    except (ImageError, FileNotFoundError, KeyError, ValueError, TypeError) as error:
+    except (ImageError, OSError, KeyError, ValueError, TypeError) as error:
         reason = error.args[0] if isinstance(error, KeyError) else error
         print(f"export_model.py: {reason}", file=sys.stderr)
         return 1

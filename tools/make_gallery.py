@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write an HTML gallery of an evaluation: every image with its ranked triplets, hits and misses.
+r"""Write an HTML gallery of an evaluation: every image with its ranked triplets, hits and misses.
 
 Example::
 
