@@ -142,14 +142,18 @@ def stage(
     return model
 
 
-def draw_data_set() -> None:
-    """Draw the images of the data set where they are not there yet."""
+def draw_data_set() -> str:
+    """Draw the images of the data set where they are not there yet; the folder of the test set."""
     code = (
-        "import reldn_d2; from detectron2.data import DatasetCatalog as c;"
-        "print('  ' + ', '.join(f'{len(c.get(n))} images in {n}'"
-        " for n in ('toy_vrd_train', 'toy_vrd_test')))"
+        "import os, reldn_d2; from detectron2.data import DatasetCatalog as c;"
+        "train, test = [c.get(n) for n in ('toy_vrd_train', 'toy_vrd_test')];"
+        "print(len(train), len(test), os.path.dirname(test[0]['file_name']))"
     )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=PROJECT)
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, check=True, cwd=PROJECT, stdout=subprocess.PIPE, text=True)
+    train, test, folder = done.stdout.strip().splitlines()[-1].split(" ", 2)
+    print(f"  {train} images in toy_vrd_train, {test} in toy_vrd_test, these in {folder}")
+    return folder
 
 
 def train_relations(
@@ -228,7 +232,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
     output, started = args.output.resolve(), time.time()
     try:
         say("[1/5] the data set")
-        draw_data_set()
+        images = draw_data_set()
         say("[2/5] training and evaluating the detector")
         detector = stage(
             "detector", "detector", output / "detector", ["SEED", "1"], [], args.retrain
@@ -255,6 +259,12 @@ def main(arguments: Optional[List[str]] = None) -> int:
         for path in draw_pictures(folders, output / "pictures", args.pictures):
             print(f"  {path}")
     say(f"Done in {time.time() - started:.0f} s; everything is in {output}")
+    checkpoint = output / f"seed_{args.seeds[0]}" / list(MODELS.values())[-1] / "model_final.pth"
+    print(
+        "To try the model on other images:\n"
+        f"  {os.path.relpath(sys.executable)} demo/demo.py --checkpoint {os.path.relpath(checkpoint)}"
+        f" \\\n      --input {images} --output output/tried"
+    )
     return 0
 
 
