@@ -29,7 +29,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from reldn_d2.gallery import gallery_record, write_gallery
-from reldn_d2.images import ImageError, find_images, read_rgb
+from reldn_d2.images import ImageError, distinct_paths, find_images, read_rgb
 from reldn_d2.prediction import RelationPrediction, graph_to_dot, graph_to_graphml
 from reldn_d2.predictor import RelationPredictor
 from reldn_d2.video import EntityTracker, VideoError, VideoFile, VideoWriter, draw_frame
@@ -152,7 +152,7 @@ def read_boxes(path: Path) -> Dict[str, Dict[str, Any]]:
     except (OSError, ValueError) as error:
         raise ImageError(f"{path}: cannot be read as JSON: {error}") from None
     good = isinstance(table, dict) and all(
-        isinstance(x, dict) and "boxes" in x for x in table.values()
+        isinstance(x, dict) and isinstance(x.get("boxes"), list) for x in table.values()
     )
     if not good:
         raise ImageError(f'{path}: expected {{"FILE NAME": {{"boxes": [...], "classes": [...]}}}}')
@@ -227,20 +227,6 @@ def prepare_output(output: Optional[Path], kind: str, files: List[str]) -> Dict[
     for path in paths.values():
         if os.path.realpath(path) in inputs:
             raise ValueError(f"--output {output}: {path} is an input; name another folder or file")
-    return paths
-
-
-def distinct_paths(files: List[str], folder: Path, suffix: str) -> Dict[str, Path]:
-    """A path in the folder for each file; equal names from different folders get a number."""
-    paths: Dict[str, Path] = {}
-    used = set()
-    for file in files:
-        name, number = Path(file).stem, 1
-        while name.lower() in used:
-            number += 1
-            name = f"{Path(file).stem}_{number}"
-        used.add(name.lower())
-        paths[file] = folder / f"{name}{suffix}"
     return paths
 
 
@@ -323,7 +309,7 @@ def run_video(predictor: RelationPredictor, args: argparse.Namespace) -> int:
             if not args.webcam and os.path.realpath(path) == os.path.realpath(args.video_input):
                 raise ValueError(f"--output {path} is the input; name another file")
             writer = VideoWriter(path, video.frames_per_second)
-        count = 0
+        count, ended = 0, False
         try:
             for frame in tqdm(video, total=video.count, unit="frame"):
                 prediction = predictor(frame)
@@ -332,12 +318,21 @@ def run_video(predictor: RelationPredictor, args: argparse.Namespace) -> int:
                 if writer is not None:
                     writer.write(drawn)
                 elif show(drawn, "relations", wait=1):
+                    ended = True
                     break
         finally:
             if writer is not None:
                 writer.__exit__()
     print(f"{count} frames done" + (f" in {writer.path}" if writer else ""))
-    return 0
+    # Containers may count a frame that is none; more than that is a file that is cut off.
+    missing = 0 if ended or video.count is None else video.count - count
+    if missing > 1:
+        print(
+            f"{args.video_input}: it says {video.count} frames, {missing} could not be read: it is "
+            "cut off or broken",
+            file=sys.stderr,
+        )
+    return 1 if missing > 1 else 0
 
 
 def show(picture: np.ndarray, title: str, wait: int) -> bool:

@@ -20,6 +20,7 @@ from detectron2.utils.file_io import PathManager
 
 from .checkpoint_files import fetch, from_torchvision_vgg16, read_checkpoint, replace_file
 from .modeling.meta_arch import RelDN
+from .protocols import predicates_per_pair
 
 __all__ = [
     "DetectorCheckpointer",
@@ -322,6 +323,8 @@ class RelDNCheckpointer(DetectorCheckpointer):
             "thing_classes": list(thing_classes or []),
             "predicate_classes": list(predicate_classes or []),
             "config": cfg.dump() if cfg is not None else "",
+            # Where the config leaves it to the data set, which may not be registered later.
+            "predicates_per_pair": list(predicates_per_pair(cfg)) if cfg is not None else [],
         }
 
     def save(self, name: str, tag: bool = True, **kwargs: Any) -> None:

@@ -8,15 +8,19 @@ Shapes: R detections, K relations, P pairs, C predicates. Boxes are XYXY in pixe
 
 import json
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from types import SimpleNamespace
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
 
+from detectron2.modeling.roi_heads import cascade_rcnn
 from detectron2.structures import Boxes
 
 from .checkpoint_files import replace_file
+from .modeling.detectors import PrecomputedDetector
 from .modeling.meta_arch import RelDN
 from .modeling.relation_head import RelDNHead
 from .modeling.relation_head.entities import EntityBatch
@@ -44,9 +48,11 @@ class RelDNExport(nn.Module):
             size: (3, H, W), the only shape that is taken; None takes any.
 
         Raises:
-            TypeError: its relation head is of another kind.
+            TypeError: its relation head or its detector is of another kind.
         """
         super().__init__()
+        if isinstance(model.detector, PrecomputedDetector):
+            raise TypeError("a model whose detections come from files cannot be exported")
         if not isinstance(model.relation_head, RelDNHead):
             raise TypeError(f"only RelDNHead can be exported, not {type(model.relation_head)}")
         self.model = model.eval()
@@ -97,6 +103,20 @@ class RelDNExport(nn.Module):
                 object_vectors = head.object_box_head(pooled)
         image = torch.zeros_like(classes)
         return EntityBatch(boxes, classes, image, size, [0], subject_vectors, object_vectors)
+
+
+@contextmanager
+def _without_gradient_scaling() -> Iterator[None]:
+    """Cascade R-CNN scales gradients in a Python function, which no file can hold, but no value."""
+    kept = getattr(cascade_rcnn, "_ScaleGradient", None)
+    if kept is None:
+        yield
+        return
+    cascade_rcnn._ScaleGradient = SimpleNamespace(apply=lambda values, scale: values)
+    try:
+        yield
+    finally:
+        cascade_rcnn._ScaleGradient = kept
 
 
 def all_pairs(boxes: Tensor, overlap_filter: bool) -> Tuple[Tensor, Tensor]:
@@ -180,7 +200,8 @@ def save_torchscript(
                 f"{len(expected[0])} entities are found in the example image, with "
                 f"{len(expected[3])} relations; give one that shows at least one relation"
             )
-        traced = torch.jit.trace(exportable, (example,), check_trace=False)
+        with _without_gradient_scaling():
+            traced = torch.jit.trace(exportable, (example,), check_trace=False)
         description: Dict[str, Any] = {
             "thing_classes": list(thing_classes),
             "predicate_classes": list(predicate_classes),

@@ -7,14 +7,22 @@ lies under them; a demo must take what users have.
 import glob
 import os
 from pathlib import Path
-from typing import Iterable, List, Sequence, Union
+from typing import Dict, Iterable, List, Sequence, Union
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from detectron2.utils.file_io import PathManager
 
-__all__ = ["IMAGE_SUFFIXES", "ImageError", "find_images", "pil_to_rgb", "read_rgb", "to_rgb"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "ImageError",
+    "distinct_paths",
+    "find_images",
+    "pil_to_rgb",
+    "read_rgb",
+    "to_rgb",
+]
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 
@@ -50,9 +58,33 @@ def read_rgb(path: Union[str, Path]) -> np.ndarray:
         raise ImageError(f"{path}: cannot be read as an image: {reason}") from None
 
 
+# What brings an image with this EXIF orientation upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation, whatever else stands there.
+
+    Pillow's own ``exif_transpose`` writes all tags anew and fails on odd ones of some cameras.
+    """
+    try:
+        orientation = image.getexif().get(0x0112)
+        return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+    except Exception:  # no EXIF block that can be read: the image is as it is
+        return image
+
+
 def pil_to_rgb(image: Image.Image) -> np.ndarray:
     """A PIL image as :func:`read_rgb` reads it: (H, W, 3) uint8 in RGB order."""
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if image.mode.startswith("I") or image.mode == "F":  # 16 or 32 bits: (H, W) grey
         values = np.asarray(image)
         high = 1.0 if image.mode == "F" and values.max(initial=0) <= 1 else 65535.0
@@ -130,6 +162,20 @@ def find_images(inputs: Sequence[Union[str, Path]]) -> List[str]:
             found = [item]
         files += found
     return list(dict.fromkeys(files))
+
+
+def distinct_paths(files: Sequence[str], folder: Path, suffix: str) -> Dict[str, Path]:
+    """A path in the folder for each file; equal names from different folders get a number."""
+    paths: Dict[str, Path] = {}
+    used = set()
+    for file in files:
+        name, number = Path(file).stem, 1
+        while name.lower() in used:
+            number += 1
+            name = f"{Path(file).stem}_{number}"
+        used.add(name.lower())
+        paths[file] = folder / f"{name}{suffix}"
+    return paths
 
 
 def _with_image_suffix(paths: Iterable[str]) -> List[str]:

@@ -192,8 +192,9 @@ def graph_to_graphml(graph) -> str:
         values = dict(data)
         values.update(zip(("x0", "y0", "x1", "y1"), values.pop("box")))
         flat.add_node(node, **values)
-    for subject, object_, key, data in graph.edges(keys=True, data=True):
-        flat.add_edge(subject, object_, key=key, **data)
+    # A key becomes the edge's id, of which there must be one in a file.
+    for number, (subject, object_, data) in enumerate(graph.edges(data=True)):
+        flat.add_edge(subject, object_, key=number, **data)
     return "\n".join(networkx.generate_graphml(flat))
 
 

@@ -29,6 +29,7 @@ from .prediction import RelationPrediction
 __all__ = ["GivenBoxes", "RelationPredictor"]
 
 Image = Union[str, Path, np.ndarray, PIL.Image.Image]
+THINNEST = 0.01  # pixels; a thinner box may vanish when it is scaled in float32
 GivenBoxes = Union[np.ndarray, torch.Tensor, Sequence[Sequence[float]]]
 
 
@@ -95,6 +96,9 @@ class RelationPredictor:
         if config_file is None:
             cfg.merge_from_other_cfg(CfgNode.load_cfg(description["config"]))
         merge_config(cfg, config_file, ["MODEL.DEVICE", device, *opts])
+        relations = cfg.TEST.RELATIONS
+        if config_file is None and not (relations.PREDICATES_PER_PAIR or relations.PROTOCOL):
+            relations.PREDICATES_PER_PAIR = description.get("predicates_per_pair", [])
         cfg.MODEL.WEIGHTS = path
         model = build_model(cfg)
         RelDNCheckpointer(model).load(path)
@@ -271,12 +275,17 @@ class RelationPredictor:
             batch_size: images that go through the network at once.
             options: ``channels``, as for a call.
 
+        Raises:
+            TypeError: another option, or one image in place of several.
+
         Yields:
             the image as it was given, and its prediction or the error.
         """
         channels = options.pop("channels", "RGB")
         if options:
             raise TypeError(f"stream() has no option {', '.join(options)}")
+        if isinstance(images, (str, Path, np.ndarray, PIL.Image.Image)):
+            raise TypeError("stream() takes several images; for one, call the predictor")
         batch: List[Image] = []
 
         def flush() -> Iterator[Tuple[Image, Union[RelationPrediction, ImageError]]]:
@@ -389,7 +398,7 @@ def check_boxes(boxes: GivenBoxes, image_size: Tuple[int, int], name: str) -> np
         raise ImageError(f"{name}: boxes of shape {table.shape}; expected (R, 4): x0, y0, x1, y1")
     height, width = image_size
     clipped = table.clip(0, [width, height, width, height])
-    bad = ~np.isfinite(table).all(1) | (clipped[:, 2:] <= clipped[:, :2]).any(1)
+    bad = ~np.isfinite(table).all(1) | (clipped[:, 2:] - clipped[:, :2] < THINNEST).any(1)
     if bad.any():
         number = int(bad.argmax())
         raise ImageError(

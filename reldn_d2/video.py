@@ -108,8 +108,10 @@ def draw_frame(
     picture = RelationVisualizer(frame_rgb, metadata, scale=scale).draw_triplets(
         *scene, names=names, colors=colors, panel="none"
     )
-    height, width = (max(x - x % 2, 2) for x in picture.get_image().shape[:2])
-    return np.ascontiguousarray(picture.get_image()[:height, :width])
+    x0, y0, x1, y1 = (round(x) for x in picture.sheet.image)  # there may be white around it
+    image = picture.get_image()[y0:y1, x0:x1]
+    height, width = (max(x - x % 2, 2) for x in image.shape[:2])
+    return np.ascontiguousarray(image[:height, :width])
 
 
 class VideoFile:

@@ -17,9 +17,12 @@ from usage_utils import picture, write_checkpoint
 import demo as demo_script
 from reldn_d2.export import OUTPUT_NAMES, RelDNExport
 from reldn_d2.images import ImageError
+from reldn_d2.prediction import RelationPrediction
 from reldn_d2.predictor import RelationPredictor
-from reldn_d2.video import EntityTracker, VideoError, VideoFile
+from reldn_d2.video import EntityTracker, VideoError, VideoFile, draw_frame
 from reldn_d2.visualizer_scene import Scene
+
+from detectron2.structures import Boxes, Instances
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +198,40 @@ def test_video(checkpoint, tmp_path, capsys):
         VideoFile(tmp_path / "text.mp4")
 
 
+@pytest.mark.parametrize("size", [(60, 90), (320, 180), (50, 960), (700, 1000)])
+def test_frames_stay_as_they_are_where_nothing_is_drawn(size):
+    frame = picture(*size)
+    found = RelationPrediction(Instances(size), Instances(size))
+    found["instances"].pred_boxes = Boxes(torch.tensor([[2.0, 2, 20, 30], [10.0, 20, 30, 40]]))
+    found["instances"].pred_classes = torch.tensor([0, 1])
+    found["relations"].pairs = torch.tensor([[0, 1]])
+    found["relations"].predicates, found["relations"].scores = torch.tensor([0]), torch.ones(1)
+    drawn = draw_frame(frame, found, EntityTracker(["person", "cup"]), None)
+    scale = max(960 / max(size), 1)
+    height, width = (2 * int(round(x * scale) // 2) for x in size)
+    assert drawn.shape == (height, width, 3)
+    plain = cv2.resize(frame, (width, height))
+    equal = (np.abs(drawn.astype(int) - plain).max(axis=2) < 40).mean()
+    assert 0.5 < equal < 1
+    empty = found.best(0)
+    drawn = draw_frame(frame, empty, EntityTracker(["person", "cup"]), None)
+    assert np.abs(drawn.astype(int) - plain).max() < 40
+
+
+def test_a_video_that_is_cut_off_is_told(checkpoint, tmp_path, capsys):
+    path, out = tmp_path / "in.avi", tmp_path / "out.mp4"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 10, (90, 60))
+    for _ in range(9):
+        writer.write(np.ascontiguousarray(picture()[:, :, ::-1]))
+    writer.release()
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with VideoFile(path) as video:
+        if not video.count or video.count < 8:
+            pytest.skip("this OpenCV counts the frames that are there")
+    assert run(checkpoint, "--video-input", path, "--output", out) == 1
+    assert "it says 9 frames" in capsys.readouterr().err and out.is_file()
+
+
 def test_entities_keep_name_and_colour_while_they_move():
     tracker = EntityTracker(["person", "cup"], patience=2)
     triplets = [(0, 1, 0, 0.9)]
@@ -284,6 +321,12 @@ def test_saliency_tool(checkpoint, folder, tmp_path, capsys):
     assert draw_saliency.main([*common, "--triplets", "0"]) == 1
     assert "text.jpg" in capsys.readouterr().err
     assert [x.name for x in out.iterdir()] == ["good_0_triplet_0_fused.png"]
+
+
+def test_boxes_file_without_boxes(tmp_path):
+    (tmp_path / "x.json").write_text('{"a.png": {"boxes": null}}')
+    with pytest.raises(ImageError, match="x.json: expected"):
+        demo_script.read_boxes(tmp_path / "x.json")
 
 
 def test_boxes_file_of_another_shape(tmp_path):

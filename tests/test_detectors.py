@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 from model_utils import ROOT, SIZE, busy_item, empty_item, small_config
+from usage_utils import picture
 
 import reldn_d2
 from reldn_d2.checkpoint import DetectorCheckpointer, initialize_relation_branch, pretrained_modules
 from reldn_d2.engine import RelDNTrainer, check_counts
+from reldn_d2.export import save_torchscript
 from reldn_d2.modeling.detectors import (
     ENTITY_DETECTOR_REGISTRY,
     EntityDetector,
@@ -276,3 +278,22 @@ def test_detector_configs_exist_for_every_kind():
     files = {path.stem for path in (ROOT / "configs/Toy/Detectors").glob("*.yaml")}
     assert files == set(KINDS) - {"faster_rcnn_FPN"}
     assert reldn_d2.__version__ and issubclass(PrecomputedDetector, EntityDetector)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("kind", KINDS)
+def test_exported_models_find_the_same(kind, tmp_path):
+    model = model_of(kind).eval()
+    images = [torch.as_tensor(picture(64, 96, seed).transpose(2, 0, 1).copy()) for seed in (1, 2)]
+    example, other = (image.float() for image in images)
+    if kind == "precomputed":
+        with pytest.raises(TypeError, match="detections come from files cannot be exported"):
+            save_torchscript(model, example, tmp_path / "x.ts")
+        return
+    save_torchscript(model, example, tmp_path / "x.ts")
+    with torch.no_grad():
+        found = torch.jit.load(tmp_path / "x.ts")(other)
+        expected = model.inference([{"image": other}], do_postprocess=False)[0]["relations"]
+    assert len(expected) > 0 and torch.equal(found[3], expected.pairs)
+    assert torch.equal(found[4], expected.predicates)
+    torch.testing.assert_close(found[5], expected.scores, rtol=0, atol=1e-6)

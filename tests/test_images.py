@@ -1,5 +1,8 @@
 """Images of every colour space, depth and orientation, and files that are none."""
 
+import io
+import struct
+
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
@@ -51,6 +54,24 @@ def test_exif_orientation_is_applied(orientation, tmp_path):
     exif[0x0112] = orientation
     stored.save(tmp_path / "x.png", exif=exif)
     assert np.array_equal(read_rgb(tmp_path / "x.png"), upright)
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        struct.pack(">HHL4s", 0x0101, 2, 3, b"ab\0\0"),  # a height that is text
+        struct.pack(">HHLf", 0x0102, 11, 1, 1.5),
+        struct.pack(">HHLl", 0x011A, 9, 1, -5),
+    ],
+)
+def test_odd_tags_beside_the_orientation_do_not_matter(tag, tmp_path):
+    buffer = io.BytesIO()
+    Image.fromarray(picture(60, 90)).save(buffer, "JPEG")
+    tags = sorted([struct.pack(">HHLHH", 0x0112, 3, 1, 6, 0), tag])
+    block = b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">H", 2) + b"".join(tags) + b"\0\0\0\0"
+    marker = b"\xff\xe1" + struct.pack(">H", len(block) + 2)
+    (tmp_path / "x.jpg").write_bytes(buffer.getvalue()[:2] + marker + block + buffer.getvalue()[2:])
+    assert read_rgb(tmp_path / "x.jpg").shape == (90, 60, 3)
 
 
 @pytest.mark.parametrize(

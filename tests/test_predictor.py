@@ -15,6 +15,7 @@ from reldn_d2.prediction import graph_to_dot, graph_to_graphml
 from reldn_d2.predictor import RelationPredictor
 from reldn_d2.saliency import draw_feature_maps, draw_triplet_saliency
 
+from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
 
 
@@ -95,6 +96,7 @@ def test_triplets_json_and_graph_say_the_same(predictor):
     assert len(set(labels)) == len(labels) and node["label"].startswith(first.subject)
     read = networkx.parse_graphml(graph_to_graphml(graph))
     assert read.number_of_edges() == len(relations)
+    assert len({key for *_, key in read.edges(keys=True)}) == len(relations)
     assert read.nodes[str(first.subject_index)]["x0"] == pytest.approx(node["box"][0])
     dot = graph_to_dot(found.best(3).graph(related_only=True))
     assert dot.count("->") == 3 and dot.startswith("digraph")
@@ -116,6 +118,7 @@ def test_given_boxes_are_taken_as_they_are(predictor):
     )
     assert instances.pred_classes.tolist() == [0, 1, CLASSES.index("table")]
     assert instances.scores.tolist() == [1.0, 1.0, 1.0]
+    assert predictor.model.task == "sgdet"  # as it was
     unnamed = predictor(rgb, boxes=np.array(boxes))["instances"]
     assert len(unnamed) == 3 and (unnamed.scores < 1).all()
     # A list mixes given and detected; afterwards the model is as it was.
@@ -132,6 +135,7 @@ def test_given_boxes_are_taken_as_they_are(predictor):
         ([[0, 0, 10, "x"]], None, "no table of numbers"),
         ([[0, 0, 9, 9], [10, 10, 5, 20]], None, r"box 1, \[10.0, 10.0, 5.0, 20.0\], has no area"),
         ([[200, 0, 300, 20]], None, "90 x 60"),
+        ([[0, 0, 9, 9], [50, 5, 50.00001, 50]], None, "box 1"),  # gone in float32
         ([[0, 0, float("nan"), 5]], None, "box 0"),
         ([[0, 0, 9, 9]], [99], "no class 99"),
         ([[0, 0, 9, 9]], ["unicorn"], "no class 'unicorn'"),
@@ -178,6 +182,12 @@ def test_stream_goes_on_after_a_bad_image(predictor, tmp_path):
     same(results[2], predictor(picture(seed=1)))
 
 
+def test_stream_takes_several_images(predictor):
+    for one in ("x.png", picture()):
+        with pytest.raises(TypeError, match="several images"):
+            next(predictor.stream(one))
+
+
 def test_missing_and_foreign_checkpoints(checkpoint, tmp_path):
     with pytest.raises(FileNotFoundError, match="No checkpoint '.*none.pth'"):
         RelationPredictor.from_checkpoint(tmp_path / "none.pth")
@@ -196,6 +206,18 @@ def test_missing_and_foreign_checkpoints(checkpoint, tmp_path):
     (tmp_path / "text.pth").write_text("hello")
     with pytest.raises(ValueError, match="text.pth cannot be read as a checkpoint"):
         RelationPredictor.from_checkpoint(tmp_path / "text.pth")
+
+
+@pytest.mark.parametrize("opts, ks", [((), (0,)), (("TEST.RELATIONS.PROTOCOL", "motifs"), (1, 0))])
+def test_data_set_of_the_checkpoint_need_not_be_registered(opts, ks, tmp_path):
+    """It decides how many predicates a pair are kept where the config does not."""
+    name = "data_set_of_another_process"
+    MetadataCatalog.get(name).evaluator_type = "relation"
+    options = ["TEST.RELATIONS.PREDICATES_PER_PAIR", [], "DATASETS.TEST", (name,)]
+    path = write_checkpoint(tmp_path, *options)
+    MetadataCatalog.remove(name)
+    loaded = RelationPredictor.from_checkpoint(path, device="cpu", opts=opts)
+    assert loaded.model.relation_head.predicates_per_pair == ks
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -375,6 +375,11 @@ def test_head_refuses_what_it_does_not_know():
             table_head(predicates_per_pair=wrong)
 
 
+def test_chunks_of_pairs_have_at_least_one():
+    with pytest.raises(ValueError, match="PAIR_CHUNK is 0"):
+        table_head(pair_chunk=0)
+
+
 def test_config_reaches_matching_and_sampling(monkeypatch):
     seen = {}
 

@@ -209,6 +209,41 @@ def test_scores_that_round_to_the_bound_are_found():
         assert [(*p, 0) for p in best.pairs.tolist()] == expected
 
 
+@pytest.mark.parametrize(
+    "scores, certain",
+    [
+        # Of two pairs with one score in float32, the one of the larger product comes first.
+        ([0.9040973782539368, 0.6458731889724731, 0.904097318649292, 0.6458732485771179], 1),
+        # Products so small that float32 has few digits for them.
+        ([9.69e-23, 9.69e-23, 1.01e-22, 1.01e-22], 1),
+        # A probability that is more than 1 by a rounding.
+        ([0.8, 0.5, 0.8, 0.5], 1.0000002),
+    ],
+)
+def test_equal_scores_of_different_bounds_rank_by_their_pair(scores, certain):
+    scores, table = torch.tensor(scores), torch.zeros((4, 4, 1))
+    table[0, 1], table[2, 3] = min(certain, 1.0), certain
+    arguments = dict(num_predicates=1, predicates_per_pair=[1], topk=1, chunk=1)
+    for best_of in (best_triplets, exhaustive_triplets):
+        best = best_of(Scorer(table), scores, None, **arguments)
+        assert best.pairs.tolist() == [[0, 1]]
+        assert best.predicate_scores.tolist() == [1.0]
+
+
+def test_the_visit_goes_on_until_every_k_has_its_best():
+    """With all predicates the first pairs suffice, with one a pair they do not."""
+    scores = torch.tensor([1.0, 1.0, 0.4, 0.4])
+    table = torch.zeros((4, 4, 4))
+    table[0, 1] = table[1, 0] = 0.24
+    table[0, 2], table[2, 3] = torch.tensor([0.4, 0, 0, 0]), torch.tensor([0.9, 0, 0, 0])
+    for chunk in (1, 2, 100):
+        arguments = dict(num_predicates=4, predicates_per_pair=[0, 1], topk=4, chunk=chunk)
+        lazy = best_triplets(Scorer(table), scores, None, **arguments)
+        whole = exhaustive_triplets(Scorer(table), scores, None, **arguments)
+        assert lazy.pairs.tolist() == whole.pairs.tolist() and [2, 3] in lazy.pairs.tolist()
+        assert torch.equal(lazy.scores, whole.scores)
+
+
 def test_memory_is_that_of_a_chunk_whatever_the_number_of_detections():
     scores = torch.rand(6000, generator=torch.Generator().manual_seed(0))
     tracemalloc.start()
@@ -232,6 +267,22 @@ def test_not_a_number_is_kept_to_be_reported():
         chunk=2,
     )
     assert [0, 1] in best.pairs.tolist() and best.scores.isnan().any()
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 2048])
+def test_entities_and_pairs_are_pooled_in_chunks(chunk, monkeypatch):
+    model = small_model(
+        *("TEST.RELATIONS.PAIR_CHUNK", chunk, "TEST.DETECTIONS_PER_IMAGE", 12), seed=3
+    ).eval()
+    expected = small_model("TEST.DETECTIONS_PER_IMAGE", 12, seed=3).eval()
+    head, sizes = model.relation_head, []
+    for pooler in (head.entity_pooler, head.predicate_pooler):
+        pooler.register_forward_pre_hook(lambda _, given: sizes.append(sum(map(len, given[1]))))
+    with torch.no_grad():
+        found, wanted = (x([busy_item()])[0]["relations"] for x in (model, expected))
+    assert max(sizes) <= chunk and (len(sizes) > 2 or chunk == 2048)
+    assert torch.equal(found.pairs, wanted.pairs) and len(found) > 5
+    torch.testing.assert_close(found.scores, wanted.scores, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("task", ["sgdet", "sgcls", "prdcls"])

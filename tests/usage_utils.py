@@ -17,10 +17,10 @@ OPTIONS = (
 )
 
 
-def write_checkpoint(folder: Path) -> Path:
+def write_checkpoint(folder: Path, *options) -> Path:
     """``model_final.pth`` of a tiny RelDN that finds six entities and their relations anywhere."""
     torch.manual_seed(0)
-    cfg = small_config(*OPTIONS)
+    cfg = small_config(*OPTIONS, *options)
     model = build_model(cfg)
     with torch.no_grad():  # classes and pairs that differ from each other
         model.relation_head.semantic.table.weight.normal_(0, 2)

@@ -20,7 +20,7 @@ from PIL import Image
 from reldn_d2.data.registered import add_module_argument, import_modules, require_dataset
 from reldn_d2.evaluation.predictions_file import read_predictions, read_settings
 from reldn_d2.evaluation.records import Prediction
-from reldn_d2.images import ImageError, read_rgb
+from reldn_d2.images import distinct_paths, read_rgb
 from reldn_d2.visualizer import RelationVisualizer
 from reldn_d2.visualizer_compare import compare_image
 
@@ -111,22 +111,27 @@ def main(arguments: Optional[List[str]] = None) -> int:
         loaded = load_arguments(args)
     except (ImportError, KeyError, OSError, ValueError) as error:
         parser.error(str(error.args[0] if isinstance(error, KeyError) else error))
-    args.output.mkdir(parents=True, exist_ok=True)
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output: {error}")
     failed = 0
-    for record in loaded.dicts[: args.number]:
+    chosen = loaded.dicts[: args.number]
+    paths = distinct_paths([record["file_name"] for record in chosen], args.output, ".png")
+    for record in chosen:
         outputs = loaded.outputs(record)
         try:
             image = read_rgb(record["file_name"])
-        except ImageError as error:
+            if outputs is None:
+                visualizer = RelationVisualizer(image, loaded.metadata)
+                picture = visualizer.draw_ground_truth(record).get_image()
+            else:
+                picture = compare_image(image, record, outputs, loaded.metadata, args.top_k)
+        except ValueError as error:  # not an image, or not of the record's size
             print(f"left out: {error}", file=sys.stderr)
             failed += 1
             continue
-        if outputs is None:
-            visualizer = RelationVisualizer(image, loaded.metadata)
-            picture = visualizer.draw_ground_truth(record).get_image()
-        else:
-            picture = compare_image(image, record, outputs, loaded.metadata, args.top_k)
-        path = args.output / f"{Path(record['file_name']).stem}.png"
+        path = paths[record["file_name"]]
         Image.fromarray(picture).save(path)
         print(path)
     return 1 if failed else 0

@@ -19,7 +19,7 @@ from draw_relations import add_arguments, load_arguments
 from tqdm import tqdm
 
 from reldn_d2.gallery import gallery_record, write_gallery
-from reldn_d2.images import ImageError, read_rgb
+from reldn_d2.images import read_rgb
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
@@ -44,24 +44,25 @@ def main(arguments: Optional[List[str]] = None) -> int:
     def records() -> Iterator[Dict[str, Any]]:
         for record in tqdm(chosen, unit="image", disable=None):
             try:
-                image = read_rgb(record["file_name"])
-            except ImageError as error:
+                yield gallery_record(
+                    Path(record["file_name"]).name,
+                    read_rgb(record["file_name"]),
+                    loaded.outputs(record),
+                    metadata.thing_classes,
+                    metadata.predicate_classes,
+                    record,
+                    args.top_k,
+                    args.side,
+                )
+            except ValueError as error:  # not an image, or not of the record's size
                 failed.append(str(error))
-                continue
-            yield gallery_record(
-                Path(record["file_name"]).name,
-                image,
-                loaded.outputs(record),
-                metadata.thing_classes,
-                metadata.predicate_classes,
-                record,
-                args.top_k,
-                args.side,
-            )
 
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     title = f"{args.dataset}: {'/'.join(args.predictions.resolve().parts[-4:-1])}"
-    count = write_gallery(args.output, records(), title, metadata.predicate_classes)
+    try:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        count = write_gallery(args.output, records(), title, metadata.predicate_classes)
+    except OSError as error:
+        parser.error(f"--output {args.output}: {error}")
     print(f"{args.output}: {count} images, {args.output.stat().st_size / 1e6:.1f} MB")
     for line in failed:
         print(f"left out: {line}", file=sys.stderr)

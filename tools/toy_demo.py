@@ -262,8 +262,8 @@ def main(arguments: Optional[List[str]] = None) -> int:
     checkpoint = output / f"seed_{args.seeds[0]}" / list(MODELS.values())[-1] / "model_final.pth"
     print(
         "To try the model on other images:\n"
-        f"  {os.path.relpath(sys.executable)} demo/demo.py --checkpoint {os.path.relpath(checkpoint)}"
-        f" \\\n      --input {images} --output output/tried"
+        f"  {os.path.relpath(sys.executable)} demo/demo.py --input {images} \\\n"
+        f"      --checkpoint {os.path.relpath(checkpoint)} --output output/tried"
     )
     return 0
 

@@ -207,12 +207,15 @@ class Prediction:
         instances.pred_classes = torch.from_numpy(self.classes).long()
         instances.scores = torch.from_numpy(self.box_scores).float()
         of_boxes = self.box_scores[self.pairs].prod(axis=1)
+        of_predicates = np.divide(
+            self.scores, of_boxes, out=np.zeros_like(self.scores), where=of_boxes > 0
+        )
         relations = predicted_relations(
             size,
             torch.from_numpy(self.pairs).long(),
             torch.from_numpy(self.predicates).long(),
             torch.from_numpy(self.scores).float(),
-            torch.from_numpy(self.scores / of_boxes.clip(min=1e-12)).float(),
+            torch.from_numpy(of_predicates).float(),
         )
         return {"instances": instances, "relations": relations}
 

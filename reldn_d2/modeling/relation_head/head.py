@@ -105,6 +105,10 @@ class RelDNHead(nn.Module):
                 f"TEST.RELATIONS.PREDICATES_PER_PAIR is {list(predicates_per_pair)}; expected one "
                 "or several numbers of predicates, 0 for all of them."
             )
+        if pair_chunk < 1:
+            raise ValueError(
+                f"TEST.RELATIONS.PAIR_CHUNK is {pair_chunk}; expected 1 or more pairs."
+            )
         self.num_classes = num_classes
         self.num_predicates = num_predicates
         self.in_features = list(in_features)
@@ -222,6 +226,7 @@ class RelDNHead(nn.Module):
         boxes: List[Boxes],
         classes: List[Tensor],
         image_sizes: List[Tuple[int, int]],
+        chunk: Optional[int] = None,
     ) -> EntityBatch:
         """Encode each entity once in either role.
 
@@ -229,14 +234,21 @@ class RelDNHead(nn.Module):
             features: the detector's feature maps, (N, c, h, w) each.
             boxes, classes: of each image.
             image_sizes: (height, width) of each image.
+            chunk: most boxes pooled at once, for one image; None pools all.
         """
         subject_vectors = object_vectors = None
         if self.entity_pooler is not None:
-            pooled = self.entity_pooler([features[name] for name in self.in_features], boxes)
+            maps = [features[name] for name in self.in_features]
+            parts = [boxes]
+            if chunk is not None:
+                parts = [[Boxes(x)] for x in boxes[0].tensor.split(chunk)]
+            heads = [x for x in (self.subject_box_head, self.object_box_head) if x is not None]
+            pooled = (self.entity_pooler(maps, part) for part in parts)
+            encoded = [torch.cat(x) for x in zip(*([head(p) for head in heads] for p in pooled))]
             if self.subject_box_head is not None:
-                subject_vectors = self.subject_box_head(pooled)
+                subject_vectors = encoded[0]
             if self.object_box_head is not None:
-                object_vectors = self.object_box_head(pooled)
+                object_vectors = encoded[-1]
         return EntityBatch.stack(boxes, classes, image_sizes, subject_vectors, object_vectors)
 
     def pair_logits(
@@ -380,7 +392,11 @@ class RelDNHead(nn.Module):
     def _predict(self, features, predicate_features, instances: Instances) -> Instances:
         """Ranked triplets of one image; the memory is bounded by ``pair_chunk``."""
         entities = self.encode_entities(
-            features, [instances.pred_boxes], [instances.pred_classes], [instances.image_size]
+            features,
+            [instances.pred_boxes],
+            [instances.pred_classes],
+            [instances.image_size],
+            chunk=self.pair_chunk,
         )
 
         def score_pairs(subjects: Tensor, objects: Tensor) -> Tensor:

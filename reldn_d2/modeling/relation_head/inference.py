@@ -32,6 +32,7 @@ __all__ = [
 FIRST_CHUNK, GROWTH = 256, 1.5  # pairs, and the factor from chunk to chunk up to the limit
 # The bound is worked out in float64, a score rounds in float32: never trust the last bits.
 _ROUNDING = 1.0 + 2.0**-20
+_SMALLEST = 2.0**-126  # below it float32 has fewer digits, and the above does not hold
 
 ScorePairs = Callable[[Tensor, Tensor], Tensor]
 """From (P,) subjects and (P,) objects to the (P, C) probabilities of their predicates."""
@@ -128,7 +129,7 @@ class TopTriplets:
         if not least or any(x is None for x in least):
             return 0.0
         lowest = float(torch.stack(least).min())
-        return lowest if lowest == lowest else 0.0
+        return lowest if lowest >= _SMALLEST else 0.0  # not if it is NaN
 
     def result(self, num_entities: int, num_scored: int) -> RankedTriplets:
         """The triplets of all k together, their pairs numbered ``subject * R + object``."""
@@ -311,8 +312,8 @@ def best_triplets(
 ) -> RankedTriplets:
     """The exact best triplets of an image, computing only the pairs that can take part.
 
-    The result equals that of :func:`exhaustive_triplets`, ties included; the memory is that of a
-    chunk. There is one synchronisation with the device a chunk.
+    The result equals that of :func:`exhaustive_triplets`, ties included, as long as no number is
+    NaN; the memory is that of a chunk. There is one synchronisation with the device a chunk.
 
     Args:
         score_pairs: the costly part, called for chunk after chunk.
