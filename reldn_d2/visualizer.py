@@ -20,7 +20,7 @@ from reldn_d2.visualizer_canvas import (
     plan_sheet,
     shorten,
 )
-from reldn_d2.visualizer_graph import place_nodes, route_edges
+from reldn_d2.visualizer_graph import GraphPlan, plan_graph
 from reldn_d2.visualizer_layout import (
     Color,
     Label,
@@ -134,22 +134,19 @@ class RelationVisualizer(Visualizer):
         plates = [label_size(_node_text(names[e], size), size) for e in drawn]
         nodes = {entity: i for i, entity in enumerate(drawn)}
         labels = [
-            label_size([text for text, _ in self._arrow_lines(scene, members)], size)
-            for members in groups.values()
+            label_size([_node_text(text, size) for text, _ in self._arrow_lines(scene, m)], size)
+            for m in groups.values()
         ]
-        places, (width, height) = place_nodes(
+        plan = plan_graph(
             (scene.boxes[drawn, :2] + scene.boxes[drawn, 2:]) / 2,
             np.array(plates).reshape(-1, 2),
             [(nodes[s], nodes[o]) for s, o in groups],
             np.array(labels).reshape(-1, 2),
             gap=2.5 * size,
+            least=GRAPH_SIDES,
         )
-        whole = np.maximum(np.ceil([width, height]), GRAPH_SIDES).astype(int)
-        places = places + (whole - [width, height]) / 2
-        blank = np.full((whole[1], whole[0], 3), 255, np.uint8)
-        return RelationVisualizer(blank, self.metadata, 1.0)._draw(
-            scene, nodes=dict(zip(drawn, places)), **style
-        )
+        blank = np.full((plan.size[1], plan.size[0], 3), 255, np.uint8)
+        return RelationVisualizer(blank, self.metadata, 1.0)._draw(scene, plan=plan, **style)
 
     def name(self, scene: Scene, entities: Sequence[int]) -> Dict[int, str]:
         """Names of some entities of a scene, such as ``cup 2`` where there are several cups."""
@@ -165,11 +162,11 @@ class RelationVisualizer(Visualizer):
         heading: Optional[str] = None,
         panel: str = "right",
         plain: bool = False,
-        nodes: Optional[Mapping[int, np.ndarray]] = None,
+        plan: Optional[GraphPlan] = None,
     ) -> VisImage:
         """The common core; arguments as in :meth:`draw_triplets`.
 
-        With ``nodes``, the (2,) centre of each drawn entity, it is a graph that is drawn.
+        With ``plan``, the places of all drawn entities and pairs, it is a graph that is drawn.
         """
         drawn = scene.drawn
         if marks is None:
@@ -191,7 +188,7 @@ class RelationVisualizer(Visualizer):
         ):
             rows.append(self._row(number, triplet, mark, color, names, colors))
         height, width = self.img.shape[:2]
-        text = None if nodes is None else GRAPH_TEXT
+        text = None if plan is None else GRAPH_TEXT
         sheet = plan_sheet(width, height, self.scale, rows, panel, title is not None, text)
         self.output = RelationImage(self.img, self.scale, sheet)
         if title is not None:
@@ -199,10 +196,10 @@ class RelationVisualizer(Visualizer):
             self.output.write(6, sheet.area[1] / 2, text, 1.1 * sheet.text, INK, bold=True)
         if drawn:
             dashed = [mark is False for mark in marks]
-            if nodes is None:
+            if plan is None:
                 self._draw_scene(scene, drawn, line_colors, dashed, names, colors)
             else:
-                self._draw_nodes(scene, nodes, line_colors, dashed, names, colors)
+                self._draw_plan(scene, plan, line_colors, dashed, names, colors)
         if panel != "none":
             self.output.list_rows(rows)
         return self.output
@@ -275,10 +272,10 @@ class RelationVisualizer(Visualizer):
             output.plate(label, [(text, WHITE)], colors[entity], WHITE)
         self._label_arrows(placer, arcs, scene, list(groups.values()), line_colors)
 
-    def _draw_nodes(
+    def _draw_plan(
         self,
         scene: Scene,
-        nodes: Mapping[int, np.ndarray],
+        plan: GraphPlan,
         line_colors: Sequence[Color],
         dashed: Sequence[bool],
         names: Mapping[int, str],
@@ -286,18 +283,19 @@ class RelationVisualizer(Visualizer):
     ) -> None:
         """Draw entities as plates with their names, and arrows between them."""
         output: RelationImage = self.output
-        sheet, groups = output.sheet, scene.by_pair()
-        nodes = {e: place + np.array(sheet.image[:2]) for e, place in nodes.items()}
-        texts = {e: _node_text(names[e], sheet.text) for e in nodes}
-        sizes = {e: np.array(label_size(texts[e], sheet.text)) for e in nodes}
-        arcs = route_edges(list(groups), nodes, sizes, sheet.area)
-        self._draw_arrows(arcs, list(groups.values()), line_colors, dashed)
-        rects = np.array([[*(x - sizes[e] / 2), *(x + sizes[e] / 2)] for e, x in nodes.items()])
-        for entity, rect in zip(nodes, rects):
+        sheet, groups = output.sheet, list(scene.by_pair().values())
+        plan = plan.moved(*sheet.image[:2])
+        self._draw_arrows(plan.arcs, groups, line_colors, dashed)
+        for entity, rect in zip(scene.drawn, plan.nodes):
             label = Label(tuple(float(x) for x in rect), None)
-            output.plate(label, [(texts[entity], WHITE)], colors[entity], WHITE)
-        placer = LabelPlacer(sheet.area, taken=rects, details=rects)
-        self._label_arrows(placer, arcs, scene, list(groups.values()), line_colors)
+            text = _node_text(names[entity], sheet.text)
+            output.plate(label, [(text, WHITE)], colors[entity], WHITE)
+        for label, members in zip(plan.labels, groups):
+            lines = [
+                (_node_text(text, sheet.text), FAINT if i is None else line_colors[i])
+                for text, i in self._arrow_lines(scene, members)
+            ]
+            output.plate(label, lines, WHITE, lines[0][1])
 
     def _draw_arrows(
         self,
@@ -346,7 +344,7 @@ class RelationVisualizer(Visualizer):
 
 
 def _node_text(name: str, size: float) -> str:
-    """The text of a node of a graph."""
+    """The text of a node or an arrow of a graph."""
     return shorten(name, size, 20 * size)
 
 

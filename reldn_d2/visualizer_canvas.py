@@ -3,7 +3,9 @@
 Coordinates are pixels of the sheet, y downwards, unless said otherwise.
 """
 
+import bisect
 import math
+import re
 from functools import lru_cache
 from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
 
@@ -28,6 +30,8 @@ __all__ = ["RelationImage", "Row", "Sheet", "label_size", "plan_sheet", "shorten
 INK, FAINT, WHITE = (0.13, 0.13, 0.13), (0.45, 0.45, 0.45), (1.0, 1.0, 1.0)
 MIN_AREA = 240  # pixels that the image with the white around it has at least in each direction
 MIN_ROWS = 20  # relations that one column of the panel holds, however low the image
+_CUT = "\u2026"
+_NUMBER = re.compile(r"(?<=\S)(?: \d+ #\d+| #?\d+)$")  # of an entity, behind its class
 
 
 @lru_cache(maxsize=64)
@@ -49,12 +53,34 @@ def label_size(lines: Union[str, Sequence[str]], size: float) -> Tuple[float, fl
 
 
 def shorten(text: str, size: float, width: float, bold: bool = False) -> str:
-    """Cut a text to ``width`` pixels, with an ellipsis where something was cut."""
+    """Cut a text to ``width`` pixels, with an ellipsis where something was cut.
+
+    A number at the end, such as that of ``cup 2`` or ``class 7 #2``, is kept where it fits. Where
+    even the ellipsis does not fit, nothing is left.
+    """
     if text_width(text, size, bold) <= width:
         return text
-    while text and text_width(text + "\u2026", size, bold) > width:
-        text = text[:-1]
-    return text.rstrip() + "\u2026"
+    number = _NUMBER.search(text)
+    for end in [number.group(), ""] if number else [""]:
+        body = text[: len(text) - len(end)]
+        # The least number of letters that is too wide; 0 where not even the ellipsis fits.
+        over = bisect.bisect_left(
+            range(len(body) + 1),
+            True,
+            key=lambda n: text_width(body[:n].rstrip() + _CUT + end, size, bold) > width,
+        )
+        if over:
+            return body[: over - 1].rstrip() + _CUT + end
+    return ""
+
+
+def fair_cap(widths: Sequence[float], room: float) -> float:
+    """The width to which the longest pieces must be cut so that all of them fit into ``room``."""
+    for left, width in zip(range(len(widths), 0, -1), sorted(widths)):
+        if width * left > room:
+            return max(room / left, 0.0)
+        room -= width
+    return math.inf
 
 
 class Row(NamedTuple):
@@ -280,7 +306,9 @@ class RelationImage(VisImage):
                 start = end - text_width(row.right, size)
                 self.write(start, y, row.right, size, INK)
                 end = start - 0.7 * size
+            widths = [text_width(text, size, bold) for text, _, bold in row.pieces]
+            cap = fair_cap(widths, end - x)
             for text, color, bold in row.pieces:
-                text = shorten(text, size, end - x, bold)
+                text = shorten(text, size, cap, bold)
                 self.write(x, y, text, size, color, bold)
                 x += text_width(text, size, bold)

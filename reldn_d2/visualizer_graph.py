@@ -3,13 +3,71 @@
 Shapes: E nodes, P edges. Rectangles are ``(x0, y0, x1, y1)`` in pixels, y downwards.
 """
 
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
-from .visualizer_layout import arc
+from .visualizer_layout import Label, LabelPlacer, arc
 
-__all__ = ["place_nodes", "route_edges"]
+__all__ = ["GraphPlan", "place_nodes", "plan_graph", "route_edges"]
+
+MOST_TRIES = 12  # of larger and larger drawings, until no label covers anything
+
+
+class GraphPlan(NamedTuple):
+    """Where the parts of a graph lie in a drawing that begins at (0, 0)."""
+
+    size: Tuple[int, int]  # width, height
+    nodes: np.ndarray  # (E, 4) rectangles
+    arcs: List[np.ndarray]  # (L, 2) points of each edge
+    labels: List[Label]  # of each edge
+
+    def moved(self, x: float, y: float) -> "GraphPlan":
+        """The same further to the right and below."""
+        by = np.array([x, y])
+        labels = []
+        for (x0, y0, x1, y1), target in self.labels:
+            target = None if target is None else (target[0] + x, target[1] + y)
+            labels.append(Label((x0 + x, y0 + y, x1 + x, y1 + y), target))
+        arcs = [points + by for points in self.arcs]
+        return GraphPlan(self.size, self.nodes + np.tile(by, 2), arcs, labels)
+
+
+def plan_graph(
+    centres: np.ndarray,
+    sizes: np.ndarray,
+    edges: Sequence[Tuple[int, int]],
+    labels: np.ndarray,
+    gap: float,
+    least: Tuple[int, int],
+) -> GraphPlan:
+    """Place nodes, edges and labels, in a drawing so large that no label covers anything.
+
+    Args:
+        centres: (E, 2) of the entities in the image, both in one unit.
+        sizes: (E, 2) width and height of each node.
+        edges: P pairs of nodes.
+        labels: (P, 2) width and height of what stands on each edge.
+        gap: pixels that stay free around a node.
+        least: width and height that the drawing has at least.
+    """
+    spread = 1.0
+    for _ in range(MOST_TRIES):
+        places, needed = place_nodes(centres, sizes, edges, labels, gap, spread)
+        whole = np.maximum(np.ceil(needed), least).astype(int)
+        places = places + (whole - needed) / 2
+        frame = (0, 0, int(whole[0]), int(whole[1]))
+        arcs = route_edges(edges, dict(enumerate(places)), dict(enumerate(sizes)), frame)
+        rects = np.concatenate([places - sizes / 2, places + sizes / 2], axis=1)
+        placer = LabelPlacer(frame, taken=rects, details=rects)
+        placed = [
+            placer.place_on_line(tuple(size), points, [*arcs[:number], *arcs[number + 1 :]])
+            for number, (size, points) in enumerate(zip(labels, arcs))
+        ]
+        if not placer.crowded:
+            break
+        spread *= 1.2
+    return GraphPlan(frame[2:], rects, arcs, placed)
 
 
 def place_nodes(
@@ -18,6 +76,7 @@ def place_nodes(
     edges: Sequence[Tuple[int, int]],
     labels: np.ndarray,
     gap: float,
+    spread: float = 1.0,
 ) -> Tuple[np.ndarray, Tuple[float, float]]:
     """Place nodes so that related ones are near each other and none covers another.
 
@@ -31,6 +90,7 @@ def place_nodes(
         edges: pairs of nodes.
         labels: (P, 2) width and height of what stands on each edge.
         gap: pixels that stay free around a node.
+        spread: makes all edges longer by this factor.
 
     Returns:
         (E, 2) centres in a drawing that begins at (0, 0), and its width and height.
@@ -46,12 +106,13 @@ def place_nodes(
     graph = networkx.Graph()
     graph.add_nodes_from(range(len(centres)))
     for edge, label in zip(edges, labels):
-        graph.add_edge(*edge, label=label)
+        both_ways = graph.has_edge(*edge)
+        graph.add_edge(*edge, label=label, arrows=2 if both_ways else 1)
     parts = [sorted(part) for part in networkx.connected_components(graph)]
     parts.sort(key=lambda part: tuple(centres[part].mean(axis=0)))
     places, boxes = np.zeros((len(centres), 2)), []
     for part in parts:
-        laid_out = _place_part(graph.subgraph(part), centres, sizes, gap)
+        laid_out = _place_part(graph.subgraph(part), centres, sizes, gap, spread)
         low = (laid_out - sizes[part] / 2 - gap / 2).min(axis=0)
         high = (laid_out + sizes[part] / 2 + gap / 2).max(axis=0)
         places[part] = laid_out - low
@@ -62,8 +123,13 @@ def place_nodes(
     return places, whole
 
 
-def _place_part(graph: Any, centres: np.ndarray, sizes: np.ndarray, gap: float) -> np.ndarray:
-    """Centres of the nodes, in order, of one connected part; its edges have a ``label``."""
+def _place_part(
+    graph: Any, centres: np.ndarray, sizes: np.ndarray, gap: float, spread: float
+) -> np.ndarray:
+    """Centres of the nodes, in order, of one connected part.
+
+    Its edges have a ``label``, the size of what stands on them, and a number of ``arrows``.
+    """
     import networkx
 
     nodes = sorted(graph)
@@ -71,8 +137,8 @@ def _place_part(graph: Any, centres: np.ndarray, sizes: np.ndarray, gap: float) 
         return np.zeros((1, 2))
     start = centres[nodes] - centres[nodes].mean(axis=0)
     # Two nodes at one place would push each other in no direction.
-    spread = np.abs(start).max() or 1.0
-    start = start / spread + 0.03 * np.random.default_rng(0).standard_normal(start.shape)
+    reach = np.abs(start).max() or 1.0
+    start = start / reach + 0.03 * np.random.default_rng(0).standard_normal(start.shape)
     found = networkx.spring_layout(
         graph, pos=dict(zip(nodes, start)), k=1.0, iterations=200, seed=0, weight=None
     )
@@ -88,7 +154,10 @@ def _place_part(graph: Any, centres: np.ndarray, sizes: np.ndarray, gap: float) 
         # Half of both nodes and the label, along the edge, and some line to be seen of it.
         needed = float(((sizes[i] + sizes[j]) / 2 + label) @ offset) / length + 1.5 * gap
         ratios.append(needed / length)
-    return _push_apart(places * np.quantile(ratios, 0.75), sizes[nodes] + gap)
+    # Many edges for the nodes cross each other and need room for their labels.
+    density = graph.size(weight="arrows") / (1.5 * len(nodes))
+    scale = np.quantile(ratios, 0.75) * max(1.0, density**0.5) * spread
+    return _push_apart(places * scale, sizes[nodes] + gap)
 
 
 def _pack(boxes: Sequence[np.ndarray]) -> Tuple[List[np.ndarray], Tuple[float, float]]:
@@ -153,6 +222,9 @@ def route_edges(
         for each edge (L, 2) points in order, L >= 2.
     """
     routes = []
+    number = {node: i for i, node in enumerate(centres)}
+    middles = np.array([centres[node] for node in number]).reshape(-1, 2)
+    halves = np.array([sizes[node] for node in number]).reshape(-1, 2) / 2 + 2
     both_ways = set(edges)
     for first, second in edges:
         length = float(np.hypot(*(centres[second] - centres[first])))
@@ -163,13 +235,19 @@ def route_edges(
             where = np.linspace(0, len(points) - 1, 401)
             fine = [np.interp(where, np.arange(len(points)), x) for x in points.T]
             points = np.stack(fine, axis=1)
-            inside = {
-                node: (np.abs(points - centre) <= sizes[node] / 2 + 2).all(axis=1)
-                for node, centre in centres.items()
-            }
-            outside = ~(inside[first] | inside[second])
-            behind = sum(int((x & outside).sum()) for n, x in inside.items() if n != first)
+            low, high = points.min(axis=0), points.max(axis=0)
+            near = ((middles + halves >= low) & (middles - halves <= high)).all(axis=1)
+            near[[number[first], number[second]]] = False
+            outside = ~_within(points, middles, halves, [number[first], number[second]]).any(0)
+            behind = int(_within(points[outside], middles, halves, np.flatnonzero(near)).sum())
             if behind < hidden:
                 best, hidden = points[outside][::4] if outside.sum() > 8 else points, behind
         routes.append(best)
     return routes
+
+
+def _within(
+    points: np.ndarray, middles: np.ndarray, halves: np.ndarray, which: Sequence[int]
+) -> np.ndarray:
+    """(L, 2) points and N of the rectangles to (N, L) bool."""
+    return (np.abs(points - middles[which][:, None]) <= halves[which][:, None]).all(axis=2)

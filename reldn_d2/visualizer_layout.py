@@ -213,6 +213,7 @@ class LabelPlacer:
         self.frame = np.asarray(frame, dtype=float)
         self.details = np.asarray(details, dtype=float).reshape(-1, 4)
         self.taken = np.asarray(taken, dtype=float).reshape(-1, 4)
+        self.crowded = False  # whether a label had to cover something
 
     def place_at_box(
         self, size: Tuple[float, float], box: np.ndarray, lines: Sequence[np.ndarray]
@@ -303,14 +304,15 @@ class LabelPlacer:
         return np.concatenate([low, low + 2 * half], axis=1)
 
     def _blocked(self, rects: np.ndarray) -> np.ndarray:
-        margin = np.array([-1.0, -1.0, 1.0, 1.0])
-        return (_overlap(rects, self.taken + margin) > 0).any(axis=1)
+        return self._taken_area(rects) > 0
 
     def _covered(self, rects: np.ndarray, lines: Sequence[np.ndarray]) -> np.ndarray:
         """(C,) what each rectangle would hide: shares of details, and points of lines."""
         area = (self.details[:, 2:] - self.details[:, :2]).prod(axis=1).clip(min=1.0)
         shares = (_overlap(rects, self.details) / area).sum(axis=1)
         points = np.concatenate([np.zeros((0, 2)), *lines])
+        near = (points >= rects[:, :2].min(axis=0)) & (points <= rects[:, 2:].max(axis=0))
+        points = points[near.all(axis=1)]
         return 1.5 * shares + 0.05 * self._inside(points, rects).sum(axis=1)
 
     @staticmethod
@@ -326,8 +328,24 @@ class LabelPlacer:
         centres = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2) + np.asarray(size) / 2
         rects = self._rects(size, centres)
         distance = np.linalg.norm((rects[:, :2] + rects[:, 2:]) / 2 - centre, axis=1)
-        covered = _overlap(rects, self.taken + np.array([-1.0, -1.0, 1.0, 1.0])).sum(axis=1)
-        return rects[np.lexsort((distance, covered))[0]]
+        reach, furthest = 8 * size[1], distance.max()
+        while True:  # near by first: most places of a large frame need not be looked at
+            near = distance <= reach
+            covered = self._taken_area(rects[near])
+            if reach >= furthest or (covered == 0).any():
+                break
+            reach *= 2
+        best = np.lexsort((distance[near], covered))[0]
+        self.crowded |= bool(covered[best] > 0)
+        return rects[near][best]
+
+    def _taken_area(self, rects: np.ndarray) -> np.ndarray:
+        """(C, 4) rectangles to (C,) how much of each is taken."""
+        taken = self.taken + np.array([-1.0, -1.0, 1.0, 1.0])
+        if not len(rects):
+            return np.zeros(0)
+        bounds = np.concatenate([rects[:, :2].min(axis=0), rects[:, 2:].max(axis=0)])
+        return _overlap(rects, taken[_overlap(taken, bounds[None])[:, 0] > 0]).sum(axis=1)
 
     @staticmethod
     def _leader(

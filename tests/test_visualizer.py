@@ -368,6 +368,71 @@ def test_label_of_many_predicates_is_cut_short(image, metadata):
     assert "and 3 more" in words
 
 
+LONG = "a very long name of a class that no one can read in one go, nor in two or in three"
+
+
+def test_long_row_of_the_panel_keeps_all_its_parts(image):
+    odd = Metadata(name="long", thing_classes=[LONG] * 3, predicate_classes=[LONG])
+    triplets = [(0, 1, 0, 0.87), (1, 2, 0, 0.5)]
+    picture = RelationVisualizer(image, odd).draw_triplets(BOXES, CLASSES, triplets)
+    words = texts(picture)
+    row = words[words.index("0.87") :][:7]
+    assert row[1] == "\u20071  " and row[3] == row[5] == " \u2013 "
+    for text in (row[2], row[4], row[6]):
+        assert text.startswith("a very long name") and "\u2026" in text
+    assert row[6].endswith("\u2026 1")
+    renderer = picture.canvas.get_renderer()
+    extents = [text.get_window_extent(renderer).padded(-1) for text in picture.overlay.texts]
+    for first, second in itertools.combinations(extents[words.index("0.87") :], 2):
+        assert not first.overlaps(second)
+
+
+@pytest.mark.parametrize("draw", ["draw_triplets", "draw_graph"])
+@pytest.mark.parametrize("known", [True, False])
+def test_shortened_names_keep_their_numbers(draw, known, image):
+    names = {1: f"{LONG} 1", 2: f"{LONG} 2"} if known else {1: f"{LONG} 7 #1", 2: f"{LONG} 7 #2"}
+    visualizer = RelationVisualizer(image, Metadata(name="none"))
+    picture = getattr(visualizer, draw)(BOXES, CLASSES, [(1, 2, 0, None)], names=names)
+    for number in (" 1", " 2") if known else (" 7 #1", " 7 #2"):
+        found = [text for text in texts(picture) if text.endswith("\u2026" + number)]
+        assert len(found) == 2  # on the picture and in the panel
+
+
+def test_long_predicates_do_not_blow_up_a_scene_graph(image):
+    odd = Metadata(name="long", thing_classes=THINGS, predicate_classes=[LONG * 5] * 2)
+    picture = RelationVisualizer(image, odd).draw_graph(BOXES, CLASSES, all_pairs(4))
+    assert max(picture.sheet.area) < 1500
+
+
+def graph_rects(picture):
+    plates = [x for x in picture.overlay.patches if type(x).__name__ == "FancyBboxPatch"]
+    return np.array(
+        [
+            (x.get_x(), x.get_y(), x.get_x() + x.get_width(), x.get_y() + x.get_height())
+            for x in plates
+        ]
+    ) + np.array(
+        [-2.2, -2.2, 2.2, 2.2]
+    )  # their rounded rims
+
+
+@pytest.mark.parametrize("title", [None, "A title"])
+def test_dense_scene_graph_has_no_label_on_another(title, image):
+    boxes = np.random.default_rng(1).random((8, 2)) * 400
+    boxes = np.concatenate([boxes, boxes + 60], axis=1)
+    triplets = [(s, o, (s + o) % 9, None) for s, o in itertools.permutations(range(8), 2)]
+    visualizer = RelationVisualizer(image)
+    rects = graph_rects(visualizer.draw_graph(boxes, range(8), triplets, title=title))
+    assert len(rects) == 8 + 56
+    for a, b in itertools.combinations(rects, 2):
+        assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+    if title:  # the whole graph stands below it
+        plain = graph_rects(visualizer.draw_graph(boxes, range(8), triplets))
+        moved = rects - plain
+        assert np.allclose(moved[:, [0, 2]], 0) and np.allclose(moved[:, [1, 3]], moved[0, 1])
+        assert moved[0, 1] > 10
+
+
 def test_scene_graph_has_a_node_for_each_entity_and_none_covers_another(image, metadata):
     triplets = all_pairs(8)
     picture = RelationVisualizer(image, metadata).draw_graph(BOXES, CLASSES, triplets)

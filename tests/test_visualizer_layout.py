@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from reldn_d2.visualizer_canvas import MIN_AREA, Row, plan_sheet, shorten, text_width
-from reldn_d2.visualizer_graph import place_nodes
+from reldn_d2.visualizer_canvas import MIN_AREA, Row, fair_cap, plan_sheet, shorten, text_width
+from reldn_d2.visualizer_graph import place_nodes, plan_graph, route_edges
 from reldn_d2.visualizer_layout import (
     LabelPlacer,
     arc,
@@ -82,6 +82,27 @@ def test_long_text_is_shortened_to_its_width():
     assert short.endswith("\u2026") and 60 < text_width(short, 13) <= 100
 
 
+@pytest.mark.parametrize("number", [" 2", " 12", " #3", " 7 #2"])
+def test_shortened_name_keeps_its_number(number):
+    short = shorten("a very long class name indeed" + number, 13, 110)
+    assert short.startswith("a very lo") and short.endswith("\u2026" + number)
+    assert text_width(short, 13) <= 110
+
+
+def test_text_without_room_is_left_out():
+    ellipsis = text_width("\u2026", 13)
+    assert shorten("cup 2", 13, ellipsis + 1) == "\u2026"  # the number does not fit
+    for width in (ellipsis - 1, 0, -50):
+        assert shorten("cup 2", 13, width) == shorten("a class", 13, width) == ""
+
+
+def test_only_the_longest_pieces_are_cut():
+    assert fair_cap([10, 20, 30], 60) == np.inf
+    assert fair_cap([10, 50, 30], 80) == 40  # 10 + 40 + 30
+    assert fair_cap([50, 10, 90, 90], 100) == 30
+    assert fair_cap([10, 20], -5) == 0 and fair_cap([], 0) == np.inf
+
+
 def test_sheet_is_never_lower_than_its_panel():
     rows = [Row([(f"row {number}", (0, 0, 0), False)]) for number in range(101)]
     sheet = plan_sheet(1000, 10, 0.5, rows, "right", title=False)
@@ -124,3 +145,61 @@ def test_graph_is_turned_as_the_image_and_parts_stand_in_its_order():
     assert places[[2, 3, 4], 0].max() < places[[0, 1], 0].min()  # the part on the left
     assert places[0, 1] < places[1, 1] and abs(places[0, 0] - places[1, 0]) < 30
     assert places[3, 0] > places[2, 0] and places[4, 1] > places[2, 1]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("count", [2, 8, 11])
+def test_labels_of_a_complete_graph_cover_nothing(count, seed):
+    generator = np.random.default_rng(seed)
+    edges = list(itertools.permutations(range(count), 2))
+    sizes = np.stack([generator.uniform(40, 150, count), np.full(count, 24.0)], axis=1)
+    labels = np.stack([generator.uniform(40, 200, len(edges)), np.full(len(edges), 43.0)], axis=1)
+    centres = generator.random((count, 2)) * 500
+    plan = plan_graph(centres, sizes, edges, labels, gap=37.5, least=(360, 240))
+    rects = np.concatenate([plan.nodes, [label.rect for label in plan.labels]])
+    assert len(rects) == count + len(edges)
+    assert (rects[:, :2] >= 0).all() and (rects[:, 2:] <= np.array(plan.size)).all()
+    for a, b in itertools.combinations(rects, 2):
+        assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+
+
+def test_dense_graph_gets_room_and_a_sparse_one_stays_compact():
+    centres, sizes = np.random.default_rng(0).random((8, 2)), np.full((8, 2), 30.0)
+    ring = [(i, (i + 1) % 8) for i in range(8)]
+    everything = list(itertools.permutations(range(8), 2))
+
+    def area(edges):
+        labels = np.tile([60.0, 25.0], (len(edges), 1))
+        return np.prod(place_nodes(centres, sizes, edges, labels, gap=30.0)[1])
+
+    one_way = [(i, j) for i, j in everything if i < j]
+    assert area(everything) > 1.5 * area(one_way)  # twice the labels on the same lines
+    labels = np.tile([60.0, 25.0], (8, 1))
+    plan = plan_graph(centres, sizes, ring, labels, gap=30.0, least=(10, 10))
+    assert np.prod(plan.size) <= 1.02 * area(ring)
+
+
+def test_label_finds_the_nearest_free_place_and_looks_at_little_of_a_large_frame(monkeypatch):
+    looked_at = []
+    area = LabelPlacer._taken_area
+    monkeypatch.setattr(
+        LabelPlacer,
+        "_taken_area",
+        lambda self, rects: (looked_at.append(len(rects)), area(self, rects))[1],
+    )
+    taken = [[900, 900, 1100, 1100], *np.random.default_rng(0).random((200, 4)) * 5]
+    placer = LabelPlacer((0, 0, 4000, 4000), taken=taken, details=[])
+    line = np.full((41, 2), 1000.0)
+    left, top, right, bottom = placer.place_on_line((60, 20), line, []).rect
+    assert max(abs((left + right) / 2 - 1000) - 130, abs((top + bottom) / 2 - 1000) - 110) < 11
+    assert sum(looked_at) < 5000 and not placer.crowded
+    full = LabelPlacer((0, 0, 100, 100), taken=[[0, 0, 100, 100]], details=[])
+    full.place_on_line((60, 20), np.full((41, 2), 50.0), [])
+    assert full.crowded
+
+
+def test_edges_bend_around_nodes_that_lie_on_their_way():
+    centres = {0: np.array([50.0, 100]), 1: np.array([350.0, 100]), 2: np.array([200.0, 90])}
+    sizes = {node: np.array([40.0, 20]) for node in centres}
+    (route,) = route_edges([(0, 1)], centres, sizes, (0, 0, 400, 200))
+    assert not (np.abs(route - centres[2]) <= sizes[2] / 2 + 1).all(axis=1).any()
