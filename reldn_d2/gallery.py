@@ -14,8 +14,9 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence, Union
 import numpy as np
 from PIL import Image
 
+from reldn_d2.visualizer import check_size
 from reldn_d2.visualizer_layout import name_entities, predicate_color
-from reldn_d2.visualizer_scene import Scene, find_hits
+from reldn_d2.visualizer_scene import Scene, Triplet, find_hits, same_entities
 
 from detectron2.structures import Instances
 
@@ -51,27 +52,29 @@ def gallery_record(
         name, width, height, ``picture`` (a data URL), ``boxes`` of the entities that take part,
         ``rows`` (subject, object, predicate, score, hit), ``missed`` (the same of ground truth
         that no row hits), ``names`` and ``truth`` (number of true relations or None).
+        An entity has one name in all rows.
+
+    Raises:
+        ValueError: the image is not of the size that ``dataset_dict`` says.
     """
     height, width = image.shape[:2]
     scene = Scene.from_outputs(outputs["instances"], outputs["relations"], topk, min_score)
-    boxes, classes, missed = scene.boxes, list(scene.classes), []
+    truth = Scene(np.zeros((0, 4)), [], [])
     hits: List[Optional[bool]] = [None] * len(scene.triplets)
-    number_true = None
+    missed: List[Triplet] = []
     if dataset_dict is not None:
+        check_size(image, dataset_dict)
         truth = Scene.from_dataset_dict(dataset_dict)
         hits, found = find_hits(scene, truth)
-        start, number_true = len(classes), len(truth.triplets)
-        missed = [
-            (s + start, o + start, p)
-            for (s, o, p, _), is_found in zip(truth.triplets, found)
-            if not is_found
-        ]
-        boxes, classes = np.concatenate([boxes, truth.boxes]), classes + list(truth.classes)
-    drawn = sorted(set(scene.drawn) | {i for row in missed for i in row[:2]})
-    numbered = {i: n for n, i in enumerate(drawn)}
-    predicted = [i for i in drawn if i < len(scene.classes)]
-    names = name_entities(boxes, classes, predicted, thing_classes)
-    names.update(name_entities(boxes, classes, drawn[len(predicted) :], thing_classes))
+        missed = [row for row, is_found in zip(truth.triplets, found) if not is_found]
+    # Predicted boxes and those of missed relations are shown each; an entity has one name in both.
+    everything, (same,) = same_entities(truth, [scene])
+    not_found = sorted({entity for row in missed for entity in row[:2]})
+    used = sorted({*same.values(), *not_found})
+    names = name_entities(everything.boxes, everything.classes, used, thing_classes)
+    boxes = [*scene.boxes[scene.drawn], *truth.boxes[not_found]]
+    place = {entity: n for n, entity in enumerate(scene.drawn)}
+    place_missed = {entity: n for n, entity in enumerate(not_found, start=len(place))}
 
     def predicate(number: int) -> str:
         known = number < len(predicate_classes)
@@ -82,14 +85,14 @@ def gallery_record(
         "width": width,
         "height": height,
         "picture": _data_url(image, side),
-        "boxes": [[round(float(x), 1) for x in boxes[i]] for i in drawn],
-        "names": [names[i] for i in drawn],
+        "boxes": [[round(float(x), 1) for x in box] for box in boxes],
+        "names": [names[same[i]] for i in scene.drawn] + [names[i] for i in not_found],
         "rows": [
-            [numbered[s], numbered[o], predicate(p), round(float(score), 4), hit]
+            [place[s], place[o], predicate(p), round(float(score), 4), hit]
             for (s, o, p, score), hit in zip(scene.triplets, hits)
         ],
-        "missed": [[numbered[s], numbered[o], predicate(p)] for s, o, p in missed],
-        "truth": number_true,
+        "missed": [[place_missed[s], place_missed[o], predicate(p)] for s, o, p, _ in missed],
+        "truth": None if dataset_dict is None else len(truth.triplets),
     }
 
 

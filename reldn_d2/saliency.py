@@ -5,7 +5,7 @@ Shapes: c channels, (h, w) one level of a feature pyramid, (H, W) the image. Map
 """
 
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -52,7 +52,8 @@ def feature_saliency(predictor: RelationPredictor, image: Image) -> Saliency:
     rgb = load_rgb(image)
     sizes = _sizes(predictor, rgb)
     with torch.no_grad():
-        features, predicate_features, _ = _run(predictor, rgb)
+        images = predictor.model.detector.preprocess([predictor.prepare(rgb)])
+        features, predicate_features = predictor.model.feature_maps(images)
     maps = []
     for levels in (features, predicate_features or {}):
         averaged = {name: x[0].abs().mean(dim=0) for name, x in levels.items()}
@@ -77,7 +78,7 @@ def triplet_saliency(
         the maps, and the prediction with this triplet alone.
 
     Raises:
-        ImageError: there are not so many triplets.
+        ImageError: there are not so many triplets, or the model's scores hang on no feature map.
     """
     name = str(image) if isinstance(image, (str, Path)) else "image"
     rgb = load_rgb(image)
@@ -99,12 +100,19 @@ def triplet_saliency(
         logits = head.pair_logits(encoded, branches[1] or None, subject[None], object_[None])
         score = logits.float().log_softmax(dim=1)[0, predicate]
         leaves = [x for levels in branches for x in levels.values()]
-        gradients = iter(torch.autograd.grad(score, leaves, allow_unused=True))
-    maps = []
+        gradients: Sequence[Optional[Tensor]] = ()
+        if score.requires_grad:
+            gradients = torch.autograd.grad(score, leaves, allow_unused=True)
+    if all(x is None for x in gradients):
+        raise ImageError(
+            f"{name}: there is nothing to draw, as the scores of a model without visual module "
+            "hang on no feature map"
+        )
+    maps, rest = [], iter(gradients)
     for levels in branches:
         moved = {}
         for level, x in levels.items():
-            gradient = next(gradients)
+            gradient = next(rest)
             if gradient is not None:
                 moved[level] = (gradient * x.detach()).sum(dim=1)[0].abs()
         maps.append(_to_image(moved, _sizes(predictor, rgb), normalize_levels=False))
@@ -194,7 +202,7 @@ def draw_triplet_saliency(
         the picture and the triplet.
 
     Raises:
-        ImageError: there are not so many triplets, or the model has no such level.
+        ImageError: as in :func:`triplet_saliency`, or the model has no such level.
     """
     rgb = load_rgb(image)
     saliency, prediction = triplet_saliency(predictor, image, rank)
@@ -225,13 +233,13 @@ def _scale(rgb: np.ndarray) -> float:
 
 
 def _sheet(rows: Sequence[Sequence[Tuple[str, np.ndarray]]]) -> np.ndarray:
-    """Pictures with titles, in rows and columns on white."""
+    """Pictures with titles, in rows and columns on white; the visualizer leaves room for titles."""
     lines = []
     for row in rows:
         cells = []
         for title, picture in row:
             scale = _scale(picture)
-            size = [max(240, round(x * scale)) for x in picture.shape[1::-1]]
+            size = [max(1, round(x * scale)) for x in picture.shape[1::-1]]
             picture = np.asarray(PILImage.fromarray(picture).resize(size, PILImage.BICUBIC))
             framed = RelationVisualizer(picture, scale=1.0).draw_triplets(
                 np.zeros((0, 4)), [], [], title=title, panel="none"

@@ -13,7 +13,6 @@ from usage_utils import picture, write_checkpoint
 from reldn_d2.images import ImageError
 from reldn_d2.prediction import graph_to_dot, graph_to_graphml
 from reldn_d2.predictor import RelationPredictor
-from reldn_d2.saliency import draw_feature_maps, draw_triplet_saliency
 
 from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
@@ -240,54 +239,3 @@ def test_pil_images_and_what_is_no_image(predictor):
             predictor(wrong)
     with pytest.raises(ImageError, match="^2 images came with 1 sets of boxes; give one for each"):
         predictor([rgb, rgb], boxes=[[[0, 0, 5, 5]]])
-
-
-def test_feature_maps_are_averages_over_channels(predictor):
-    rgb = picture(64, 96)  # scaled to 85 x 128, padded to a multiple of the strides
-    maps = predictor.feature_maps(rgb)
-    assert set(maps.detector) == {"p2", "p3", "p4", "fused"} == set(maps.predicate)
-    for values in (*maps.detector.values(), *maps.predicate.values()):
-        assert values.shape == (64, 96) and values.min() >= 0 and values.max() <= 1
-    with torch.no_grad():
-        model = predictor.model
-        images = model.detector.preprocess([predictor.prepare(rgb)])
-        mean = model.predicate_backbone(images.tensor)["p2"][0].abs().mean(0)
-    # The brightest place of the map is the brightest place of the network's own.
-    y, x = np.unravel_index(maps.predicate["p2"].argmax(), (64, 96))
-    stride = images.tensor.shape[-1] / mean.shape[-1]
-    scale = predictor.prepare(rgb)["image"].shape[-1] / 96
-    assert mean[int(y * scale / stride), int(x * scale / stride)] > mean.quantile(0.9)
-
-
-def test_saliency_of_a_triplet_lies_on_its_boxes(predictor):
-    """The gradient of a score reaches only what its three boxes pool from."""
-    rgb = picture(96, 128)
-    triplets = predictor(rgb).triplets()
-    for rank in (0, 3):
-        maps, prediction = predictor.saliency(rgb, rank)
-        assert prediction.triplets()[0][:3] == triplets[rank][:3]
-        assert prediction.triplets()[0].score == pytest.approx(triplets[rank].score, abs=1e-5)
-        boxes = prediction["instances"].pred_boxes.tensor[list(triplets[rank][4:])]
-        low, high = boxes[:, :2].min(0).values, boxes[:, 2:].max(0).values
-        far = np.ones((96, 128), dtype=bool)
-        margin = 24  # what bilinear sampling on the coarsest of the maps reaches
-        y0, x0 = (max(int(x) - margin, 0) for x in low.tolist()[::-1])
-        y1, x1 = (int(x) + margin for x in high.tolist()[::-1])
-        far[y0:y1, x0:x1] = False
-        for branch in (maps.detector, maps.predicate):
-            assert branch["fused"].max() == 1.0
-            assert not far.any() or branch["fused"][far].max() < 0.05
-    with pytest.raises(ImageError, match="triplet 5000 was asked for"):
-        predictor.saliency(rgb, 5000)
-
-
-def test_saliency_pictures(predictor):
-    drawn = draw_feature_maps(predictor, picture(), ["p2", "fused"])
-    assert drawn.dtype == np.uint8 and drawn.shape[1] > 3 * 500
-    with pytest.raises(ImageError, match="no feature map 'p9'; it has p2, p3, p4, fused"):
-        draw_feature_maps(predictor, picture(), ["p9"])
-    drawn, triplet = draw_triplet_saliency(predictor, picture(), 1)
-    assert triplet.predicate in PREDICATES and drawn.shape[1] > 3 * 500
-    for rank, level, message in ((-1, "fused", "triplet -1"), (0, "p9", "no feature map 'p9'")):
-        with pytest.raises(ImageError, match=message):
-            draw_triplet_saliency(predictor, picture(), rank, level)

@@ -12,17 +12,23 @@ Examples::
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Callable, Dict, List, Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is not installed
 
 import reldn_d2  # noqa: E402,F401  # isort: skip  bridges gaps before Detectron2 is imported
+import numpy as np
 from PIL import Image
 
 from reldn_d2.images import ImageError, find_images
 from reldn_d2.predictor import RelationPredictor
 from reldn_d2.saliency import FUSED, draw_feature_maps, draw_triplet_saliency
+
+
+def _draw_triplet(predictor: RelationPredictor, file: str, rank: int, level: str) -> np.ndarray:
+    return draw_triplet_saliency(predictor, file, rank, level)[0]
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
@@ -48,35 +54,36 @@ def main(arguments: Optional[List[str]] = None) -> int:
     try:
         predictor = RelationPredictor.from_checkpoint(args.checkpoint, opts=args.opts)
         files = find_images(args.input)
-    except (FileNotFoundError, KeyError, ValueError) as error:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except (OSError, KeyError, ValueError) as error:
         reason = error.args[0] if isinstance(error, KeyError) else error
         print(f"draw_saliency.py: {reason}", file=sys.stderr)
         return 1
-    args.output.mkdir(parents=True, exist_ok=True)
+    pictures: Dict[str, Callable] = {"features": partial(draw_feature_maps, levels=args.levels)}
+    if args.triplets is not None:
+        pictures = {
+            f"triplet_{rank}_{level}": partial(_draw_triplet, rank=rank, level=level)
+            for rank in args.triplets
+            for level in args.levels
+        }
     used: Dict[str, int] = {}
     for file in files:
         stem = Path(file).stem
         used[stem] = used.get(stem, 0) + 1
         stem += f"_{used[stem]}" if used[stem] > 1 else ""  # of one name in another folder
-        try:
-            if args.triplets is None:
-                pictures = {"features": draw_feature_maps(predictor, file, args.levels)}
-            else:
-                pictures = {
-                    f"triplet_{rank}_{level}": draw_triplet_saliency(predictor, file, rank, level)[
-                        0
-                    ]
-                    for rank in args.triplets
-                    for level in args.levels
-                }
-        except ImageError as error:
-            print(f"draw_saliency.py: {error}", file=sys.stderr)
-            failed += 1
-            continue
-        for name, picture in pictures.items():
+        errors: Dict[str, None] = {}  # each once, though it may hold for every picture
+        for name, draw in pictures.items():
+            try:
+                picture = draw(predictor, file)
+            except ImageError as error:
+                errors[str(error)] = None
+                continue
             path = args.output / f"{stem}_{name}.png"
             Image.fromarray(picture).save(path)
             print(path)
+        for line in errors:
+            print(f"draw_saliency.py: {line}", file=sys.stderr)
+        failed += len(errors)
     return 1 if failed else 0
 
 
