@@ -157,9 +157,9 @@ NAMES = (["person", "cup", "table"], ["holds", "on"])
 
 def test_an_entity_has_one_name_in_all_rows():
     """A name tells which of several cups is meant, predicted or not found."""
-    boxes = [[0, 0, 40, 50], [5, 5, 20, 30], [50, 10, 70, 40], [60, 30, 89, 58]]
-    truth = truth_of(boxes, [0, 1, 1, 2], [(0, 1, 0), (0, 2, 0), (2, 3, 1)])
-    person, right, other = [1, 0, 40, 50], [50, 12, 70, 41], [75, 2, 89, 25]
+    boxes = [[0, 0, 40, 50], [5, 5, 20, 30], [50, 10, 70, 40], [75, 2, 89, 25], [60, 30, 89, 58]]
+    truth = truth_of(boxes, [0, 1, 1, 1, 2], [(0, 1, 0), (0, 2, 0), (3, 4, 1)])
+    person, right, other = [1, 0, 40, 50], [50, 12, 70, 41], [74, 2, 89, 26]
     found = output_of(
         [right, person, other], [1, 0, 1], [[1, 0], [1, 2], [0, 1]], [0, 0, 1], [0.9, 0.5, 0.3]
     )
@@ -172,11 +172,11 @@ def test_an_entity_has_one_name_in_all_rows():
     ]
     assert [[names[s], p, names[o]] for s, o, p in record["missed"]] == [
         ["person", "holds", "cup 1"],
-        ["cup 2", "on", "table"],
+        ["cup 3", "on", "table"],
     ]
     # Each row keeps its own boxes.
     places = [[record["boxes"][i] for i in row[:2]] for row in record["rows"] + record["missed"]]
-    expected = [[person, right], [person, other], [right, person], boxes[:2], boxes[2:]]
+    expected = [[person, right], [person, other], [right, person], boxes[:2], boxes[3:]]
     assert places == expected
     alone = gallery_record("x", picture(), found, *NAMES)
     assert alone["names"] == ["cup 1", "person", "cup 2"] and alone["truth"] is None

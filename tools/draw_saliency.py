@@ -22,7 +22,7 @@ import reldn_d2  # noqa: E402,F401  # isort: skip  bridges gaps before Detectron
 import numpy as np
 from PIL import Image
 
-from reldn_d2.images import ImageError, find_images
+from reldn_d2.images import find_images
 from reldn_d2.predictor import RelationPredictor
 from reldn_d2.saliency import FUSED, draw_feature_maps, draw_triplet_saliency
 
@@ -75,7 +75,9 @@ def main(arguments: Optional[List[str]] = None) -> int:
         for name, draw in pictures.items():
             try:
                 picture = draw(predictor, file)
-            except ImageError as error:
+            except (
+                ValueError
+            ) as error:  # of the image, or of a detector that has no detections of it
                 errors[str(error)] = None
                 continue
             path = args.output / f"{stem}_{name}.png"
