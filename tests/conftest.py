@@ -60,3 +60,19 @@ def registered():
     for name in names:
         DatasetCatalog.pop(name, None)
         MetadataCatalog.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """``model_final.pth`` of a tiny RelDN."""
+    from usage_utils import write_checkpoint
+
+    return write_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def predictor(checkpoint):
+    """The predictor of that checkpoint, on the CPU."""
+    from reldn_d2.predictor import RelationPredictor
+
+    return RelationPredictor.from_checkpoint(checkpoint, device="cpu")

@@ -18,16 +18,6 @@ from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def predictor(checkpoint):
-    return RelationPredictor.from_checkpoint(checkpoint, device="cpu")
-
-
 def same(first, second):
     """Two predictions of one image, made in batches of another shape."""
     assert torch.equal(first["relations"].pairs, second["relations"].pairs)

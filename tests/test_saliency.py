@@ -26,16 +26,6 @@ NOT_VISUAL = [
 ]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def predictor(checkpoint):
-    return RelationPredictor.from_checkpoint(checkpoint, device="cpu")
-
-
 def run(predictor, rgb):
     """The network's input, padded, and both CNNs' feature maps of it."""
     model = predictor.model
