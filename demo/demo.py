@@ -36,9 +36,10 @@ from reldn_d2.video import EntityTracker, VideoError, VideoFile, VideoWriter, dr
 from reldn_d2.visualizer import RelationVisualizer, best_of
 from reldn_d2.visualizer_scene import Scene
 
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 SUFFIXES = {
-    "image": (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"),
-    "graph": (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"),
+    "image": _PICTURES,
+    "graph": _PICTURES,
     "json": (".json",),
     "graphml": (".graphml", ".xml"),
     "dot": (".dot", ".gv"),

@@ -14,6 +14,8 @@ from PIL import Image
 
 from detectron2.utils.file_io import PathManager
 
+from .data.datasets.files import exif_orientation
+
 __all__ = [
     "IMAGE_SUFFIXES",
     "ImageError",
@@ -70,21 +72,12 @@ _UPRIGHT = {
 }
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation, whatever else stands there.
-
-    Pillow's own ``exif_transpose`` writes all tags anew and fails on odd ones of some cameras.
-    """
-    try:
-        orientation = image.getexif().get(0x0112)
-        return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
-    except Exception:  # no EXIF block that can be read: the image is as it is
-        return image
-
-
 def pil_to_rgb(image: Image.Image) -> np.ndarray:
     """A PIL image as :func:`read_rgb` reads it: (H, W, 3) uint8 in RGB order."""
-    image = _upright(image)
+    # Pillow's own exif_transpose writes all tags anew and fails on odd ones of some cameras.
+    orientation = exif_orientation(image)
+    if orientation in _UPRIGHT:
+        image = image.transpose(_UPRIGHT[orientation])
     if image.mode.startswith("I") or image.mode == "F":  # 16 or 32 bits: (H, W) grey
         values = np.asarray(image)
         high = 1.0 if image.mode == "F" and values.max(initial=0) <= 1 else 65535.0

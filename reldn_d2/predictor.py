@@ -28,7 +28,8 @@ from .prediction import RelationPrediction
 
 __all__ = ["GivenBoxes", "RelationPredictor"]
 
-Image = Union[str, Path, np.ndarray, PIL.Image.Image]
+_ONE_IMAGE = (str, Path, np.ndarray, PIL.Image.Image)
+Image = Union[_ONE_IMAGE]
 THINNEST = 0.01  # pixels; a thinner box may vanish when it is scaled in float32
 GivenBoxes = Union[np.ndarray, torch.Tensor, Sequence[Sequence[float]]]
 
@@ -135,7 +136,7 @@ class RelationPredictor:
         Raises:
             ImageError: an image or boxes that cannot be used; one line that names the file.
         """
-        single = isinstance(images, (str, Path, np.ndarray, PIL.Image.Image))
+        single = isinstance(images, _ONE_IMAGE)
         if single:
             images, boxes, classes = [images], [boxes], [classes]
         if not isinstance(images, (list, tuple)):
@@ -284,7 +285,7 @@ class RelationPredictor:
         channels = options.pop("channels", "RGB")
         if options:
             raise TypeError(f"stream() has no option {', '.join(options)}")
-        if isinstance(images, (str, Path, np.ndarray, PIL.Image.Image)):
+        if isinstance(images, _ONE_IMAGE):
             raise TypeError("stream() takes several images; for one, call the predictor")
         batch: List[Image] = []
 
@@ -350,17 +351,15 @@ def check_device(device: Optional[str]) -> str:
     Raises:
         ValueError: there is no such device.
     """
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        kind = torch.device(device or "cuda").type
+        kind = torch.device(device).type
     except RuntimeError:
-        kind = None
+        raise ValueError(f"device '{device}' is unknown; use cpu, cuda or cuda:N") from None
     if kind == "cuda" and not torch.cuda.is_available():
-        if device is None:
-            return "cpu"
         raise ValueError(f"device '{device}': torch {torch.__version__} sees no GPU here; use cpu")
-    if kind is None:
-        raise ValueError(f"device '{device}' is unknown; use cpu, cuda or cuda:N")
-    return device or "cuda"
+    return device
 
 
 def load_rgb(image: Image, channels: str = "RGB", name: str = "image") -> np.ndarray:

@@ -14,6 +14,8 @@ from matplotlib import colormaps
 from PIL import Image as PILImage
 from torch import Tensor
 
+from detectron2.structures import ImageList
+
 from .images import ImageError
 from .modeling.meta_arch import postprocess_relations
 from .prediction import RelationPrediction, Triplet
@@ -50,10 +52,10 @@ def feature_saliency(predictor: RelationPredictor, image: Image) -> Saliency:
         image: a path or an (H, W, 3) RGB array.
     """
     rgb = load_rgb(image)
-    sizes = _sizes(predictor, rgb)
+    inputs = [predictor.prepare(rgb)]
     with torch.no_grad():
-        images = predictor.model.detector.preprocess([predictor.prepare(rgb)])
-        features, predicate_features = predictor.model.feature_maps(images)
+        images, features, predicate_features = _features(predictor, inputs)
+    sizes = _sizes(inputs, images, rgb)
     maps = []
     for levels in (features, predicate_features or {}):
         averaged = {name: x[0].abs().mean(dim=0) for name, x in levels.items()}
@@ -82,9 +84,11 @@ def triplet_saliency(
     """
     name = str(image) if isinstance(image, (str, Path)) else "image"
     rgb = load_rgb(image)
-    head = predictor.model.relation_head
+    model, inputs = predictor.model, [predictor.prepare(rgb)]
+    head = model.relation_head
     with torch.no_grad():
-        features, predicate_features, entities = _run(predictor, rgb)
+        images, features, predicate_features = _features(predictor, inputs)
+        entities = model.detector.detect(inputs, images, features)[0]
         relations = head(features, predicate_features, [entities])[0]
     if not 0 <= rank < len(relations):
         raise ImageError(f"{name}: triplet {rank} was asked for, but there are {len(relations)}")
@@ -108,34 +112,30 @@ def triplet_saliency(
             f"{name}: there is nothing to draw, as the scores of a model without visual module "
             "hang on no feature map"
         )
-    maps, rest = [], iter(gradients)
+    maps, rest, sizes = [], iter(gradients), _sizes(inputs, images, rgb)
     for levels in branches:
         moved = {}
         for level, x in levels.items():
             gradient = next(rest)
             if gradient is not None:
                 moved[level] = (gradient * x.detach()).sum(dim=1)[0].abs()
-        maps.append(_to_image(moved, _sizes(predictor, rgb), normalize_levels=False))
+        maps.append(_to_image(moved, sizes, normalize_levels=False))
     height, width = rgb.shape[:2]
     found = postprocess_relations(entities, relations[rank : rank + 1], height, width)
     names = (predictor.thing_classes, predictor.predicate_classes)
     return Saliency(*maps), RelationPrediction(*found, *names)
 
 
-def _run(predictor: RelationPredictor, rgb: np.ndarray):
-    """Feature maps of both CNNs, and the detections in pixels of the network's input."""
-    model, inputs = predictor.model, [predictor.prepare(rgb)]
-    images = model.detector.preprocess(inputs)
-    features, predicate_features = model.feature_maps(images)
-    return features, predicate_features, model.detector.detect(inputs, images, features)[0]
+def _features(predictor: RelationPredictor, inputs: List[dict]):
+    """The network's padded input, and the feature maps of both CNNs."""
+    images = predictor.model.detector.preprocess(inputs)
+    return (images, *predictor.model.feature_maps(images))
 
 
-def _sizes(predictor: RelationPredictor, rgb: np.ndarray) -> Tuple[Tuple[int, int], ...]:
+def _sizes(inputs: List[dict], images: ImageList, rgb: np.ndarray) -> Tuple[Tuple[int, int], ...]:
     """(height, width) of the network's input, with and without padding, and of the image."""
-    inputs = predictor.prepare(rgb)
-    images = predictor.model.detector.preprocess([inputs])
     padded = tuple(images.tensor.shape[-2:])
-    return padded, tuple(inputs["image"].shape[-2:]), rgb.shape[:2]
+    return padded, tuple(inputs[0]["image"].shape[-2:]), rgb.shape[:2]
 
 
 def _to_image(

@@ -351,9 +351,11 @@ def _node_text(name: str, size: float) -> str:
 def best_of(scene: Scene, relations: Instances, min_score: float = 0.0) -> str:
     """What stands above a list of predictions."""
     count, total = len(scene.triplets), len(relations)
-    if count or not total:
-        return f"{count} best of {total} relation{'s' * (total > 1)}" if count else "no relations"
-    return f"none of {total} relations scores {min_score:g}"
+    if not total:
+        return "no relations"
+    if not count:
+        return f"none of {total} relations scores {min_score:g}"
+    return f"{count} best of {total} relation{'s' * (total > 1)}"
 
 
 def _line_color(predicate: int, mark: Optional[bool]) -> Color:

@@ -173,12 +173,17 @@ def test_checkpoint_may_be_named_as_detectron2_does(checkpoint, folder, tmp_path
     assert "name a trained model" in capsys.readouterr().err
 
 
-def test_video(checkpoint, tmp_path, capsys):
-    path, out = tmp_path / "in.avi", tmp_path / "out.mp4"
+def write_video(path, count):
+    """A scene that stands still for ``count`` frames."""
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 10, (90, 60))
-    for _ in range(5):
+    for _ in range(count):
         writer.write(np.ascontiguousarray(picture()[:, :, ::-1]))
     writer.release()
+    return path
+
+
+def test_video(checkpoint, tmp_path, capsys):
+    path, out = write_video(tmp_path / "in.avi", 5), tmp_path / "out.mp4"
     assert run(checkpoint, "--video-input", path, "--output", out, "--top-k", 3) == 0
     printed = capsys.readouterr()
     assert "5 frames done" in printed.out and "5/5" in printed.err  # the progress bar
@@ -219,11 +224,7 @@ def test_frames_stay_as_they_are_where_nothing_is_drawn(size):
 
 
 def test_a_video_that_is_cut_off_is_told(checkpoint, tmp_path, capsys):
-    path, out = tmp_path / "in.avi", tmp_path / "out.mp4"
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 10, (90, 60))
-    for _ in range(9):
-        writer.write(np.ascontiguousarray(picture()[:, :, ::-1]))
-    writer.release()
+    path, out = write_video(tmp_path / "in.avi", 9), tmp_path / "out.mp4"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with VideoFile(path) as video:
         if not video.count or video.count < 8:

@@ -27,7 +27,7 @@ from reldn_d2.visualizer_compare import compare_image
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Instances
 
-__all__ = ["add_arguments", "load_arguments", "load_predictions"]
+__all__ = ["Loaded", "add_arguments", "load_arguments", "load_predictions"]
 
 
 class Loaded(NamedTuple):
@@ -84,16 +84,17 @@ def load_predictions(
     return found
 
 
-def load_arguments(args: argparse.Namespace) -> Loaded:
-    """What the options of :func:`add_arguments` name.
-
-    Raises:
-        ImportError, KeyError, OSError, ValueError: with what to do.
-    """
-    import_modules(args.module)
-    require_dataset(args.dataset)
-    dicts, metadata = DatasetCatalog.get(args.dataset), MetadataCatalog.get(args.dataset)
-    predictions = load_predictions(args.predictions, dicts, metadata) if args.predictions else {}
+def load_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Loaded:
+    """What the options of :func:`add_arguments` name; ends with a line on what to mend."""
+    try:
+        import_modules(args.module)
+        require_dataset(args.dataset)
+        dicts, metadata = DatasetCatalog.get(args.dataset), MetadataCatalog.get(args.dataset)
+        predictions = {}
+        if args.predictions:
+            predictions = load_predictions(args.predictions, dicts, metadata)
+    except (ImportError, KeyError, OSError, ValueError) as error:
+        parser.error(str(error.args[0] if isinstance(error, KeyError) else error))
     return Loaded(dicts, metadata, predictions)
 
 
@@ -107,10 +108,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
     parser.add_argument("--number", type=int, default=10, help="images, from the first on")
     parser.add_argument("--top-k", type=int, help="predictions drawn; default: as many as are true")
     args = parser.parse_args(arguments)
-    try:
-        loaded = load_arguments(args)
-    except (ImportError, KeyError, OSError, ValueError) as error:
-        parser.error(str(error.args[0] if isinstance(error, KeyError) else error))
+    loaded = load_arguments(parser, args)
     try:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

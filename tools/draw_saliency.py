@@ -22,7 +22,7 @@ import reldn_d2  # noqa: E402,F401  # isort: skip  bridges gaps before Detectron
 import numpy as np
 from PIL import Image
 
-from reldn_d2.images import find_images
+from reldn_d2.images import distinct_paths, find_images
 from reldn_d2.predictor import RelationPredictor
 from reldn_d2.saliency import FUSED, draw_feature_maps, draw_triplet_saliency
 
@@ -66,21 +66,15 @@ def main(arguments: Optional[List[str]] = None) -> int:
             for rank in args.triplets
             for level in args.levels
         }
-    used: Dict[str, int] = {}
-    for file in files:
-        stem = Path(file).stem
-        used[stem] = used.get(stem, 0) + 1
-        stem += f"_{used[stem]}" if used[stem] > 1 else ""  # of one name in another folder
+    for file, start in distinct_paths(files, args.output, "").items():
         errors: Dict[str, None] = {}  # each once, though it may hold for every picture
         for name, draw in pictures.items():
             try:
                 picture = draw(predictor, file)
-            except (
-                ValueError
-            ) as error:  # of the image, or of a detector that has no detections of it
+            except ValueError as error:  # of the image, or the detector has no detections of it
                 errors[str(error)] = None
                 continue
-            path = args.output / f"{stem}_{name}.png"
+            path = start.with_name(f"{start.name}_{name}.png")
             Image.fromarray(picture).save(path)
             print(path)
         for line in errors:

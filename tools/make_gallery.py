@@ -33,10 +33,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
     parser.add_argument("--top-k", type=int, default=20, help="relations listed of an image")
     parser.add_argument("--side", type=int, default=400, help="longest side of a picture, pixels")
     args = parser.parse_args(arguments)
-    try:
-        loaded = load_arguments(args)
-    except (ImportError, KeyError, OSError, ValueError) as error:
-        parser.error(str(error.args[0] if isinstance(error, KeyError) else error))
+    loaded = load_arguments(parser, args)
     metadata = loaded.metadata
     chosen = [x for x in loaded.dicts if x["image_id"] in loaded.predictions][: args.number]
     failed: List[str] = []

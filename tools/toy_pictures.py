@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 import numpy as np
-from draw_relations import load_predictions
+from draw_relations import Loaded, load_predictions
 from PIL import Image
 
 from reldn_d2.visualizer import Scene, find_hits
@@ -41,22 +41,16 @@ def draw_pictures(folders: Dict[str, Path], output: Path, number: int) -> List[P
     Returns:
         The files.
     """
-    dicts = {x["image_id"]: x for x in DatasetCatalog.get(DATASET)}
+    records = DatasetCatalog.get(DATASET)
+    dicts = {x["image_id"]: x for x in records}
     metadata = MetadataCatalog.get(DATASET)
-    predictions = {
-        name: {
-            image_id: x.to_output(dicts[image_id]["height"], dicts[image_id]["width"])
-            for image_id, x in load_predictions(
-                folder / "inference" / TASK / "relation_predictions.json",
-                list(dicts.values()),
-                metadata,
-            ).items()
-        }
-        for name, folder in folders.items()
-    }
-    first, second = predictions.values()
+    models = {}
+    for name, folder in folders.items():
+        file = folder / "inference" / TASK / "relation_predictions.json"
+        models[name] = Loaded(records, metadata, load_predictions(file, records, metadata))
+    first, second = models.values()
     gains = {
-        image_id: count_found(x, second[image_id]) - count_found(x, first[image_id])
+        image_id: count_found(x, second.outputs(x)) - count_found(x, first.outputs(x))
         for image_id, x in dicts.items()
     }
     order = sorted(gains, key=lambda image_id: gains[image_id])
@@ -72,7 +66,7 @@ def draw_pictures(folders: Dict[str, Path], output: Path, number: int) -> List[P
         row = compare_models(
             np.ascontiguousarray(image),
             dicts[image_id],
-            {name: found[image_id] for name, found in predictions.items()},
+            {name: model.outputs(dicts[image_id]) for name, model in models.items()},
             metadata,
         )
         path = output / f"{rank + 1}_image_{Path(dicts[image_id]['file_name']).stem}.png"

@@ -327,7 +327,7 @@ def image_size(path: str) -> tuple[int, int]:
     try:
         with PathManager.open(path, "rb") as file, Image.open(file) as image:
             width, height = image.size
-            orientation = _exif_orientation(image)
+            orientation = exif_orientation(image)
     except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"{path}: cannot be read as an image ({error}). Unpack the images of the data set "
@@ -336,7 +336,8 @@ def image_size(path: str) -> tuple[int, int]:
     return (width, height) if orientation in _EXIF_TURNED else (height, width)
 
 
-def _exif_orientation(image: Image.Image) -> int | None:
+def exif_orientation(image: Image.Image) -> int | None:
+    """The EXIF orientation of an image; None if it has none that can be read."""
     try:
         return image.getexif().get(_EXIF_ORIENTATION)
     except Exception:  # Damaged EXIF blocks raise all sorts; Detectron2 ignores them likewise.

@@ -187,22 +187,19 @@ class _Bands:
         low, end = floor, self._reach(floor)
         if end.sum() - done > number:
             # Bisect, in steps of equal ratio, between too many pairs and too few.
-            many, few = (max(low, 1e-12 * self.low), None), (self.low, None)
+            many, few = max(low, 1e-12 * self.low), self.low
             for _ in range(40):
-                middle = float(np.sqrt(many[0] * few[0]))
-                reach = self._reach(middle)
-                count = reach.sum() - done
+                middle = float(np.sqrt(many * few))
+                count = self._reach(middle).sum() - done
                 if count > number:
-                    many = (middle, reach)
-                elif count > 0:
-                    few = (middle, reach)
-                else:
-                    few = (middle, None)
-                if number // 2 < count <= number:
+                    many = middle
+                    continue
+                few = middle
+                if count > number // 2:
                     break
-            low, end = many if few[1] is None else few
-            if end is None:  # a ratio of 1e12 among the scores: the poorest pairs at once
-                end = self._reach(low)
+            low, end = few, self._reach(few)
+            if end.sum() == done:  # none but equal products, or ones far below all so far
+                low, end = many, self._reach(many)
         self.low, self.done = low, end
         return start, end
 
