@@ -7,8 +7,8 @@ Example::
 """
 
 import reldn_d2  # isort: skip  registers everything, before Detectron2 is imported
-from reldn_d2.engine import RelDNTrainer
-from reldn_d2.launch import launch
+from reldn_d2.engine.defaults import RelDNTrainer
+from reldn_d2.engine.launch import launch
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser, default_setup

@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is n
 from _prepare import PrepareError, fetch, fetch_many, parser_of, run  # noqa: E402
 
 import reldn_d2  # noqa: E402,F401  # isort: skip  before Detectron2
-from reldn_d2.data.datasets.files import Problems, read_csv  # noqa: E402
+from reldn_d2.data.datasets.io import Problems, read_csv  # noqa: E402
+from reldn_d2.data.datasets.openimages import OPENIMAGES_PREDICATES  # noqa: E402
 from reldn_d2.data.datasets.openimages_files import read_image_list  # noqa: E402
-from reldn_d2.data.datasets.openimages_vrd import OPENIMAGES_PREDICATES  # noqa: E402
 
 _CHALLENGE = "https://storage.googleapis.com/openimages/challenge_2018"
 _V6 = "https://storage.googleapis.com/openimages/v6"

@@ -18,8 +18,9 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is not installed
 
@@ -28,13 +29,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from reldn_d2.gallery import gallery_record, write_gallery
-from reldn_d2.images import ImageError, distinct_paths, find_images, read_rgb
-from reldn_d2.prediction import RelationPrediction, graph_to_dot, graph_to_graphml
 from reldn_d2.predictor import RelationPredictor
-from reldn_d2.video import EntityTracker, VideoError, VideoFile, VideoWriter, draw_frame
-from reldn_d2.visualizer import RelationVisualizer, best_of
-from reldn_d2.visualizer_scene import Scene
+from reldn_d2.structures.prediction import RelationPrediction, graph_to_dot, graph_to_graphml
+from reldn_d2.utils.image_io import ImageError, distinct_paths, find_images, read_rgb
+from reldn_d2.vis.gallery import gallery_record, write_gallery
+from reldn_d2.vis.scene import Scene
+from reldn_d2.vis.video import EntityTracker, VideoError, VideoFile, VideoWriter, draw_frame
+from reldn_d2.vis.visualizer import RelationVisualizer, best_of
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 SUFFIXES = {
@@ -142,7 +143,7 @@ def build_predictor(args: argparse.Namespace) -> RelationPredictor:
     return RelationPredictor.from_checkpoint(path, args.device, args.config_file, ours + opts)
 
 
-def read_boxes(path: Path) -> Dict[str, Dict[str, Any]]:
+def read_boxes(path: Path) -> dict[str, dict[str, Any]]:
     """Boxes by file name.
 
     Raises:
@@ -161,8 +162,8 @@ def read_boxes(path: Path) -> Dict[str, Dict[str, Any]]:
 
 
 def predict_images(
-    predictor: RelationPredictor, files: List[str], args: argparse.Namespace
-) -> Iterator[Tuple[str, Union[RelationPrediction, ImageError]]]:
+    predictor: RelationPredictor, files: list[str], args: argparse.Namespace
+) -> Iterator[tuple[str, RelationPrediction | ImageError]]:
     """Each file with its prediction or its error, in order."""
     if args.boxes is None:
         yield from predictor.stream(files, batch_size=args.batch_size)
@@ -189,7 +190,7 @@ def draw(prediction: RelationPrediction, rgb: np.ndarray, args, metadata) -> np.
     return visualizer.draw_predictions(instances, relations, args.top_k, args.min_score).get_image()
 
 
-def prepare_output(output: Optional[Path], kind: str, files: List[str]) -> Dict[str, Path]:
+def prepare_output(output: Path | None, kind: str, files: list[str]) -> dict[str, Path]:
     """Make the folder of the results; where each image's result goes.
 
     Args:
@@ -246,7 +247,7 @@ def write_result(prediction: RelationPrediction, path: Path, args, metadata) -> 
 
 
 def run_images(
-    predictor: RelationPredictor, paths: Dict[str, Path], args: argparse.Namespace
+    predictor: RelationPredictor, paths: dict[str, Path], args: argparse.Namespace
 ) -> int:
     """Predict all images; returns the exit status.
 
@@ -256,7 +257,7 @@ def run_images(
         args: the command line.
     """
     files, metadata = list(paths), predictor.metadata
-    failed: List[str] = []
+    failed: list[str] = []
     done = 0
     progress = tqdm(predict_images(predictor, files, args), total=len(files), unit="image")
 
@@ -351,7 +352,7 @@ def show(picture: np.ndarray, title: str, wait: int) -> bool:
         raise ValueError("this OpenCV or machine has no windows: name an --output") from None
 
 
-def main(arguments: Optional[List[str]] = None) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Run the demo; returns the exit status."""
     args = build_parser().parse_args(arguments)
     try:

@@ -1,8 +1,8 @@
 """RelDN (Graphical Contrastive Losses for Scene Graph Parsing, CVPR 2019) for Detectron2."""
 
-from . import compat  # isort: skip  bridges gaps before Detectron2 is imported
+from .utils import compat  # isort: skip  bridges gaps before Detectron2 is imported
 from . import data, modeling  # noqa: F401  register data sets and architectures
-from .checkpoint import RelDNCheckpointer, initialize_relation_branch
+from .checkpoint.reldn_checkpoint import RelDNCheckpointer, initialize_relation_branch
 from .config import add_reldn_config, merge_config
 
 __version__ = "0.1.0"

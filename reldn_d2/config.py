@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from typing import List, Optional, Sequence
+from collections.abc import Sequence
 
 from detectron2.config import CfgNode
 from detectron2.config import CfgNode as CN
@@ -131,7 +131,7 @@ def _add_solver_and_test(cfg: CfgNode) -> None:
     cfg.TEST.RELATIONS.PAIR_CHUNK = 2048  # pairs scored at once: bounds the memory
 
 
-def _all_keys(node: CfgNode, prefix: str = "") -> List[str]:
+def _all_keys(node: CfgNode, prefix: str = "") -> list[str]:
     keys = []
     for key, value in node.items():
         keys.append(prefix + key)
@@ -141,7 +141,7 @@ def _all_keys(node: CfgNode, prefix: str = "") -> List[str]:
 
 
 def merge_config(
-    cfg: CfgNode, config_file: Optional[str] = None, opts: Optional[Sequence[str]] = None
+    cfg: CfgNode, config_file: str | None = None, opts: Sequence[str] | None = None
 ) -> None:
     """Merge a YAML file and ``KEY VALUE`` options into ``cfg``, with errors that help.
 
@@ -181,7 +181,7 @@ def merge_config(
         raise KeyError(_unknown_key_message(cfg, match.group(1), source)) from error
 
 
-def _floats_written_as_integers(cfg: CfgNode, opts: List[str]) -> List[str]:
+def _floats_written_as_integers(cfg: CfgNode, opts: list[str]) -> list[str]:
     """``KEY 0`` for a key whose value is a float means ``KEY 0.0``; yacs would refuse it."""
     result = list(opts)
     for i in range(0, len(opts), 2):
@@ -193,7 +193,7 @@ def _floats_written_as_integers(cfg: CfgNode, opts: List[str]) -> List[str]:
     return result
 
 
-def _unknown_key_message(cfg: CfgNode, key: str, source: Optional[str]) -> str:
+def _unknown_key_message(cfg: CfgNode, key: str, source: str | None) -> str:
     known = _all_keys(cfg)
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
     leaf = key.rsplit(".", 1)[-1]

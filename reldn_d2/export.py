@@ -8,10 +8,11 @@ Shapes: R detections, K relations, P pairs, C predicates. Boxes are XYXY in pixe
 
 import json
 import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +20,11 @@ from torch import Tensor, nn
 from detectron2.modeling.roi_heads import cascade_rcnn
 from detectron2.structures import Boxes
 
-from .checkpoint_files import replace_file
 from .modeling.detectors import PrecomputedDetector
 from .modeling.meta_arch import RelDN
 from .modeling.relation_head import RelDNHead
-from .modeling.relation_head.entities import EntityBatch
+from .modeling.relation_head.pairs import EntityBatch
+from .utils.file_io import write_atomically
 
 __all__ = ["OUTPUT_NAMES", "RelDNExport", "save_torchscript"]
 
@@ -41,7 +42,7 @@ OUTPUT_NAMES = (
 class RelDNExport(nn.Module):
     """Task SGDET on one image tensor, without Python objects at its border."""
 
-    def __init__(self, model: RelDN, size: Optional[Sequence[int]] = None):
+    def __init__(self, model: RelDN, size: Sequence[int] | None = None):
         """
         Args:
             model: with its weights.
@@ -58,7 +59,7 @@ class RelDNExport(nn.Module):
         self.model = model.eval()
         self.size = None if size is None else tuple(size)
 
-    def forward(self, image: Tensor) -> Tuple[Tensor, ...]:
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """Predict.
 
         Args:
@@ -90,7 +91,7 @@ class RelDNExport(nn.Module):
         return boxes, classes, box_scores, pairs, predicates, scores, best
 
     def _encode(
-        self, features: Dict[str, Tensor], boxes: Tensor, classes: Tensor, size: Tensor
+        self, features: dict[str, Tensor], boxes: Tensor, classes: Tensor, size: Tensor
     ) -> EntityBatch:
         """As the head's own, but no number of detections is written into the graph."""
         head = self.model.relation_head
@@ -119,7 +120,7 @@ def _without_gradient_scaling() -> Iterator[None]:
         cascade_rcnn._ScaleGradient = kept
 
 
-def all_pairs(boxes: Tensor, overlap_filter: bool) -> Tuple[Tensor, Tensor]:
+def all_pairs(boxes: Tensor, overlap_filter: bool) -> tuple[Tensor, Tensor]:
     """Ordered pairs (i, j), i != j, of R boxes, as two (P,) index tensors."""
     number = torch.arange(boxes.shape[0], device=boxes.device)
     chosen = number[:, None] != number[None]
@@ -133,7 +134,7 @@ def all_pairs(boxes: Tensor, overlap_filter: bool) -> Tuple[Tensor, Tensor]:
 
 def rank_everything(
     probabilities: Tensor, pair_scores: Tensor, predicates_per_pair: Sequence[int], topk: int
-) -> Tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """As :class:`.inference.TopTriplets`, in operations that any number of pairs goes through.
 
     Args:
@@ -163,11 +164,11 @@ def rank_everything(
 def save_torchscript(
     model: RelDN,
     example: Tensor,
-    path: Union[str, Path],
+    path: str | Path,
     thing_classes: Sequence[str] = (),
     predicate_classes: Sequence[str] = (),
     image_format: str = "BGR",
-) -> List[Tensor]:
+) -> list[Tensor]:
     """Trace the model on an example and save it with its names.
 
     The file holds ``reldn.json`` as an extra file: ``thing_classes``, ``predicate_classes``,
@@ -202,7 +203,7 @@ def save_torchscript(
             )
         with _without_gradient_scaling():
             traced = torch.jit.trace(exportable, (example,), check_trace=False)
-        description: Dict[str, Any] = {
+        description: dict[str, Any] = {
             "thing_classes": list(thing_classes),
             "predicate_classes": list(predicate_classes),
             "input": list(example.shape),
@@ -210,6 +211,6 @@ def save_torchscript(
             "outputs": list(OUTPUT_NAMES),
         }
         extra = {"reldn.json": json.dumps(description)}
-        with replace_file(str(path)) as file:
+        with write_atomically(str(path), "wb") as file:
             torch.jit.save(traced, file, _extra_files=extra)
     return list(expected)

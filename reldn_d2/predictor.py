@@ -4,10 +4,11 @@ Shapes: R boxes of one image. Boxes are XYXY in pixels of the image as it was re
 """
 
 import os
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Union
 
 import numpy as np
 import PIL.Image
@@ -20,11 +21,11 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.file_io import PathManager
 
-from .checkpoint import RelDNCheckpointer
-from .checkpoint_files import fetch, read_checkpoint
+from .checkpoint.detection_checkpoint import fetch, read_checkpoint
+from .checkpoint.reldn_checkpoint import RelDNCheckpointer
 from .config import add_reldn_config, merge_config
-from .images import ImageError, pil_to_rgb, read_rgb, to_rgb
-from .prediction import RelationPrediction
+from .structures.prediction import RelationPrediction
+from .utils.image_io import ImageError, pil_to_rgb, read_rgb, to_rgb
 
 __all__ = ["GivenBoxes", "RelationPredictor"]
 
@@ -66,9 +67,9 @@ class RelationPredictor:
     @classmethod
     def from_checkpoint(
         cls,
-        path: Union[str, Path],
-        device: Optional[str] = None,
-        config_file: Optional[str] = None,
+        path: str | Path,
+        device: str | None = None,
+        config_file: str | None = None,
         opts: Sequence[Any] = (),
     ) -> "RelationPredictor":
         """Build the model that a RelDN checkpoint describes; no data set is needed.
@@ -112,12 +113,12 @@ class RelationPredictor:
 
     def __call__(
         self,
-        images: Union[Image, Sequence[Image]],
-        boxes: Optional[Any] = None,
-        classes: Optional[Any] = None,
+        images: Image | Sequence[Image],
+        boxes: Any | None = None,
+        classes: Any | None = None,
         batch_size: int = 1,
         channels: str = "RGB",
-    ) -> Union[RelationPrediction, List[RelationPrediction]]:
+    ) -> RelationPrediction | list[RelationPrediction]:
         """Predict one image, or a list of images.
 
         Args:
@@ -159,7 +160,7 @@ class RelationPredictor:
             results += self._predict_batch(images[part], boxes[part], classes[part], channels)
         return results[0] if single else results
 
-    def _predict_batch(self, images, boxes, classes, channels) -> List[RelationPrediction]:
+    def _predict_batch(self, images, boxes, classes, channels) -> list[RelationPrediction]:
         inputs, kinds = [], []
         for number, (image, given, labels) in enumerate(zip(images, boxes, classes)):
             name = str(image) if isinstance(image, (str, Path)) else f"image {number}"
@@ -168,7 +169,7 @@ class RelationPredictor:
             task = "sgdet" if given is None else "sgcls" if labels is None else "prdcls"
             # Images of other sizes would be padded, which moves detections a little.
             kinds.append((task, tuple(inputs[-1]["image"].shape)))
-        results: List[Any] = [None] * len(images)
+        results: list[Any] = [None] * len(images)
         for kind in dict.fromkeys(kinds):
             chosen = [i for i, x in enumerate(kinds) if x == kind]
             with torch.no_grad(), self._as_task(kind[0]):
@@ -190,18 +191,6 @@ class RelationPredictor:
         names = dict(thing_classes=self.thing_classes, predicate_classes=self.predicate_classes)
         return SimpleNamespace(get=lambda key, default=None: names.get(key, default), **names)
 
-    def feature_maps(self, image: Image):
-        """Where both CNNs look, see :func:`reldn_d2.saliency.feature_saliency`."""
-        from .saliency import feature_saliency
-
-        return feature_saliency(self, image)
-
-    def saliency(self, image: Image, rank: int = 0):
-        """What a predicted triplet hangs on, see :func:`reldn_d2.saliency.triplet_saliency`."""
-        from .saliency import triplet_saliency
-
-        return triplet_saliency(self, image, rank)
-
     @contextmanager
     def _as_task(self, task: str) -> Iterator[None]:
         before, self.model.task = self.model.task, task
@@ -213,8 +202,8 @@ class RelationPredictor:
     def prepare(
         self,
         rgb: np.ndarray,
-        boxes: Optional[GivenBoxes] = None,
-        classes: Optional[Sequence[Union[int, str]]] = None,
+        boxes: GivenBoxes | None = None,
+        classes: Sequence[int | str] | None = None,
         name: str = "image",
     ) -> dict:
         """The model's input for an (H, W, 3) image, with the caller's boxes if there are any."""
@@ -245,7 +234,7 @@ class RelationPredictor:
             height, width, max(wanted.new_h, 1), max(wanted.new_w, 1), wanted.interp
         )
 
-    def _class_numbers(self, classes: Any, count: int, name: str) -> List[int]:
+    def _class_numbers(self, classes: Any, count: int, name: str) -> list[int]:
         if classes is None:
             return [0] * count
         number_of = {x: i for i, x in enumerate(self.thing_classes)}
@@ -268,7 +257,7 @@ class RelationPredictor:
 
     def stream(
         self, images: Iterable[Image], batch_size: int = 1, **options: Any
-    ) -> Iterator[Tuple[Image, Union[RelationPrediction, ImageError]]]:
+    ) -> Iterator[tuple[Image, RelationPrediction | ImageError]]:
         """Predict image after image; one that cannot be used does not stop the others.
 
         Args:
@@ -287,10 +276,10 @@ class RelationPredictor:
             raise TypeError(f"stream() has no option {', '.join(options)}")
         if isinstance(images, _ONE_IMAGE):
             raise TypeError("stream() takes several images; for one, call the predictor")
-        batch: List[Image] = []
+        batch: list[Image] = []
 
-        def flush() -> Iterator[Tuple[Image, Union[RelationPrediction, ImageError]]]:
-            loaded: List[Any] = []
+        def flush() -> Iterator[tuple[Image, RelationPrediction | ImageError]]:
+            loaded: list[Any] = []
             for number, image in enumerate(batch):
                 path = isinstance(image, (str, Path))
                 try:
@@ -345,7 +334,7 @@ def read_description(path: str) -> dict:
     return checkpoint.get("reldn") or {}
 
 
-def check_device(device: Optional[str]) -> str:
+def check_device(device: str | None) -> str:
     """The device; a GPU, if there is one, where none is named.
 
     Raises:
@@ -376,7 +365,7 @@ def load_rgb(image: Image, channels: str = "RGB", name: str = "image") -> np.nda
     return to_rgb(image, channels, name)
 
 
-def check_boxes(boxes: GivenBoxes, image_size: Tuple[int, int], name: str) -> np.ndarray:
+def check_boxes(boxes: GivenBoxes, image_size: tuple[int, int], name: str) -> np.ndarray:
     """(R, 4) float64 of the caller's boxes.
 
     Raises:

@@ -5,8 +5,9 @@ Each writer returns the keyword arguments of its loader; ``pictures`` are 60 x 4
 
 import csv
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Dict, Iterable, Optional, Sequence
+from typing import Any
 
 import h5py
 import numpy as np
@@ -57,7 +58,7 @@ LABEL_ROWS = [
 ]
 
 
-def write_csv(path: Path, rows: Iterable[Sequence], header: Optional[Sequence[str]] = None) -> str:
+def write_csv(path: Path, rows: Iterable[Sequence], header: Sequence[str] | None = None) -> str:
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerows([header] if header else [])
@@ -74,7 +75,7 @@ def pictures(folder: Path, names: Iterable[str], size=(WIDTH, HEIGHT)) -> str:
 
 def write_openimages(
     folder: Path, rows=OPENIMAGES_ROWS, labels=LABEL_ROWS, images=("aa01", "bb02", "cc03")
-) -> Dict[str, Any]:
+) -> dict[str, Any]:
     """The files of the challenge 2018; those of V6 differ in their names alone."""
     folder.mkdir(parents=True, exist_ok=True)
     return {
@@ -97,7 +98,7 @@ VG_IMAGE_IDS = [1, 2, 1592, 3, 1722, 4616, 4617, 4, 5]
 VG_LONG_SIDE = 1024 / WIDTH  # the factor of the frame of boxes_1024
 
 
-def vg_arrays(attributes: bool = False) -> Dict[str, np.ndarray]:
+def vg_arrays(attributes: bool = False) -> dict[str, np.ndarray]:
     """Images: training with relations, without relations, with relations; test; without boxes."""
     xywh = np.array(
         [[15, 20, 30, 40], [45, 30, 20, 20], [10, 10, 10, 10]]
@@ -125,7 +126,7 @@ def vg_arrays(attributes: bool = False) -> Dict[str, np.ndarray]:
     return arrays
 
 
-def vg_dicts(attributes: bool = False) -> Dict[str, Any]:
+def vg_dicts(attributes: bool = False) -> dict[str, Any]:
     tables = {"label": VG_CLASSES, "predicate": VG_PREDICATES}
     if attributes:
         tables["attribute"] = ("red", "old")
@@ -136,7 +137,7 @@ def vg_dicts(attributes: bool = False) -> Dict[str, Any]:
     return content
 
 
-def write_h5(path: Path, arrays: Dict[str, np.ndarray]) -> str:
+def write_h5(path: Path, arrays: dict[str, np.ndarray]) -> str:
     with h5py.File(path, "w") as file:
         for name, array in arrays.items():
             file[name] = array
@@ -148,7 +149,7 @@ def write_json(path: Path, content: Any) -> str:
     return str(path)
 
 
-def write_visual_genome(folder: Path, attributes: bool = False) -> Dict[str, Any]:
+def write_visual_genome(folder: Path, attributes: bool = False) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     records = [
         {"image_id": i, "width": WIDTH, "height": HEIGHT, "url": f"https://example.org/{i}.jpg"}
@@ -163,7 +164,7 @@ def write_visual_genome(folder: Path, attributes: bool = False) -> Dict[str, Any
     }
 
 
-def released_content() -> Dict[str, Any]:
+def released_content() -> dict[str, Any]:
     """The authors' files: boxes [ymin, ymax, xmin, xmax] from 0."""
 
     def entity(category, bbox):
@@ -179,7 +180,7 @@ def released_content() -> Dict[str, Any]:
     }
 
 
-def write_released(folder: Path) -> Dict[str, Any]:
+def write_released(folder: Path) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     categories = [{"id": i, "name": name} for i, (_, name) in enumerate(CLASSES)]
     return {
@@ -192,7 +193,7 @@ def write_released(folder: Path) -> Dict[str, Any]:
     }
 
 
-def coco_content() -> Dict[str, Any]:
+def coco_content() -> dict[str, Any]:
     return {
         "images": [
             {
@@ -223,7 +224,7 @@ def coco_content() -> Dict[str, Any]:
     }
 
 
-def write_coco(folder: Path, content: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
+def write_coco(folder: Path, content: dict[str, Any] | None = None) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     pictures(folder / "images/more", ["b.jpg"])
     return {

@@ -1,6 +1,6 @@
 """Eq 1 to 7 in plain loops, one anchor, one group, one pair at a time."""
 
-from typing import Dict, List, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from reldn_d2.modeling.losses import AnchorSides
 SIDES = ("subject", "object")
 
 
-def all_pairs(sizes: Sequence[int]) -> Dict:
+def all_pairs(sizes: Sequence[int]) -> dict:
     """The ordered pairs of images with these numbers of entities; both sides take all of them.
 
     Args:
@@ -37,13 +37,13 @@ def all_pairs(sizes: Sequence[int]) -> Dict:
     }
 
 
-def anchor_sides(case: Dict) -> AnchorSides:
+def anchor_sides(case: dict) -> AnchorSides:
     """The case as ``contrastive_losses`` wants it, from ``classes`` (A,) and ``sampled`` (2, P)."""
     ends = torch.stack([case["subjects"], case["objects"]])
     return AnchorSides(case["sampled"], ends, case["classes"][ends.flip(0)])
 
 
-def _smallest(pairs: List[int], value: List[float]) -> int:
+def _smallest(pairs: list[int], value: list[float]) -> int:
     """The first of equal ones."""
     best = pairs[0]
     for p in pairs[1:]:
@@ -52,7 +52,7 @@ def _smallest(pairs: List[int], value: List[float]) -> int:
     return best
 
 
-def _largest(pairs: List[int], value: List[float]) -> int:
+def _largest(pairs: list[int], value: list[float]) -> int:
     """The last of equal ones."""
     best = pairs[0]
     for p in pairs[1:]:
@@ -61,7 +61,7 @@ def _largest(pairs: List[int], value: List[float]) -> int:
     return best
 
 
-def groups_in_loops(case: Dict, logits: Tensor, side: str, image: int) -> List[Dict[int, list]]:
+def groups_in_loops(case: dict, logits: Tensor, side: str, image: int) -> list[dict[int, list]]:
     """For L1, L2, L3: anchor -> its groups with a positive, each as (positives, negatives)."""
     labels = [{e for e, on in enumerate(row) if on} for row in case["labels"].tolist()]
     predicted = [max(range(len(row) - 1), key=lambda e, row=row: row[e]) for row in logits.tolist()]
@@ -70,7 +70,7 @@ def groups_in_loops(case: Dict, logits: Tensor, side: str, image: int) -> List[D
         anchors, others = others, anchors
     sampled = case["sampled"][SIDES.index(side)].tolist()
     classes = case["classes"].tolist()
-    result: List[Dict[int, list]] = [{}, {}, {}]
+    result: list[dict[int, list]] = [{}, {}, {}]
     for anchor, its_image in enumerate(case["anchor_image"].tolist()):
         if its_image != image:
             continue
@@ -98,11 +98,11 @@ def groups_in_loops(case: Dict, logits: Tensor, side: str, image: int) -> List[D
 
 
 def contrastive_in_loops(
-    case: Dict,
+    case: dict,
     logits: Tensor,
     alphas: Sequence[float] = (0.2, 0.2, 0.2),
     normalization: str = "paper",
-) -> List[Tensor]:
+) -> list[Tensor]:
     """L1, L2, L3: the mean over images of the sum of both sides.
 
     Args:

@@ -1,7 +1,7 @@
 """Small models, images and data sets for the tests of the model."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
 
 import numpy as np
 import torch
@@ -28,6 +28,14 @@ SMALL = (
     *("TEST.DETECTIONS_PER_IMAGE", 6),
 )
 SIZE = (64, 96)  # height and width of the images
+
+
+TINY = (
+    *("MODEL.RESNETS.RES2_OUT_CHANNELS", 16, "MODEL.RESNETS.WIDTH_PER_GROUP", 2),
+    *("MODEL.VGG.WIDTH", 4, "INPUT.MIN_SIZE_TRAIN", (96,), "INPUT.MIN_SIZE_TEST", 96),
+    *("MODEL.ROI_MASK_HEAD.CONV_DIM", 8, "TEST.DETECTIONS_PER_IMAGE", 5),
+    *("MODEL.RETINANET.SCORE_THRESH_TEST", 0.0),
+)
 
 
 def small_config(*options, config: str = "configs/Toy/reldn.yaml") -> CfgNode:
@@ -147,3 +155,13 @@ def register_dataset(name: str, folder: Path, count: int = 4) -> None:
 def unregister_dataset(name: str) -> None:
     DatasetCatalog.remove(name)
     MetadataCatalog.remove(name)
+
+
+def detector_config(kind, *options):
+    name = "reldn" if kind == "faster_rcnn_FPN" else f"Detectors/{kind}"
+    return small_config(*TINY, *options, config=f"configs/Toy/{name}.yaml")
+
+
+def model_of(kind, *options):
+    torch.manual_seed(0)
+    return build_model(detector_config(kind, "MODEL.WEIGHTS", "", *options))

@@ -10,9 +10,10 @@ from model_utils import CLASSES, PREDICATES
 from PIL import Image
 from usage_utils import picture, write_checkpoint
 
-from reldn_d2.images import ImageError
-from reldn_d2.prediction import graph_to_dot, graph_to_graphml
 from reldn_d2.predictor import RelationPredictor
+from reldn_d2.structures.prediction import graph_to_dot, graph_to_graphml
+from reldn_d2.utils.image_io import ImageError
+from reldn_d2.vis.saliency import triplet_saliency
 
 from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
@@ -151,7 +152,7 @@ def test_no_detection_and_one_detection(checkpoint, count, tmp_path):
     assert found.graph().number_of_nodes() == count
     assert json.loads(found.to_json())["relations"]["pairs"] == []
     with pytest.raises(ImageError, match="triplet 0 was asked for, but there are 0"):
-        few.saliency(picture())
+        triplet_saliency(few, picture())
 
 
 @pytest.mark.parametrize("height, width", [(1, 1), (400, 10000), (10000, 2), (1, 700)])

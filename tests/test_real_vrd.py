@@ -6,7 +6,7 @@ import pytest
 from model_utils import small_config
 
 from reldn_d2.data.datasets.vrd import VRD_CLASSES, VRD_PREDICATES, load_vrd
-from reldn_d2.engine import RelDNTrainer
+from reldn_d2.engine.defaults import RelDNTrainer
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 

@@ -13,16 +13,17 @@ images, to be used with it. Every weight of the model must be found; those left 
 import argparse
 import re
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Dict, List, Optional, Sequence
 
 import torch
 from torch import Tensor
 
 import reldn_d2
-from reldn_d2.checkpoint_files import read_checkpoint, replace_file
+from reldn_d2.checkpoint.detection_checkpoint import read_checkpoint
 from reldn_d2.modeling.backbone.vgg import TORCHVISION_NAMES
+from reldn_d2.utils.file_io import write_atomically
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog
@@ -122,7 +123,7 @@ def _rpn_rule(cfg: CfgNode, layer: str, name: str) -> Rule:
     return Rule(name, to_ours, lambda x: x[torch.argsort(order)])
 
 
-def _body_name(layer: str) -> Optional[str]:
+def _body_name(layer: str) -> str | None:
     """Of a layer of the backbone, their name below ``Conv_Body``; None: no such weight there."""
     if layer in _FPN:
         return _FPN[layer]
@@ -139,7 +140,7 @@ def _body_name(layer: str) -> Optional[str]:
     return f"conv_body.{block}.{convolution.replace('conv', 'bn') if norm else convolution}"
 
 
-def rule_of(name: str, cfg: CfgNode) -> Optional[Rule]:
+def rule_of(name: str, cfg: CfgNode) -> Rule | None:
     """How a weight of a RelDN is found in a released checkpoint; None: it is not in there.
 
     Args:
@@ -179,7 +180,7 @@ def rule_of(name: str, cfg: CfgNode) -> Optional[Rule]:
     raise KeyError(f"The released code has no weight like {name}: does the config fit?")
 
 
-def _usual_names(state: Dict[str, Tensor], vgg: bool) -> Dict[str, Tensor]:
+def _usual_names(state: dict[str, Tensor], vgg: bool) -> dict[str, Tensor]:
     """The same weights, under one name each where the released files have several."""
     result = {}
     for name, value in state.items():
@@ -205,7 +206,7 @@ def _constant(name: str, like: Tensor) -> Tensor:
     return torch.full(like.shape, value)
 
 
-def to_ours(state: Dict[str, Tensor], cfg: CfgNode, report: Callable = print) -> Dict[str, Tensor]:
+def to_ours(state: dict[str, Tensor], cfg: CfgNode, report: Callable = print) -> dict[str, Tensor]:
     """The weights of a released checkpoint as the state dict of a RelDN.
 
     Args:
@@ -243,13 +244,13 @@ def to_ours(state: Dict[str, Tensor], cfg: CfgNode, report: Callable = print) ->
     return result
 
 
-def to_theirs(state: Dict[str, Tensor], cfg: CfgNode) -> Dict[str, Tensor]:
+def to_theirs(state: dict[str, Tensor], cfg: CfgNode) -> dict[str, Tensor]:
     """The way back: a RelDN's state dict under the released code's names."""
     rules = {name: rule_of(name, cfg) for name in _structure(cfg)}
     return {rule.name: rule.to_theirs(state[name]) for name, rule in rules.items() if rule}
 
 
-def _structure(cfg: CfgNode) -> Dict[str, Tensor]:
+def _structure(cfg: CfgNode) -> dict[str, Tensor]:
     """Names and shapes of the model's weights, without memory for them."""
     cfg = cfg.clone()
     cfg.defrost()
@@ -268,13 +269,13 @@ def convert(source: str, target: Path, cfg: CfgNode, allow_pickle: bool = False)
         for key in ("thing_classes", "predicate_classes")
     }
     target.parent.mkdir(parents=True, exist_ok=True)
-    with replace_file(str(target)) as file:
+    with write_atomically(str(target), "wb") as file:
         torch.save({"model": state, "reldn": {**description, "config": cfg.dump()}}, file)
-    with replace_file(str(target.with_suffix(".yaml")), "w") as file:
+    with write_atomically(str(target.with_suffix(".yaml"))) as file:
         file.write(cfg.dump())
 
 
-def main(arguments: Optional[List[str]] = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Parse the command line and convert."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

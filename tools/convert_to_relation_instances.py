@@ -11,19 +11,18 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import List, Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is not installed
 
 import reldn_d2  # noqa: E402,F401  # isort: skip  registers the data sets
 from reldn_d2.data.datasets import to_relation_instances
-from reldn_d2.data.datasets.files import write_atomically
-from reldn_d2.data.registered import add_module_argument, import_modules, require_dataset
+from reldn_d2.data.datasets.catalog import add_module_argument, import_modules, require_dataset
+from reldn_d2.utils.file_io import write_atomically
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 
-def main(arguments: Optional[List[str]] = None) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Convert; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

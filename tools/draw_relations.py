@@ -10,19 +10,19 @@ Example::
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is not installed
 
 import reldn_d2  # noqa: E402,F401  # isort: skip  registers the data sets
 from PIL import Image
 
-from reldn_d2.data.registered import add_module_argument, import_modules, require_dataset
-from reldn_d2.evaluation.predictions_file import read_predictions, read_settings
+from reldn_d2.data.datasets.catalog import add_module_argument, import_modules, require_dataset
+from reldn_d2.evaluation.predictions_io import read_predictions, read_settings
 from reldn_d2.evaluation.records import Prediction
-from reldn_d2.images import distinct_paths, read_rgb
-from reldn_d2.visualizer import RelationVisualizer
-from reldn_d2.visualizer_compare import compare_image
+from reldn_d2.utils.image_io import distinct_paths, read_rgb
+from reldn_d2.vis.compare import compare_image
+from reldn_d2.vis.visualizer import RelationVisualizer
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Instances
@@ -33,11 +33,11 @@ __all__ = ["Loaded", "add_arguments", "load_arguments", "load_predictions"]
 class Loaded(NamedTuple):
     """A data set, and what was predicted for it."""
 
-    dicts: List[Dict[str, Any]]
+    dicts: list[dict[str, Any]]
     metadata: Any
-    predictions: Dict[Any, Prediction]  # by image id
+    predictions: dict[Any, Prediction]  # by image id
 
-    def outputs(self, record: Dict[str, Any]) -> Optional[Dict[str, Instances]]:
+    def outputs(self, record: dict[str, Any]) -> dict[str, Instances] | None:
         """What was predicted for the image of a dataset dict, as a model's output."""
         found = self.predictions.get(record["image_id"])
         return found and found.to_output(record["height"], record["width"])
@@ -56,8 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser, predictions_required: bool) -
 
 
 def load_predictions(
-    file: Path, dicts: List[Dict[str, Any]], metadata: Any
-) -> Dict[Any, Prediction]:
+    file: Path, dicts: list[dict[str, Any]], metadata: Any
+) -> dict[Any, Prediction]:
     """Predictions of a data set by image id, as small arrays.
 
     Raises:
@@ -98,14 +98,21 @@ def load_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
     return Loaded(dicts, metadata, predictions)
 
 
-def main(arguments: Optional[List[str]] = None) -> int:
+def spread_evenly(dicts: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
+    """Choose ``number`` dataset dicts, evenly spread over those with relations if there are any."""
+    related = [record for record in dicts if record.get("relations")] or dicts
+    number = min(number, len(related))
+    return [related[i * len(related) // number] for i in range(number)]
+
+
+def main(arguments: list[str] | None = None) -> int:
     """Draw; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_arguments(parser, predictions_required=False)
     parser.add_argument("--output", type=Path, required=True, help="folder for the pictures")
-    parser.add_argument("--number", type=int, default=10, help="images, from the first on")
+    parser.add_argument("--number", type=int, default=10, help="images, evenly spread")
     parser.add_argument("--top-k", type=int, help="predictions drawn; default: as many as are true")
     args = parser.parse_args(arguments)
     loaded = load_arguments(parser, args)
@@ -114,7 +121,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
     except OSError as error:
         parser.error(f"--output: {error}")
     failed = 0
-    chosen = loaded.dicts[: args.number]
+    chosen = spread_evenly(loaded.dicts, args.number)
     paths = distinct_paths([record["file_name"] for record in chosen], args.output, ".png")
     for record in chosen:
         outputs = loaded.outputs(record)

@@ -12,9 +12,9 @@ Examples::
 
 import argparse
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Callable, Dict, List, Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is not installed
 
@@ -22,16 +22,16 @@ import reldn_d2  # noqa: E402,F401  # isort: skip  bridges gaps before Detectron
 import numpy as np
 from PIL import Image
 
-from reldn_d2.images import distinct_paths, find_images
 from reldn_d2.predictor import RelationPredictor
-from reldn_d2.saliency import FUSED, draw_feature_maps, draw_triplet_saliency
+from reldn_d2.utils.image_io import distinct_paths, find_images
+from reldn_d2.vis.saliency import FUSED, draw_feature_maps, draw_triplet_saliency
 
 
 def _draw_triplet(predictor: RelationPredictor, file: str, rank: int, level: str) -> np.ndarray:
     return draw_triplet_saliency(predictor, file, rank, level)[0]
 
 
-def main(arguments: Optional[List[str]] = None) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Draw; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -59,7 +59,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
         reason = error.args[0] if isinstance(error, KeyError) else error
         print(f"draw_saliency.py: {reason}", file=sys.stderr)
         return 1
-    pictures: Dict[str, Callable] = {"features": partial(draw_feature_maps, levels=args.levels)}
+    pictures: dict[str, Callable] = {"features": partial(draw_feature_maps, levels=args.levels)}
     if args.triplets is not None:
         pictures = {
             f"triplet_{rank}_{level}": partial(_draw_triplet, rank=rank, level=level)
@@ -67,7 +67,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
             for level in args.levels
         }
     for file, start in distinct_paths(files, args.output, "").items():
-        errors: Dict[str, None] = {}  # each once, though it may hold for every picture
+        errors: dict[str, None] = {}  # each once, though it may hold for every picture
         for name, draw in pictures.items():
             try:
                 picture = draw(predictor, file)

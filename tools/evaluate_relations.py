@@ -15,24 +15,23 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import List, Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is not installed
 
 import reldn_d2  # noqa: E402,F401  # isort: skip  registers the data sets
-from reldn_d2.data.datasets.files import write_atomically
-from reldn_d2.data.registered import add_module_argument, import_modules, require_dataset
+from reldn_d2.data.datasets.catalog import add_module_argument, import_modules, require_dataset
 from reldn_d2.evaluation import evaluate_predictions
-from reldn_d2.evaluation.predictions_file import read_predictions
+from reldn_d2.evaluation.predictions_io import read_predictions
 from reldn_d2.evaluation.submission import LAYOUTS, write_submission
-from reldn_d2.protocols import PROTOCOLS
 from reldn_d2.structures.relations import TASKS
+from reldn_d2.utils.file_io import write_atomically
+from reldn_d2.utils.protocols import PROTOCOLS
 
 from detectron2.data import MetadataCatalog
 from detectron2.utils.logger import setup_logger
 
 
-def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -85,13 +84,13 @@ def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace
     return args
 
 
-def read_labels(file: str) -> List[str]:
+def read_labels(file: str) -> list[str]:
     """The first column of a CSV file."""
     with open(file, encoding="utf-8-sig", newline="") as stream:
         return [row[0].strip() for row in csv.reader(stream) if row]
 
 
-def main(arguments: Optional[List[str]] = None) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Score; returns the exit status."""
     args = parse_arguments(arguments)
     setup_logger(name="reldn_d2")

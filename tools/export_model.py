@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import List, Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is not installed
 
@@ -26,8 +25,8 @@ import torch
 from PIL import Image
 
 from reldn_d2.export import save_torchscript
-from reldn_d2.images import ImageError, read_rgb
 from reldn_d2.predictor import RelationPredictor
+from reldn_d2.utils.image_io import ImageError, read_rgb
 
 # Run by itself: it shows all that a user of the file needs.
 _RUN = """
@@ -40,7 +39,7 @@ torch.save(outputs, sys.argv[3])
 """
 
 
-def run_in_fresh_process(path: Path, example: torch.Tensor) -> List[torch.Tensor]:
+def run_in_fresh_process(path: Path, example: torch.Tensor) -> list[torch.Tensor]:
     """Outputs of a saved file, from a process that knows neither this package nor Detectron2."""
     with tempfile.TemporaryDirectory() as folder:
         given, result = Path(folder) / "in.pt", Path(folder) / "out.pt"
@@ -50,7 +49,7 @@ def run_in_fresh_process(path: Path, example: torch.Tensor) -> List[torch.Tensor
         return list(torch.load(result, weights_only=True))
 
 
-def main(arguments: Optional[List[str]] = None) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Export; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

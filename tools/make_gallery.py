@@ -9,8 +9,9 @@ Example::
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is not installed
 
@@ -18,11 +19,11 @@ import reldn_d2  # noqa: E402,F401  # isort: skip  registers the data sets
 from draw_relations import add_arguments, load_arguments
 from tqdm import tqdm
 
-from reldn_d2.gallery import gallery_record, write_gallery
-from reldn_d2.images import read_rgb
+from reldn_d2.utils.image_io import read_rgb
+from reldn_d2.vis.gallery import gallery_record, write_gallery
 
 
-def main(arguments: Optional[List[str]] = None) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Write the page; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -36,9 +37,9 @@ def main(arguments: Optional[List[str]] = None) -> int:
     loaded = load_arguments(parser, args)
     metadata = loaded.metadata
     chosen = [x for x in loaded.dicts if x["image_id"] in loaded.predictions][: args.number]
-    failed: List[str] = []
+    failed: list[str] = []
 
-    def records() -> Iterator[Dict[str, Any]]:
+    def records() -> Iterator[dict[str, Any]]:
         for record in tqdm(chosen, unit="image", disable=None):
             try:
                 yield gallery_record(

@@ -17,7 +17,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Dict, List, Optional
 
 PROJECT = Path(__file__).resolve().parent.parent
 MODELS = {"L0": "reldn_l0", "L0 + L1 + L2 + L3": "reldn"}  # name in the table: config
@@ -47,13 +46,13 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def config_with_bases(path: Path) -> List[Path]:
+def config_with_bases(path: Path) -> list[Path]:
     """A config file and those that it builds on."""
     base = re.search(r'^_BASE_: "(.+)"', path.read_text(), re.MULTILINE)
     return [path] + (config_with_bases(path.parent / base.group(1)) if base else [])
 
 
-def configuration_fingerprint(config: str, options: List[str], inputs: List[Path]) -> str:
+def configuration_fingerprint(config: str, options: list[str], inputs: list[Path]) -> str:
     """Changes when the config, its bases, the options or a file that the run starts from do."""
     digest = hashlib.sha256(json.dumps(options).encode())
     for path in config_with_bases(PROJECT / "configs" / "Toy" / f"{config}.yaml"):
@@ -65,7 +64,7 @@ def configuration_fingerprint(config: str, options: List[str], inputs: List[Path
     return f"{config} {digest.hexdigest()}"
 
 
-def run_train_net(name: str, config: str, output: Path, options: List[str]) -> None:
+def run_train_net(name: str, config: str, output: Path, options: list[str]) -> None:
     """Run ``train_net.py`` in a process of its own, passing on its progress, shortened.
 
     Raises:
@@ -100,8 +99,8 @@ def stage(
     name: str,
     config: str,
     output: Path,
-    options: List[str],
-    inputs: List[Path],
+    options: list[str],
+    inputs: list[Path],
     retrain: bool = False,
 ) -> Path:
     """Train (evaluating SGDET at the end) and evaluate PRDCLS, unless that has been done.
@@ -159,8 +158,8 @@ def draw_data_set() -> str:
 def train_relations(
     output: Path,
     detector: Path,
-    seeds: List[int],
-    options: List[str],
+    seeds: list[int],
+    options: list[str],
     jobs: int,
     retrain: bool = False,
 ) -> None:
@@ -183,9 +182,9 @@ def train_relations(
             raise
 
 
-def read_results(output: Path, seeds: List[int]) -> Dict[str, Dict[str, List[Dict[str, float]]]]:
+def read_results(output: Path, seeds: list[int]) -> dict[str, dict[str, list[dict[str, float]]]]:
     """Metrics by task, then model: one dict a seed."""
-    results: Dict[str, Dict[str, List[Dict[str, float]]]] = {}
+    results: dict[str, dict[str, list[dict[str, float]]]] = {}
     for task in TASKS:
         for name, config in MODELS.items():
             files = [output / f"seed_{s}" / config / f"results_{task}.json" for s in seeds]
@@ -198,13 +197,13 @@ def read_results(output: Path, seeds: List[int]) -> Dict[str, Dict[str, List[Dic
     return results
 
 
-def format_table(results: Dict[str, Dict[str, List[Dict[str, float]]]]) -> str:
+def format_table(results: dict[str, dict[str, list[dict[str, float]]]]) -> str:
     """The comparison as a Markdown table; with several seeds mean and standard deviation."""
     from statistics import mean, stdev
 
     from tabulate import tabulate
 
-    def cell(runs: List[Dict[str, float]], key: str) -> str:
+    def cell(runs: list[dict[str, float]], key: str) -> str:
         values = [run[key] for run in runs]
         spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
         return f"{mean(values):.1f}{spread}"
@@ -217,7 +216,7 @@ def format_table(results: Dict[str, Dict[str, List[Dict[str, float]]]]) -> str:
     return tabulate(rows, heads, tablefmt="github", disable_numparse=True)
 
 
-def main(arguments: Optional[List[str]] = None) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Run all five steps; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("output/toy"), help="folder of it all")

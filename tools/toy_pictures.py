@@ -1,14 +1,14 @@
 """Pictures of the demo: ground truth and both models' best triplets, from their predictions."""
 
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any
 
 import numpy as np
 from draw_relations import Loaded, load_predictions
 from PIL import Image
 
-from reldn_d2.visualizer import Scene, find_hits
-from reldn_d2.visualizer_compare import compare_models
+from reldn_d2.vis.compare import compare_models
+from reldn_d2.vis.visualizer import Scene, find_hits
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
@@ -20,14 +20,14 @@ DATASET = "toy_vrd_test"
 TASK = "prdcls"
 
 
-def count_found(dataset_dict: Dict[str, Any], outputs: Dict[str, Instances]) -> int:
+def count_found(dataset_dict: dict[str, Any], outputs: dict[str, Instances]) -> int:
     """How many true relations are among as many best triplets."""
     truth = Scene.from_dataset_dict(dataset_dict)
     best = Scene.from_outputs(outputs["instances"], outputs["relations"], len(truth.triplets))
     return sum(find_hits(best, truth)[1])
 
 
-def draw_pictures(folders: Dict[str, Path], output: Path, number: int) -> List[Path]:
+def draw_pictures(folders: dict[str, Path], output: Path, number: int) -> list[Path]:
     """Draw the test images in which two models differ most, in both directions.
 
     Two thirds are images where the second model finds more than the first, one third images where

@@ -1,8 +1,8 @@
 """Check a registered data set: ``python -m reldn_d2.data.check NAME``.
 
-Prints a summary and every problem with file, record and mend; ``--draw DIR`` writes some pictures
-with their ground-truth graph. The exit status is 0 if the data set is usable, 1 if it is not, and 2
-if the command is wrong.
+Prints a summary and lists every problem with its file, its record and how to fix it. The exit
+status is 0 if the data set is usable, 1 if it is not, and 2 if the command is wrong. To look at the
+annotations, run ``python tools/draw_relations.py --dataset NAME --output FOLDER``.
 """
 
 import argparse
@@ -13,11 +13,9 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from numbers import Real
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -25,12 +23,12 @@ from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode
 from detectron2.utils.logger import setup_logger
 
-from .annotations import annotation_problems, boxes_xyxy
-from .datasets.files import image_size
-from .registered import add_module_argument, import_modules, require_dataset
+from .dataset_dict import annotation_problems, boxes_xyxy
+from .datasets.catalog import add_module_argument, import_modules, require_dataset
+from .datasets.io import image_size
 from .summary import DatasetSummary
 
-__all__ = ["Report", "check_dataset", "draw_dataset", "main"]
+__all__ = ["Report", "check_dataset", "main"]
 
 _OUTSIDE = 1e-3  # pixels; boxes are computed from rounded numbers
 _IMAGE_KEYS = ("file_name", "image_id", "height", "width")
@@ -236,40 +234,8 @@ def _check_images(
         report.errors += [text for text in found if text is not None]
 
 
-def draw_dataset(
-    dataset_dicts: Sequence[dict[str, Any]], metadata: Any, folder: str, number: int
-) -> list[Path]:
-    """Draw images with their ground-truth graph.
-
-    Args:
-        dataset_dicts: of the data set.
-        metadata: with ``thing_classes`` and ``predicate_classes``.
-        folder: is made if need be.
-        number: images to draw, evenly over those with relations.
-
-    Returns:
-        Paths of the pictures, ``NUMBER_NAME.png``.
-    """
-    from ..visualizer import RelationVisualizer  # imports the evaluation, which imports the data
-
-    related = [i for i, record in enumerate(dataset_dicts) if record.get("relations")]
-    related = related or list(range(len(dataset_dicts)))
-    count = min(number, len(related))
-    chosen = [related[i * len(related) // count] for i in range(count)]
-    os.makedirs(folder, exist_ok=True)
-    paths = []
-    for i in tqdm(chosen, desc="Pictures", unit=" pictures", delay=1):
-        record = dataset_dicts[i]
-        image = np.ascontiguousarray(read_image(record["file_name"], format="RGB"))
-        drawn = RelationVisualizer(image, metadata).draw_ground_truth(record)
-        path = Path(folder) / f"{i:06d}_{Path(record['file_name']).stem}.png"
-        Image.fromarray(drawn.get_image()).save(path)
-        paths.append(path)
-    return paths
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check, print and draw; returns the exit status."""
+    """Check the data set, print the report and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m reldn_d2.data.check",
         description=__doc__,
@@ -279,8 +245,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_module_argument(parser)
     parser.add_argument("--decode", action="store_true", help="read the pixels of every image")
     parser.add_argument("--limit", type=int, help="problems printed of each kind; default: all")
-    parser.add_argument("--draw", metavar="DIR", help="folder for pictures of the ground truth")
-    parser.add_argument("--number", type=int, default=10, help="pictures to draw")
     args = parser.parse_args(arguments)
     setup_logger(name="reldn_d2")
     try:
@@ -301,12 +265,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(
         f"\n{args.name} is {verdict}: {len(report.errors)} errors, {len(report.warnings)} warnings"
     )
-    if args.draw and report.usable:
-        metadata = MetadataCatalog.get(args.name)
-        for path in draw_dataset(report.dataset_dicts, metadata, args.draw, args.number):
-            print(path)
-    elif args.draw:
-        print("Nothing was drawn: mend the errors first.")
     return 0 if report.usable else 1
 
 

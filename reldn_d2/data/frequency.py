@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .annotations import boxes_xyxy, check_annotations
+from .dataset_dict import boxes_xyxy, check_annotations
 
 __all__ = ["PairCounts", "count_pairs", "count_predicates", "log_frequencies", "seen_triplets"]
 

@@ -25,10 +25,11 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
-from .annotations import dicts_without_images
-from .datasets.files import cache_paths, write_atomically
+from ..utils.file_io import write_atomically
+from .dataset_dict import dicts_without_images
+from .datasets.catalog import add_module_argument, import_modules, require_dataset
+from .datasets.io import cache_paths
 from .frequency import PairCounts, count_pairs
-from .registered import add_module_argument, import_modules, require_dataset
 
 __all__ = [
     "RelationStatistics",

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .annotations import boxes_xyxy
+from .dataset_dict import boxes_xyxy
 
 __all__ = ["DatasetSummary"]
 

@@ -10,13 +10,13 @@ area under the precision envelope over all recall points. mAP is the mean over t
 the ground truth contains; a predicate that it does not contain has no AP (NaN).
 """
 
-from typing import Sequence, Tuple
+from collections.abc import Sequence
 
 import numpy as np
 
+from .batches import Detections, RelationTable, detections
 from .matching import rank_by_score, voc_average_precision
 from .records import ImagePair
-from .tables import Detections, RelationTable, detections
 
 __all__ = [
     "mean_average_precision",
@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 
-def true_positives(found: Detections) -> Tuple[np.ndarray, np.ndarray]:
+def true_positives(found: Detections) -> tuple[np.ndarray, np.ndarray]:
     """Order of the triplets by score, and in that order (K,) bool: true or false positive."""
     order = rank_by_score(found.scores)
     matched = found.matches[order]
@@ -63,7 +63,7 @@ def relation_average_precision(
     num_predicates: int,
     predicates_per_pair: int = 0,
     limit: int = 100,
-) -> Tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray]:
     """AP of each predicate over a data set, both boxes overlapping by >= 0.5.
 
     Args:

@@ -9,8 +9,8 @@ from detectron2.data import MetadataCatalog
 from detectron2.data.datasets.coco import convert_to_coco_dict
 from detectron2.evaluation import COCOEvaluator
 
-from ..compat import has_compiled_ops
-from ..data.datasets.files import write_atomically
+from ..utils.compat import has_compiled_ops
+from ..utils.file_io import write_atomically
 
 __all__ = ["box_evaluator"]
 

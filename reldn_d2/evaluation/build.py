@@ -2,34 +2,63 @@
 
 import logging
 import os
-from typing import Dict, List, Sequence, Type
+from collections.abc import Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 
 from ..modeling.meta_arch import predicts_relations
-from ..protocols import find_protocol, predicates_per_pair
+from ..utils.protocols import find_protocol, predicates_per_pair
 from .box_evaluation import box_evaluator
-from .evaluator import RelationDatasetEvaluator
-from .evaluators import (
-    OpenImagesVRDEvaluator,
-    RelationEvaluator,
-    SceneGraphEvaluator,
-    VRDEvaluator,
-)
+from .relation_evaluation import RelationDatasetEvaluator
 
-__all__ = ["build_relation_evaluator", "evaluator_class"]
+__all__ = [
+    "OpenImagesVRDEvaluator",
+    "RelationEvaluator",
+    "SceneGraphEvaluator",
+    "VRDEvaluator",
+    "build_relation_evaluator",
+    "evaluator_class",
+]
 
 logger = logging.getLogger(__name__)
 
-_EVALUATORS: Dict[str, Type[RelationDatasetEvaluator]] = {
+
+class OpenImagesVRDEvaluator(RelationDatasetEvaluator):
+    """OpenImages VRD: ``released``, as in the paper; the challenge's own rule is ``openimages``.
+
+    The rules stand in :mod:`.openimages_score`; the latter uses the dicts' ``verified_labels``.
+    """
+
+    EVALUATOR_TYPE = "openimages_vrd"
+
+
+class SceneGraphEvaluator(RelationDatasetEvaluator):
+    """Visual Genome: ``motifs`` (:mod:`.motifs`)."""
+
+    EVALUATOR_TYPE = "scene_graph"
+
+
+class VRDEvaluator(RelationDatasetEvaluator):
+    """VRD: ``lu2016`` (:mod:`.lu2016`)."""
+
+    EVALUATOR_TYPE = "vrd"
+
+
+class RelationEvaluator(RelationDatasetEvaluator):
+    """Any data set of relations: ``relations`` (:mod:`.relations`)."""
+
+    EVALUATOR_TYPE = "relation"
+
+
+_EVALUATORS: dict[str, type[RelationDatasetEvaluator]] = {
     str(kind.EVALUATOR_TYPE): kind
     for kind in (RelationEvaluator, VRDEvaluator, OpenImagesVRDEvaluator, SceneGraphEvaluator)
 }
 
 
-def evaluator_class(dataset_name: str, protocol: str = "") -> Type[RelationDatasetEvaluator]:
+def evaluator_class(dataset_name: str, protocol: str = "") -> type[RelationDatasetEvaluator]:
     """The evaluator that the data set's metadata names in ``evaluator_type``.
 
     Args:
@@ -91,7 +120,7 @@ def build_relation_evaluator(
     )
 
 
-def _reachable(topk: Sequence[int], kept: int) -> List[int]:
+def _reachable(topk: Sequence[int], kept: int) -> list[int]:
     """The n of R@n for which the model keeps enough triplets; the others would say too little."""
     left_out = [n for n in topk if n > kept]
     if left_out:

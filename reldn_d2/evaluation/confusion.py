@@ -31,13 +31,13 @@ Precisely, in one image with ground-truth entities and relations (s, p, o):
 """
 
 from collections import OrderedDict
-from typing import Sequence, Tuple
+from collections.abc import Sequence
 
 import numpy as np
 
+from .batches import Batch, batches
 from .matching import NEVER, aligned_iou, best_candidates, equal_codes, phrase_boxes
 from .records import GroundTruth, ImagePair, Prediction
-from .tables import Batch, batches
 
 __all__ = ["confusion_report", "merge_repeated"]
 
@@ -128,7 +128,7 @@ def _count(
     return np.array([(is_case & (own > best_rival)).sum(), is_case.sum()])
 
 
-def _instance_rivals(entities: _Entities, side: str) -> Tuple[np.ndarray, np.ndarray]:
+def _instance_rivals(entities: _Entities, side: str) -> tuple[np.ndarray, np.ndarray]:
     """Relations, and codes of the same with another entity of the same class on one side."""
     partners = entities.objects if side == "object" else entities.subjects
     relations, others = equal_codes(entities.class_codes[partners], entities.class_codes)
@@ -141,7 +141,7 @@ def _instance_rivals(entities: _Entities, side: str) -> Tuple[np.ndarray, np.nda
     return relations, entities.codes(others, entities.objects[relations], predicates)
 
 
-def _pairing_rivals(entities: _Entities) -> Tuple[np.ndarray, np.ndarray]:
+def _pairing_rivals(entities: _Entities) -> tuple[np.ndarray, np.ndarray]:
     """Relations, and codes of the pairs swapped with another relation near by."""
     codes = entities.class_codes[entities.subjects] * entities.num_predicates + entities.predicates
     one, other = equal_codes(codes, codes)
@@ -187,7 +187,7 @@ def confusion_report(
         for side in SIDES:
             total[side] += _count(entities, scores, *_instance_rivals(entities, side))
         total["pairing"] += _count(entities, scores, *_pairing_rivals(entities))
-    report: "OrderedDict[str, float]" = OrderedDict()
+    report: OrderedDict[str, float] = OrderedDict()
 
     def add(prefix: str, suffix: str, counts: np.ndarray) -> None:
         right, cases = counts.tolist()

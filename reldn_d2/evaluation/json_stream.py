@@ -3,7 +3,8 @@
 import gzip
 import json
 import zlib
-from typing import IO, Any, Iterator
+from collections.abc import Iterator
+from typing import IO, Any
 
 __all__ = ["list_elements"]
 

@@ -14,20 +14,20 @@ recall counts, of the same matches, only the ground truth whose three labels the
 """
 
 from collections import OrderedDict
-from typing import Dict, List, Optional, Sequence, Union
+from collections.abc import Sequence
 
 import numpy as np
 
 from .average_precision import precision_of_predicates
+from .batches import RelationTable, detections, found_ranks
 from .matching import NEVER
-from .protocol import Scores, Settings, task_name
 from .records import ImagePair
-from .tables import RelationTable, detections, found_ranks
+from .scores import Scores, Settings, task_name
 
 __all__ = ["pooled", "pooled_recall", "score"]
 
 
-def pooled(ranks: np.ndarray, truth: RelationTable, topk: Sequence[Union[int, str]]) -> List[float]:
+def pooled(ranks: np.ndarray, truth: RelationTable, topk: Sequence[int | str]) -> list[float]:
     """Recall in percent over all images together.
 
     Args:
@@ -48,10 +48,10 @@ def pooled(ranks: np.ndarray, truth: RelationTable, topk: Sequence[Union[int, st
 
 def pooled_recall(
     images: Sequence[ImagePair],
-    topk: Sequence[Union[int, str]],
+    topk: Sequence[int | str],
     predicates_per_pair: int = 0,
     kind: str = "relationship",
-) -> List[float]:
+) -> list[float]:
     """Recall in percent over all images together, by the rule above.
 
     Args:
@@ -86,7 +86,7 @@ def score(images: Sequence[ImagePair], settings: Settings) -> Scores:
     scores = Scores()
     for k in settings.predicates_per_pair:
         task = task_name("lu2016", settings.task, k)
-        metrics: Dict[str, float] = OrderedDict()
+        metrics: dict[str, float] = OrderedDict()
         for name, kind in kinds.items():
             for n, recall in zip(settings.topk, pooled(found[k, kind], truth, settings.topk)):
                 metrics[f"{name} R@{n}"] = recall
@@ -104,7 +104,7 @@ def score(images: Sequence[ImagePair], settings: Settings) -> Scores:
 
 
 def recall_of_predicates(
-    ranks: np.ndarray, truth: RelationTable, settings: Settings, topk: Optional[int] = None
+    ranks: np.ndarray, truth: RelationTable, settings: Settings, topk: int | None = None
 ) -> np.ndarray:
     """(P,) pooled recall of each predicate at the largest n; NaN where there is none to find."""
     found = ranks < (topk or max(settings.topk, default=NEVER))

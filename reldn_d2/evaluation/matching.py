@@ -7,8 +7,6 @@ are always in the order of :func:`rank_by_score`. Nothing here knows a protocol;
 built of these.
 """
 
-from typing import Tuple
-
 import numpy as np
 
 __all__ = [
@@ -132,7 +130,7 @@ def best_overlap(
     return np.where(allowed.max(axis=1) >= 0, allowed.argmax(axis=1), -1)
 
 
-def equal_codes(codes: np.ndarray, gt_codes: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+def equal_codes(codes: np.ndarray, gt_codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The candidates: all combinations of a prediction and a ground truth of one code.
 
     Args:

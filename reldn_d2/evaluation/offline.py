@@ -1,15 +1,16 @@
 """Score a predictions file, the model's own or anyone's, without model or images."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any
 
 from .build import evaluator_class
-from .evaluator import RelationDatasetEvaluator
 from .matching import limit_predicates_per_pair
-from .predictions_file import read_predictions, read_settings
-from .protocol import Results
+from .predictions_io import read_predictions, read_settings
 from .records import Prediction
+from .relation_evaluation import RelationDatasetEvaluator
+from .scores import Results
 from .submission import read_submission
 
 __all__ = ["evaluate_predictions"]
@@ -20,13 +21,13 @@ logger = logging.getLogger(__name__)
 def evaluate_predictions(
     dataset_name: str,
     predictions_file: str,
-    output_dir: Optional[str] = None,
+    output_dir: str | None = None,
     *,
-    task: Optional[str] = None,
+    task: str | None = None,
     protocol: str = "",
-    predicates_per_pair: Optional[Sequence[int]] = None,
-    topk: Optional[Sequence[int]] = None,
-    labels: Optional[Sequence[str]] = None,
+    predicates_per_pair: Sequence[int] | None = None,
+    topk: Sequence[int] | None = None,
+    labels: Sequence[str] | None = None,
 ) -> Results:
     """Score a predictions file in the format of :mod:`.predictions_file`.
 
@@ -47,7 +48,7 @@ def evaluate_predictions(
             the message names the file, the record and the mend.
     """
     is_submission = predictions_file.endswith((".csv", ".csv.gz"))
-    settings: Dict[str, Any] = {} if is_submission else read_settings(predictions_file)
+    settings: dict[str, Any] = {} if is_submission else read_settings(predictions_file)
     evaluator = evaluator_class(dataset_name, protocol)(
         dataset_name,
         output_dir,
@@ -71,7 +72,7 @@ def evaluate_predictions(
             evaluator.settings.num_predicates,
         )
     evidence = _Evidence(predictions_file, evaluator)
-    records: Dict[Any, int] = {}
+    records: dict[Any, int] = {}
     for number, prediction in enumerate(predictions):
         image_id = prediction.image_id
         where = f"{predictions_file}, record {number} (image {image_id!r})"
@@ -94,7 +95,7 @@ def _canonical(k: int, num_predicates: int) -> int:
 
 
 def _check_written_for(
-    file: str, settings: Dict[str, Any], dataset_name: str, evaluator: RelationDatasetEvaluator
+    file: str, settings: dict[str, Any], dataset_name: str, evaluator: RelationDatasetEvaluator
 ) -> None:
     """Compare what the file was written for with what is asked of it."""
     if not settings:
@@ -137,7 +138,7 @@ class _Evidence:
         self.needed = max(self.settings.topk, default=100)
         self.several = False  # some pair has several predicates
         self.cut = 0  # images with as many triplets as are needed, or more
-        self.short: Dict[int, int] = {k: 0 for k in self.settings.predicates_per_pair if k}
+        self.short: dict[int, int] = {k: 0 for k in self.settings.predicates_per_pair if k}
 
     def add(self, prediction: Prediction) -> None:
         self.several = self.several or not limit_predicates_per_pair(prediction.pairs, 1).all()
@@ -152,7 +153,7 @@ class _Evidence:
     def check(self) -> None:
         """Raise where the file cannot hold what is asked for; warn where it may not."""
         num_predicates = self.settings.num_predicates
-        beyond: List[int] = [k for k in self.settings.predicates_per_pair if k != 1]
+        beyond: list[int] = [k for k in self.settings.predicates_per_pair if k != 1]
         if self.evaluator.protocol.all_triplets:
             beyond = [k for k in beyond if k]  # its rule takes what is given as it is
         if beyond and self.cut and not self.several and num_predicates > 1:

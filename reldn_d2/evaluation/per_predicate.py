@@ -4,12 +4,12 @@ import json
 import math
 import os
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any
 
 import numpy as np
 from tabulate import tabulate
 
-from ..data.datasets.files import write_atomically
+from ..utils.file_io import write_atomically
 
 __all__ = ["GROUPS", "PredicateTable"]
 
@@ -22,9 +22,9 @@ _COLORS = ("#c6d4e3", "#1f5a94", "#d1701f")
 class PredicateTable:
     """All predicates of a data set under one protocol and one k."""
 
-    names: Tuple[str, ...]
+    names: tuple[str, ...]
     counts: np.ndarray  # (P,) ground-truth relations
-    training_counts: Optional[np.ndarray]  # (P,) relations of the training set, if it is known
+    training_counts: np.ndarray | None  # (P,) relations of the training set, if it is known
     recall: np.ndarray  # (P,) percent, NaN where there is no ground truth
     recall_at: int
     average_precision: np.ndarray  # (P,) percent
@@ -35,7 +35,7 @@ class PredicateTable:
         frequency = self.counts if self.training_counts is None else self.training_counts
         return np.argsort(-frequency, kind="stable")
 
-    def groups(self) -> Dict[str, List[int]]:
+    def groups(self) -> dict[str, list[int]]:
         """The predicates of each of :data:`GROUPS`, of those that the ground truth contains."""
         present = [int(p) for p in self.order if self.counts[p]]
         return {
@@ -43,12 +43,12 @@ class PredicateTable:
             for name, part in zip(GROUPS, np.array_split(np.asarray(present, dtype=np.int64), 3))
         }
 
-    def to_dict(self) -> Dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As plain types; what is undefined is None."""
         rows = []
         group_of = {p: name for name, members in self.groups().items() for p in members}
         for p in self.order.tolist():
-            row: Dict[str, Any] = {"predicate": self.names[p], "number": p}
+            row: dict[str, Any] = {"predicate": self.names[p], "number": p}
             row["group"] = group_of.get(p)
             if self.training_counts is not None:
                 row["training_relations"] = int(self.training_counts[p])
@@ -59,7 +59,7 @@ class PredicateTable:
             rows.append(row)
         return {"predicates": rows, "groups": self.group_means()}
 
-    def group_means(self) -> Dict[str, Dict[str, Optional[float]]]:
+    def group_means(self) -> dict[str, dict[str, float | None]]:
         """Number of predicates, and means of recall and AP, of head, body and tail."""
         return {
             name: {
@@ -121,7 +121,7 @@ class PredicateTable:
         left.legend(handles=handles, ncol=3, frameon=False, **place)
         figure.savefig(file, format="png", dpi=110, bbox_inches="tight")
 
-    def write(self, folder: str, name: str, title: str) -> List[str]:
+    def write(self, folder: str, name: str, title: str) -> list[str]:
         """Write ``per_predicate_<name>`` as .json, .md and .png; returns the paths."""
         paths = [os.path.join(folder, f"per_predicate_{name}.{x}") for x in ("json", "md", "png")]
         with write_atomically(paths[0]) as stream:
@@ -133,11 +133,11 @@ class PredicateTable:
         return paths
 
 
-def _known(value: float) -> Optional[float]:
+def _known(value: float) -> float | None:
     return None if math.isnan(value) else float(value)
 
 
-def _mean(values: np.ndarray) -> Optional[float]:
+def _mean(values: np.ndarray) -> float | None:
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else None
 

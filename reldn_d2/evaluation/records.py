@@ -4,15 +4,16 @@ Shapes: N ground-truth entities, M ground-truth relations, R predicted boxes, K 
 All boxes are XYXY, absolute pixels, in the frame of the data set's dicts (the original image).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Dict, Sequence, Tuple, Union
+from typing import Any, Union
 
 import numpy as np
 import torch
 
 from detectron2.structures import Boxes, Instances
 
-from ..data.annotations import boxes_xyxy, dicts_without_images
+from ..data.dataset_dict import boxes_xyxy, dicts_without_images
 from ..structures.relations import check_relation_triplets, predicted_relations
 from .matching import limit_predicates_per_pair, rank_by_score
 
@@ -52,7 +53,7 @@ class GroundTruth:
         return _labels(self.classes, self.pairs, self.relations[:, 2])
 
     @classmethod
-    def from_dict(cls, record: Dict[str, Any], where: str = "data set") -> "GroundTruth":
+    def from_dict(cls, record: dict[str, Any], where: str = "data set") -> "GroundTruth":
         """From a dict of the data set; one without annotations or relations is in order."""
         annotations = record.get("annotations", [])
         relations = record.get("relations", [])
@@ -83,7 +84,7 @@ class Prediction:
         """(K, 3) subject class, predicate, object class."""
         return _labels(self.classes, self.pairs, self.predicates)
 
-    def select(self, triplets: Union[np.ndarray, slice]) -> "Prediction":
+    def select(self, triplets: np.ndarray | slice) -> "Prediction":
         """The same boxes with some of the triplets."""
         return Prediction(
             self.image_id,
@@ -162,7 +163,7 @@ class Prediction:
         )
 
     @classmethod
-    def from_output(cls, image_id: ImageId, output: Dict[str, Instances]) -> "Prediction":
+    def from_output(cls, image_id: ImageId, output: dict[str, Instances]) -> "Prediction":
         """From a model's output for one image, already in the original image's frame.
 
         Args:
@@ -196,7 +197,7 @@ class Prediction:
         """No boxes and no triplets."""
         return cls.from_arrays(image_id, [], [], [], [], [], [])
 
-    def to_output(self, height: int, width: int) -> Dict[str, Instances]:
+    def to_output(self, height: int, width: int) -> dict[str, Instances]:
         """As a model's output for an image of this size, such as pictures are drawn of.
 
         ``predicate_scores`` are what is left of the triplets' scores without those of the boxes.
@@ -219,7 +220,7 @@ class Prediction:
         )
         return {"instances": instances, "relations": relations}
 
-    def to_record(self) -> Dict[str, Any]:
+    def to_record(self) -> dict[str, Any]:
         """The image's record in ``relation_predictions.json``."""
         image_id = self.image_id.item() if isinstance(self.image_id, np.generic) else self.image_id
         return {
@@ -237,7 +238,7 @@ class Prediction:
         }
 
 
-ImagePair = Tuple[GroundTruth, Prediction]
+ImagePair = tuple[GroundTruth, Prediction]
 
 
 def _labels(classes: np.ndarray, pairs: np.ndarray, predicates: np.ndarray) -> np.ndarray:
@@ -280,13 +281,13 @@ def _array(values: Any, name: str, where: str, kind: type, width: int = 0) -> np
     return array
 
 
-def load_ground_truth(dataset_name: str) -> Dict[ImageId, GroundTruth]:
+def load_ground_truth(dataset_name: str) -> dict[ImageId, GroundTruth]:
     """Ground truth of a registered data set, in its order.
 
     Raises:
         ValueError: two dicts have one ``image_id``, or a relation points outside the annotations.
     """
-    images: Dict[ImageId, GroundTruth] = {}
+    images: dict[ImageId, GroundTruth] = {}
     for record in dicts_without_images(dataset_name):
         image_id = record["image_id"]
         where = f"Data set '{dataset_name}', image {image_id!r}"

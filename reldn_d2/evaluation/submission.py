@@ -12,15 +12,16 @@ are divided by the image's width and height. Labels are OpenImages' identifiers 
 import csv
 import gzip
 import sys
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from detectron2.data import MetadataCatalog
 
-from ..data.annotations import dicts_without_images
-from ..data.datasets.files import write_atomically
+from ..data.dataset_dict import dicts_without_images
+from ..utils.file_io import write_atomically
 from .records import ImageId, Prediction
 
 __all__ = ["COLUMNS", "LAYOUTS", "read_submission", "write_submission"]
@@ -38,10 +39,10 @@ class _Names(NamedTuple):
 
     classes: Sequence[str]
     predicates: Sequence[str]
-    sizes: Dict[str, Tuple[ImageId, float, float]]  # by str(image_id): the id, width, height
+    sizes: dict[str, tuple[ImageId, float, float]]  # by str(image_id): the id, width, height
 
 
-def _names(dataset_name: str, labels: Optional[Sequence[str]]) -> _Names:
+def _names(dataset_name: str, labels: Sequence[str] | None) -> _Names:
     metadata = MetadataCatalog.get(dataset_name)
     classes = labels or metadata.get("thing_labels", None) or metadata.get("thing_classes", None)
     predicates = metadata.get("predicate_classes", None)
@@ -75,7 +76,7 @@ def write_submission(
     predictions: Iterable[Prediction],
     file: str,
     layout: str = "server",
-    labels: Optional[Sequence[str]] = None,
+    labels: Sequence[str] | None = None,
 ) -> None:
     """Write predictions as a submission, whole or not at all.
 
@@ -128,7 +129,7 @@ def _rows(prediction: Prediction, names: _Names) -> Iterator[tuple]:
         yield score, classes[s], boxes[s], classes[o], boxes[o], predicate
 
 
-def _fields(row: tuple, names: _Names) -> List[str]:
+def _fields(row: tuple, names: _Names) -> list[str]:
     score, subject, subject_box, object_, object_box, predicate = row
     return [
         repr(score),
@@ -144,12 +145,12 @@ def _fields(row: tuple, names: _Names) -> List[str]:
 _PLACES = (1, 6, 11, 0, 2, 4, 3, 5, 7, 9, 8, 10)
 
 
-def _table_row(image: str, fields: Sequence[str]) -> List[str]:
+def _table_row(image: str, fields: Sequence[str]) -> list[str]:
     return [image, *(fields[place] for place in _PLACES)]
 
 
 def read_submission(
-    dataset_name: str, file: str, labels: Optional[Sequence[str]] = None
+    dataset_name: str, file: str, labels: Sequence[str] | None = None
 ) -> Iterator[Prediction]:
     """Read a submission of either layout, plain or gzipped; equal scores rank as listed.
 
@@ -166,8 +167,8 @@ def read_submission(
         ValueError: a line is wrong; the message names it and the mend.
     """
     names = _names(dataset_name, labels)
-    rows_of: Dict[str, List[Sequence[str]]] = {}  # of a table, whose lines may be in any order
-    lines: Dict[str, int] = {}
+    rows_of: dict[str, list[Sequence[str]]] = {}  # of a table, whose lines may be in any order
+    lines: dict[str, int] = {}
     with _open_text(file) as stream, _long_fields():
         reader = csv.reader(stream)
         header = tuple(x.strip() for x in next(reader, ()))
@@ -201,7 +202,7 @@ def read_submission(
         yield _prediction(rows, f"{file}, line {lines[image]} and others", names, image)
 
 
-def _split(text: str, where: str) -> List[Sequence[str]]:
+def _split(text: str, where: str) -> list[Sequence[str]]:
     """The triplets of a PredictionString."""
     parts = text.split()
     if len(parts) % _FIELDS:

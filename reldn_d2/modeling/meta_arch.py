@@ -3,8 +3,6 @@
 Shapes: N images, R entities and M relations of one image.
 """
 
-from typing import Dict, List, Optional, Tuple
-
 import torch
 from torch import Tensor, nn
 
@@ -37,8 +35,8 @@ class RelDN(nn.Module):
         *,
         detector: EntityDetector,
         relation_head: nn.Module,
-        predicate_backbone: Optional[nn.Module] = None,
-        predicate_weights: Optional[str] = None,
+        predicate_backbone: nn.Module | None = None,
+        predicate_weights: str | None = None,
         task: str = "sgdet",
         train_entities: str = "proposals",
         entity_iou_threshold: float = 0.5,
@@ -97,7 +95,7 @@ class RelDN(nn.Module):
     def device(self) -> torch.device:
         return next(self.detector.parameters()).device
 
-    def forward(self, batched_inputs: List[dict]):
+    def forward(self, batched_inputs: list[dict]):
         """Losses in training, predictions otherwise.
 
         Args:
@@ -138,7 +136,7 @@ class RelDN(nn.Module):
             list(zip(instances, relations)),
         )
 
-    def inference(self, batched_inputs: List[dict], do_postprocess: bool = True) -> List[dict]:
+    def inference(self, batched_inputs: list[dict], do_postprocess: bool = True) -> list[dict]:
         """Predict; arguments and result as in :meth:`forward`.
 
         Args:
@@ -159,9 +157,7 @@ class RelDN(nn.Module):
             results.append({"instances": found, "relations": related})
         return results
 
-    def feature_maps(
-        self, images: ImageList
-    ) -> Tuple[Dict[str, Tensor], Optional[Dict[str, Tensor]]]:
+    def feature_maps(self, images: ImageList) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
         """The feature maps of the detector and of the predicate backbone, (N, c, h, w) each."""
         features, stages = self._detector_features(images)
         return features, self._predicate_features(images, stages)
@@ -172,13 +168,13 @@ class RelDN(nn.Module):
         with record_stages(self.detector.backbone, names) as stages:
             return self.detector.extract_features(images), stages
 
-    def _predicate_features(self, images: ImageList, stages: Dict[str, Tensor]):
+    def _predicate_features(self, images: ImageList, stages: dict[str, Tensor]):
         if self.predicate_backbone is None:
             return None
         shared = getattr(self.predicate_backbone, "shared_stages", ())
         return self.predicate_backbone(stages if shared else images.tensor)
 
-    def _ground_truth(self, batched_inputs: List[dict], purpose: str) -> List[Instances]:
+    def _ground_truth(self, batched_inputs: list[dict], purpose: str) -> list[Instances]:
         for x in batched_inputs:
             if "instances" not in x or (self.training and "relations" not in x):
                 raise ValueError(
@@ -188,7 +184,7 @@ class RelDN(nn.Module):
                 )
         return [x["instances"].to(self.device) for x in batched_inputs]
 
-    def _entities(self, batched_inputs, images, features) -> List[Instances]:
+    def _entities(self, batched_inputs, images, features) -> list[Instances]:
         """Detections (SGDET) or ground-truth boxes in their place (SGCLS, PRDCLS)."""
         if self.task == "sgdet":
             return self.detector.detect(batched_inputs, images, features)
@@ -219,7 +215,7 @@ def predicts_relations(cfg: CfgNode) -> bool:
 
 def postprocess_relations(
     instances: Instances, relations: Instances, height: int, width: int
-) -> Tuple[Instances, Instances]:
+) -> tuple[Instances, Instances]:
     """Scale an image's result to its output size; boxes that become empty take relations along.
 
     Args:

@@ -22,8 +22,8 @@ prediction            shape        meaning
 ====================  ===========  =================================================================
 """
 
+from collections.abc import Iterable, Iterator, Sequence
 from numbers import Integral
-from typing import Iterable, Iterator, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ _PAIR_FIELDS = ("gt_pairs", "pairs")
 def check_relation_triplets(
     triplets: Iterable[Sequence[int]],
     num_entities: int,
-    num_predicates: Optional[int] = None,
+    num_predicates: int | None = None,
     where: str = "relations",
 ) -> None:
     """Raise if a relation points outside the entities or predicates, or to itself.
@@ -69,7 +69,7 @@ def check_relation_triplets(
 def relation_problems(
     triplets: Iterable[Sequence[int]],
     num_entities: int,
-    num_predicates: Optional[int] = None,
+    num_predicates: int | None = None,
     where: str = "relations",
 ) -> Iterator[str]:
     """All that :func:`check_relation_triplets` would raise, at most one message a relation."""
@@ -107,7 +107,7 @@ def relation_problems(
 
 
 def ground_truth_relations(
-    triplets: Sequence[Sequence[int]], image_size: Tuple[int, int]
+    triplets: Sequence[Sequence[int]], image_size: tuple[int, int]
 ) -> Instances:
     """Ground-truth relations of one image.
 
@@ -123,7 +123,7 @@ def ground_truth_relations(
 
 
 def predicted_relations(
-    image_size: Tuple[int, int],
+    image_size: tuple[int, int],
     pairs: Tensor,
     predicates: Tensor,
     scores: Tensor,
@@ -139,7 +139,7 @@ def predicted_relations(
 
 
 def remap_relations(
-    relations: Instances, kept: Tensor, image_size: Optional[Tuple[int, int]] = None
+    relations: Instances, kept: Tensor, image_size: tuple[int, int] | None = None
 ) -> Instances:
     """Relations after some entities were dropped: those of dropped entities go, the rest move.
 

@@ -4,12 +4,12 @@ import csv
 import json
 import os
 from pathlib import Path
-from typing import Any, Dict, Tuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from reldn_d2.data.datasets.openimages_vrd import OPENIMAGES_PREDICATES
+from reldn_d2.data.datasets.openimages import OPENIMAGES_PREDICATES
 from reldn_d2.data.datasets.visual_genome import VG_CLASSES, VG_PREDICATES
 
 __all__ = ["write_coco", "write_openimages", "write_visual_genome"]
@@ -20,7 +20,7 @@ _SIZES = [(1024, 768), (1024, 683), (768, 1024), (1024, 1024), (683, 1024), (102
 _LINKS = 30_000  # file systems allow some ten thousand names of one file
 
 
-def write_openimages(folder: Path, images: int, rows: int, seed: int = 0) -> Dict[str, Any]:
+def write_openimages(folder: Path, images: int, rows: int, seed: int = 0) -> dict[str, Any]:
     """Challenge 2018: ``rows`` relationships over ``images`` images, an eighth with attributes.
 
     Every image is there under a name of its own; the bytes are those of a few JPEG files.
@@ -67,7 +67,7 @@ def write_openimages(folder: Path, images: int, rows: int, seed: int = 0) -> Dic
     }
 
 
-def write_visual_genome(folder: Path, images: int, relations: int, seed: int = 0) -> Dict[str, Any]:
+def write_visual_genome(folder: Path, images: int, relations: int, seed: int = 0) -> dict[str, Any]:
     """VG-SGG.h5, its names, image_data.json and (empty) images; 12 boxes an image on average."""
     import h5py
 
@@ -124,11 +124,11 @@ def write_visual_genome(folder: Path, images: int, relations: int, seed: int = 0
     }
 
 
-def write_coco(folder: Path, images: int, relations: int, seed: int = 0) -> Dict[str, Any]:
+def write_coco(folder: Path, images: int, relations: int, seed: int = 0) -> dict[str, Any]:
     """A COCO file with relations of Visual Genome's size, with (empty) images."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = np.random.default_rng(seed)
-    content: Dict[str, Any] = {
+    content: dict[str, Any] = {
         "images": [],
         "annotations": [],
         "categories": [{"id": i, "name": name} for i, name in enumerate(VG_CLASSES, 1)],
@@ -172,7 +172,7 @@ def _write_rows(path: Path, rows: Any) -> None:
 
 def _write_images(folder: Path, names: Any) -> None:
     folder.mkdir(exist_ok=True)
-    sources: Dict[Tuple[int, int], Path] = {}
+    sources: dict[tuple[int, int], Path] = {}
     for number, name in enumerate(names):
         size, generation = _SIZES[number % len(_SIZES)], number // _LINKS
         source = sources.get((number % len(_SIZES), generation))

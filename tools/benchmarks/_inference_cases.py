@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Tuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class Detections(NamedTuple):
     probabilities: Tensor  # (R, R, C) of each ordered pair's predicates
 
 
-def toy_detections(checkpoint: Path, number: int) -> List[Detections]:
+def toy_detections(checkpoint: Path, number: int) -> list[Detections]:
     """What a model trained on the built-in set finds in its test images: 100 detections each."""
     from reldn_d2.predictor import RelationPredictor
 
@@ -35,7 +35,7 @@ def toy_detections(checkpoint: Path, number: int) -> List[Detections]:
     predictor = RelationPredictor.from_checkpoint(checkpoint, device="cpu", opts=options)
     head, found = predictor.model.relation_head, []
 
-    def keep(self, features, predicate_features, entities) -> List[Any]:
+    def keep(self, features, predicate_features, entities) -> list[Any]:
         for instances in entities:
             boxes, count = instances.pred_boxes, len(instances)
             encoded = self.encode_entities(
@@ -57,7 +57,7 @@ def toy_detections(checkpoint: Path, number: int) -> List[Detections]:
 
 def vrd_detections(
     detections: Path, annotations: Path, number: int, lowest: bool
-) -> List[Detections]:
+) -> list[Detections]:
     """Published detections padded to 100, with the frequencies of the training annotations.
 
     Args:
@@ -70,7 +70,7 @@ def vrd_detections(
     generator = torch.Generator().manual_seed(0)
     counts = count_predicates(read_relations(annotations), 100, 70, overlap_filter=False)
     table = log_frequencies(counts).softmax(dim=-1)[..., :-1]
-    by_image: Dict[str, List[Dict[str, Any]]] = {}
+    by_image: dict[str, list[dict[str, Any]]] = {}
     records = json.loads(detections.read_text())
     for record in records:
         by_image.setdefault(record["image_id"], []).append(record)
@@ -98,11 +98,11 @@ def vrd_detections(
     return result
 
 
-def read_relations(annotations: Path) -> List[Dict[str, Any]]:
+def read_relations(annotations: Path) -> list[dict[str, Any]]:
     """Dataset dicts, without images, of a file in VRD's shape: enough to count predicates."""
     dicts = []
     for relations in json.loads(annotations.read_text()).values():
-        entities: Dict[Tuple, int] = {}
+        entities: dict[tuple, int] = {}
         triplets = []
         for relation in relations:
             ends = [

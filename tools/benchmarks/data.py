@@ -14,8 +14,9 @@ import resource
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any
 
 import reldn_d2  # noqa: F401  # isort: skip  registers the data sets
 import torch
@@ -103,28 +104,28 @@ def run(args: argparse.Namespace) -> None:
         )
 
 
-def _nothing() -> List[Dict[str, Any]]:
+def _nothing() -> list[dict[str, Any]]:
     return []
 
 
-def _openimages(**arguments: Any) -> List[Dict[str, Any]]:
+def _openimages(**arguments: Any) -> list[dict[str, Any]]:
     return load_openimages_vrd(**arguments)
 
 
-def _genome(**arguments: Any) -> List[Dict[str, Any]]:
+def _genome(**arguments: Any) -> list[dict[str, Any]]:
     splits = ("train", "val", "test")
     return [record for split in splits for record in load_visual_genome(**arguments, split=split)]
 
 
-def _genome_train(**arguments: Any) -> List[Dict[str, Any]]:
+def _genome_train(**arguments: Any) -> list[dict[str, Any]]:
     return load_visual_genome(**arguments, split="train")
 
 
-def _coco(**arguments: Any) -> List[Dict[str, Any]]:
+def _coco(**arguments: Any) -> list[dict[str, Any]]:
     return load_relation_instances(**arguments)
 
 
-def _measure(load: Callable[..., List[Dict[str, Any]]], arguments: Dict[str, Any]) -> Dict:
+def _measure(load: Callable[..., list[dict[str, Any]]], arguments: dict[str, Any]) -> dict:
     """Seconds and peak memory of a load, then the size of its serialised list."""
     start, cpu_start = time.perf_counter(), time.process_time()
     dicts = load(**arguments)
@@ -163,11 +164,11 @@ def _private_bytes(pid: int) -> int:
     return total
 
 
-def _read(record: Dict[str, Any]) -> Dict[str, Any]:
+def _read(record: dict[str, Any]) -> dict[str, Any]:
     return {"pid": os.getpid(), "relations": len(record["relations"])}
 
 
-def _workers(arguments: Dict[str, Any], workers: int) -> Dict[str, float]:
+def _workers(arguments: dict[str, Any], workers: int) -> dict[str, float]:
     """Read every record once through ``workers`` processes and see what memory is their own."""
     dicts = load_visual_genome(**arguments, split="train")
     dataset = DatasetFromList(dicts, copy=False)
@@ -199,11 +200,11 @@ class _Mapped(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> Dict[str, Any]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         return _read(self.dataset[index])
 
 
-def _child(connection: Any, function: Callable[..., Dict], arguments: Any) -> None:
+def _child(connection: Any, function: Callable[..., dict], arguments: Any) -> None:
     logging.getLogger("reldn_d2").setLevel(logging.ERROR)
     torch.set_num_threads(2)
     try:
@@ -212,7 +213,7 @@ def _child(connection: Any, function: Callable[..., Dict], arguments: Any) -> No
         connection.close()
 
 
-def _in_a_process(function: Callable[..., Dict], *arguments: Any) -> Dict:
+def _in_a_process(function: Callable[..., dict], *arguments: Any) -> dict:
     """Call ``function`` in a fresh process of its own.
 
     Raises:

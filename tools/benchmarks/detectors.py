@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import reldn_d2
-from reldn_d2.engine import RelDNTrainer
+from reldn_d2.engine.defaults import RelDNTrainer
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog

@@ -11,16 +11,17 @@ import resource
 import sys
 import tempfile
 import time
-from typing import Any, Dict, Iterator, List, Sequence, Tuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from reldn_d2.evaluation import SceneGraphEvaluator
 from reldn_d2.evaluation.matching import pairwise_iou
-from reldn_d2.evaluation.motifs import recall_metrics
-from reldn_d2.evaluation.predictions_file import read_predictions, write_predictions
-from reldn_d2.evaluation.protocol import Settings
+from reldn_d2.evaluation.predictions_io import read_predictions, write_predictions
 from reldn_d2.evaluation.records import ImagePair, Prediction
+from reldn_d2.evaluation.scores import Settings
+from reldn_d2.evaluation.sgg import recall_metrics
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
@@ -48,7 +49,7 @@ def skewed(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
     return rng.choice(count, size, p=weights / weights.sum())
 
 
-def dataset_dicts(num_images: int, num_relations: int) -> List[Dict[str, Any]]:
+def dataset_dicts(num_images: int, num_relations: int) -> list[dict[str, Any]]:
     """Dicts in the data sets' format; the relations are spread at random over the images."""
     rng = np.random.default_rng(0)
     owner = np.sort(rng.integers(0, num_images, num_relations))
@@ -70,7 +71,7 @@ def dataset_dicts(num_images: int, num_relations: int) -> List[Dict[str, Any]]:
     return dicts
 
 
-def predictions(dicts: Sequence[Dict[str, Any]], triplets: int) -> Iterator[Prediction]:
+def predictions(dicts: Sequence[dict[str, Any]], triplets: int) -> Iterator[Prediction]:
     """Detections near the annotations and others; triplets that are right and others."""
     rng = np.random.default_rng(1)
     for record in dicts:
@@ -103,10 +104,10 @@ def predictions(dicts: Sequence[Dict[str, Any]], triplets: int) -> Iterator[Pred
         )
 
 
-def plain_metrics(images: Sequence[ImagePair], seen: np.ndarray) -> Dict[Tuple[int, str], float]:
+def plain_metrics(images: Sequence[ImagePair], seen: np.ndarray) -> dict[tuple[int, str], float]:
     """R@n, mR@n and zR@n with and without graph constraint, image by image."""
     known = {tuple(x) for x in seen.tolist()}
-    recalls: Dict[tuple, list] = {}
+    recalls: dict[tuple, list] = {}
     for truth, prediction in images:
         if len(truth.relations) == 0:
             continue
@@ -120,7 +121,7 @@ def plain_metrics(images: Sequence[ImagePair], seen: np.ndarray) -> Dict[Tuple[i
                     kept.append(i)
             best = prediction.select(np.array(kept, dtype=np.int64)[: max(TOPK)])
             equal = (gt_labels[:, None] == best.labels[None]).all(-1)
-            finds: List[List[int]] = [[] for _ in best.scores]
+            finds: list[list[int]] = [[] for _ in best.scores]
             for g in np.flatnonzero(equal.any(1)):
                 rows = np.flatnonzero(equal[g])
                 sides = [
@@ -219,7 +220,7 @@ def run(args: argparse.Namespace) -> None:
     MetadataCatalog.remove(NAME)
 
 
-def _some_triplets(dicts: Sequence[Dict[str, Any]]) -> np.ndarray:
+def _some_triplets(dicts: Sequence[dict[str, Any]]) -> np.ndarray:
     """Half of the distinct triplets, as if the training set had them."""
     labels = {
         (r["annotations"][s]["category_id"], p, r["annotations"][o]["category_id"])

@@ -7,7 +7,7 @@ object and union box of every pair anew, in a pass of its own for L0 and each si
 """
 
 import argparse
-from typing import Callable, Dict, List, Tuple
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -63,11 +63,11 @@ def build_head(channels: int, fc_dim: int, device: str) -> nn.Module:
     return head
 
 
-def draw_batch(boxes: int, channels: int, device: str) -> Tuple:
+def draw_batch(boxes: int, channels: int, device: str) -> tuple:
     """Feature maps of both backbones, entities and ground truth of one image."""
     generator = torch.Generator().manual_seed(0)
 
-    def maps() -> Dict[str, Tensor]:
+    def maps() -> dict[str, Tensor]:
         return {
             name: torch.randn(
                 (1, channels, -(-SIZE[0] // x), -(-SIZE[1] // x)), generator=generator
@@ -98,7 +98,7 @@ def draw_batch(boxes: int, channels: int, device: str) -> Tuple:
 
 def prepare_step(
     plain: bool, boxes: int, channels: int, fc_dim: int, device: str, dtype: str
-) -> Callable[[], List[Tensor]]:
+) -> Callable[[], list[Tensor]]:
     """One training step, forward and backward; with the same seed both sample the same pairs.
 
     The gradients of the parameters stay from step to step, as they do in
@@ -110,7 +110,7 @@ def prepare_step(
         torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16"
     )
 
-    def step() -> List[Tensor]:
+    def step() -> list[Tensor]:
         torch.manual_seed(0)
         with EventStorage(1), autocast:
             losses = losses_of(head, *batch)

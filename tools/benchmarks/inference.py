@@ -23,8 +23,9 @@ Example:
 import argparse
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any
 
 import torch
 from benchmarks._inference_cases import (
@@ -46,15 +47,15 @@ from torch import Tensor
 
 import reldn_d2
 from reldn_d2.modeling.relation_head import RelDNHead, build_relation_head
-from reldn_d2.modeling.relation_head.inference import (
+from reldn_d2.modeling.relation_head.pairs import union_boxes
+from reldn_d2.modeling.relation_head.predictors import spatial_features
+from reldn_d2.modeling.relation_head.topk import (
     TopTriplets,
     best_of_chunks,
     best_triplets,
     exhaustive_triplets,
     pairs_by_bound,
 )
-from reldn_d2.modeling.relation_head.pairs import union_boxes
-from reldn_d2.modeling.relation_head.spatial import spatial_features
 
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
@@ -99,9 +100,9 @@ def run(args: argparse.Namespace) -> None:
         images_per_second(args)
 
 
-def find_cases(args: argparse.Namespace) -> Dict[str, List[Detections]]:
+def find_cases(args: argparse.Namespace) -> dict[str, list[Detections]]:
     """Detections by name of the case; what is left out, and how to have it, is printed."""
-    cases: Dict[str, List[Detections]] = {}
+    cases: dict[str, list[Detections]] = {}
     checkpoint = args.checkpoint or (DEMO_CHECKPOINT if DEMO_CHECKPOINT.is_file() else None)
     if checkpoint:
         cases["built-in set, trained model"] = toy_detections(checkpoint, args.count_images)
@@ -136,7 +137,7 @@ def big_head(device: str, num_predicates: int) -> RelDNHead:
     return build_relation_head(cfg, shape, shape).eval().to(device)
 
 
-def feature_maps(device: str) -> Dict[str, Tensor]:
+def feature_maps(device: str) -> dict[str, Tensor]:
     """Random FPN maps of one image padded to a multiple of 32."""
     torch.manual_seed(1)
     height, width = (-(-side // 32) * 32 for side in IMAGE_SIZE)
@@ -146,7 +147,7 @@ def feature_maps(device: str) -> Dict[str, Tensor]:
     }
 
 
-def count_pairs(cases: Dict[str, List[Detections]], topk: int) -> None:
+def count_pairs(cases: dict[str, list[Detections]], topk: int) -> None:
     """Share of the ordered pairs that is computed, by the number k of predicates a pair."""
     rows = []
     for name, images in cases.items():
@@ -246,7 +247,7 @@ def sharing_triplets(
     return best_of_chunks(chunks, best, score_pairs, scores)
 
 
-def time_ways(cases: Dict[str, List[Detections]], args: argparse.Namespace) -> None:
+def time_ways(cases: dict[str, list[Detections]], args: argparse.Namespace) -> None:
     """Seconds and peak memory of the relation head, lazily and exhaustively, in one run."""
     torch.set_num_threads(args.threads)
     cuda = args.device.startswith("cuda")
@@ -284,8 +285,8 @@ def time_ways(cases: Dict[str, List[Detections]], args: argparse.Namespace) -> N
 
 
 def _time_in_turns(
-    calls: Dict[str, Callable[[], Any]], repeats: int, cuda: bool
-) -> Dict[str, List[float]]:
+    calls: dict[str, Callable[[], Any]], repeats: int, cuda: bool
+) -> dict[str, list[float]]:
     """Least wall and CPU seconds of each call, taken in turns so that other load meets them all."""
     calls[WAYS[-1]]()  # warm
     least = {name: [float("inf"), float("inf")] for name in calls}

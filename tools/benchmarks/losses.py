@@ -7,7 +7,6 @@ loops are those of tools/benchmarks/plain.py, in the manner of the released code
 """
 
 import argparse
-from typing import Dict, List
 
 import torch
 from torch import Tensor
@@ -36,7 +35,7 @@ def frequencies(number: int) -> Tensor:
 
 def draw_case(
     pairs: int, anchors: int, predicates: int, classes: int, device: str, seed: int = 0
-) -> Dict:
+) -> dict:
     """Random logits, labels and both sides of one image.
 
     Each side has ``pairs`` pairs of its own, so that there are twice as many. The anchors are the
@@ -81,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
     print(describe(args.device, args.threads))
     dtypes = [torch.float32] + ([torch.bfloat16] if args.device.startswith("cuda") else [])
     for dtype in dtypes:
-        rows: List[List] = []
+        rows: list[list] = []
         for pairs in args.pairs:
             case = draw_case(pairs, args.anchors, args.predicates, args.classes, args.device)
             logits = case.pop("logits").to(dtype).requires_grad_()

@@ -6,8 +6,9 @@ import gc
 import multiprocessing
 import os
 import platform
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Sequence
+from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -48,8 +49,8 @@ def seconds(function: Callable[[], Any], threads: int = 2, at_least: float = 1.0
 
 
 def least_seconds(
-    functions: Dict[Any, Callable[[], Any]], threads: int = 2, at_least: float = 1.0
-) -> Dict[Any, float]:
+    functions: dict[Any, Callable[[], Any]], threads: int = 2, at_least: float = 1.0
+) -> dict[Any, float]:
     """Seconds of one call of each function, in the round that was disturbed least.
 
     The functions take turns, so that whatever else the machine does meets all of them.
@@ -67,7 +68,7 @@ def least_seconds(
         name: max(1, round(at_least / 20 / max(timer.timeit(1).mean, 1e-6)))
         for name, timer in timers.items()
     }
-    found: Dict[Any, List[float]] = {name: [] for name in timers}
+    found: dict[Any, list[float]] = {name: [] for name in timers}
     while any(sum(found[name]) * numbers[name] < at_least for name in timers):
         for name, timer in timers.items():
             found[name].append(timer.timeit(numbers[name]).mean)

@@ -1,6 +1,7 @@
 """Plain formulations, which the benchmarks compare with: written for clearness, not for speed."""
 
-from typing import Any, Callable, Dict, List, Tuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,9 +9,9 @@ from torch import Tensor
 
 from reldn_d2.modeling.losses import AnchorSides, draw_predicate_targets
 from reldn_d2.modeling.losses.contrastive import LOSS_NAMES
+from reldn_d2.modeling.relation_head.pair_sampling import sample_pairs
 from reldn_d2.modeling.relation_head.pairs import match_pairs, union_boxes
-from reldn_d2.modeling.relation_head.sampling import sample_pairs
-from reldn_d2.modeling.relation_head.spatial import spatial_features
+from reldn_d2.modeling.relation_head.predictors import spatial_features
 
 from detectron2.structures import Boxes
 
@@ -23,7 +24,7 @@ def _ranking_loss(
     anchor_of: Tensor,
     sampled: Tensor,
     alpha: float,
-    groups_of: Callable[[Tensor, Tensor], List[Tuple[Tensor, Tensor]]],
+    groups_of: Callable[[Tensor, Tensor], list[tuple[Tensor, Tensor]]],
 ) -> Tensor:
     """One loss of one side: anchor by anchor, group by group, the pairs found are appended."""
     phi = 1 - logits.float().softmax(dim=1)[:, -1]
@@ -48,9 +49,9 @@ def losses_in_loops(
     labels: Tensor,
     sides: AnchorSides,
     *,
-    alphas: Tuple[float, float, float] = (0.2, 0.2, 0.2),
+    alphas: tuple[float, float, float] = (0.2, 0.2, 0.2),
     **_: Any,
-) -> List[Tensor]:
+) -> list[Tensor]:
     """L1, L2, L3 of one image in the manner of the released code, with its normalisation."""
     predicted = logits[:, :-1].argmax(dim=1)
     losses = [logits.new_zeros((), dtype=torch.float32) for _ in alphas]
@@ -101,7 +102,7 @@ def _plain_logits(head, features, predicate_features, entities, subjects, object
     )
 
 
-def plain_head_losses(head, features, predicate_features, proposals, targets) -> Dict[str, Tensor]:
+def plain_head_losses(head, features, predicate_features, proposals, targets) -> dict[str, Tensor]:
     """The losses of a RelDNHead on one image in three passes: for L0 and for each side of L1-L3.
 
     Sampling draws the same pairs as the head's own step with the same seed.
@@ -118,7 +119,7 @@ def plain_head_losses(head, features, predicate_features, proposals, targets) ->
     )
     pairs = sample_pairs(grid, **head.sampling)
 
-    def score(mask: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    def score(mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         subjects, objects = pairs.subjects[mask], pairs.objects[mask]
         logits = _plain_logits(head, features, predicate_features, entities, subjects, objects)
         return logits, pairs.labels[mask], subjects, objects

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import reldn_d2
-from reldn_d2.engine import RelDNTrainer
+from reldn_d2.engine.defaults import RelDNTrainer
 from reldn_d2.structures.relations import ground_truth_relations
 
 from detectron2.config import CfgNode, get_cfg

@@ -1,9 +1,9 @@
 """Data sets with relations; importing this package registers the built-in ones."""
 
 from . import builtin  # registers the built-in data sets
-from .coco_relations import load_relation_instances, register_relation_instances
+from .coco import load_relation_instances, register_relation_instances
 from .coco_writer import to_relation_instances
-from .openimages_vrd import load_openimages_vrd, register_openimages_vrd
+from .openimages import load_openimages_vrd, register_openimages_vrd
 from .relation_json import load_relation_json, register_relation_json
 from .visual_genome import load_visual_genome, register_visual_genome
 from .vrd import load_vrd, register_vrd

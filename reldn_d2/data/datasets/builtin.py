@@ -7,9 +7,9 @@ is used. ``datasets/README.md`` says where the files come from.
 
 import os
 
-from .openimages_vrd import register_openimages_vrd
+from .openimages import register_openimages_vrd
 from .relation_json import register_relation_json
-from .toy_vrd import register_toy_vrd
+from .toy.dataset import register_toy_vrd
 from .visual_genome import register_visual_genome
 from .vrd import register_vrd
 

@@ -1,12 +1,17 @@
 """Registration in Detectron2's catalogs, with names that are read from files when asked for."""
 
+import argparse
+import difflib
+import importlib
+import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 
-__all__ = ["register_dataset"]
+__all__ = ["add_module_argument", "import_modules", "register_dataset", "require_dataset"]
 
 _ON_DEMAND = (
     "thing_classes",
@@ -66,3 +71,47 @@ def register_dataset(
         loader=f"{load.__module__}.{load.__qualname__}({options})",
         **metadata,
     )
+
+
+def add_module_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--module``, for :func:`import_modules`."""
+    parser.add_argument(
+        "--module",
+        action="append",
+        default=[],
+        help="a Python module that registers your data sets; may be given several times",
+    )
+
+
+def import_modules(modules: Sequence[str]) -> None:
+    """Import modules that register data sets; those in the current folder are found.
+
+    Raises:
+        ImportError: there is no such module, or it cannot be imported; names the option.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ImportError(
+                f"--module {module}: {error}. Name it as for Python's import, and run the command "
+                "in its folder or put that into PYTHONPATH."
+            ) from error
+
+
+def require_dataset(name: str) -> None:
+    """Raise if no data set of this name is registered, with names near to it.
+
+    Raises:
+        KeyError: with the names.
+    """
+    known = DatasetCatalog.list()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3)
+        near = f"Near to it: {', '.join(near)}. " if near else ""
+        raise KeyError(
+            f"No data set '{name}' is registered. {near}One of your own "
+            "is registered by the module that you name with --module."
+        )

@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tqdm import tqdm
 
-from .files import Problems, cache_paths, image_size, write_atomically
+from ...utils.file_io import write_atomically
+from .io import Problems, cache_paths, image_size
 
 __all__ = ["image_sizes"]
 

@@ -4,8 +4,8 @@ import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .entities import Entity, RelationshipList
-from .files import Problems, read_csv, read_names, require_file
+from .io import Problems, read_csv, read_names, require_file
+from .relationship_list import Entity, RelationshipList
 
 __all__ = [
     "Vocabulary",

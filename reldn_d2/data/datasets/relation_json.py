@@ -17,9 +17,9 @@ from numbers import Real
 from typing import Any
 
 from .catalog import register_dataset
-from .entities import Entity, ImageAnnotations, RelationshipList, report_merging
-from .files import Problems, find_images, no_garbage_collection, read_json
 from .image_sizes import image_sizes
+from .io import Problems, find_images, no_garbage_collection, read_json
+from .relationship_list import Entity, ImageAnnotations, RelationshipList, report_merging
 
 __all__ = [
     "load_relation_json",

@@ -9,7 +9,7 @@ import numpy as np
 from detectron2.structures import BoxMode
 
 from .catalog import register_dataset
-from .files import find_images, no_garbage_collection
+from .io import find_images, no_garbage_collection
 from .visual_genome_files import (
     TEST,
     TRAIN,

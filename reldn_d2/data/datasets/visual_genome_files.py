@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .files import Problems, read_json, require_file
+from .io import Problems, read_json, require_file
 
 __all__ = [
     "TEST",

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from .catalog import register_dataset
-from .entities import ImageAnnotations
-from .files import read_json
+from .io import read_json
 from .relation_json import load_relation_json, parse_relation_json
+from .relationship_list import ImageAnnotations
 
 __all__ = ["VRD_CLASSES", "VRD_PREDICATES", "load_vrd", "parse_vrd_annotations", "register_vrd"]
 

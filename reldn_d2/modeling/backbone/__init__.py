@@ -1,4 +1,9 @@
-from .predicate import LaterStages, build_predicate_backbone, record_stages, share_first_stages
+from .predicate_backbone import (
+    LaterStages,
+    build_predicate_backbone,
+    record_stages,
+    share_first_stages,
+)
 from .small_resnet import build_small_resnet_fpn_backbone
 from .vgg import VGG16, VGG16BoxHead, build_vgg16_backbone
 

@@ -4,7 +4,6 @@ Shapes: N images, R boxes, d numbers an ROI vector.
 """
 
 from collections import OrderedDict
-from typing import Dict, List, Tuple
 
 import fvcore.nn.weight_init as weight_init
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ _CONVOLUTIONS = (2, 2, 3, 3, 3)  # of each block
 _FACTORS = (1, 2, 4, 8, 8)  # width of each block, in widths of the first
 
 
-def _torchvision_names() -> Dict[str, str]:
+def _torchvision_names() -> dict[str, str]:
     """From the layers of torchvision's VGG16 to those of a detector on VGG16."""
     names, index = {}, 0
     for block, count in enumerate(_CONVOLUTIONS, 1):
@@ -52,7 +51,7 @@ class VGG16(Backbone):
         in_channels: int,
         *,
         width: int = 64,
-        out_features: Tuple[str, ...] = ("conv5",),
+        out_features: tuple[str, ...] = ("conv5",),
         freeze_at: int = 0,
     ):
         """
@@ -69,7 +68,7 @@ class VGG16(Backbone):
             raise ValueError(
                 f"MODEL.VGG.OUT_FEATURES names {sorted(unknown) or 'nothing'}; VGG16 has {names}."
             )
-        self.stage_names: List[str] = names[: max(map(names.index, out_features)) + 1]
+        self.stage_names: list[str] = names[: max(map(names.index, out_features)) + 1]
         self._out_features = list(out_features)
         self._out_feature_channels, self._out_feature_strides = {}, {}
         blocks = zip(self.stage_names, _CONVOLUTIONS, _FACTORS)
@@ -88,7 +87,7 @@ class VGG16(Backbone):
             if number <= freeze_at:
                 getattr(self, name).requires_grad_(False)
 
-    def forward(self, x: Tensor) -> Dict[str, Tensor]:
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
         """
         Args:
             x: (N, C, H, W).

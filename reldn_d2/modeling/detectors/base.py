@@ -8,7 +8,6 @@ A new kind of detector plugs in as a subclass of :class:`EntityDetector` in
 """
 
 from abc import ABC, abstractmethod
-from typing import Dict, List, Optional
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from detectron2.utils.registry import Registry
 
-from ..relation_head.sampling import sample_mask
+from ..sampling import sample_mask
 
 __all__ = [
     "ENTITY_DETECTOR_REGISTRY",
@@ -77,7 +76,7 @@ class EntityDetector(nn.Module, ABC):
         return self.model.backbone
 
     @property
-    def box_head(self) -> Optional[nn.Module]:
+    def box_head(self) -> nn.Module | None:
         """The head whose weights initialise the relation box heads; None if there is none."""
         return None
 
@@ -90,38 +89,38 @@ class EntityDetector(nn.Module, ABC):
         """
         return cfg
 
-    def output_shape(self) -> Dict[str, ShapeSpec]:
+    def output_shape(self) -> dict[str, ShapeSpec]:
         """Shapes of the feature maps."""
         return self.backbone.output_shape()
 
-    def preprocess(self, batched_inputs: List[dict]) -> ImageList:
+    def preprocess(self, batched_inputs: list[dict]) -> ImageList:
         """Normalise, pad and batch the images of mapped dicts."""
         return self.model.preprocess_image(batched_inputs)
 
-    def extract_features(self, images: ImageList) -> Dict[str, Tensor]:
+    def extract_features(self, images: ImageList) -> dict[str, Tensor]:
         """Feature maps, (N, c, h, w) each."""
         return self.backbone(images.tensor)
 
     @abstractmethod
     def propose(
-        self, batched_inputs: List[dict], images: ImageList, features: Dict[str, Tensor]
-    ) -> List[Boxes]:
+        self, batched_inputs: list[dict], images: ImageList, features: dict[str, Tensor]
+    ) -> list[Boxes]:
         """Candidate boxes of each image, of no class; training entities are chosen among them."""
 
     @abstractmethod
     def detect(
-        self, batched_inputs: List[dict], images: ImageList, features: Dict[str, Tensor]
-    ) -> List[Instances]:
+        self, batched_inputs: list[dict], images: ImageList, features: dict[str, Tensor]
+    ) -> list[Instances]:
         """Detections of each image: ``pred_boxes``, ``scores``, ``pred_classes``."""
 
     @abstractmethod
     def classify(
         self,
-        batched_inputs: List[dict],
+        batched_inputs: list[dict],
         images: ImageList,
-        features: Dict[str, Tensor],
-        boxes: List[Boxes],
-    ) -> List[Tensor]:
+        features: dict[str, Tensor],
+        boxes: list[Boxes],
+    ) -> list[Tensor]:
         """Class probabilities (R, K) of given boxes of each image (task SGCLS)."""
 
 
@@ -170,8 +169,8 @@ def classify_by_overlap(
 
 @torch.no_grad()
 def label_entities(
-    proposals: List[Boxes], targets: List[Instances], *, iou_threshold: float, most: int
-) -> List[Instances]:
+    proposals: list[Boxes], targets: list[Instances], *, iou_threshold: float, most: int
+) -> list[Instances]:
     """The training entities: boxes that match a ground-truth box, with its class (section 5).
 
     The ground-truth boxes are appended to the proposals; of those that match, up to ``most`` are

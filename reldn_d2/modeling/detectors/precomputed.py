@@ -3,8 +3,6 @@
 Shapes: R boxes of one image, K entity classes, Q detections of one image.
 """
 
-from typing import List, Optional
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,9 +24,9 @@ class FeatureExtractor(nn.Module):
     def __init__(
         self,
         backbone: nn.Module,
-        box_head: Optional[nn.Module],
-        pixel_mean: List[float],
-        pixel_std: List[float],
+        box_head: nn.Module | None,
+        pixel_mean: list[float],
+        pixel_std: list[float],
     ):
         """
         Args:
@@ -44,7 +42,7 @@ class FeatureExtractor(nn.Module):
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
 
-    def preprocess_image(self, batched_inputs: List[dict]) -> ImageList:
+    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
         images = [x["image"].to(self.pixel_mean.device) for x in batched_inputs]
         images = [(x - self.pixel_mean) / self.pixel_std for x in images]
         return ImageList.from_tensors(images, self.backbone.size_divisibility)
@@ -107,10 +105,10 @@ class PrecomputedDetector(EntityDetector):
         return self._num_classes
 
     @property
-    def box_head(self) -> Optional[nn.Module]:
+    def box_head(self) -> nn.Module | None:
         return getattr(self.model.roi_heads, "box_head", None)
 
-    def _read(self, batched_inputs: List[dict], device: torch.device) -> List[Instances]:
+    def _read(self, batched_inputs: list[dict], device: torch.device) -> list[Instances]:
         for x in batched_inputs:
             if "detections" not in x:
                 raise ValueError(
@@ -121,10 +119,10 @@ class PrecomputedDetector(EntityDetector):
                 )
         return [x["detections"].to(device) for x in batched_inputs]
 
-    def propose(self, batched_inputs, images, features) -> List[Boxes]:
+    def propose(self, batched_inputs, images, features) -> list[Boxes]:
         return [x.pred_boxes for x in self._read(batched_inputs, images.device)]
 
-    def detect(self, batched_inputs, images, features) -> List[Instances]:
+    def detect(self, batched_inputs, images, features) -> list[Instances]:
         results = []
         for found in self._read(batched_inputs, images.device):
             found = found[found.scores > self.score_threshold]
@@ -132,7 +130,7 @@ class PrecomputedDetector(EntityDetector):
             results.append(found[best])
         return results
 
-    def classify(self, batched_inputs, images, features, boxes) -> List[Tensor]:
+    def classify(self, batched_inputs, images, features, boxes) -> list[Tensor]:
         results = []
         for given, found in zip(boxes, self._read(batched_inputs, images.device)):
             classes = F.one_hot(found.pred_classes, self.num_classes)

@@ -3,8 +3,6 @@
 Shapes: R boxes of one image, K entity classes.
 """
 
-from typing import List, Tuple, Type
-
 from torch import Tensor, nn
 
 from detectron2.config import CfgNode, configurable
@@ -23,8 +21,8 @@ __all__ = ["C4RCNNDetector", "CascadeRCNNDetector", "GeneralizedRCNNDetector", "
 class GeneralizedRCNNDetector(EntityDetector):
     """``GeneralizedRCNN`` with ``StandardROIHeads``: Faster and Mask R-CNN."""
 
-    roi_heads: Type[nn.Module] = StandardROIHeads  # the kind that this adapter works with
-    parts: Tuple[str, ...] = ("box_pooler", "box_head", "box_predictor", "box_in_features")
+    roi_heads: type[nn.Module] = StandardROIHeads  # the kind that this adapter works with
+    parts: tuple[str, ...] = ("box_pooler", "box_head", "box_predictor", "box_in_features")
     one_stage_only = True  # several box heads, one after another, need another adapter
 
     @configurable
@@ -63,19 +61,19 @@ class GeneralizedRCNNDetector(EntityDetector):
     def box_head(self) -> nn.Module:
         return self.model.roi_heads.box_head
 
-    def _proposals(self, batched_inputs, images, features) -> List[Instances]:
+    def _proposals(self, batched_inputs, images, features) -> list[Instances]:
         if self.model.proposal_generator is None:
             return [x["proposals"].to(images.device) for x in batched_inputs]
         return self.model.proposal_generator(images, features, None)[0]
 
-    def propose(self, batched_inputs, images, features) -> List[Boxes]:
+    def propose(self, batched_inputs, images, features) -> list[Boxes]:
         return [x.proposal_boxes for x in self._proposals(batched_inputs, images, features)]
 
-    def detect(self, batched_inputs, images, features) -> List[Instances]:
+    def detect(self, batched_inputs, images, features) -> list[Instances]:
         proposals = self._proposals(batched_inputs, images, features)
         return self.model.roi_heads(images, features, proposals, None)[0]
 
-    def classify(self, batched_inputs, images, features, boxes) -> List[Tensor]:
+    def classify(self, batched_inputs, images, features, boxes) -> list[Tensor]:
         heads = self.model.roi_heads
         pooled = heads.box_pooler([features[name] for name in heads.box_in_features], boxes)
         predictions = heads.box_predictor(heads.box_head(pooled))
@@ -97,7 +95,7 @@ class CascadeRCNNDetector(GeneralizedRCNNDetector):
     def box_head(self) -> nn.Module:
         return self.model.roi_heads.box_head[0]
 
-    def classify(self, batched_inputs, images, features, boxes) -> List[Tensor]:
+    def classify(self, batched_inputs, images, features, boxes) -> list[Tensor]:
         heads = self.model.roi_heads
         pooled = heads.box_pooler([features[name] for name in heads.box_in_features], boxes)
         stages = [
@@ -165,7 +163,7 @@ class C4RCNNDetector(GeneralizedRCNNDetector):
         cfg.MODEL.ROI_RELATION_HEAD.NO_FC7_RELU = False
         return cfg
 
-    def classify(self, batched_inputs, images, features, boxes) -> List[Tensor]:
+    def classify(self, batched_inputs, images, features, boxes) -> list[Tensor]:
         heads = self.model.roi_heads
         pooled = heads.pooler([features[name] for name in heads.in_features], boxes)
         predictions = heads.box_predictor(heads.res5(pooled).mean(dim=(2, 3)))

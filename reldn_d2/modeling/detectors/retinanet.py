@@ -4,8 +4,6 @@ Shapes: N images, R boxes of one image, K entity classes, Q predictions of one i
 anchor).
 """
 
-from typing import List, Tuple
-
 import torch
 from torch import Tensor, nn
 
@@ -63,7 +61,7 @@ class RetinaNetDetector(EntityDetector):
             model.ROI_BOX_HEAD.POOLER_RESOLUTION = 7
         return cfg
 
-    def _dense(self, features) -> Tuple[List[Tensor], List[Tensor]]:
+    def _dense(self, features) -> tuple[list[Tensor], list[Tensor]]:
         """Of each image the (Q, 4) predicted boxes and their (Q, K) class probabilities."""
         maps = [features[name] for name in self.model.head_in_features]
         anchors = Boxes.cat(self.model.anchor_generator(maps)).tensor
@@ -73,7 +71,7 @@ class RetinaNetDetector(EntityDetector):
         boxes = [self.model.box2box_transform.apply_deltas(x.float(), anchors) for x in deltas]
         return boxes, list(logits.float().sigmoid())
 
-    def propose(self, batched_inputs, images, features) -> List[Boxes]:
+    def propose(self, batched_inputs, images, features) -> list[Boxes]:
         """The predictions of the highest class probability, before suppression."""
         proposals = []
         for boxes, probabilities, size in zip(*self._dense(features), images.image_sizes):
@@ -83,14 +81,14 @@ class RetinaNetDetector(EntityDetector):
             proposals.append(found[found.nonempty()])
         return proposals
 
-    def detect(self, batched_inputs, images, features) -> List[Instances]:
+    def detect(self, batched_inputs, images, features) -> list[Instances]:
         maps = [features[name] for name in self.model.head_in_features]
         found = self.model.forward_inference(images, maps, self.model.head(maps))
         for x in found:
             x.pred_boxes.clip(x.image_size)  # Detectron2 does so when it scales the result
         return [x[x.pred_boxes.nonempty()] for x in found]
 
-    def classify(self, batched_inputs, images, features, boxes) -> List[Tensor]:
+    def classify(self, batched_inputs, images, features, boxes) -> list[Tensor]:
         return [
             classify_by_overlap(given, Boxes(found), probabilities)
             for given, found, probabilities in zip(boxes, *self._dense(features))

@@ -24,8 +24,8 @@ members are then its first and last ones in that order, found for all groups at 
 Nothing is moved to the host.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -212,9 +212,9 @@ def contrastive_losses(
     *,
     num_images: int,
     num_classes: int,
-    alphas: Union[Tensor, Sequence[float]] = (0.2, 0.2, 0.2),
+    alphas: Tensor | Sequence[float] = (0.2, 0.2, 0.2),
     normalization: str = "paper",
-) -> Tuple[Tuple[Tensor, Tensor, Tensor], Optional[ContrastiveGroups]]:
+) -> tuple[tuple[Tensor, Tensor, Tensor], ContrastiveGroups | None]:
     """L1, L2 and L3 of all images of a batch, the sum of their sides.
 
     Losses are averaged within an image first and then over the images, so that a batch on one

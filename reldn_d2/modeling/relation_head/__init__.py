@@ -1,4 +1,3 @@
-from .build import ROI_RELATION_HEAD_REGISTRY, build_relation_head
-from .head import RelDNHead
+from .relation_head import ROI_RELATION_HEAD_REGISTRY, RelDNHead, build_relation_head
 
 __all__ = ["ROI_RELATION_HEAD_REGISTRY", "RelDNHead", "build_relation_head"]

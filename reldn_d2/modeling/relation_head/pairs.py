@@ -5,14 +5,20 @@ Boxes are XYXY in absolute pixels; all boxes of one call share one coordinate fr
 """
 
 from dataclasses import dataclass
-from typing import List, Tuple
 
 import torch
 from torch import Tensor
 
 from detectron2.structures import Boxes, pairwise_iou
 
-__all__ = ["PairGrid", "candidate_pairs", "distinct_unions", "match_pairs", "union_boxes"]
+__all__ = [
+    "EntityBatch",
+    "PairGrid",
+    "candidate_pairs",
+    "distinct_unions",
+    "match_pairs",
+    "union_boxes",
+]
 
 
 def candidate_pairs(boxes: Boxes, overlap_filter: bool) -> Tensor:
@@ -42,7 +48,7 @@ def union_boxes(subject_boxes: Tensor, object_boxes: Tensor) -> Tensor:
 
 def distinct_unions(
     subjects: Tensor, objects: Tensor, image: Tensor, num_entities: int, num_images: int
-) -> Tuple[Tensor, Tensor, Tensor, List[int]]:
+) -> tuple[Tensor, Tensor, Tensor, list[int]]:
     """The distinct union boxes of pairs: (i, j) and (j, i) have the same one.
 
     Their number a image is read on the host, in one transfer.
@@ -113,8 +119,8 @@ def _label_sets(gt_pairs: Tensor, gt_predicates: Tensor, num_predicates: int) ->
 
 
 def match_pairs(
-    entities: Tuple[Boxes, Tensor],
-    targets: Tuple[Boxes, Tensor],
+    entities: tuple[Boxes, Tensor],
+    targets: tuple[Boxes, Tensor],
     gt_pairs: Tensor,
     gt_predicates: Tensor,
     *,
@@ -157,3 +163,55 @@ def match_pairs(
         is_subject=(as_subject >= iou_threshold).any(dim=1),
         is_object=(as_object >= iou_threshold).any(dim=1),
     )
+
+
+@dataclass
+class EntityBatch:
+    """The entities of all images, one after another, each encoded once.
+
+    Attributes:
+        boxes: (R, 4).
+        classes: (R,) int64.
+        image: (R,) int64, index of the entity's image.
+        image_sizes: (N, 2) height and width.
+        sizes: number of entities of each of the N images.
+        subject_vectors, object_vectors: (R, d), or None where nothing reads them.
+    """
+
+    boxes: Tensor
+    classes: Tensor
+    image: Tensor
+    image_sizes: Tensor
+    sizes: list[int]
+    subject_vectors: Tensor | None
+    object_vectors: Tensor | None
+
+    @classmethod
+    def stack(
+        cls,
+        boxes: list[Boxes],
+        classes: list[Tensor],
+        image_sizes: list[tuple[int, int]],
+        subject_vectors: Tensor | None = None,
+        object_vectors: Tensor | None = None,
+    ) -> "EntityBatch":
+        """Join images.
+
+        Args:
+            boxes, classes, image_sizes: of each image; sizes are (height, width).
+            subject_vectors, object_vectors: of all entities, in the same order.
+        """
+        sizes = [len(x) for x in boxes]
+        stacked = torch.cat([x.tensor for x in boxes])
+        device = stacked.device
+        return cls(
+            boxes=stacked,
+            classes=torch.cat(classes),
+            image=torch.arange(len(sizes), device=device).repeat_interleave(
+                torch.tensor(sizes, device=device), output_size=sum(sizes)
+            ),
+            image_sizes=torch.tensor(image_sizes, device=device, dtype=stacked.dtype).view(-1, 2),
+            sizes=sizes,
+            subject_vectors=subject_vectors,
+            object_vectors=object_vectors,
+        )

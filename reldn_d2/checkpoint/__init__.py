@@ -1,0 +1,19 @@
+"""Loading and saving checkpoints of detectors and of RelDN."""
+
+from .detection_checkpoint import fetch, from_torchvision_vgg16, read_checkpoint
+from .reldn_checkpoint import (
+    DetectorCheckpointer,
+    RelDNCheckpointer,
+    initialize_relation_branch,
+    pretrained_modules,
+)
+
+__all__ = [
+    "DetectorCheckpointer",
+    "RelDNCheckpointer",
+    "fetch",
+    "from_torchvision_vgg16",
+    "initialize_relation_branch",
+    "pretrained_modules",
+    "read_checkpoint",
+]

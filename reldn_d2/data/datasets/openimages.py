@@ -1,0 +1,167 @@
+"""OpenImages visual relationships, from the CSV files of the challenge 2018 and of V6."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from .catalog import register_dataset
+from .image_sizes import image_sizes
+from .io import find_images, no_garbage_collection
+from .openimages_files import (
+    Vocabulary,
+    read_image_list,
+    read_openimages_relationships,
+    read_verified_labels,
+)
+from .relationship_list import report_merging
+
+__all__ = ["OPENIMAGES_PREDICATES", "load_openimages_vrd", "register_openimages_vrd"]
+
+logger = logging.getLogger(__name__)
+
+# Between boxes; "is", between a box and its attribute, is none of them.
+OPENIMAGES_PREDICATES = (
+    "at",
+    "on",
+    "holds",
+    "plays",
+    "interacts_with",
+    "wears",
+    "inside_of",
+    "under",
+    "hits",
+)
+
+
+@no_garbage_collection()
+def load_openimages_vrd(
+    relations_csv: str,
+    image_root: str,
+    classes_csv: str,
+    attributes_csv: str | None = None,
+    *,
+    labels_csv: str | None = None,
+    image_list: str | None = None,
+    predicate_classes: Sequence[str] = OPENIMAGES_PREDICATES,
+    only_known: bool = False,
+    attributes_as_relations: bool = False,
+    merge_duplicates: bool = True,
+) -> list[dict[str, Any]]:
+    """Load OpenImages relationships as Detectron2 dataset dicts with ``"relations"``.
+
+    The entities of an image are the distinct (class, box) of its rows. Rows with ``is`` give their
+    entity an attribute: ``annotations[i]["attributes"]`` is the list of their numbers.
+
+    Args:
+        relations_csv: ``challenge-2018-train-vrd.csv`` or ``oidv6-*-annotations-vrd.csv``.
+        image_root: folder of the images, ``IMAGEID.jpg``.
+        classes_csv: label and name of each entity class (``challenge-2018-classes-vrd.csv``).
+        attributes_csv: label and name of each attribute
+            (``challenge-2018-attributes-description.csv``); without it rows with ``is`` are left
+            out, which a warning says.
+        labels_csv: image-level labels that people have verified
+            (``challenge-2018-train-vrd-labels.csv``). They become ``"verified_labels"``, a dict
+            from the class to 1 (it is in the image) or 0 (it is not).
+        image_list: text file with an image a line, see :func:`read_image_list`: load these, also
+            those without relationships. Without it, all images of ``relations_csv``.
+        predicate_classes: names of the predicates as in the file.
+        only_known: leave out, with a warning, rows with a class, attribute or predicate that is not
+            in the lists, as V6 has more of them than the challenge; otherwise they are errors.
+        attributes_as_relations: rows with ``is`` become relations as well: the attributes are
+            further classes behind the others, with the box of their entity, and ``is`` is the last
+            predicate.
+        merge_duplicates: keep one of several equal relationships of an image.
+
+    Returns:
+        One dict an image, in the order of ``image_list`` or of appearance.
+
+    Raises:
+        FileNotFoundError: if a file, the folder or an image is missing.
+        ValueError: if a file's content is not as expected, with file and line.
+    """
+    vocabulary = Vocabulary.read(classes_csv, attributes_csv, predicate_classes)
+    wanted = None if image_list is None else read_image_list(image_list)
+    lists = read_openimages_relationships(
+        relations_csv,
+        vocabulary,
+        wanted,
+        only_known=only_known,
+        attributes_as_relations=attributes_as_relations,
+    )
+    report_merging(relations_csv, lists.values(), merge_duplicates)
+    if image_list is not None and not any(x.has_relations for x in lists.values()):
+        raise ValueError(
+            f"{image_list}: none of its {len(lists)} images has a relationship in {relations_csv}. "
+            "Is it the list of another split?"
+        )
+    labels = {}
+    if labels_csv is not None:
+        labels = read_verified_labels(labels_csv, vocabulary.classes, lists)
+
+    paths = find_images(image_root, [f"{image_id}.jpg" for image_id in lists], "OpenImages")
+    sizes = image_sizes(image_root, paths, "OpenImages")
+    dicts = []
+    for (image_id, relationships), path, (height, width) in zip(
+        lists.items(), paths, sizes, strict=True
+    ):
+        annotations, relations = relationships.finish(merge_duplicates, (width, height))
+        record = {
+            "file_name": path,
+            "image_id": image_id,
+            "height": height,
+            "width": width,
+            "annotations": annotations,
+            "relations": relations,
+        }
+        if labels_csv is not None:
+            record["verified_labels"] = labels.get(image_id, {})
+        dicts.append(record)
+    total = sum(len(record["relations"]) for record in dicts)
+    logger.info(f"{relations_csv}: {len(dicts)} images, {total} relations.")
+    return dicts
+
+
+def register_openimages_vrd(
+    name: str,
+    relations_csv: str,
+    image_root: str,
+    classes_csv: str,
+    attributes_csv: str | None = None,
+    *,
+    metadata: dict[str, Any] | None = None,
+    **options: Any,
+) -> None:
+    """Register OpenImages relationships in Detectron2's catalogs. Reads no file before its use.
+
+    Args:
+        name: name of the data set.
+        relations_csv: see :func:`load_openimages_vrd`.
+        image_root: see :func:`load_openimages_vrd`.
+        classes_csv: see :func:`load_openimages_vrd`.
+        attributes_csv: see :func:`load_openimages_vrd`.
+        metadata: further metadata, such as ``train_dataset``.
+        options: the keyword arguments of :func:`load_openimages_vrd`.
+    """
+    arguments = dict(
+        relations_csv=relations_csv,
+        image_root=image_root,
+        classes_csv=classes_csv,
+        attributes_csv=attributes_csv,
+        **options,
+    )
+    predicates = options.get("predicate_classes", OPENIMAGES_PREDICATES)
+
+    def read() -> dict[str, list[str]]:
+        vocabulary = Vocabulary.read(classes_csv, attributes_csv, predicates)
+        return vocabulary.names(options.get("attributes_as_relations", False))
+
+    files = (relations_csv, classes_csv, attributes_csv, options.get("image_list"))
+    register_dataset(
+        name,
+        load_openimages_vrd,
+        arguments,
+        annotation_files=[path for path in files if path is not None],
+        read_names=read,
+        image_root=image_root,
+        **{"evaluator_type": "openimages_vrd", **(metadata or {})},
+    )

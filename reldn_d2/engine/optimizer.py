@@ -1,0 +1,57 @@
+"""Detectron2's optimisers with RelDN's parameter groups."""
+
+import torch
+from torch import nn
+
+from detectron2.config import CfgNode
+from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+
+from ..checkpoint.reldn_checkpoint import pretrained_modules
+from ..modeling.meta_arch import RelDN
+
+__all__ = ["build_optimizer"]
+
+_OPTIMIZERS = ("SGD", "AdamW")
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """Detectron2's optimiser, with RelDN's parameter groups.
+
+    What starts from the detector's weights (predicate backbone, relation box heads) learns at
+    ``SOLVER.BACKBONE_MULTIPLIER`` times the base rate; biases and norms follow Detectron2's keys.
+    Frozen parameters have no part in it.
+
+    Raises:
+        ValueError: ``SOLVER.OPTIMIZER`` is unknown.
+    """
+    solver = cfg.SOLVER
+    common = dict(
+        weight_decay=solver.WEIGHT_DECAY,
+        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        bias_lr_factor=solver.BIAS_LR_FACTOR,
+        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+    )
+    slow: list[nn.Module] = pretrained_modules(model) if isinstance(model, RelDN) else []
+    slow_parameters = {id(p) for module in slow for p in module.parameters()}
+    groups = get_default_optimizer_params(
+        nn.ModuleList(slow), base_lr=solver.BASE_LR * solver.BACKBONE_MULTIPLIER, **common
+    )
+    for group in get_default_optimizer_params(model, base_lr=solver.BASE_LR, **common):
+        group["params"] = [p for p in group["params"] if id(p) not in slow_parameters]
+        groups.append(group)
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise ValueError(
+            "Nothing in this model is trained. To evaluate the frequency table alone, use "
+            "--eval-only; to train it, set MODEL.ROI_RELATION_HEAD.SEMANTIC.FREEZE to False."
+        )
+    if solver.OPTIMIZER == "SGD":
+        kind, extra = torch.optim.SGD, dict(momentum=solver.MOMENTUM, nesterov=solver.NESTEROV)
+    elif solver.OPTIMIZER == "AdamW":
+        kind, extra = torch.optim.AdamW, {}
+    else:
+        raise ValueError(
+            f"SOLVER.OPTIMIZER is '{solver.OPTIMIZER}'; known: {', '.join(_OPTIMIZERS)}"
+        )
+    kind = maybe_add_gradient_clipping(cfg, kind)
+    return kind(groups, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY, **extra)

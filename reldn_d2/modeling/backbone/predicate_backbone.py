@@ -1,0 +1,173 @@
+"""The predicate backbone (``conv_body_rel``): a copy of the detector's, its later stages alone, or
+another backbone.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from detectron2.config import CfgNode
+from detectron2.modeling import build_backbone
+from detectron2.modeling.backbone import FPN, Backbone
+
+__all__ = [
+    "LaterStages",
+    "build_predicate_backbone",
+    "freeze_unused",
+    "record_stages",
+    "share_first_stages",
+]
+
+KINDS = ("same", "shared", "other")
+
+
+class LaterStages(Backbone):
+    """The stages of a ResNet or VGG16 that follow those shared with the detector.
+
+    Weights keep their names, so that the detector's fit.
+    """
+
+    def __init__(self, body: nn.Module, shared_stages: Sequence[str]):
+        """
+        Args:
+            body: has ``stage_names`` and a module of each name.
+            shared_stages: the first of these names; the others are taken over.
+        """
+        super().__init__()
+        self.shared_stages = tuple(shared_stages)
+        self.stage_names = tuple(x for x in body.stage_names if x not in self.shared_stages)
+        for name in self.stage_names:
+            self.add_module(name, getattr(body, name))
+        self._out_features = list(body.output_shape())
+        self._out_feature_channels = {k: v.channels for k, v in body.output_shape().items()}
+        self._out_feature_strides = {k: v.stride for k, v in body.output_shape().items()}
+        self._size_divisibility = body.size_divisibility
+
+    @property
+    def size_divisibility(self) -> int:
+        """As the whole backbone's."""
+        return self._size_divisibility
+
+    def forward(self, stages: dict[str, Tensor]) -> dict[str, Tensor]:
+        """
+        Args:
+            stages: the detector's maps by the names in ``shared_stages``.
+
+        Returns:
+            The maps that the whole backbone would put out.
+        """
+        maps = {name: x for name, x in stages.items() if name in self._out_features}
+        x = stages[self.shared_stages[-1]]
+        for name in self.stage_names:
+            x = getattr(self, name)(x)
+            if name in self._out_features:
+                maps[name] = x
+        return maps
+
+
+def share_first_stages(backbone: nn.Module, until: str) -> nn.Module:
+    """Take the first stages out of a backbone; its input is then a dict of the detector's maps.
+
+    Args:
+        backbone: of the detector's structure; changed in place.
+        until: the last stage that the detector computes for both.
+
+    Returns:
+        The backbone, whose ``shared_stages`` names the maps that it takes.
+
+    Raises:
+        ValueError: it has no such stage, or nothing would be left of it.
+    """
+    body = getattr(backbone, "bottom_up", backbone)
+    names = list(getattr(body, "stage_names", ()))
+    usable = names if body is not backbone else names[:-1]
+    if until not in usable:
+        raise ValueError(
+            f"MODEL.RELDN.PREDICATE_BACKBONE.SHARE_UNTIL is '{until}'; stages of this "
+            f"{type(body).__name__} that can be shared: {', '.join(usable) or 'none'}."
+        )
+    later = LaterStages(body, names[: names.index(until) + 1])
+    if body is backbone:
+        return later
+    backbone.bottom_up = later
+    backbone.shared_stages = later.shared_stages
+    return backbone
+
+
+@contextmanager
+def record_stages(backbone: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Collect what the named stages of a backbone put out while the block runs."""
+    body, kept = getattr(backbone, "bottom_up", backbone), {}
+
+    def keep(name):
+        return lambda module, inputs, output: kept.__setitem__(name, output)
+
+    handles = [getattr(body, name).register_forward_hook(keep(name)) for name in names]
+    try:
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def freeze_unused(backbone: nn.Module, wanted: Sequence[str]) -> None:
+    """Take those parts of an FPN out of training that no wanted map depends on.
+
+    They would never get a gradient, which distributed training takes for an error.
+
+    Args:
+        backbone: anything but an FPN is left as it is.
+        wanted: names of the maps that are used.
+    """
+    if not isinstance(backbone, FPN):
+        return
+    wanted_stages = [int(name[1:]) for name in wanted]
+    stages = sorted(
+        int(name[len("fpn_output") :])
+        for name, _ in backbone.named_children()
+        if name.startswith("fpn_output")
+    )
+    uses_top = max(wanted_stages) > stages[-1]
+    if backbone.top_block is not None and not uses_top:
+        backbone.top_block.requires_grad_(False)
+    for stage in stages:
+        feeds_top = uses_top and stage == stages[-1]
+        if stage not in wanted_stages and not feeds_top:
+            getattr(backbone, f"fpn_output{stage}").requires_grad_(False)
+        if stage < min(wanted_stages):
+            getattr(backbone, f"fpn_lateral{stage}").requires_grad_(False)
+
+
+def build_predicate_backbone(cfg: CfgNode) -> nn.Module:
+    """Build what ``MODEL.RELDN.PREDICATE_BACKBONE.KIND`` names.
+
+    ``"same"``: the detector's structure. ``"shared"``: what follows ``SHARE_UNTIL`` in it; the maps
+    up to there are the detector's, frozen. ``"other"``: the backbone that ``cfg`` with ``OPTIONS``
+    describes; it gets images normalised as the detector's.
+
+    Raises:
+        ValueError: an unknown kind, or another backbone without the maps that the head pools from.
+    """
+    keys = cfg.MODEL.RELDN.PREDICATE_BACKBONE
+    if keys.KIND not in KINDS:
+        raise ValueError(
+            f"MODEL.RELDN.PREDICATE_BACKBONE.KIND is '{keys.KIND}'; known: {', '.join(KINDS)}"
+        )
+    if keys.KIND == "other":
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.merge_from_list(list(keys.OPTIONS))
+    backbone = build_backbone(cfg)
+    wanted = cfg.MODEL.ROI_RELATION_HEAD.IN_FEATURES or cfg.MODEL.ROI_HEADS.IN_FEATURES
+    missing = set(wanted) - set(backbone.output_shape())
+    if missing:
+        raise ValueError(
+            f"The predicate backbone has no map {sorted(missing)}, only "
+            f"{sorted(backbone.output_shape())}; the relation head pools from {list(wanted)} of "
+            "either backbone (MODEL.ROI_RELATION_HEAD.IN_FEATURES)."
+        )
+    freeze_unused(backbone, wanted)
+    if keys.KIND == "shared":
+        return share_first_stages(backbone, keys.SHARE_UNTIL)
+    return backbone

@@ -1,0 +1,112 @@
+"""Sampling of training pairs (section 5), on the device of its input.
+
+Shapes: R entities of one image, Q sampled pairs, C predicates.
+
+Pairs are drawn as masks over the (R, R) grid of an image, so that no pair is drawn twice and the
+pairs of all losses can be joined: each distinct pair passes through the head once. Each pair gets
+one random number, by which all draws go. So each draw is uniform over its candidates, as if it
+were made alone, and the draws have as many pairs in common as they can.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..sampling import random_keys, sample_mask
+from .pairs import PairGrid
+
+__all__ = ["SampledPairs", "sample_pairs"]
+
+
+@dataclass
+class SampledPairs:
+    """The distinct sampled pairs of one image and the losses they serve.
+
+    Attributes:
+        subjects, objects: (Q,) int64, indices into the image's R entities.
+        labels: (Q, C) bool, the label set of each pair.
+        for_predicate: (Q,) bool, drawn for L0.
+        for_subjects, for_objects: (Q,) bool, drawn for L1-L3 with subjects, objects as anchors.
+    """
+
+    subjects: Tensor
+    objects: Tensor
+    labels: Tensor
+    for_predicate: Tensor
+    for_subjects: Tensor
+    for_objects: Tensor
+
+    @classmethod
+    def cat(cls, batch: list["SampledPairs"], sizes: list[int]) -> "SampledPairs":
+        """Join images; indices then point into the entities of the whole batch.
+
+        Args:
+            batch: pairs of each image.
+            sizes: number of entities of each image.
+        """
+        starts = torch.tensor([0] + sizes[:-1]).cumsum(0).tolist()
+        return cls(
+            subjects=torch.cat([x.subjects + start for x, start in zip(batch, starts)]),
+            objects=torch.cat([x.objects + start for x, start in zip(batch, starts)]),
+            labels=torch.cat([x.labels for x in batch]),
+            for_predicate=torch.cat([x.for_predicate for x in batch]),
+            for_subjects=torch.cat([x.for_subjects for x in batch]),
+            for_objects=torch.cat([x.for_objects for x in batch]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.subjects)
+
+
+def sample_pairs(
+    grid: PairGrid,
+    *,
+    num_pairs: int = 512,
+    num_positive: int = 128,
+    num_anchor_positive: int = 128,
+    num_anchor_negative: int = 128,
+    generator: torch.Generator | None = None,
+) -> SampledPairs:
+    """Draw the pairs of one image for L0 and for both sides of L1-L3.
+
+    L0 takes up to ``num_positive`` positive pairs and fills up to ``num_pairs`` with negative ones.
+    With subjects as anchors L1-L3 take up to ``num_anchor_positive`` positive pairs and up to
+    ``num_anchor_negative`` negative ones whose subject matches a ground-truth subject, those first
+    whose object matches a ground-truth object; with objects as anchors the other way round.
+
+    The number of drawn pairs is read on the host, once; the rest stays on the device.
+
+    Args:
+        grid: the image's pairs.
+        num_pairs, num_positive, num_anchor_positive, num_anchor_negative: see above.
+        generator: source of randomness; the device's default generator when None.
+    """
+    positive, negative = grid.positive, grid.negative
+    keys = random_keys(positive, generator)
+    num_positive = min(num_positive, num_pairs)
+    chosen = sample_mask(positive, num_positive, num_positive, keys=keys)
+    left = num_pairs - chosen.sum()
+    for_predicate = chosen | sample_mask(negative, left, num_pairs, keys=keys)
+    related = sample_mask(positive, num_anchor_positive, num_anchor_positive, keys=keys)
+
+    def for_anchors(is_anchor: Tensor, is_other: Tensor) -> Tensor:
+        return related | sample_mask(
+            negative & is_anchor,
+            num_anchor_negative,
+            num_anchor_negative,
+            preferred=is_other.expand_as(negative),
+            keys=keys,
+        )
+
+    for_subjects = for_anchors(grid.is_subject[:, None], grid.is_object[None])
+    for_objects = for_anchors(grid.is_object[None], grid.is_subject[:, None])
+    subjects, objects = (for_predicate | for_subjects | for_objects).nonzero(as_tuple=True)
+    return SampledPairs(
+        subjects=subjects,
+        objects=objects,
+        labels=grid.label_sets[grid.match[subjects, objects]],
+        for_predicate=for_predicate[subjects, objects],
+        for_subjects=for_subjects[subjects, objects],
+        for_objects=for_objects[subjects, objects],
+    )

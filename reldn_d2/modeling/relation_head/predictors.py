@@ -1,0 +1,223 @@
+"""Visual module: what the pair looks like (section 4).
+
+Shapes: R entities, U union boxes, P pairs, d numbers an ROI vector, C predicates.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .pairs import union_boxes
+
+__all__ = [
+    "SPATIAL_FEATURE_SIZE",
+    "SemanticModule",
+    "SpatialModule",
+    "VisualModule",
+    "spatial_features",
+    "without_last_relu",
+]
+
+
+class VisualModule(nn.Module):
+    """MLP 3d - 3d/2 - d - (C + 1) on <subject, predicate, object>, and two linear skips.
+
+    The first layer is linear in its three parts, so these are applied once an entity and once a
+    union box rather than once a pair; the same holds for the skips.
+    """
+
+    def __init__(
+        self,
+        vector_size: int,
+        num_predicates: int,
+        *,
+        spo: bool = True,
+        subject_skip: bool = True,
+        object_skip: bool = True,
+    ):
+        """
+        Args:
+            vector_size: d.
+            num_predicates: C.
+            spo, subject_skip, object_skip: which of the three summands there are.
+        """
+        super().__init__()
+        num_logits = num_predicates + 1
+        self.vector_size = vector_size
+        self.first = nn.Linear(3 * vector_size, 3 * vector_size // 2) if spo else None
+        self.rest = (
+            nn.Sequential(
+                nn.LeakyReLU(0.1),
+                nn.Linear(3 * vector_size // 2, vector_size),
+                nn.LeakyReLU(0.1),
+                nn.Linear(vector_size, num_logits),
+            )
+            if spo
+            else None
+        )
+        self.subject_skip = nn.Linear(vector_size, num_logits) if subject_skip else None
+        self.object_skip = nn.Linear(vector_size, num_logits) if object_skip else None
+
+    def forward(
+        self,
+        subject_vectors: Tensor | None,
+        object_vectors: Tensor | None,
+        union_vectors: Tensor | None,
+        subjects: Tensor,
+        objects: Tensor,
+        union: Tensor | None,
+    ) -> Tensor:
+        """
+        Args:
+            subject_vectors, object_vectors: (R, d), each entity in that role; None where no
+                enabled part reads it.
+            union_vectors: (U, d), of the distinct union boxes; None without SPO.
+            subjects, objects: (P,) int64, the pairs, as indices into the R entities.
+            union: (P,) int64, each pair's union box; None where U = P and they are in the order of
+                the pairs, and without SPO.
+
+        Returns:
+            (P, C + 1) logits.
+        """
+        logits = 0
+        if self.first is not None:
+            from_subject, from_predicate, from_object = self.first.weight.split(
+                self.vector_size, dim=1
+            )
+            hidden = F.linear(union_vectors, from_predicate, self.first.bias)
+            hidden = hidden if union is None else hidden[union]
+            hidden = hidden + F.linear(subject_vectors, from_subject)[subjects]
+            hidden = hidden + F.linear(object_vectors, from_object)[objects]
+            logits = logits + self.rest(hidden)
+        if self.subject_skip is not None:
+            logits = logits + self.subject_skip(subject_vectors)[subjects]
+        if self.object_skip is not None:
+            logits = logits + self.object_skip(object_vectors)[objects]
+        return logits
+
+
+def without_last_relu(box_head: nn.Sequential) -> nn.Sequential:
+    """Replace the ReLU that ends a box head by the identity (the released ``NO_FC7_RELU``).
+
+    Raises:
+        ValueError: the head does not end in a ReLU.
+    """
+    name, last = list(box_head.named_children())[-1]
+    if not isinstance(last, nn.ReLU):
+        raise ValueError(
+            f"MODEL.ROI_RELATION_HEAD.NO_FC7_RELU is on, but {type(box_head).__name__} ends in "
+            f"{type(last).__name__}, not in a ReLU. Set the key to False for this box head."
+        )
+    setattr(box_head, name, nn.Identity())
+    return box_head
+
+
+class SemanticModule(nn.Module):
+    """Log-frequencies of predicates given subject and object class, as an embedding.
+
+    The table is counted from the training annotations once (:meth:`set_log_frequencies`) and then
+    lives in the checkpoint; ``counted`` tells whether that has happened.
+    """
+
+    def __init__(self, num_classes: int, num_predicates: int, freeze: bool = False):
+        """
+        Args:
+            num_classes: K.
+            num_predicates: C.
+            freeze: keep the table as counted instead of training it on.
+        """
+        super().__init__()
+        self.num_classes = num_classes
+        self.num_predicates = num_predicates
+        self.table = nn.Embedding(num_classes * num_classes, num_predicates + 1)
+        nn.init.zeros_(self.table.weight)
+        self.table.weight.requires_grad_(not freeze)
+        self.register_buffer("counted", torch.zeros((), dtype=torch.bool))
+
+    @torch.no_grad()
+    def set_log_frequencies(self, log_frequencies: Tensor) -> None:
+        """Fill the table.
+
+        Args:
+            log_frequencies: (K, K, C + 1), see :func:`reldn_d2.data.frequency.log_frequencies`.
+
+        Raises:
+            ValueError: the shape is another.
+        """
+        expected = (self.num_classes, self.num_classes, self.num_predicates + 1)
+        if tuple(log_frequencies.shape) != expected:
+            raise ValueError(
+                f"The frequency table has shape {tuple(log_frequencies.shape)}, but the model, "
+                f"with {self.num_classes} classes and {self.num_predicates} predicates, needs "
+                f"{expected}. Count it on the data set that the config names."
+            )
+        self.table.weight.copy_(log_frequencies.flatten(0, 1))
+        self.counted.fill_(True)
+
+    def forward(self, subject_classes: Tensor, object_classes: Tensor) -> Tensor:
+        """
+        Args:
+            subject_classes, object_classes: (P,) int64 in ``[0, K)``.
+
+        Returns:
+            (P, C + 1) logits.
+        """
+        return self.table(subject_classes * self.num_classes + object_classes)
+
+
+SPATIAL_FEATURE_SIZE = 28
+_SMALLEST_SIDE = 1.0  # pixels; a box is taken as at least so wide and high where it divides
+
+
+def _box_delta(first: Tensor, second: Tensor) -> Tensor:
+    """Eq 9 between box centres, and the two offsets seen from the other box: (P, 6)."""
+    size1 = (first[:, 2:] - first[:, :2]).clamp(min=_SMALLEST_SIDE)
+    size2 = (second[:, 2:] - second[:, :2]).clamp(min=_SMALLEST_SIDE)
+    offset = (first[:, :2] + first[:, 2:] - second[:, :2] - second[:, 2:]) / 2
+    return torch.cat([offset / size2, torch.log(size1 / size2), -offset / size1], dim=1)
+
+
+def _box_position(boxes: Tensor, image_sizes: Tensor) -> Tensor:
+    """Eq 10: corners and area as shares of the image: (P, 5)."""
+    relative = boxes / image_sizes.flip(1).repeat(1, 2)
+    area = (relative[:, 2:] - relative[:, :2]).prod(dim=1, keepdim=True)
+    return torch.cat([relative, area], dim=1)
+
+
+def spatial_features(subject_boxes: Tensor, object_boxes: Tensor, image_sizes: Tensor) -> Tensor:
+    """Eq 11 in its 28-d form ``[D(s, o), D(s, u), D(u, o), c(s), c(o)]``.
+
+    ``D`` are the four numbers of Eq 9, its offsets taken between box centres, followed by the two
+    offsets in units of the first box's size; ``u`` is the union box.
+
+    Args:
+        subject_boxes, object_boxes: (P, 4).
+        image_sizes: (P, 2) height and width of the pair's image.
+
+    Returns:
+        (P, 28).
+    """
+    union = union_boxes(subject_boxes, object_boxes)
+    return torch.cat(
+        [
+            _box_delta(subject_boxes, object_boxes),
+            _box_delta(subject_boxes, union),
+            _box_delta(union, object_boxes),
+            _box_position(subject_boxes, image_sizes),
+            _box_position(object_boxes, image_sizes),
+        ],
+        dim=1,
+    )
+
+
+class SpatialModule(nn.Sequential):
+    """MLP 28-64-64-(C + 1) with LeakyReLU(0.1) on :func:`spatial_features`."""
+
+    def __init__(self, num_predicates: int, hidden_dim: int = 64):
+        super().__init__(
+            nn.Linear(SPATIAL_FEATURE_SIZE, hidden_dim),
+            nn.LeakyReLU(0.1),
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.LeakyReLU(0.1),
+            nn.Linear(hidden_dim, num_predicates + 1),
+        )

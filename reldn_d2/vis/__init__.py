@@ -1,0 +1,1 @@
+"""Pictures of relations, scene graphs, galleries, videos and saliency maps."""

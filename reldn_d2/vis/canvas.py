@@ -1,0 +1,315 @@
+"""The sheet on which relations are drawn: an image, white around it, and a panel of rows.
+
+Coordinates are pixels of the sheet, y downwards, unless said otherwise.
+"""
+
+import bisect
+import math
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib import patheffects
+from matplotlib.artist import Artist
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.lines import Line2D
+from matplotlib.patches import Circle, FancyBboxPatch, Polygon
+from matplotlib.text import Text
+from matplotlib.textpath import text_to_path
+from PIL import Image
+
+from detectron2.utils.visualizer import VisImage
+
+from .layout import Color, Label
+
+__all__ = ["RelationImage", "Row", "Sheet", "label_size", "plan_sheet", "shorten"]
+
+INK, FAINT, WHITE = (0.13, 0.13, 0.13), (0.45, 0.45, 0.45), (1.0, 1.0, 1.0)
+MIN_AREA = 240  # pixels that the image with the white around it has at least in each direction
+MIN_ROWS = 20  # relations that one column of the panel holds, however low the image
+_CUT = "\u2026"
+_NUMBER = re.compile(r"(?<=\S)(?: \d+ #\d+| #?\d+)$")  # of an entity, behind its class
+
+
+@lru_cache(maxsize=64)
+def _font(bold: bool, points: float) -> FontProperties:
+    return FontProperties(family="DejaVu Sans", weight="bold" if bold else "normal", size=points)
+
+
+@lru_cache(maxsize=4096)
+def text_width(text: str, size: float, bold: bool = False) -> float:
+    """Width in pixels of a text whose font size is ``size`` pixels."""
+    return float(text_to_path.get_text_width_height_descent(text, _font(bold, size), False)[0])
+
+
+def label_size(lines: str | Sequence[str], size: float) -> tuple[float, float]:
+    """Width and height in pixels of the plate of a label of one or several lines."""
+    lines = [lines] if isinstance(lines, str) else lines
+    width = max(text_width(line, size) for line in lines)
+    return width + 0.8 * size + 4, 1.35 * size + 4 + 1.25 * size * (len(lines) - 1)
+
+
+def shorten(text: str, size: float, width: float, bold: bool = False) -> str:
+    """Cut a text to ``width`` pixels, with an ellipsis where something was cut.
+
+    A number at the end, such as that of ``cup 2`` or ``class 7 #2``, is kept where it fits. Where
+    even the ellipsis does not fit, nothing is left.
+    """
+    if text_width(text, size, bold) <= width:
+        return text
+    number = _NUMBER.search(text)
+    for end in [number.group(), ""] if number else [""]:
+        body = text[: len(text) - len(end)]
+        # The least number of letters that is too wide; 0 where not even the ellipsis fits.
+        over = bisect.bisect_left(
+            range(len(body) + 1),
+            True,
+            key=lambda n: text_width(body[:n].rstrip() + _CUT + end, size, bold) > width,
+        )
+        if over:
+            return body[: over - 1].rstrip() + _CUT + end
+    return ""
+
+
+def fair_cap(widths: Sequence[float], room: float) -> float:
+    """The width to which the longest pieces must be cut so that all of them fit into ``room``."""
+    for left, width in zip(range(len(widths), 0, -1), sorted(widths)):
+        if width * left > room:
+            return max(room / left, 0.0)
+        room -= width
+    return math.inf
+
+
+class Row(NamedTuple):
+    """One line of the panel: pieces (text, colour, bold), and what stands at its right end."""
+
+    pieces: list[tuple[str, Color, bool]]
+    right: str = ""
+
+    def width(self, size: float) -> float:
+        """Pixels that this row needs."""
+        pieces = sum(text_width(text, size, bold) for text, _, bold in self.pieces)
+        return pieces + (text_width(self.right, size) + 1.5 * size if self.right else 0)
+
+
+class Sheet(NamedTuple):
+    """Where the parts of a picture lie; ``area`` is the image with the white around it."""
+
+    size: tuple[int, int]  # width, height
+    image: tuple[float, float, float, float]
+    area: tuple[float, float, float, float]
+    panel: tuple[float, float]  # left, top
+    column_width: float
+    rows_per_column: int
+    text: float  # font size
+
+    @property
+    def row_height(self) -> float:
+        """Pixels from one row of the panel to the next."""
+        return round(1.65 * self.text)
+
+
+def plan_sheet(
+    width: int,
+    height: int,
+    scale: float,
+    rows: Sequence[Row],
+    panel: str,
+    title: bool,
+    text: float | None = None,
+) -> Sheet:
+    """Lay out a picture.
+
+    Args:
+        width: of the image, in its own pixels.
+        height: of the image, in its own pixels.
+        scale: pixels of the sheet per pixel of the image.
+        rows: heading and rows of the panel.
+        panel: "right", "below" or "none".
+        title: whether a title stands above the image.
+        text: font size in pixels; None takes one that suits the image.
+    """
+    image_w, image_h = max(1, round(width * scale)), max(1, round(height * scale))
+    area_w, area_h = max(image_w, MIN_AREA), max(image_h, MIN_AREA)
+    text = text or min(max(max(image_w, image_h) / 76, 13.0), 20.0)
+    row_height, margin = round(1.65 * text), round(0.8 * text)
+    top = round(2.2 * text) if title else 0
+    column = min(max(row.width(text) for row in rows), max(0.75 * area_w, 320))
+    column = math.ceil(column) + 1 + 2 * margin
+    if panel == "right":
+        per_column = max(int((area_h - 2 * margin) // row_height), MIN_ROWS + 1)
+    else:
+        across = max(int(area_w // column), 1)
+        per_column = max(math.ceil(len(rows) / across), MIN_ROWS + 1)
+    columns = math.ceil(len(rows) / per_column)
+    panel_w = math.ceil(columns * column)
+    panel_h = 2 * margin + min(len(rows), per_column) * row_height
+    left = (area_w - image_w) // 2
+    size = {
+        "right": (area_w + panel_w, max(area_h, panel_h)),
+        "below": (max(area_w, panel_w), area_h + panel_h),
+        "none": (area_w, area_h),
+    }[panel]
+    corner = (area_w, top) if panel == "right" else (0, top + area_h)
+    return Sheet(
+        size=(size[0], top + size[1]),
+        image=(left, top, left + image_w, top + image_h),
+        area=(0, top, area_w, top + area_h),
+        panel=(corner[0] + margin, corner[1] + margin),
+        column_width=column,
+        rows_per_column=per_column,
+        text=text,
+    )
+
+
+class RelationImage(VisImage):
+    """A :class:`VisImage` with room around the image.
+
+    ``ax`` keeps the coordinates of the image, so that all that draws on a ``VisImage`` works;
+    ``overlay`` covers the whole sheet.
+    """
+
+    def __init__(self, img: np.ndarray, scale: float, sheet: Sheet):
+        """
+        Args:
+            img: (H, W, 3) uint8.
+            scale: pixels of the sheet per pixel of the image.
+            sheet: from :func:`plan_sheet`.
+        """
+        self.sheet = sheet
+        super().__init__(img, scale=scale)
+
+    def _setup_figure(self, img: np.ndarray) -> None:
+        width, height = self.sheet.size
+        self.fig = Figure(facecolor="white")
+        self.dpi = self.fig.get_dpi()
+        # A little more than whole pixels, as Detectron2 does: the canvas rounds down.
+        full_width, full_height = width + 1e-2, height + 1e-2
+        self.fig.set_size_inches(full_width / self.dpi, full_height / self.dpi)
+        self.canvas = FigureCanvasAgg(self.fig)
+        x0, y0, x1, y1 = self.sheet.image
+        self.ax = self.fig.add_axes(
+            (
+                x0 / full_width,
+                (height - y1) / full_height,
+                (x1 - x0) / full_width,
+                (y1 - y0) / full_height,
+            )
+        )
+        self.ax.axis("off")
+        self.reset_image(img)
+        self.overlay = self.fig.add_axes((0.0, 0.0, 1.0, 1.0))
+        self.overlay.axis("off")
+        self.overlay.set_xlim(0, width)
+        self.overlay.set_ylim(height, 0)
+        self.overlay.set_autoscale_on(False)
+        self._layer = 0
+
+    def add(self, artist: Artist) -> None:
+        """Add a line, patch or text to the overlay, above all that was added before."""
+        self._layer += 1
+        artist.set_zorder(self._layer)
+        self.overlay.add_artist(artist)
+
+    def reset_image(self, img: np.ndarray) -> None:
+        """Show ``img``, resampled to the pixels that it covers."""
+        x0, y0, x1, y1 = self.sheet.image
+        method = Image.BICUBIC if self.scale > 1 else Image.LANCZOS
+        shown = Image.fromarray(img.astype("uint8")).resize((int(x1 - x0), int(y1 - y0)), method)
+        extent = (0, self.width, self.height, 0)
+        self.ax.imshow(np.asarray(shown), extent=extent, interpolation="nearest", aspect="auto")
+
+    def points(self, pixels: float) -> float:
+        """Pixels to typographic points, matplotlib's unit of line widths and font sizes."""
+        return pixels * 72 / self.dpi
+
+    def write(
+        self, x: float, y: float, text: str, size: float, color: Color, bold: bool = False
+    ) -> None:
+        """Write one line of text that begins at ``x`` and is centred on ``y``."""
+        font = _font(bold, self.points(size))
+        place = (x, y + 0.36 * size)
+        self.add(Text(*place, text, color=color, fontproperties=font, parse_math=False))
+
+    def line(self, points: np.ndarray, color: Color, width: float, dashed: bool = False) -> None:
+        """Draw a line with a thin light rim, so that it is seen on any background."""
+        line = Line2D(points[:, 0], points[:, 1], color=color, linewidth=self.points(width))
+        line.set_linestyle((0, (3.5, 1.6)) if dashed else "solid")
+        rim = patheffects.withStroke(
+            linewidth=self.points(width + 2.2), foreground="white", alpha=0.75
+        )
+        line.set_path_effects([rim])
+        self.add(line)
+
+    def arrow(self, points: np.ndarray, color: Color, width: float, dashed: bool = False) -> None:
+        """Draw an arrow along ``points`` (L, 2) with its head at their end."""
+        length = 5.5 * width
+        to_end = np.linalg.norm(points - points[-1], axis=1)
+        shaft = points[: max(int((to_end > 0.8 * length).sum()), 2)]
+        self.line(shaft, color, width, dashed)
+        direction = points[-1] - shaft[-1]
+        direction = direction / max(float(np.hypot(*direction)), 1e-6)
+        side = np.array([-direction[1], direction[0]]) * 0.4 * length
+        back = points[-1] - direction * length
+        corners = np.stack([points[-1], back + side, back - side])
+        self.add(Polygon(corners, facecolor=color, edgecolor="white", linewidth=self.points(0.8)))
+
+    def dot(self, centre: np.ndarray, radius: float, color: Color) -> None:
+        """Draw the point of an entity, where its arrows begin and end."""
+        style = dict(facecolor=color, edgecolor="white", linewidth=self.points(1.3))
+        self.add(Circle(centre, radius, **style))
+
+    def plate(
+        self, label: Label, lines: Sequence[tuple[str, Color]], face: Color, edge: Color
+    ) -> None:
+        """Draw a label as a small rounded plate, with a leader line where it stands apart.
+
+        Args:
+            label: where.
+            lines: texts, one below the other, with their colours.
+            face: colour of the plate.
+            edge: colour of its rim and leader line.
+        """
+        x0, y0, x1, y1 = label.rect
+        size = self.sheet.text
+        if label.target is not None:
+            near = np.clip(label.target, (x0 + 2, y0 + 2), (x1 - 2, y1 - 2))
+            self.line(np.stack([near, label.target]), edge, 1.0)
+        self.add(
+            FancyBboxPatch(
+                (x0 + 3, y0 + 3),
+                x1 - x0 - 6,
+                y1 - y0 - 6,
+                boxstyle="round,pad=2.2",
+                facecolor=face,
+                edgecolor=edge,
+                linewidth=self.points(1.2),
+            )
+        )
+        first = (y0 + y1) / 2 - 0.625 * size * (len(lines) - 1)
+        for number, (text, ink) in enumerate(lines):
+            self.write(x0 + 2 + 0.4 * size, first + 1.25 * size * number, text, size, ink)
+
+    def list_rows(self, rows: Sequence[Row]) -> None:
+        """Write the panel, column by column."""
+        sheet = self.sheet
+        size, step = sheet.text, sheet.row_height
+        for number, row in enumerate(rows):
+            column, line = divmod(number, sheet.rows_per_column)
+            x = sheet.panel[0] + column * sheet.column_width
+            y = sheet.panel[1] + (line + 0.5) * step
+            end = x + sheet.column_width - 2 * round(0.8 * size)
+            if row.right:
+                start = end - text_width(row.right, size)
+                self.write(start, y, row.right, size, INK)
+                end = start - 0.7 * size
+            widths = [text_width(text, size, bold) for text, _, bold in row.pieces]
+            cap = fair_cap(widths, end - x)
+            for text, color, bold in row.pieces:
+                text = shorten(text, size, cap, bold)
+                self.write(x, y, text, size, color, bold)
+                x += text_width(text, size, bold)

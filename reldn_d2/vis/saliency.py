@@ -1,0 +1,259 @@
+"""Where the two CNNs look: their feature maps over the image, and what a triplet's score hangs on.
+
+Shapes: c channels, (h, w) one level of a feature pyramid, (H, W) the image. Maps are float32 in
+[0, 1] in the frame of the image as it was read.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib import colormaps
+from PIL import Image as PILImage
+from torch import Tensor
+
+from detectron2.structures import ImageList
+
+from ..modeling.meta_arch import postprocess_relations
+from ..predictor import Image, RelationPredictor, load_rgb
+from ..structures.prediction import RelationPrediction, Triplet
+from ..utils.image_io import ImageError
+from .scene import Scene
+from .visualizer import RelationVisualizer, score_text
+
+__all__ = [
+    "FUSED",
+    "Saliency",
+    "draw_feature_maps",
+    "draw_triplet_saliency",
+    "feature_saliency",
+    "triplet_saliency",
+]
+
+FUSED = "fused"
+
+
+class Saliency(NamedTuple):
+    """Maps of the detector's and of the predicate CNN, (H, W) each, by level and ``fused``."""
+
+    detector: dict[str, np.ndarray]
+    predicate: dict[str, np.ndarray]  # empty if the model has no predicate CNN
+
+
+def feature_saliency(predictor: RelationPredictor, image: Image) -> Saliency:
+    """Channel-averaged feature maps (Fig 4 and 5): the mean absolute activation of each place.
+
+    ``fused`` is the mean of the levels, each scaled to [0, 1] first.
+
+    Args:
+        predictor: with the model.
+        image: a path or an (H, W, 3) RGB array.
+    """
+    rgb = load_rgb(image)
+    inputs = [predictor.prepare(rgb)]
+    with torch.no_grad():
+        images, features, predicate_features = _features(predictor, inputs)
+    sizes = _sizes(inputs, images, rgb)
+    maps = []
+    for levels in (features, predicate_features or {}):
+        averaged = {name: x[0].abs().mean(dim=0) for name, x in levels.items()}
+        maps.append(_to_image(averaged, sizes, normalize_levels=True))
+    return Saliency(*maps)
+
+
+def triplet_saliency(
+    predictor: RelationPredictor, image: Image, rank: int = 0
+) -> tuple[Saliency, RelationPrediction]:
+    """What the predicate of one predicted triplet hangs on, in both CNNs.
+
+    The gradient of ``log p(predicate | s, o)`` with respect to each feature map, times the map,
+    summed over channels, its absolute value: by how much a place moves the score.
+
+    Args:
+        predictor: with the model.
+        image: a path or an (H, W, 3) RGB array.
+        rank: which of the predicted triplets, 0 being the best.
+
+    Returns:
+        the maps, and the prediction with this triplet alone.
+
+    Raises:
+        ImageError: there are not so many triplets, or the model's scores hang on no feature map.
+    """
+    name = str(image) if isinstance(image, (str, Path)) else "image"
+    rgb = load_rgb(image)
+    model, inputs = predictor.model, [predictor.prepare(rgb)]
+    head = model.relation_head
+    with torch.no_grad():
+        images, features, predicate_features = _features(predictor, inputs)
+        entities = model.detector.detect(inputs, images, features)[0]
+        relations = head(features, predicate_features, [entities])[0]
+    if not 0 <= rank < len(relations):
+        raise ImageError(f"{name}: triplet {rank} was asked for, but there are {len(relations)}")
+    subject, object_ = relations.pairs[rank]
+    predicate = int(relations.predicates[rank])
+    branches = []
+    for levels in (features, predicate_features or {}):
+        branches.append({n: x.detach().requires_grad_(True) for n, x in levels.items()})
+    with torch.enable_grad():
+        encoded = head.encode_entities(
+            branches[0], [entities.pred_boxes], [entities.pred_classes], [entities.image_size]
+        )
+        logits = head.pair_logits(encoded, branches[1] or None, subject[None], object_[None])
+        score = logits.float().log_softmax(dim=1)[0, predicate]
+        leaves = [x for levels in branches for x in levels.values()]
+        gradients: Sequence[Tensor | None] = ()
+        if score.requires_grad:
+            gradients = torch.autograd.grad(score, leaves, allow_unused=True)
+    if all(x is None for x in gradients):
+        raise ImageError(
+            f"{name}: there is nothing to draw, as the scores of a model without visual module "
+            "hang on no feature map"
+        )
+    maps, rest, sizes = [], iter(gradients), _sizes(inputs, images, rgb)
+    for levels in branches:
+        moved = {}
+        for level, x in levels.items():
+            gradient = next(rest)
+            if gradient is not None:
+                moved[level] = (gradient * x.detach()).sum(dim=1)[0].abs()
+        maps.append(_to_image(moved, sizes, normalize_levels=False))
+    height, width = rgb.shape[:2]
+    found = postprocess_relations(entities, relations[rank : rank + 1], height, width)
+    names = (predictor.thing_classes, predictor.predicate_classes)
+    return Saliency(*maps), RelationPrediction(*found, *names)
+
+
+def _features(predictor: RelationPredictor, inputs: list[dict]):
+    """The network's padded input, and the feature maps of both CNNs."""
+    images = predictor.model.detector.preprocess(inputs)
+    return (images, *predictor.model.feature_maps(images))
+
+
+def _sizes(inputs: list[dict], images: ImageList, rgb: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """(height, width) of the network's input, with and without padding, and of the image."""
+    padded = tuple(images.tensor.shape[-2:])
+    return padded, tuple(inputs[0]["image"].shape[-2:]), rgb.shape[:2]
+
+
+def _to_image(
+    levels: dict[str, Tensor], sizes: Sequence[tuple[int, int]], normalize_levels: bool
+) -> dict[str, np.ndarray]:
+    """Maps (h, w) of the padded input to maps of the image, with their fusion."""
+    padded, inner, original = sizes
+    plain = {}
+    for name, x in levels.items():
+        x = F.interpolate(x.float()[None, None], padded, mode="bilinear", align_corners=False)
+        x = x[..., : inner[0], : inner[1]]
+        x = F.interpolate(x, original, mode="bilinear", align_corners=False)
+        plain[name] = x[0, 0].cpu().numpy()
+    scaled = {name: _to_unit(x) for name, x in plain.items()}
+    if scaled:
+        parts = scaled.values() if normalize_levels else plain.values()
+        scaled[FUSED] = _to_unit(sum(parts) / len(plain))
+    return scaled
+
+
+def _to_unit(values: np.ndarray) -> np.ndarray:
+    """Scale to [0, 1]; the brightest thousandth is cut off, so that one place hides no other."""
+    low, high = float(values.min()), float(np.quantile(values, 0.999))
+    if high <= low:
+        high = float(values.max())
+    return ((values - low) / max(high - low, 1e-12)).clip(0, 1).astype(np.float32)
+
+
+def overlay(rgb: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """A map in [0, 1] over the image, (H, W, 3) uint8: dark and grey where it is low."""
+    color = colormaps["inferno"](values)[..., :3] * 255
+    grey = rgb.mean(axis=2, keepdims=True)
+    share = 0.35 + 0.5 * values[..., None]
+    return ((1 - share) * grey + share * color).round().astype(np.uint8)
+
+
+def draw_feature_maps(
+    predictor: RelationPredictor, image: Image, levels: Sequence[str] = (FUSED,)
+) -> np.ndarray:
+    """The image, the detector's CNN and the predicate CNN side by side, a row for each level.
+
+    Raises:
+        ImageError: the model has no such level.
+    """
+    rgb = load_rgb(image)
+    saliency = feature_saliency(predictor, rgb)
+    rows = []
+    for level in levels:
+        if level not in saliency.detector:
+            raise ImageError(_unknown_level(level, saliency))
+        row = [("image", rgb), (f"detector CNN, {level}", overlay(rgb, saliency.detector[level]))]
+        if level in saliency.predicate:
+            row.append((f"predicate CNN, {level}", overlay(rgb, saliency.predicate[level])))
+        rows.append(row)
+    return _sheet(rows)
+
+
+def draw_triplet_saliency(
+    predictor: RelationPredictor, image: Image, rank: int = 0, level: str = FUSED
+) -> tuple[np.ndarray, Triplet]:
+    """A triplet on the image, and what it hangs on in both CNNs, side by side.
+
+    Returns:
+        the picture and the triplet.
+
+    Raises:
+        ImageError: as in :func:`triplet_saliency`, or the model has no such level.
+    """
+    rgb = load_rgb(image)
+    saliency, prediction = triplet_saliency(predictor, image, rank)
+    if level not in saliency.detector:
+        raise ImageError(_unknown_level(level, saliency))
+    triplet = prediction.triplets()[0]
+    scene = Scene.from_outputs(prediction["instances"], prediction["relations"], 1)
+    words = f"{triplet.subject} {triplet.predicate} {triplet.object}, {score_text(triplet.score)}"
+    row: list[tuple[str, np.ndarray]] = [(words, _draw_triplet(predictor, rgb, scene))]
+    for kind, maps in (("detector CNN", saliency.detector), ("predicate CNN", saliency.predicate)):
+        if level in maps:
+            shown = overlay(rgb, maps[level])
+            row.append((f"{kind}, {level}", _draw_triplet(predictor, shown, scene)))
+    return _sheet([row]), triplet
+
+
+def _unknown_level(level: str, saliency: Saliency) -> str:
+    return f"the model has no feature map '{level}'; it has {', '.join(saliency.detector)}"
+
+
+def _draw_triplet(predictor: RelationPredictor, rgb: np.ndarray, scene: Scene) -> np.ndarray:
+    visualizer = RelationVisualizer(rgb, predictor.metadata, scale=_scale(rgb))
+    return visualizer.draw_triplets(*scene, panel="none").get_image()
+
+
+def _scale(rgb: np.ndarray) -> float:
+    return 560 / max(rgb.shape[:2])
+
+
+def _sheet(rows: Sequence[Sequence[tuple[str, np.ndarray]]]) -> np.ndarray:
+    """Pictures with titles, in rows and columns on white; the visualizer leaves room for titles."""
+    lines = []
+    for row in rows:
+        cells = []
+        for title, picture in row:
+            scale = _scale(picture)
+            size = [max(1, round(x * scale)) for x in picture.shape[1::-1]]
+            picture = np.asarray(PILImage.fromarray(picture).resize(size, PILImage.BICUBIC))
+            framed = RelationVisualizer(picture, scale=1.0).draw_triplets(
+                np.zeros((0, 4)), [], [], title=title, panel="none"
+            )
+            cells.append(framed.get_image())
+        height = max(x.shape[0] for x in cells)
+        cells = [_pad(x, height, x.shape[1] + 10) for x in cells]
+        lines.append(np.concatenate(cells, axis=1))
+    width = max(x.shape[1] for x in lines)
+    return np.concatenate([_pad(x, x.shape[0] + 8, width) for x in lines])
+
+
+def _pad(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    sheet = np.full((height, width, 3), 255, np.uint8)
+    sheet[: picture.shape[0], : picture.shape[1]] = picture
+    return sheet

@@ -1,0 +1,408 @@
+"""The mapper: whatever an augmentation does, relations stay with their entities."""
+
+import copy
+import re
+
+import numpy as np
+import pycocotools.mask as mask_util
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model_utils import ROOT
+from PIL import Image
+from torch.utils.data import SequentialSampler
+
+from reldn_d2.data import RelationDatasetMapper
+from reldn_d2.data.datasets import load_vrd
+
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
+from detectron2.data import transforms as T
+from detectron2.structures import BoxMode
+
+SIZE = 96
+# Far from each other, and from any blend of one of them with the black background.
+PALETTE = np.array(
+    [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [255, 0, 255], [0, 255, 255]]
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("patches")
+
+
+def annotation(box, category, **more):
+    return {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": category, **more}
+
+
+def patches_dict(folder, boxes, pairs):
+    """Entity i is a patch in PALETTE[i] of class i; predicate 10 * i + j relates i to j."""
+    image = np.zeros((SIZE, SIZE, 3), np.uint8)
+    for colour, (x0, y0, x1, y1) in zip(PALETTE, boxes, strict=False):
+        image[y0:y1, x0:x1] = colour
+    file_name = str(folder / "patches.png")
+    Image.fromarray(image).save(file_name)
+    return {
+        "file_name": file_name,
+        "image_id": 1,
+        "height": SIZE,
+        "width": SIZE,
+        "annotations": [annotation(list(box), i, iscrowd=0) for i, box in enumerate(boxes)],
+        "relations": [(i, j, 10 * i + j) for i, j in pairs],
+    }
+
+
+def mapper(augmentations=(), is_train=True, **kwargs):
+    return RelationDatasetMapper(
+        is_train=is_train, augmentations=list(augmentations), image_format="RGB", **kwargs
+    )
+
+
+def triplets(output):
+    relations = output["relations"]
+    assert relations.gt_pairs.dtype == relations.gt_predicates.dtype == torch.int64
+    assert relations.gt_pairs.shape == (len(relations), 2)
+    return [
+        (*pair, predicate)
+        for pair, predicate in zip(
+            relations.gt_pairs.tolist(), relations.gt_predicates.tolist(), strict=True
+        )
+    ]
+
+
+@st.composite
+def scenes(draw):
+    """Up to six patches, each in a cell of a 3 x 2 grid with a margin, and relations between."""
+    boxes = []
+    for cell in range(draw(st.integers(0, 6))):
+        left, top = 32 * (cell % 3) + 4, 48 * (cell // 3) + 4
+        x0, y0 = left + draw(st.integers(0, 10)), top + draw(st.integers(0, 20))
+        width, height = draw(st.integers(6, 24 - x0 + left)), draw(st.integers(6, 40 - y0 + top))
+        boxes.append((x0, y0, x0 + width, y0 + height))
+    pairs = [(i, j) for i in range(len(boxes)) for j in range(len(boxes)) if i != j]
+    return boxes, draw(st.lists(st.sampled_from(pairs), unique=True)) if pairs else []
+
+
+_SIDES = st.tuples(st.integers(64, 200), st.integers(64, 200))
+_ALWAYS = dict(prob=st.just(1.0))
+# by name of Detectron2's class: a strategy that builds it
+AUGMENTATIONS = {
+    "RandomFlip": st.one_of(
+        st.builds(T.RandomFlip, **_ALWAYS, horizontal=st.just(True)),
+        st.builds(T.RandomFlip, **_ALWAYS, horizontal=st.just(False), vertical=st.just(True)),
+    ),
+    "Resize": st.builds(T.Resize, _SIDES),
+    "ResizeShortestEdge": st.builds(
+        T.ResizeShortestEdge, st.integers(64, 160), st.integers(100, 250)
+    ),
+    "ResizeScale": st.builds(
+        T.ResizeScale, st.just(0.7), st.just(1.5), st.integers(64, 200), st.integers(64, 200)
+    ),
+    "RandomCrop": st.one_of(
+        st.builds(
+            T.RandomCrop,
+            st.sampled_from(["relative", "relative_range"]),
+            st.tuples(st.floats(0.3, 1), st.floats(0.3, 1)),
+        ),
+        st.builds(T.RandomCrop, st.just("absolute"), st.tuples(*[st.integers(30, 60)] * 2)),
+    ),
+    "FixedSizeCrop": st.builds(T.FixedSizeCrop, _SIDES),
+    "RandomExtent": st.builds(T.RandomExtent, st.just((0.7, 1.3)), st.just((0.3, 0.3))),
+    "RandomRotation": st.builds(T.RandomRotation, st.just([-180, 180]), expand=st.booleans()),
+    "RandomBrightness": st.builds(T.RandomBrightness, st.just(0.95), st.just(1.0)),
+    "RandomContrast": st.builds(T.RandomContrast, st.just(0.95), st.just(1.05)),
+    "RandomSaturation": st.builds(T.RandomSaturation, st.just(0.95), st.just(1.05)),
+    "RandomLighting": st.builds(T.RandomLighting, st.just(0.1)),
+    "RandomApply": st.builds(
+        T.RandomApply, st.builds(T.RandomFlip, **_ALWAYS), prob=st.floats(0, 1)
+    ),
+}
+if hasattr(T, "MinIoURandomCrop"):  # Detectron2's main branch has these two
+    AUGMENTATIONS["MinIoURandomCrop"] = st.builds(T.MinIoURandomCrop)
+if hasattr(T, "RandomResize"):
+    AUGMENTATIONS["RandomResize"] = st.builds(T.RandomResize, st.lists(_SIDES, min_size=1))
+_OTHERS = {
+    "Augmentation",  # base classes and lists
+    "AugmentationList",
+    "TransformGen",
+    "RandomCrop_CategoryAreaConstraint",  # needs a semantic segmentation
+    # Transforms wrapped as an augmentation:
+    "_TransformToAug",
+}
+
+
+def test_every_augmentation_of_detectron2_is_tried():
+    known = {
+        name
+        for name, value in vars(T).items()
+        if isinstance(value, type) and issubclass(value, T.Augmentation)
+    }
+    assert known - _OTHERS == set(AUGMENTATIONS)
+
+
+def pixels_of(image, colour):
+    """(x, y) centres of the pixels in nearly this colour."""
+    near = np.abs(image.astype(int) - colour).max(axis=2) < 60
+    y, x = np.nonzero(near)
+    return x + 0.5, y + 0.5
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    scenes(),
+    st.lists(st.one_of(*AUGMENTATIONS.values()), max_size=3),
+    st.booleans(),
+    st.integers(0, 2**31 - 1),
+)
+def test_relations_stay_on_their_entities(folder, scene, augmentations, is_train, seed):
+    """Classes tell which patch an entity was, predicates which two patches were related."""
+    boxes, pairs = scene
+    if not boxes:  # some crops are chosen by the boxes
+        augmentations = [x for x in augmentations if type(x).__name__ != "MinIoURandomCrop"]
+    record = patches_dict(folder, boxes, pairs)
+    np.random.seed(seed)
+    output = mapper(augmentations, is_train)(record)
+
+    image = output["image"].permute(1, 2, 0).numpy()
+    instances = output["instances"]
+    height, width = image.shape[:2]
+    assert instances.image_size == output["relations"].image_size == (height, width)
+    entities = instances.gt_classes.tolist()
+    assert entities == sorted(set(entities)), "order kept, nothing doubled"
+    if not is_train:
+        assert entities == list(range(len(boxes)))
+
+    for entity, box in zip(entities, instances.gt_boxes.tensor.tolist(), strict=True):
+        x0, y0, x1, y1 = box
+        assert 0 <= x0 <= x1 <= width and 0 <= y0 <= y1 <= height
+        x, y = pixels_of(image, PALETTE[entity])
+        inside = (x > x0 - 1.5) & (x < x1 + 1.5) & (y > y0 - 1.5) & (y < y1 + 1.5)
+        assert inside.all(), f"patch {entity} lies outside its box {box}"
+    for entity in set(range(len(boxes))) - set(entities):
+        assert len(pixels_of(image, PALETTE[entity])[0]) == 0, f"patch {entity} was visible"
+
+    named = [(entities[s], entities[o], p) for s, o, p in triplets(output)]
+    assert named == [(i, j, 10 * i + j) for i, j in pairs if i in entities and j in entities]
+
+
+def test_dropped_boxes_take_their_relations_along(folder):
+    """The crop leaves the right third: of four patches, 0 and 2 are gone."""
+    boxes = [(4, 4, 20, 20), (70, 4, 90, 20), (4, 40, 60, 60), (50, 70, 90, 90)]
+    record = patches_dict(folder, boxes, [(0, 1), (1, 3), (3, 2), (3, 1)])
+    output = mapper([T.CropTransform(64, 0, 32, 96)])(record)
+    assert output["instances"].gt_classes.tolist() == [1, 3]
+    assert output["instances"].gt_boxes.tensor.tolist() == [[6, 4, 26, 20], [0, 70, 26, 90]]
+    assert triplets(output) == [(0, 1, 13), (1, 0, 31)]
+
+
+def test_inference_keeps_everything_in_the_resized_frame(folder):
+    boxes = [(4, 4, 20, 20), (70, 4, 90, 20)]
+    record = patches_dict(folder, boxes, [(1, 0), (0, 1)])
+    record["annotations"][0]["iscrowd"] = 1
+    record["annotations"].append(annotation([30, 30, 30, 50], 2))  # of no width
+    record["relations"].append((2, 0, 20))
+    output = mapper([T.Resize((192, 48))], is_train=False)(record)
+    assert output["instances"].gt_classes.tolist() == [0, 1, 2]
+    assert output["instances"].gt_boxes.tensor.tolist() == [
+        [2, 8, 10, 40],
+        [35, 8, 45, 40],
+        [15, 60, 15, 100],
+    ]
+    assert triplets(output) == [(1, 0, 10), (0, 1, 1), (2, 0, 20)]
+    assert output["height"] == output["width"] == SIZE, "the frame that outputs are asked for"
+
+
+def test_training_drops_crowds_and_moves_the_indices(folder):
+    boxes = [(4, 4, 20, 20), (70, 4, 90, 20), (4, 40, 60, 60)]
+    record = patches_dict(folder, boxes, [(0, 1), (1, 2), (2, 0), (2, 1)])
+    record["annotations"][0]["iscrowd"] = 1
+    output = mapper()(record)
+    assert output["instances"].gt_classes.tolist() == [1, 2]
+    assert triplets(output) == [(0, 1, 12), (1, 0, 21)]
+
+
+@pytest.mark.parametrize("is_train", [True, False])
+@pytest.mark.parametrize("count", [0, 1])
+def test_images_with_no_annotation_or_one(folder, is_train, count):
+    record = patches_dict(folder, [(4, 4, 20, 20)][:count], [])
+    output = mapper([T.RandomFlip(), T.RandomCrop("relative", (0.9, 0.9))], is_train)(record)
+    instances, relations = output["instances"], output["relations"]
+    assert instances.gt_boxes.tensor.shape == (count, 4)
+    assert instances.gt_classes.dtype == torch.int64 and len(instances) == count
+    assert relations.gt_pairs.shape == (0, 2) and relations.gt_pairs.dtype == torch.int64
+    assert relations.gt_predicates.shape == (0,) and relations.gt_predicates.dtype == torch.int64
+
+
+def test_annotations_without_relations(folder):
+    """A dict made for detection alone."""
+    record = patches_dict(folder, [(4, 4, 20, 20), (40, 4, 60, 20)], [])
+    del record["relations"]
+    output = mapper()(record)
+    assert len(output["instances"]) == 2 and len(output["relations"]) == 0
+
+
+def test_plain_image_at_inference(folder):
+    record = patches_dict(folder, [], [])
+    del record["annotations"], record["relations"]
+    output = mapper([T.Resize((48, 48))], is_train=False)(record)
+    assert output["image"].shape == (3, 48, 48)
+    assert "instances" not in output and "relations" not in output
+
+
+def test_the_dict_is_not_changed(folder):
+    record = patches_dict(folder, [(4, 4, 20, 20), (40, 4, 60, 20)], [(0, 1)])
+    before = copy.deepcopy(record)
+    mapper([T.Resize((48, 48))])(record)
+    assert record == before
+
+
+def test_masks_are_carried_and_give_the_box(folder):
+    """Detectron2's option: a cropped mask may be tighter than its cropped box."""
+    record = patches_dict(folder, [(0, 0, 40, 40), (50, 50, 60, 60)], [(0, 1), (1, 0)])
+    y, x = np.mgrid[:SIZE, :SIZE]
+    masks = [x + y < 40, (x >= 50) & (x < 60) & (y >= 50) & (y < 60)]
+    for entity, mask in zip(record["annotations"], masks, strict=True):
+        entity["segmentation"] = mask_util.encode(np.asfortranarray(mask.astype(np.uint8)))
+    options = dict(use_instance_mask=True, recompute_boxes=True, instance_mask_format="bitmask")
+    output = mapper([T.CropTransform(20, 0, 76, 96)], **options)(record)
+    assert output["instances"].gt_boxes.tensor.tolist() == [[0, 0, 20, 20], [30, 50, 40, 60]]
+    assert triplets(output) == [(0, 1, 1), (1, 0, 10)]
+    output = mapper([T.CropTransform(39, 20, 50, 70)], **options)(record)
+    assert output["instances"].gt_classes.tolist() == [1], "of the triangle, only its box is left"
+    assert triplets(output) == []
+    empty = dict(record, annotations=[], relations=[])
+    assert len(mapper(**options)(empty)["instances"]) == 0
+
+
+def test_integer_boxes_are_not_rounded(folder):
+    record = patches_dict(folder, [(3, 3, 22, 10)], [])
+    output = mapper([T.Resize((32, 32)), T.Resize((144, 144))])(record)
+    expected = torch.tensor([[3, 3, 22, 10]]) * 1.5
+    torch.testing.assert_close(output["instances"].gt_boxes.tensor, expected)
+
+
+class CropAroundFirstBox(T.Augmentation):
+    """An augmentation that looks at the boxes."""
+
+    def get_transform(self, image, boxes):
+        x0, y0, x1, y1 = (int(value) for value in boxes[0])
+        return T.CropTransform(x0, y0, x1 - x0, y1 - y0)
+
+
+def test_augmentations_may_ask_for_boxes(folder):
+    record = patches_dict(folder, [(4, 4, 24, 20), (10, 10, 60, 30)], [(1, 0)])
+    record["annotations"][0].update(bbox=[4, 4, 20, 16], bbox_mode=BoxMode.XYWH_ABS)
+    output = mapper([CropAroundFirstBox()])(record)
+    assert output["image"].shape == (3, 16, 20)
+    assert output["instances"].gt_boxes.tensor.tolist() == [[0, 0, 20, 16], [6, 6, 20, 16]]
+    assert triplets(output) == [(1, 0, 10)]
+
+
+def without(record, index, key):
+    del record["annotations"][index][key]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda r: r.update(relations=[(0, 2, 1)]), r"object index 2 .* 2 annotations"),
+        (lambda r: r.update(relations=[(-1, 1, 1)]), r"subject index -1"),
+        (lambda r: r.update(relations=[(1, 1, 1)]), r"annotation 1 to itself"),
+        (lambda r: r.update(relations=[(0, 1, 30)]), r"predicate 30 .* 30 predicates"),
+        (lambda r: r["annotations"][1].update(category_id=6), r"annotation 1 .* 6.* 6 classes"),
+        (lambda r: r["annotations"][1].update(category_id=-1), r"annotation 1 .* -1"),
+        (lambda r: without(r, 1, "bbox"), r'annotation 1 has no "bbox"'),
+        (lambda r: without(r, 0, "bbox_mode"), r'annotation 0 has no "bbox_mode"'),
+        (lambda r: without(r, 0, "category_id"), r'annotation 0 has no "category_id"'),
+        (lambda r: r.pop("annotations"), r'no "annotations".* empty list'),
+    ],
+)
+@pytest.mark.parametrize("is_train", [True, False])
+def test_bad_records_are_named(folder, spoil, message, is_train):
+    record = patches_dict(folder, [(4, 4, 20, 20), (40, 4, 60, 20)], [(0, 1)])
+    spoil(record)
+    with pytest.raises(ValueError, match=r"patches\.png: .*" + message):
+        mapper(is_train=is_train, num_classes=6, num_predicates=30)(record)
+
+
+@pytest.fixture
+def metadata():
+    """Names for two data sets of this test."""
+
+    def name_it(name, predicates):
+        MetadataCatalog.get(name).set(thing_classes=["a", "b"], predicate_classes=predicates)
+        names.append(name)
+        return name
+
+    names = []
+    yield name_it
+    for name in names:
+        MetadataCatalog.remove(name)
+
+
+def test_from_config(metadata):
+    cfg = get_cfg()
+    cfg.INPUT.CROP.ENABLED = True
+    cfg.DATASETS.TRAIN = (metadata("mapper_test_1", ["on"]),)
+    cfg.DATASETS.TEST = (metadata("mapper_test_2", ["on", "under"]),)
+    train, test = RelationDatasetMapper(cfg, True), RelationDatasetMapper(cfg, is_train=False)
+    assert (train.num_classes, train.num_predicates, train.is_train) == (2, 1, True)
+    assert (test.num_classes, test.num_predicates, test.is_train) == (2, 2, False)
+    kinds = [type(augmentation) for augmentation in train.augmentations.augs]
+    assert kinds == [T.RandomCrop, T.ResizeShortestEdge, T.RandomFlip]
+    assert [type(a) for a in test.augmentations.augs] == [T.ResizeShortestEdge]
+
+
+def test_data_sets_with_different_predicates(metadata):
+    cfg = get_cfg()
+    cfg.DATASETS.TRAIN = (
+        metadata("mapper_test_1", ["on"]),
+        metadata("mapper_test_2", ["on", "under"]),
+    )
+    with pytest.raises(ValueError, match="different predicate_classes.* 1 names, mapper_test_2 2"):
+        RelationDatasetMapper(cfg, True)
+
+
+def test_real_images_through_the_training_loader(real_datasets):
+    """VRD with the usual augmentation: nothing dangles, and flips keep names with their boxes."""
+    records = load_vrd(
+        str(real_datasets / "vrd/json_dataset/annotations_test.json"),
+        str(real_datasets / "vrd/sg_dataset/sg_test_images"),
+    )
+    records = [record for record in records if record["relations"]][:4]
+    # Detectron2 resizes first and flips then.
+    augmentations = [T.ResizeShortestEdge(200, 400), T.RandomFlip(prob=1.0)]
+    mapped = RelationDatasetMapper(True, augmentations=augmentations, image_format="BGR")
+    loader = build_detection_train_loader(
+        records,
+        mapper=mapped,
+        sampler=SequentialSampler(records),
+        total_batch_size=2,
+        aspect_ratio_grouping=False,
+    )
+    outputs = [output for batch in loader for output in batch]
+    assert [output["image_id"] for output in outputs] == [r["image_id"] for r in records]
+    for record, output in zip(records, outputs, strict=True):
+        assert triplets(output) == record["relations"]
+        width = output["image"].shape[2]
+        boxes = np.array([annotation["bbox"] for annotation in record["annotations"]])
+        scale = width / record["width"]
+        left = output["instances"].gt_boxes.tensor[:, 0].numpy()
+        np.testing.assert_allclose(left, width - boxes[:, 2] * scale, atol=1e-3)
+
+
+def test_the_example_of_the_guide_runs(tmp_path, monkeypatch, capsys):
+    guide = ROOT / "docs/own_data.md"
+    (example,) = re.findall(r"```python\n(.*?)```", guide.read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    try:
+        exec(compile(example, str(guide), "exec"), {})
+        printed = capsys.readouterr().out
+        assert "['on', 'under']\n[(1, 0, 0), (0, 1, 1)]" in printed
+        assert "torch.Size([3, 75, 100])" in printed
+        assert "gt_pairs: tensor([[1, 0],\n        [0, 1]])" in printed
+    finally:
+        DatasetCatalog.remove("my_data_set")
+        MetadataCatalog.remove("my_data_set")

@@ -1,0 +1,216 @@
+"""The evaluator and the values of k that belong to a config and a data set."""
+
+import json
+import logging
+
+import pytest
+from evaluation_data import NAME, dataset_dicts, output, registered, run
+from model_utils import small_model
+from PIL import Image
+
+import reldn_d2
+from reldn_d2.evaluation import (
+    OpenImagesVRDEvaluator,
+    RelationDatasetEvaluator,
+    RelationEvaluator,
+    SceneGraphEvaluator,
+    VRDEvaluator,
+    box_evaluator,
+    build_relation_evaluator,
+)
+from reldn_d2.utils.protocols import predicates_per_pair
+
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+
+@pytest.fixture
+def dataset():
+    with registered() as metadata:
+        yield metadata
+
+
+@pytest.fixture
+def cfg():
+    result = get_cfg()
+    reldn_d2.add_reldn_config(result)
+    result.MODEL.META_ARCHITECTURE = "RelDN"
+    result.DATASETS.TEST = (NAME,)
+    return result
+
+
+def test_build_picks_by_metadata(dataset, cfg, tmp_path, caplog):
+    cfg.TEST.RELATIONS.TASK = "prdcls"
+    cfg.TEST.RELATIONS.PREDICATES_PER_PAIR = [1, 0]
+    evaluator = build_relation_evaluator(cfg, NAME, str(tmp_path))
+    assert isinstance(evaluator, RelationEvaluator)
+    results = run(evaluator)
+    assert list(results) == ["relations_prdcls_k1", "relations_prdcls"]
+    assert (tmp_path / "relation_predictions.json").exists()
+
+    del dataset.evaluator_type
+    dataset.evaluator_type = "vrd"
+    cfg.TEST.RELATIONS.TOPK = 60
+    cfg.DATASETS.TEST = (NAME, "another")
+    with caplog.at_level(logging.WARNING):
+        evaluator = build_relation_evaluator(cfg, NAME, str(tmp_path))
+    assert isinstance(evaluator, VRDEvaluator)
+    assert "TEST.RELATIONS.TOPK): R@100 is left out" in caplog.text
+    assert list(run(evaluator)["lu2016_prdcls_k1"]) == ["predicate R@50"]
+    assert (tmp_path / NAME / "relation_predictions.json").exists()
+
+    for unknown in ("coco", None):
+        del dataset.evaluator_type
+        dataset.evaluator_type = unknown
+        with pytest.raises(
+            ValueError,
+            match=f"evaluator_type {unknown!r}.*known for: openimages_vrd, relation, scene_graph",
+        ):
+            build_relation_evaluator(cfg, NAME, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("evaluator_type", "kind", "ks", "tasks"),
+    [
+        ("vrd", VRDEvaluator, (1, 10, 70), [f"lu2016_sgdet_k{k}" for k in (1, 10, 70)]),
+        ("openimages_vrd", OpenImagesVRDEvaluator, (2,), ["released_sgdet_k2"]),
+        (
+            "scene_graph",
+            SceneGraphEvaluator,
+            (1, 0),
+            ["motifs_sgdet_graph_constraint", "motifs_sgdet_no_constraint"],
+        ),
+        ("relation", RelationEvaluator, (0,), ["relations_sgdet"]),
+    ],
+)
+def test_each_data_set_has_the_protocol_of_its_tables(
+    dataset, cfg, tmp_path, evaluator_type, kind, ks, tasks
+):
+    del dataset.evaluator_type
+    dataset.evaluator_type = evaluator_type
+    evaluator = build_relation_evaluator(cfg, NAME, str(tmp_path))
+    assert isinstance(evaluator, kind)
+    # The model keeps what is evaluated.
+    assert predicates_per_pair(cfg) == evaluator.settings.predicates_per_pair == ks
+    results = run(evaluator)
+    assert [task for task in results if not task.startswith("confusion")] == tasks
+    assert all("instance_accuracy" in results[t] for t in results if t.startswith("confusion"))
+    # Another protocol for the same data set, by name.
+    cfg.TEST.RELATIONS.PROTOCOL, cfg.TEST.RELATIONS.RECALL_AT = "openimages", [10]
+    evaluator = build_relation_evaluator(cfg, NAME, str(tmp_path))
+    assert predicates_per_pair(cfg) == evaluator.settings.predicates_per_pair == (0,)
+    metrics = run(evaluator)["openimages_sgdet"]
+    assert metrics["R@10"] == metrics["score"] == 100 and "R@50" not in metrics
+    cfg.TEST.RELATIONS.PREDICATES_PER_PAIR = [3, 1, 3]
+    assert predicates_per_pair(cfg) == (3, 1)
+    assert "openimages_sgdet_k3" in run(build_relation_evaluator(cfg, NAME, str(tmp_path)))
+    cfg.TEST.RELATIONS.PROTOCOL = "openimage"
+    with pytest.raises(ValueError, match="'openimage'.*PROTOCOL.*lu2016, motifs, openimages"):
+        build_relation_evaluator(cfg, NAME, str(tmp_path))
+
+
+@pytest.mark.parametrize(("protocol", "ks"), [("motifs", (1, 0)), ("lu2016", (1, 10, 70))])
+def test_the_model_keeps_what_the_protocol_asks_for(protocol, ks):
+    model = small_model("TEST.RELATIONS.PROTOCOL", protocol)
+    assert model.relation_head.predicates_per_pair == ks
+
+
+def test_a_protocol_named_needs_no_evaluator_type(dataset, cfg, tmp_path):
+    del dataset.evaluator_type
+    assert predicates_per_pair(cfg) == (1,)  # nothing is known
+    cfg.TEST.RELATIONS.PROTOCOL = "released"
+    assert "released_sgdet_k2" in run(build_relation_evaluator(cfg, NAME, str(tmp_path)))
+    with pytest.raises(ValueError, match="evaluator_type None.*vrd, scene_graph"):
+        RelationDatasetEvaluator(NAME)
+
+
+def test_only_what_can_count_is_kept(dataset):
+    """All pairs with all predicates, of which an image keeps the best of every k."""
+    record = dataset_dicts()[0]
+    triplets = [(s, o, p) for s in range(5) for o in range(5) if s != o for p in range(3)]
+    evaluator = SceneGraphEvaluator(NAME, max_triplets=10, topk=(10,))
+    evaluator.process([record], [output(record, triplets)])
+    (kept,) = evaluator._predictions
+    # The best ten, and the best of each of ten pairs.
+    assert len(kept.scores) == 10 + 10 - 4
+    assert evaluator.joined()[0][1] is kept
+
+
+def test_zero_shot_and_training_frequencies_come_from_the_training_set(dataset, tmp_path, caplog):
+    def training():
+        records = dataset_dicts()
+        records[0]["relations"] = [(0, 2, 0), (0, 3, 0), (0, 1, 2)]  # person holds cup, ...
+        return records
+
+    DatasetCatalog.register("evaluation_training_set", training)
+    MetadataCatalog.get("evaluation_training_set").set(
+        thing_classes=dataset.thing_classes, predicate_classes=dataset.predicate_classes
+    )
+    dataset.train_dataset = "evaluation_training_set"
+    results = run(
+        SceneGraphEvaluator(NAME, str(tmp_path)), lambda r: [(0, 1, 1)][: len(r["relations"])]
+    )
+    metrics = results["motifs_sgdet_no_constraint"]
+    # Unseen is "person next to person", which is found; R is one of three.
+    assert metrics["zR@20"] == 100 and metrics["R@20"] == pytest.approx(100 / 3)
+    name = "per_predicate_motifs_sgdet_no_constraint"
+    content = json.loads((tmp_path / f"{name}.json").read_text())
+    rows = {row["predicate"]: row for row in content["predicates"]}
+    assert list(rows) == ["holds", "wears", "next to"]  # by frequency in training
+    assert [row["training_relations"] for row in rows.values()] == [2, 1, 0]
+    assert [row["relations"] for row in rows.values()] == [2, 0, 1]
+    assert rows["next to"]["R@100"] == rows["next to"]["AP"] == 100
+    assert rows["wears"]["R@100"] is None and rows["holds"]["R@100"] == 0
+    assert [rows[x]["group"] for x in rows] == ["head", None, "body"]
+    assert content["groups"]["head"] == {"number": 1, "R@100": 0.0, "AP": 0.0}
+    table = (tmp_path / f"{name}.md").read_text()
+    assert "| next to " in table and "training_relations" in table and "| tail " in table
+    with Image.open(tmp_path / f"{name}.png") as plot:
+        assert plot.size[0] > 500 and len(set(plot.convert("L").tobytes())) > 50
+
+    explicit = SceneGraphEvaluator(NAME, seen_triplets=[(0, 1, 0)])
+    assert run(explicit)["motifs_sgdet_no_constraint"]["zR@20"] == 100
+    other = vars(MetadataCatalog.get("evaluation_training_set"))
+    names, other["predicate_classes"] = other["predicate_classes"], ["another"]
+    with caplog.at_level(logging.WARNING):
+        metrics = run(SceneGraphEvaluator(NAME))["motifs_sgdet_no_constraint"]
+    assert "zR@20" not in metrics and "has other predicate_classes than" in caplog.text
+    other["predicate_classes"] = names
+    DatasetCatalog.remove("evaluation_training_set")
+    with caplog.at_level(logging.WARNING):
+        metrics = run(SceneGraphEvaluator(NAME))["motifs_sgdet_no_constraint"]
+    assert "zR@20" not in metrics and "'evaluation_training_set' is not registered" in caplog.text
+
+    def missing():
+        raise FileNotFoundError("annotations_train.json")
+
+    DatasetCatalog.register("evaluation_training_set", missing)
+    with caplog.at_level(logging.WARNING):
+        assert "zero-shot phrase R@50" not in run(VRDEvaluator(NAME))["lu2016_sgdet_k1"]
+    assert "cannot be read" in caplog.text and "(annotations_train.json)" in caplog.text
+    DatasetCatalog.remove("evaluation_training_set")
+    MetadataCatalog.remove("evaluation_training_set")
+
+
+def test_detectors_get_box_ap(dataset, cfg, tmp_path):
+    """With file names as image ids, in a metadata that has a json_file of its own format."""
+    cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
+    dataset.json_file = "annotations_test.json"
+    results = run(build_relation_evaluator(cfg, NAME, str(tmp_path)))
+    assert results["bbox"]["AP"] == results["bbox"]["AP50"] == 100.0
+    assert results["bbox"]["AP-cup"] == 100.0
+    assert dataset.json_file == "annotations_test.json"
+    # Changed annotations are converted anew, equal ones are not.
+    run(box_evaluator(NAME, str(tmp_path)))
+    assert len(list(tmp_path.glob("coco_*/*.json"))) == 1
+
+    def moved():
+        records = dataset_dicts()
+        for a in records[0]["annotations"]:
+            a["bbox"] = [a["bbox"][0] + 40, *a["bbox"][1:]]
+        return records
+
+    DatasetCatalog.remove(NAME)
+    DatasetCatalog.register(NAME, moved)
+    assert run(box_evaluator(NAME, str(tmp_path)))["bbox"]["AP"] < 50
+    assert len(list(tmp_path.glob("coco_*/*.json"))) == 2

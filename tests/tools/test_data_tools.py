@@ -1,0 +1,391 @@
+"""The tools that prepare, split and convert data sets, against a small server and small files."""
+
+import contextlib
+import csv
+import http.server
+import importlib
+import json
+import re
+import sys
+import threading
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import split_openimages_vrd as split
+from data_files import (
+    HEADER,
+    OPENIMAGES_ROWS,
+    pictures,
+    write_coco,
+    write_csv,
+    write_openimages,
+    write_visual_genome,
+)
+from model_utils import ROOT
+
+from reldn_d2.data.datasets import (
+    load_openimages_vrd,
+    load_relation_instances,
+    load_visual_genome,
+    load_vrd,
+    register_relation_instances,
+)
+from reldn_d2.data.datasets.openimages import OPENIMAGES_PREDICATES
+from reldn_d2.data.datasets.vrd import VRD_CLASSES, VRD_PREDICATES
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    """Imports a script of tools/ or datasets/ and calls it with arguments; returns its status."""
+    for folder in ("tools", "datasets"):
+        monkeypatch.syspath_prepend(str(ROOT / folder))
+
+    def call(name, *arguments):
+        module = importlib.import_module(name)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        if hasattr(module, "URLS"):  # the prepare scripts
+            return importlib.import_module("_prepare").run(module.main)
+        return module.main()
+
+    return call
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder, with byte ranges; the first answer for a name in ``cut`` stops half-way."""
+
+    cut: set = set()
+    asked: list = []
+
+    def do_GET(self):  # noqa: N802
+        path = Path(self.directory) / self.path.lstrip("/")
+        self.asked.append((path.name, self.headers.get("Range")))
+        if not path.is_file():
+            return self.send_error(404)
+        data = path.read_bytes()
+        match = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        start = int(match[1]) if match else 0
+        if start and start >= len(data):
+            return self.send_error(416)
+        self.send_response(206 if match else 200)
+        self.send_header("Content-Length", str(len(data) - start))
+        self.end_headers()
+        body = data[start:]
+        if path.name in self.cut:
+            self.cut.discard(path.name)
+            body = body[: len(body) // 2]
+        self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path):
+    folder = tmp_path / "server"
+    folder.mkdir()
+
+    class Here(Handler):
+        cut, asked = set(), []
+
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=str(folder))
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Here) as serving:
+        thread = threading.Thread(target=serving.serve_forever, daemon=True)
+        thread.start()
+        Here.folder, Here.url = folder, f"http://127.0.0.1:{serving.server_port}"
+        yield Here
+        serving.shutdown()
+
+
+def zip_of(path, members):
+    with zipfile.ZipFile(path, "w") as file:
+        for name, data in members.items():
+            file.writestr(name, data)
+
+
+def vrd_archives(folder):
+    entity = {"category": 0, "bbox": [1, 30, 1, 20]}
+    other = {"category": 43, "bbox": [11, 40, 6, 50]}
+    content = {"a.jpg": [{"predicate": 35, "subject": entity, "object": other}]}
+    texts = {
+        "annotations_train.json": content,
+        "annotations_test.json": content,
+        "objects.json": VRD_CLASSES,
+        "predicates.json": VRD_PREDICATES,
+    }
+    zip_of(folder / "json_dataset.zip", {k: json.dumps(v) for k, v in texts.items()})
+    image = Path(pictures(folder / "x", ["a.jpg"]), "a.jpg").read_bytes()
+    names = [f"sg_dataset/sg_{split}_images/a.jpg" for split in ("train", "test")]
+    zip_of(folder / "sg_dataset.zip", {**dict.fromkeys(names, image), "__MACOSX/._a.jpg": b"x"})
+
+
+def test_vrd_download_goes_on_where_it_stopped(server, tool, tmp_path, capsys):
+    vrd_archives(server.folder)
+    server.cut.add("sg_dataset.zip")
+    arguments = ("prepare_vrd", "--root", tmp_path / "data", "--mirror", server.url)
+    assert tool(*arguments) == 1
+    error = capsys.readouterr().err
+    assert "sg_dataset.zip cannot be downloaded" in error and "by hand" in error
+    part = tmp_path / "data/vrd/sg_dataset.zip.part"
+    size = part.stat().st_size
+    assert size > 0 and not part.with_suffix("").exists()
+    assert tool(*arguments) == 0
+    assert ("sg_dataset.zip", f"bytes={size}-") in server.asked
+    folder = tmp_path / "data/vrd"
+    images = folder / "sg_dataset/sg_train_images"
+    (record,) = load_vrd(str(folder / "json_dataset/annotations_train.json"), str(images))
+    assert record["relations"] == [(0, 1, 35)]
+    assert [path.name for path in images.iterdir()] == ["a.jpg"]
+    count = len(server.asked)
+    (images / "a.jpg").write_bytes(b"half")  # as if unpacking had been killed
+    assert tool(*arguments) == 0 and len(server.asked) == count, "nothing downloaded again"
+    assert (images / "a.jpg").stat().st_size > 100
+    assert not list(folder.rglob("*.part"))
+
+
+def test_damaged_archive(server, tool, tmp_path, capsys):
+    vrd_archives(server.folder)
+    folder = tmp_path / "data/vrd"
+    folder.mkdir(parents=True)
+    (folder / "json_dataset.zip").write_bytes(b"no zip")
+    assert tool("prepare_vrd", "--root", tmp_path / "data", "--mirror", server.url) == 1
+    assert "json_dataset.zip: not a complete zip file" in capsys.readouterr().err
+
+
+def test_wrong_archive(server, tool, tmp_path, capsys):
+    vrd_archives(server.folder)
+    zip_of(server.folder / "json_dataset.zip", {"readme.txt": "no"})
+    assert tool("prepare_vrd", "--root", tmp_path / "data", "--mirror", server.url) == 1
+    assert "annotations_train.json is not in json_dataset.zip" in capsys.readouterr().err
+
+
+def test_visual_genome(server, tool, tmp_path):
+    arguments = write_visual_genome(server.folder)
+    images = sorted(Path(arguments["image_root"]).iterdir())
+    zip_of(server.folder / "image_data.json.zip", {"image_data.json": "[]"})
+    text = Path(arguments["image_data_file"]).read_text()
+    zip_of(server.folder / "image_data.json.zip", {"image_data.json": text})
+    for name, part in (("images.zip", images[:2]), ("images2.zip", images[2:])):
+        members = {f"VG_100K{name[6:-4]}/{x.name}": x.read_bytes() for x in part}
+        zip_of(server.folder / name, members)
+    root = tmp_path / "data"
+    assert tool("prepare_visual_genome", "--root", root, "--mirror", server.url) == 0
+    folder = root / "vg"
+    names = ("VG-SGG.h5", "VG-SGG-dicts.json", "image_data.json", "VG_100K")
+    assert len(load_visual_genome(*(str(folder / x) for x in names), split="test")) == 2
+
+
+def serve_openimages(folder, missing=()):
+    arguments = write_openimages(folder)
+    for name in missing:
+        (folder / "train" / name).unlink()
+    return arguments
+
+
+def test_openimages_with_lists_of_ones_own(server, tool, tmp_path, capsys):
+    """A missing image is named at the end; all the others are there."""
+    serve_openimages(server.folder, ["bb02.jpg"])
+    lists = tmp_path / "data/openimages_vrd/lists"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("aa01\nbb02\n")
+    (lists / "val.txt").write_text("cc03\n")
+    arguments = ("prepare_openimages_vrd", "--root", tmp_path / "data", "--mirror", server.url)
+    assert tool(*arguments) == 1
+    error = capsys.readouterr().err
+    assert "1 of 3 files (train images)" in error and "bb02.jpg: HTTP Error 404" in error
+    serve_openimages(server.folder)
+    count = len(server.asked)
+    assert tool(*arguments) == 0
+    assert [name for name, _ in server.asked[count:]] == ["bb02.jpg"]
+    folder = tmp_path / "data/openimages_vrd"
+    records = load_openimages_vrd(
+        str(folder / "challenge-2018-train-vrd.csv"),
+        str(folder / "train"),
+        str(folder / "challenge-2018-classes-vrd.csv"),
+        image_list=str(lists / "train.txt"),
+    )
+    assert [len(record["relations"]) for record in records] == [2, 1]
+
+
+def test_openimages_v6(server, tool, tmp_path):
+    arguments = serve_openimages(server.folder)
+    Path(arguments["relations_csv"]).rename(server.folder / "oidv6-test-annotations-vrd.csv")
+    (server.folder / "train").rename(server.folder / "test")
+    root = tmp_path / "data"
+    command = ("prepare_openimages_vrd", "--root", root, "--mirror", server.url)
+    assert tool(*command, "--set", "v6-test") == 0
+    names = sorted(path.name for path in (root / "openimages_vrd/test").iterdir())
+    assert names == ["aa01.jpg", "bb02.jpg", "cc03.jpg"]
+
+
+def test_interruption_is_calm(tool, tmp_path, monkeypatch, capsys):
+    prepare = importlib.import_module("_prepare")
+
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare, "_download", stop)
+    assert tool("prepare_vrd", "--root", tmp_path) == 130
+    assert "Run the same command again to go on" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------- splitting
+
+
+def drawn_predicates(count, seed=0):
+    """Images with one to three predicates of very different frequency; the last one is rare."""
+    draw = np.random.default_rng(seed)
+    weights = np.array([400, 300, 150, 80, 40, 20, 6, 3, 1.0])
+    return {
+        f"{i:05d}": {
+            OPENIMAGES_PREDICATES[p]
+            for p in draw.choice(9, draw.integers(1, 4), p=weights / weights.sum())
+        }
+        for i in range(count)
+    }
+
+
+@pytest.mark.parametrize("size", [9, 100, 1000, 3000])
+def test_every_predicate_keeps_its_share(size):
+    predicates = drawn_predicates(3000)
+    chosen = split.stratified_sample(predicates, size, seed=7)
+    assert len(chosen) == len(set(chosen)) == size
+    assert chosen == sorted(chosen), "in the order of the data"
+    for name in OPENIMAGES_PREDICATES:
+        share, whole = (
+            sum(name in predicates[image] for image in images) / len(images)
+            for images in (chosen, list(predicates))
+        )
+        assert share > 0
+        if size >= 1000:
+            assert abs(share - whole) < 0.02
+    assert chosen == split.stratified_sample(predicates, size, seed=7)
+    backwards = dict(reversed(predicates.items()))
+    assert sorted(split.stratified_sample(backwards, size, seed=7)) == chosen, "the order of a file"
+    if size < 3000:
+        assert chosen != split.stratified_sample(predicates, size, seed=8)
+
+
+def test_numbers_that_cannot_be_drawn():
+    predicates = drawn_predicates(3000)
+    for size in (8, 3001):
+        with pytest.raises(ValueError, match=f"{size} images cannot be drawn: there are 3000"):
+            split.stratified_sample(predicates, size, seed=0)
+    with pytest.raises(ValueError, match="Image x has no predicate"):
+        split.stratified_sample({"x": set()}, 1, seed=0)
+
+
+def test_split_tool(tool, tmp_path, capsys):
+    rows = [
+        [image, "/m/01", "/m/02", *["0", "1", "0", "1"] * 2, predicate]
+        for image, predicates in drawn_predicates(2000).items()
+        for predicate in sorted(predicates)
+    ]
+    rows += [["attribute", "/m/01", "/m/11", *["0", "1", "0", "1"] * 2, "is"]]
+    relations = write_csv(tmp_path / "relations.csv", rows, HEADER)
+    sizes = ("--val", 300, "--mini-train", 200, "--mini-val", 100)
+    command = ("split_openimages_vrd", "--relations", relations, "--output")
+    assert tool(*command, tmp_path / "lists", *sizes) == 0
+    lists = {path.stem: path.read_text().split() for path in sorted((tmp_path / "lists").iterdir())}
+    assert {name: len(images) for name, images in lists.items()} == {
+        "train": 1700,
+        "val": 300,
+        "mini_train": 200,
+        "mini_val": 100,
+    }
+    assert not set(lists["train"]) & set(lists["val"])
+    assert len({*lists["train"], *lists["val"]}) == 2000, "the image with attributes alone is not"
+    for part in ("train", "val"):
+        assert set(lists[f"mini_{part}"]) <= set(lists[part])
+    assert "| interacts_with |" in capsys.readouterr().out
+    assert tool(*command, tmp_path / "again", *sizes) == 0
+    for name in lists:
+        again = (tmp_path / "again" / f"{name}.txt").read_text().split()
+        assert again == lists[name]
+
+
+def test_split_tool_says_what_is_wrong(tool, tmp_path, capsys):
+    relations = write_csv(tmp_path / "relations.csv", OPENIMAGES_ROWS, HEADER)
+    command = ("split_openimages_vrd", "--relations", relations, "--output", tmp_path / "lists")
+    assert tool(*command) == 1
+    assert "error: 3234 images cannot be drawn: there are 2" in capsys.readouterr().err
+    assert not (tmp_path / "lists").exists()
+    (tmp_path / "relations.csv").write_text("a,b\n")
+    assert tool(*command) == 1
+    assert "relations.csv, line 1: no column ImageID" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------ converting
+
+
+@contextlib.contextmanager
+def registered(*names):
+    yield
+    for name in names:
+        DatasetCatalog.pop(name, None)
+        MetadataCatalog.pop(name, None)
+
+
+def test_convert_tool(tool, tmp_path, capsys):
+    with registered("to_convert", "converted"):
+        arguments = write_coco(tmp_path)
+        register_relation_instances("to_convert", {}, **arguments)
+        output = tmp_path / "new/converted.json"
+        assert (
+            tool("convert_to_relation_instances", "--dataset", "to_convert", "--output", output)
+            == 0
+        )
+        assert "2 images, 2 boxes, 3 relations" in capsys.readouterr().out
+        register_relation_instances("converted", {}, str(output), arguments["image_root"])
+        before, after = DatasetCatalog.get("to_convert"), DatasetCatalog.get("converted")
+        assert [x["relations"] for x in after] == [x["relations"] for x in before]
+        assert [x["file_name"] for x in after] == [x["file_name"] for x in before]
+
+
+def test_convert_tool_says_what_is_wrong(tool, tmp_path, capsys):
+    output = tmp_path / "x.json"
+    command = ("convert_to_relation_instances", "--output", output, "--dataset")
+    assert tool(*command, "vrd_trian") == 1
+    assert "Near to it: vrd_train" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_openimages_table_has_the_columns_of_the_official_one(tmp_path):
+    with open(write_openimages(tmp_path)["relations_csv"]) as file:
+        assert next(csv.reader(file)) == HEADER and len(HEADER) == 12
+
+
+# ------------------------------------------------------------------------------------ benchmarks
+
+
+def test_generated_data_sets_have_the_sizes_that_are_asked_for(tmp_path, monkeypatch):
+    """Those of the benchmark, in the formats of the official files."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    files = importlib.import_module("benchmarks._data_files")
+    arguments = files.write_openimages(tmp_path / "openimages", images=40, rows=200)
+    records = load_openimages_vrd(**arguments, merge_duplicates=False)
+    with open(arguments["relations_csv"]) as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 200 and len(records) == 40
+    between_boxes = sum(row["RelationshipLabel"] != "is" for row in rows)
+    assert sum(len(record["relations"]) for record in records) == between_boxes > 100
+    assert {(record["width"], record["height"]) for record in records} == set(files._SIZES)
+
+    arguments = files.write_visual_genome(tmp_path / "vg", images=200, relations=900)
+    records = [
+        record
+        for split in ("train", "val", "test")
+        for record in load_visual_genome(**arguments, split=split, merge_duplicates=False)
+    ]
+    assert len({record["image_id"] for record in records}) == len(records) == 200
+    assert sum(len(record["relations"]) for record in records) == 900
+
+    arguments = files.write_coco(tmp_path / "coco", images=60, relations=300)
+    records = load_relation_instances(**arguments)
+    assert len(records) == 60
+    assert sum(len(record["relations"]) for record in records) == 300
