@@ -30,12 +30,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from reldn_d2.predictor import RelationPredictor
-from reldn_d2.structures.prediction import RelationPrediction, graph_to_dot, graph_to_graphml
+from reldn_d2.structures.graph_formats import graph_to_dot, graph_to_graphml
+from reldn_d2.structures.scene_graph import SceneGraph
 from reldn_d2.utils.image_io import ImageError, distinct_paths, find_images, read_rgb
 from reldn_d2.vis.gallery import gallery_record, write_gallery
-from reldn_d2.vis.scene import Scene
 from reldn_d2.vis.video import EntityTracker, VideoError, VideoFile, VideoWriter, draw_frame
-from reldn_d2.vis.visualizer import RelationVisualizer, best_of
+from reldn_d2.vis.visualizer import RelationVisualizer, heading_of
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 SUFFIXES = {
@@ -163,7 +163,7 @@ def read_boxes(path: Path) -> dict[str, dict[str, Any]]:
 
 def predict_images(
     predictor: RelationPredictor, files: list[str], args: argparse.Namespace
-) -> Iterator[tuple[str, RelationPrediction | ImageError]]:
+) -> Iterator[tuple[str, SceneGraph | ImageError]]:
     """Each file with its prediction or its error, in order."""
     if args.boxes is None:
         yield from predictor.stream(files, batch_size=args.batch_size)
@@ -179,15 +179,14 @@ def predict_images(
             yield file, error
 
 
-def draw(prediction: RelationPrediction, rgb: np.ndarray, args, metadata) -> np.ndarray:
+def draw(prediction: SceneGraph, rgb: np.ndarray, args, metadata) -> np.ndarray:
     """A picture of the best triplets, on the image or as a graph."""
     visualizer = RelationVisualizer(rgb, metadata)
-    instances, relations = prediction["instances"], prediction["relations"]
     if args.format == "graph":
-        scene = Scene.from_outputs(instances, relations, args.top_k, args.min_score)
-        heading = best_of(scene, relations, args.min_score)
-        return visualizer.draw_graph(*scene, heading=heading).get_image()
-    return visualizer.draw_predictions(instances, relations, args.top_k, args.min_score).get_image()
+        best = prediction.best(args.top_k, args.min_score)
+        heading = heading_of(best, len(prediction.scores), args.min_score)
+        return visualizer.draw_scene_graph(best, heading=heading).get_image()
+    return visualizer.draw_scene(prediction, args.top_k, args.min_score).get_image()
 
 
 def prepare_output(output: Path | None, kind: str, files: list[str]) -> dict[str, Path]:
@@ -232,7 +231,7 @@ def prepare_output(output: Path | None, kind: str, files: list[str]) -> dict[str
     return paths
 
 
-def write_result(prediction: RelationPrediction, path: Path, args, metadata) -> None:
+def write_result(prediction: SceneGraph, path: Path, args, metadata) -> None:
     """Write one image's result in the chosen format."""
     best = prediction.best(args.top_k, args.min_score)
     if args.format in ("image", "graph"):
@@ -261,7 +260,7 @@ def run_images(
     done = 0
     progress = tqdm(predict_images(predictor, files, args), total=len(files), unit="image")
 
-    def good() -> Iterator[RelationPrediction]:
+    def good() -> Iterator[SceneGraph]:
         for _, prediction in progress:
             if isinstance(prediction, ImageError):
                 failed.append(str(prediction))

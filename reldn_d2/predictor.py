@@ -4,8 +4,9 @@ Shapes: R boxes of one image. Boxes are XYXY in pixels of the image as it was re
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Union
@@ -24,7 +25,7 @@ from detectron2.utils.file_io import PathManager
 from .checkpoint.detection_checkpoint import fetch, read_checkpoint
 from .checkpoint.reldn_checkpoint import RelDNCheckpointer
 from .config import add_reldn_config, merge_config
-from .structures.prediction import RelationPrediction
+from .structures.scene_graph import SceneGraph
 from .utils.image_io import ImageError, pil_to_rgb, read_rgb, to_rgb
 
 __all__ = ["GivenBoxes", "RelationPredictor"]
@@ -118,7 +119,7 @@ class RelationPredictor:
         classes: Any | None = None,
         batch_size: int = 1,
         channels: str = "RGB",
-    ) -> RelationPrediction | list[RelationPrediction]:
+    ) -> SceneGraph | list[SceneGraph]:
         """Predict one image, or a list of images.
 
         Args:
@@ -160,7 +161,7 @@ class RelationPredictor:
             results += self._predict_batch(images[part], boxes[part], classes[part], channels)
         return results[0] if single else results
 
-    def _predict_batch(self, images, boxes, classes, channels) -> list[RelationPrediction]:
+    def _predict_batch(self, images, boxes, classes, channels) -> list[SceneGraph]:
         inputs, kinds = [], []
         for number, (image, given, labels) in enumerate(zip(images, boxes, classes)):
             name = str(image) if isinstance(image, (str, Path)) else f"image {number}"
@@ -176,14 +177,19 @@ class RelationPredictor:
                 outputs = self.model([inputs[i] for i in chosen])
             for i, output in zip(chosen, outputs):
                 path = images[i] if isinstance(images[i], (str, Path)) else None
-                results[i] = RelationPrediction(
-                    output["instances"],
-                    output["relations"],
-                    self.thing_classes,
-                    self.predicate_classes,
-                    None if path is None else str(path),
-                )
+                results[i] = self.scene_graph(output, None if path is None else str(path))
         return results
+
+    def scene_graph(self, output: Mapping[str, Instances], file_name: str | None = None):
+        """Return the model's output for one image as a :class:`SceneGraph` with names."""
+        return SceneGraph.from_output(
+            None,
+            output,
+            keep_output=True,
+            file_name=file_name,
+            thing_classes=self.thing_classes,
+            predicate_classes=self.predicate_classes,
+        )
 
     @property
     def metadata(self) -> SimpleNamespace:
@@ -257,7 +263,7 @@ class RelationPredictor:
 
     def stream(
         self, images: Iterable[Image], batch_size: int = 1, **options: Any
-    ) -> Iterator[tuple[Image, RelationPrediction | ImageError]]:
+    ) -> Iterator[tuple[Image, SceneGraph | ImageError]]:
         """Predict image after image; one that cannot be used does not stop the others.
 
         Args:
@@ -278,7 +284,7 @@ class RelationPredictor:
             raise TypeError("stream() takes several images; for one, call the predictor")
         batch: list[Image] = []
 
-        def flush() -> Iterator[tuple[Image, RelationPrediction | ImageError]]:
+        def flush() -> Iterator[tuple[Image, SceneGraph | ImageError]]:
             loaded: list[Any] = []
             for number, image in enumerate(batch):
                 path = isinstance(image, (str, Path))
@@ -292,8 +298,8 @@ class RelationPredictor:
             found = iter(self(good, batch_size=batch_size) if good else [])
             for image, x in zip(batch, loaded):
                 result = x if isinstance(x, ImageError) else next(found)
-                if isinstance(result, RelationPrediction) and isinstance(image, (str, Path)):
-                    result.file_name = str(image)
+                if isinstance(result, SceneGraph) and isinstance(image, (str, Path)):
+                    result = replace(result, file_name=str(image))
                 yield image, result
 
         for image in images:

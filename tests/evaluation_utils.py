@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from hypothesis import strategies as st
 
-from reldn_d2.evaluation.records import GroundTruth, Prediction
+from reldn_d2.structures.scene_graph import SceneGraph
 
 from detectron2.utils.logger import setup_logger
 
@@ -16,17 +16,20 @@ TOOL = Path(__file__).resolve().parents[1] / "tools/evaluate_relations.py"
 
 
 def ground_truth(boxes, classes, relations, verified=()):
-    return GroundTruth(
-        np.asarray(boxes, dtype=np.float64).reshape(-1, 4),
-        np.asarray(classes, dtype=np.int64),
-        np.asarray(relations, dtype=np.int64).reshape(-1, 3),
-        np.asarray(list(verified), dtype=np.int64).reshape(-1, 2),
+    table = np.asarray(relations, dtype=np.int64).reshape(-1, 3)
+    return SceneGraph(
+        image_id="image",
+        boxes=np.asarray(boxes, dtype=np.float64).reshape(-1, 4),
+        classes=np.asarray(classes, dtype=np.int64),
+        pairs=table[:, :2],
+        predicates=table[:, 2],
+        verified=np.asarray(list(verified), dtype=np.int64).reshape(-1, 2),
     )
 
 
 def prediction(boxes, classes, triplets, image_id="image"):
     """Triplets are (subject, object, predicate, score)."""
-    return Prediction.from_arrays(
+    return SceneGraph.from_arrays(
         image_id,
         boxes,
         classes,

@@ -11,7 +11,7 @@ from PIL import Image
 from usage_utils import picture, write_checkpoint
 
 from reldn_d2.predictor import RelationPredictor
-from reldn_d2.structures.prediction import graph_to_dot, graph_to_graphml
+from reldn_d2.structures.graph_formats import graph_to_dot, graph_to_graphml
 from reldn_d2.utils.image_io import ImageError
 from reldn_d2.vis.saliency import triplet_saliency
 

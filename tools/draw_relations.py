@@ -19,13 +19,12 @@ from PIL import Image
 
 from reldn_d2.data.datasets.catalog import add_module_argument, import_modules, require_dataset
 from reldn_d2.evaluation.predictions_io import read_predictions, read_settings
-from reldn_d2.evaluation.records import Prediction
+from reldn_d2.structures.scene_graph import SceneGraph
 from reldn_d2.utils.image_io import distinct_paths, read_rgb
 from reldn_d2.vis.compare import compare_image
 from reldn_d2.vis.visualizer import RelationVisualizer
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.structures import Instances
 
 __all__ = ["Loaded", "add_arguments", "load_arguments", "load_predictions"]
 
@@ -35,12 +34,11 @@ class Loaded(NamedTuple):
 
     dicts: list[dict[str, Any]]
     metadata: Any
-    predictions: dict[Any, Prediction]  # by image id
+    predictions: dict[Any, SceneGraph]  # by image id
 
-    def outputs(self, record: dict[str, Any]) -> dict[str, Instances] | None:
-        """What was predicted for the image of a dataset dict, as a model's output."""
-        found = self.predictions.get(record["image_id"])
-        return found and found.to_output(record["height"], record["width"])
+    def predicted(self, record: dict[str, Any]) -> SceneGraph | None:
+        """Return the prediction for the image of a dataset dict."""
+        return self.predictions.get(record["image_id"])
 
 
 def add_arguments(parser: argparse.ArgumentParser, predictions_required: bool) -> None:
@@ -57,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser, predictions_required: bool) -
 
 def load_predictions(
     file: Path, dicts: list[dict[str, Any]], metadata: Any
-) -> dict[Any, Prediction]:
+) -> dict[Any, SceneGraph]:
     """Predictions of a data set by image id, as small arrays.
 
     Raises:
@@ -124,14 +122,14 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = spread_evenly(loaded.dicts, args.number)
     paths = distinct_paths([record["file_name"] for record in chosen], args.output, ".png")
     for record in chosen:
-        outputs = loaded.outputs(record)
+        predicted = loaded.predicted(record)
         try:
             image = read_rgb(record["file_name"])
-            if outputs is None:
+            if predicted is None:
                 visualizer = RelationVisualizer(image, loaded.metadata)
                 picture = visualizer.draw_ground_truth(record).get_image()
             else:
-                picture = compare_image(image, record, outputs, loaded.metadata, args.top_k)
+                picture = compare_image(image, record, predicted, loaded.metadata, args.top_k)
         except ValueError as error:  # not an image, or not of the record's size
             print(f"left out: {error}", file=sys.stderr)
             failed += 1

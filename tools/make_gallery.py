@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
                 yield gallery_record(
                     Path(record["file_name"]).name,
                     read_rgb(record["file_name"]),
-                    loaded.outputs(record),
+                    loaded.predicted(record),
                     metadata.thing_classes,
                     metadata.predicate_classes,
                     record,

@@ -7,12 +7,12 @@ import numpy as np
 from draw_relations import Loaded, load_predictions
 from PIL import Image
 
+from reldn_d2.evaluation.matching import find_hits
+from reldn_d2.structures.scene_graph import SceneGraph
 from reldn_d2.vis.compare import compare_models
-from reldn_d2.vis.visualizer import Scene, find_hits
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
-from detectron2.structures import Instances
 
 __all__ = ["draw_pictures"]
 
@@ -20,11 +20,10 @@ DATASET = "toy_vrd_test"
 TASK = "prdcls"
 
 
-def count_found(dataset_dict: dict[str, Any], outputs: dict[str, Instances]) -> int:
+def count_found(dataset_dict: dict[str, Any], predicted: SceneGraph) -> int:
     """How many true relations are among as many best triplets."""
-    truth = Scene.from_dataset_dict(dataset_dict)
-    best = Scene.from_outputs(outputs["instances"], outputs["relations"], len(truth.triplets))
-    return sum(find_hits(best, truth)[1])
+    truth = SceneGraph.from_dataset_dict(dataset_dict)
+    return sum(find_hits(predicted.best(len(truth.pairs)), truth)[1])
 
 
 def draw_pictures(folders: dict[str, Path], output: Path, number: int) -> list[Path]:
@@ -50,7 +49,7 @@ def draw_pictures(folders: dict[str, Path], output: Path, number: int) -> list[P
         models[name] = Loaded(records, metadata, load_predictions(file, records, metadata))
     first, second = models.values()
     gains = {
-        image_id: count_found(x, second.outputs(x)) - count_found(x, first.outputs(x))
+        image_id: count_found(x, second.predicted(x)) - count_found(x, first.predicted(x))
         for image_id, x in dicts.items()
     }
     order = sorted(gains, key=lambda image_id: gains[image_id])
@@ -66,7 +65,7 @@ def draw_pictures(folders: dict[str, Path], output: Path, number: int) -> list[P
         row = compare_models(
             np.ascontiguousarray(image),
             dicts[image_id],
-            {name: model.outputs(dicts[image_id]) for name, model in models.items()},
+            {name: model.predicted(dicts[image_id]) for name, model in models.items()},
             metadata,
         )
         path = output / f"{rank + 1}_image_{Path(dicts[image_id]['file_name']).stem}.png"

@@ -23,7 +23,8 @@ from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode
 from detectron2.utils.logger import setup_logger
 
-from .dataset_dict import annotation_problems, boxes_xyxy
+from ..structures.scene_graph import boxes_xyxy
+from .dataset_dict import annotation_problems
 from .datasets.catalog import add_module_argument, import_modules, require_dataset
 from .datasets.io import image_size
 from .summary import DatasetSummary

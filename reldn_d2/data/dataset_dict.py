@@ -4,39 +4,17 @@ A dataset dict is Detectron2's, plus ``"relations": [(subject_index, object_inde
 ...]``, 0-based, with indices into its ``"annotations"``.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from numbers import Integral
 from typing import Any
 
-import numpy as np
-
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.structures import BoxMode
 
 from ..structures.relations import relation_problems
 
-__all__ = ["annotation_problems", "boxes_xyxy", "check_annotations", "dicts_without_images"]
+__all__ = ["annotation_problems", "check_annotations", "dicts_without_images"]
 
-_PLAIN_MODES = (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
 _KEYS = ("bbox", "bbox_mode", "category_id")
-
-
-def boxes_xyxy(annotations: Sequence[dict[str, Any]]) -> np.ndarray:
-    """(R, 4) float64 boxes in XYXY, in absolute pixels."""
-    boxes = [
-        (
-            annotation["bbox"]
-            if annotation["bbox_mode"] in _PLAIN_MODES
-            else BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
-        )
-        for annotation in annotations
-    ]
-    result = np.array(boxes, dtype=np.float64).reshape(-1, 4)
-    # Millions of boxes of COCO files are read: Detectron2 converts them one by one.
-    xywh = [annotation["bbox_mode"] == BoxMode.XYWH_ABS for annotation in annotations]
-    if any(xywh):
-        result[xywh, 2:] += result[xywh, :2]
-    return result
 
 
 def check_annotations(

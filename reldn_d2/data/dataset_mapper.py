@@ -13,7 +13,8 @@ from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 
 from ..structures.relations import ground_truth_relations, remap_relations
-from .dataset_dict import boxes_xyxy, check_annotations
+from ..structures.scene_graph import boxes_xyxy
+from .dataset_dict import check_annotations
 from .detection_files import transform_detections
 
 __all__ = ["RelationDatasetMapper"]

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .dataset_dict import boxes_xyxy, check_annotations
+from ..structures.scene_graph import boxes_xyxy
+from .dataset_dict import check_annotations
 
 __all__ = ["PairCounts", "count_pairs", "count_predicates", "log_frequencies", "seen_triplets"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .dataset_dict import boxes_xyxy
+from ..structures.scene_graph import boxes_xyxy
 
 __all__ = ["DatasetSummary"]
 

@@ -14,9 +14,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..structures.ranking import rank_by_score
 from .batches import Detections, RelationTable, detections
-from .matching import rank_by_score, voc_average_precision
-from .records import ImagePair
+from .ground_truth import ImagePair
+from .matching import voc_average_precision
 
 __all__ = [
     "mean_average_precision",

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..structures.ranking import rank_in_group
+from .ground_truth import ImagePair
 from .matching import (
     NEVER,
     aligned_iou,
@@ -19,9 +21,7 @@ from .matching import (
     first_ranks,
     match_one_to_one,
     phrase_boxes,
-    rank_in_group,
 )
-from .records import ImagePair
 
 __all__ = [
     "Batch",
@@ -54,9 +54,9 @@ class RelationTable(NamedTuple):
     @classmethod
     def from_images(cls, images: Sequence[ImagePair]) -> "RelationTable":
         """The relations of all images, in their order."""
-        labels = [gt.labels for gt, _ in images if len(gt.relations)]
+        labels = [gt.labels for gt, _ in images if len(gt.pairs)]
         return cls(
-            _owners([len(gt.relations) for gt, _ in images]),
+            _owners([len(gt.pairs) for gt, _ in images]),
             np.concatenate([np.zeros((0, 3), dtype=np.int64), *labels]),
             len(images),
         )

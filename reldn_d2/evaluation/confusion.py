@@ -32,12 +32,14 @@ Precisely, in one image with ground-truth entities and relations (s, p, o):
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
+from ..structures.scene_graph import SceneGraph
 from .batches import Batch, batches
+from .ground_truth import ImagePair
 from .matching import NEVER, aligned_iou, best_candidates, equal_codes, phrase_boxes
-from .records import GroundTruth, ImagePair, Prediction
 
 __all__ = ["confusion_report", "merge_repeated"]
 
@@ -160,10 +162,16 @@ def _pairing_rivals(entities: _Entities) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([one, one]), np.concatenate(swapped)
 
 
-def merge_repeated(ground_truth: GroundTruth) -> GroundTruth:
+def merge_repeated(ground_truth: SceneGraph) -> SceneGraph:
     """The same ground truth with every entity and every relation once, in the order given."""
-    entities = _Entities(Batch([(ground_truth, Prediction.empty(""))]))
-    return GroundTruth(entities.boxes, entities.classes, entities.relations, ground_truth.verified)
+    entities = _Entities(Batch([(ground_truth, SceneGraph.empty(""))]))
+    return replace(
+        ground_truth,
+        boxes=entities.boxes,
+        classes=entities.classes,
+        pairs=entities.relations[:, :2],
+        predicates=entities.relations[:, 2],
+    )
 
 
 def confusion_report(

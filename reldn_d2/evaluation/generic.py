@@ -13,15 +13,15 @@ A relation that is annotated twice (same subject, predicate and object) counts o
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
+from ..structures.scene_graph import SceneGraph
 from .average_precision import mean_average_precision, precision_of_predicates
 from .batches import RelationTable, detections, found_ranks
 from .confusion import confusion_report
+from .ground_truth import ImagePair
 from .lu2016 import pooled, recall_of_predicates
-from .records import GroundTruth, ImagePair
 from .scores import Scores, Settings, task_name
 
 __all__ = ["score"]
@@ -52,6 +52,6 @@ def score(images: Sequence[ImagePair], settings: Settings) -> Scores:
     return scores
 
 
-def _each_relation_once(ground_truth: GroundTruth) -> GroundTruth:
+def _each_relation_once(ground_truth: SceneGraph) -> SceneGraph:
     _, first = np.unique(ground_truth.relations, axis=0, return_index=True)
-    return replace(ground_truth, relations=ground_truth.relations[np.sort(first)])
+    return ground_truth.select(np.sort(first))

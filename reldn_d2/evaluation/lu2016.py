@@ -20,8 +20,8 @@ import numpy as np
 
 from .average_precision import precision_of_predicates
 from .batches import RelationTable, detections, found_ranks
+from .ground_truth import ImagePair
 from .matching import NEVER
-from .records import ImagePair
 from .scores import Scores, Settings, task_name
 
 __all__ = ["pooled", "pooled_recall", "score"]

@@ -9,58 +9,26 @@ built of these.
 
 import numpy as np
 
+from ..structures.ranking import rank_in_group
+from ..structures.scene_graph import SceneGraph
+
 __all__ = [
     "NEVER",
     "aligned_iou",
     "best_candidates",
     "best_overlap",
     "equal_codes",
+    "find_hits",
     "first_ranks",
-    "limit_predicates_per_pair",
     "match_one_to_one",
     "pairwise_iou",
     "phrase_boxes",
-    "rank_by_score",
-    "rank_in_group",
     "relationship_overlaps",
     "same_labels",
     "voc_average_precision",
 ]
 
 NEVER = np.iinfo(np.int64).max  # the rank of what was not found
-
-
-def rank_by_score(scores: np.ndarray) -> np.ndarray:
-    """Indices that sort ``scores`` in descending order; equal scores keep their given order."""
-    return np.argsort(-scores, kind="stable")
-
-
-def rank_in_group(codes: np.ndarray) -> np.ndarray:
-    """(K,) how many earlier elements have the same code, for each of (K,) integer codes."""
-    order = np.argsort(codes, kind="stable")
-    ordered = codes[order]
-    is_first = np.ones(len(codes), dtype=bool)
-    is_first[1:] = ordered[1:] != ordered[:-1]
-    starts = np.flatnonzero(is_first)
-    rank = np.empty(len(codes), dtype=np.int64)
-    rank[order] = np.arange(len(codes)) - starts[np.cumsum(is_first) - 1]
-    return rank
-
-
-def limit_predicates_per_pair(pairs: np.ndarray, limit: int) -> np.ndarray:
-    """The first ``limit`` rows of every pair.
-
-    Args:
-        pairs: (K, 2) subject and object indices, in descending order of their triplets' scores.
-        limit: predicates that a pair may have (k); 0 means no limit.
-
-    Returns:
-        (K,) bool, True for the rows that stay.
-    """
-    if limit == 0 or len(pairs) == 0:
-        return np.ones(len(pairs), dtype=bool)
-    codes = pairs[:, 0].astype(np.int64) * (int(pairs.max()) + 1) + pairs[:, 1]
-    return rank_in_group(codes) < limit
 
 
 def aligned_iou(boxes1: np.ndarray, boxes2: np.ndarray) -> np.ndarray:
@@ -253,3 +221,22 @@ def voc_average_precision(is_match: np.ndarray, num_ground_truth: int) -> float:
     envelope = np.maximum.accumulate(precision[::-1])[::-1]
     # Recall grows by 1 / num_ground_truth at each true positive and nowhere else.
     return float(envelope[np.asarray(is_match, dtype=bool)].sum() / num_ground_truth)
+
+
+def find_hits(
+    predicted: SceneGraph, truth: SceneGraph, iou_threshold: float = 0.5
+) -> tuple[list[bool], list[bool]]:
+    """Which predictions are hits, and which ground-truth relations they find.
+
+    A prediction hits a ground-truth relation if subject class, predicate and object class are
+    equal and both boxes overlap by ``iou_threshold`` or more. Several may hit the same one.
+
+    Returns:
+        hits: (K,) one per predicted relation.
+        found: (M,) one per ground-truth relation.
+    """
+    overlaps = relationship_overlaps(
+        pairwise_iou(predicted.boxes, truth.boxes), predicted.pairs, truth.pairs
+    )
+    hit = (overlaps >= iou_threshold) & same_labels(predicted.labels, truth.labels)
+    return hit.any(axis=1).tolist(), hit.any(axis=0).tolist()

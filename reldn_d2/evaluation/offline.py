@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from ..structures.ranking import limit_predicates_per_pair
+from ..structures.scene_graph import SceneGraph
 from .build import evaluator_class
-from .matching import limit_predicates_per_pair
 from .predictions_io import read_predictions, read_settings
-from .records import Prediction
 from .relation_evaluation import RelationDatasetEvaluator
 from .scores import Results
 from .submission import read_submission
@@ -140,7 +140,7 @@ class _Evidence:
         self.cut = 0  # images with as many triplets as are needed, or more
         self.short: dict[int, int] = {k: 0 for k in self.settings.predicates_per_pair if k}
 
-    def add(self, prediction: Prediction) -> None:
+    def add(self, prediction: SceneGraph) -> None:
         self.several = self.several or not limit_predicates_per_pair(prediction.pairs, 1).all()
         if len(prediction.scores) < self.needed:
             return

@@ -29,9 +29,9 @@ from .average_precision import (
     true_positives,
 )
 from .batches import KINDS, Detections, RelationTable, detections, found_ranks
+from .ground_truth import ImagePair
 from .lu2016 import pooled, recall_of_predicates
 from .matching import NEVER
-from .records import ImagePair
 from .scores import Scores, Settings, task_name
 
 __all__ = ["score_openimages", "score_released"]

@@ -17,9 +17,9 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from ..structures.scene_graph import SceneGraph
 from ..utils.file_io import write_atomically
 from .json_stream import list_elements
-from .records import Prediction
 
 __all__ = [
     "read_predictions",
@@ -34,19 +34,19 @@ _EXPECTED = (
 )
 
 
-def write_predictions(predictions: Iterable[Prediction], file: str) -> None:
+def write_predictions(predictions: Iterable[SceneGraph], file: str) -> None:
     """Write the file, whole or not at all."""
     with write_atomically(file) as stream:
         stream.write("[")
         for number, prediction in enumerate(predictions):
             stream.write(",\n" if number else "\n")
-            stream.write(json.dumps(prediction.to_record(), allow_nan=False))
+            stream.write(json.dumps(prediction.to_dict(), allow_nan=False))
         stream.write("\n]\n")
 
 
 def read_predictions(
     file: str, num_classes: int | None = None, num_predicates: int | None = None
-) -> Iterator[Prediction]:
+) -> Iterator[SceneGraph]:
     """Read a plain or gzipped file, holding one record at a time.
 
     Args:
@@ -70,7 +70,7 @@ def read_predictions(
 
 def _prediction(
     record: Any, where: str, num_classes: int | None, num_predicates: int | None
-) -> Prediction:
+) -> SceneGraph:
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected an object with image_id, found {record!r:.80}.")
     image_id = record.get("image_id")
@@ -91,7 +91,7 @@ def _prediction(
             )
         parts.extend(part[name] for name in fields)
     try:
-        prediction = Prediction.from_arrays(image_id, *parts)
+        prediction = SceneGraph.from_arrays(image_id, *parts)
     except ValueError as error:
         message = str(error).removeprefix(f"Prediction of image {image_id!r}: ")
         raise ValueError(f"{where}: {message}") from error

@@ -16,14 +16,15 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
 from ..structures.relations import TASKS
+from ..structures.scene_graph import ImageId, SceneGraph
 from ..utils.protocols import find_protocol
 from . import generic as relations
 from . import lu2016, openimages_score
 from . import sgg as motifs
 from .batches import anything_matches
 from .confusion import confusion_report
+from .ground_truth import ImagePair, load_ground_truth
 from .predictions_io import write_predictions, write_settings
-from .records import GroundTruth, ImageId, ImagePair, Prediction, load_ground_truth
 from .scores import Results, Scores, Settings, task_name
 from .training_set import same_names, training_triplets
 
@@ -116,7 +117,7 @@ class RelationDatasetEvaluator(DatasetEvaluator):
         self._output_dir = output_dir
         self._distributed = distributed
         self._keep_predictions = keep_predictions
-        self._ground_truth: dict[ImageId, GroundTruth] | None = None
+        self._ground_truth: dict[ImageId, SceneGraph] | None = None
         self.reset()
 
     @property
@@ -125,18 +126,18 @@ class RelationDatasetEvaluator(DatasetEvaluator):
         return self._metadata
 
     @property
-    def ground_truth(self) -> dict[ImageId, GroundTruth]:
+    def ground_truth(self) -> dict[ImageId, SceneGraph]:
         """Annotations by ``image_id``, in the data set's order; loaded at first use."""
         if self._ground_truth is None:
             images = load_ground_truth(self._dataset_name)
             for image_id, truth in images.items():
-                self._check_labels(image_id, truth.classes, truth.relations[:, 2], "annotations")
+                self._check_labels(image_id, truth.classes, truth.predicates, "annotations")
             self._ground_truth = images
         return self._ground_truth
 
     def reset(self) -> None:
         """Forget all predictions."""
-        self._predictions: list[Prediction] = []
+        self._predictions: list[SceneGraph] = []
 
     def process(self, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Any]) -> None:
         """Reduce a batch's predictions to small arrays.
@@ -146,9 +147,9 @@ class RelationDatasetEvaluator(DatasetEvaluator):
             outputs: ``"instances"`` and ``"relations"`` of each image, in its original frame.
         """
         for input_, output in zip(inputs, outputs):
-            self.add(Prediction.from_output(input_["image_id"], output))
+            self.add(SceneGraph.from_output(input_["image_id"], output))
 
-    def add(self, prediction: Prediction) -> None:
+    def add(self, prediction: SceneGraph) -> None:
         """Take the predictions of one image; only the triplets that can count are kept."""
         settings = self.settings
         self._predictions.append(
@@ -180,7 +181,7 @@ class RelationDatasetEvaluator(DatasetEvaluator):
                 len(images),
                 self._dataset_name,
             )
-        none = Prediction.empty("")
+        none = SceneGraph.empty("")
         pairs = [(gt, none if p is None else p) for gt, p in images]
         self._warn_if_nothing_matched(pairs)
         if self.protocol.name == "openimages" and not any(len(gt.verified) for gt, _ in pairs):
@@ -196,7 +197,7 @@ class RelationDatasetEvaluator(DatasetEvaluator):
 
     def joined(self) -> list[ImagePair]:
         """Ground truth and prediction of every image, in the data set's order, of this process."""
-        none = Prediction.empty("")
+        none = SceneGraph.empty("")
         return [(gt, none if p is None else p) for gt, p in self._join(self._predictions)]
 
     def score(self, images: Sequence[ImagePair]) -> Scores:
@@ -224,7 +225,7 @@ class RelationDatasetEvaluator(DatasetEvaluator):
                 seen, counts = found.labels if seen is None else seen, found.counts
         return Settings(**{**vars(settings), "seen_triplets": seen, "training_counts": counts})
 
-    def _write_predictions(self, predictions: Sequence[Prediction]) -> None:
+    def _write_predictions(self, predictions: Sequence[SceneGraph]) -> None:
         file = os.path.join(self._output_dir, PREDICTIONS_FILE)
         write_predictions(predictions, file)
         settings = {
@@ -251,9 +252,9 @@ class RelationDatasetEvaluator(DatasetEvaluator):
             paths = predicates.write(self._output_dir, task, f"{self._dataset_name}, {task}")
             logger.info("'%s', %s: every predicate in %s", self._dataset_name, task, paths[1])
 
-    def _join(self, predictions: Sequence[Prediction]) -> list[Any]:
+    def _join(self, predictions: Sequence[SceneGraph]) -> list[Any]:
         """(ground truth, prediction or None) of each image, in the data set's order."""
-        by_image: dict[ImageId, Prediction] = {}
+        by_image: dict[ImageId, SceneGraph] = {}
         for prediction in predictions:
             image_id = prediction.image_id
             if image_id not in self.ground_truth:
@@ -290,7 +291,7 @@ class RelationDatasetEvaluator(DatasetEvaluator):
                 )
 
     def _warn_if_nothing_matched(self, images: Sequence[ImagePair]) -> None:
-        num_relations = sum(len(gt.relations) for gt, _ in images)
+        num_relations = sum(len(gt.pairs) for gt, _ in images)
         if num_relations == 0:
             logger.warning(
                 "No image of '%s' has a relation: its metrics are NaN.", self._dataset_name

@@ -20,7 +20,7 @@ import numpy as np
 
 from .average_precision import mean_average_precision, precision_of_predicates
 from .batches import RelationTable, detections, found_ranks
-from .records import ImagePair
+from .ground_truth import ImagePair
 from .scores import Scores, Settings
 
 __all__ = ["image_recall", "predicate_recall", "recall_metrics", "score"]

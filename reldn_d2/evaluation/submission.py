@@ -21,8 +21,8 @@ import numpy as np
 from detectron2.data import MetadataCatalog
 
 from ..data.dataset_dict import dicts_without_images
+from ..structures.scene_graph import ImageId, SceneGraph
 from ..utils.file_io import write_atomically
-from .records import ImageId, Prediction
 
 __all__ = ["COLUMNS", "LAYOUTS", "read_submission", "write_submission"]
 
@@ -73,7 +73,7 @@ def _names(dataset_name: str, labels: Sequence[str] | None) -> _Names:
 
 def write_submission(
     dataset_name: str,
-    predictions: Iterable[Prediction],
+    predictions: Iterable[SceneGraph],
     file: str,
     layout: str = "server",
     labels: Sequence[str] | None = None,
@@ -119,7 +119,7 @@ def write_submission(
             writer.writerows((key, "") for key in missing)
 
 
-def _rows(prediction: Prediction, names: _Names) -> Iterator[tuple]:
+def _rows(prediction: SceneGraph, names: _Names) -> Iterator[tuple]:
     """(score, subject class, its box, object class, its box, predicate), boxes normalised."""
     _, width, height = names.sizes[str(prediction.image_id)]
     boxes = (prediction.boxes / np.array([width, height, width, height])).tolist()
@@ -151,7 +151,7 @@ def _table_row(image: str, fields: Sequence[str]) -> list[str]:
 
 def read_submission(
     dataset_name: str, file: str, labels: Sequence[str] | None = None
-) -> Iterator[Prediction]:
+) -> Iterator[SceneGraph]:
     """Read a submission of either layout, plain or gzipped; equal scores rank as listed.
 
     Coordinates become absolute pixels again, exactly those that :func:`write_submission` was given
@@ -215,7 +215,7 @@ def _split(text: str, where: str) -> list[Sequence[str]]:
 
 def _prediction(
     triplets: Sequence[Sequence[str]], where: str, names: _Names, image: str
-) -> Prediction:
+) -> SceneGraph:
     image_id, width, height = names.sizes[image]
     where = f"{where} (image {image!r})"
     try:
@@ -232,7 +232,7 @@ def _prediction(
     keys = np.column_stack([classes, boxes])
     entities, index = np.unique(keys, axis=0, return_inverse=True)
     try:
-        return Prediction.from_arrays(
+        return SceneGraph.from_arrays(
             image_id,
             entities[:, 1:],
             entities[:, 0].astype(np.int64),

@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from detectron2.structures import Instances
-
+from ..evaluation.matching import find_hits
+from ..structures.scene_graph import SceneGraph
 from .layout import entity_color
-from .scene import Scene, find_hits, same_entities
-from .visualizer import RelationVisualizer, best_of, check_size
+from .scene import same_entities
+from .visualizer import RelationVisualizer, check_size, heading_of
 
 __all__ = ["compare_image", "compare_models"]
 
@@ -17,7 +17,7 @@ __all__ = ["compare_image", "compare_models"]
 def compare_image(
     img_rgb: np.ndarray,
     dataset_dict: dict[str, Any],
-    outputs: dict[str, Instances],
+    predicted: SceneGraph,
     metadata: Any,
     topk: int | None = None,
     side: int = 800,
@@ -26,13 +26,13 @@ def compare_image(
 
     Arguments and result as in :func:`compare_models`, for one model.
     """
-    return compare_models(img_rgb, dataset_dict, {"Prediction": outputs}, metadata, topk, side)
+    return compare_models(img_rgb, dataset_dict, {"Prediction": predicted}, metadata, topk, side)
 
 
 def compare_models(
     img_rgb: np.ndarray,
     dataset_dict: dict[str, Any],
-    outputs: Mapping[str, dict[str, Instances]],
+    predictions: Mapping[str, SceneGraph],
     metadata: Any,
     topk: int | None = None,
     side: int = 480,
@@ -42,7 +42,7 @@ def compare_models(
     Args:
         img_rgb: (H, W, 3) uint8.
         dataset_dict: with ``annotations`` and ``relations`` in the image's frame.
-        outputs: from each model's name to its output, ``instances`` and ``relations``.
+        predictions: from each model's name to its prediction, in the image's frame.
         metadata: with ``thing_classes`` and ``predicate_classes``.
         topk: predictions drawn of each model; None takes as many as there are true relations, or
             5 where there is none.
@@ -53,13 +53,13 @@ def compare_models(
         beside a single model.
     """
     check_size(img_rgb, dataset_dict)
-    truth = Scene.from_dataset_dict(dataset_dict)
+    truth = SceneGraph.from_dataset_dict(dataset_dict)
     if topk is None:
-        topk = len(truth.triplets) or 5
-    scenes = [Scene.from_outputs(o["instances"], o["relations"], topk) for o in outputs.values()]
+        topk = len(truth.pairs) or 5
+    scenes = [predicted.best(topk) for predicted in predictions.values()]
     matches = [find_hits(scene, truth) for scene in scenes]
     everything, maps = same_entities(truth, scenes)
-    maps = [{entity: entity for entity in truth.drawn}] + maps
+    maps = [{entity: entity for entity in truth.related_entities}] + maps
     used = sorted({same for known in maps for same in known.values()})
     visualizer = RelationVisualizer(img_rgb, metadata, scale=side / max(img_rgb.shape[:2]))
     names = visualizer.name(everything, used)
@@ -67,15 +67,15 @@ def compare_models(
 
     marks = [matches[0][1] if len(matches) == 1 else None] + [hits for hits, _ in matches]
     titles, headings = ["Ground truth"], [None]
-    for (name, output), scene, (_, found) in zip(outputs.items(), scenes, matches):
+    for (name, predicted), scene, (_, found) in zip(predictions.items(), scenes, matches):
         titles.append(f"{name}: {sum(found)} of {len(found)} found")
-        headings.append(best_of(scene, output["relations"]))
+        headings.append(heading_of(scene, len(predicted.scores)))
     pictures = []
     for number, (scene, known) in enumerate(zip([truth] + scenes, maps)):
         picture = visualizer.draw_triplets(
             scene.boxes,
             scene.classes,
-            scene.triplets,
+            scene.rows(),
             marks=marks[number],
             names={entity: names[same] for entity, same in known.items()},
             colors={entity: colors[same] for entity, same in known.items()},

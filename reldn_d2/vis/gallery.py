@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from detectron2.structures import Instances
-
-from ..structures.prediction import name_entities
+from ..evaluation.matching import find_hits
+from ..structures.names import class_name, name_entities
+from ..structures.scene_graph import RelationRow, SceneGraph
 from .layout import predicate_color
-from .scene import Scene, Triplet, find_hits, same_entities
+from .scene import same_entities
 from .visualizer import check_size
 
 __all__ = ["gallery_record", "write_gallery"]
@@ -30,7 +30,7 @@ _TEMPLATE = Path(__file__).with_name("gallery.html")
 def gallery_record(
     name: str,
     image: np.ndarray,
-    outputs: dict[str, Instances],
+    predicted: SceneGraph,
     thing_classes: Sequence[str],
     predicate_classes: Sequence[str],
     dataset_dict: dict[str, Any] | None = None,
@@ -43,7 +43,7 @@ def gallery_record(
     Args:
         name: of the image.
         image: (H, W, 3) uint8 in RGB order.
-        outputs: ``instances`` and ``relations`` in the image's frame.
+        predicted: in the image's frame.
         thing_classes, predicate_classes: names by id.
         dataset_dict: ground truth in the image's frame, for hits and misses.
         topk: at most so many relations.
@@ -60,27 +60,26 @@ def gallery_record(
         ValueError: the image is not of the size that ``dataset_dict`` says.
     """
     height, width = image.shape[:2]
-    scene = Scene.from_outputs(outputs["instances"], outputs["relations"], topk, min_score)
-    truth = Scene(np.zeros((0, 4)), [], [])
-    hits: list[bool | None] = [None] * len(scene.triplets)
-    missed: list[Triplet] = []
+    scene = predicted.best(topk, min_score)
+    truth = SceneGraph.empty()
+    hits: list[bool | None] = [None] * len(scene.pairs)
+    missed: list[RelationRow] = []
     if dataset_dict is not None:
         check_size(image, dataset_dict)
-        truth = Scene.from_dataset_dict(dataset_dict)
+        truth = SceneGraph.from_dataset_dict(dataset_dict)
         hits, found = find_hits(scene, truth)
-        missed = [row for row, is_found in zip(truth.triplets, found) if not is_found]
+        missed = [row for row, is_found in zip(truth.rows(), found) if not is_found]
     # Predicted boxes and those of missed relations are shown each; an entity has one name in both.
     everything, (same,) = same_entities(truth, [scene])
     not_found = sorted({entity for row in missed for entity in row[:2]})
     used = sorted({*same.values(), *not_found})
     names = name_entities(everything.boxes, everything.classes, used, thing_classes)
-    boxes = [*scene.boxes[scene.drawn], *truth.boxes[not_found]]
-    place = {entity: n for n, entity in enumerate(scene.drawn)}
+    boxes = [*scene.boxes[scene.related_entities], *truth.boxes[not_found]]
+    place = {entity: n for n, entity in enumerate(scene.related_entities)}
     place_missed = {entity: n for n, entity in enumerate(not_found, start=len(place))}
 
-    def predicate(number: int) -> str:
-        known = number < len(predicate_classes)
-        return predicate_classes[number] if known else f"predicate {number}"
+    def predicate(index: int) -> str:
+        return class_name(index, predicate_classes, "predicate")
 
     return {
         "name": name,
@@ -88,13 +87,13 @@ def gallery_record(
         "height": height,
         "picture": _data_url(image, side),
         "boxes": [[round(float(x), 1) for x in box] for box in boxes],
-        "names": [names[same[i]] for i in scene.drawn] + [names[i] for i in not_found],
+        "names": [names[same[i]] for i in scene.related_entities] + [names[i] for i in not_found],
         "rows": [
             [place[s], place[o], predicate(p), round(float(score), 4), hit]
-            for (s, o, p, score), hit in zip(scene.triplets, hits)
+            for (s, o, p, score), hit in zip(scene.rows(), hits)
         ],
         "missed": [[place_missed[s], place_missed[o], predicate(p)] for s, o, p, _ in missed],
-        "truth": None if dataset_dict is None else len(truth.triplets),
+        "truth": None if dataset_dict is None else len(truth.pairs),
     }
 
 

@@ -19,9 +19,8 @@ from detectron2.structures import ImageList
 
 from ..modeling.meta_arch import postprocess_relations
 from ..predictor import Image, RelationPredictor, load_rgb
-from ..structures.prediction import RelationPrediction, Triplet
+from ..structures.scene_graph import SceneGraph, Triplet
 from ..utils.image_io import ImageError
-from .scene import Scene
 from .visualizer import RelationVisualizer, score_text
 
 __all__ = [
@@ -66,7 +65,7 @@ def feature_saliency(predictor: RelationPredictor, image: Image) -> Saliency:
 
 def triplet_saliency(
     predictor: RelationPredictor, image: Image, rank: int = 0
-) -> tuple[Saliency, RelationPrediction]:
+) -> tuple[Saliency, SceneGraph]:
     """What the predicate of one predicted triplet hangs on, in both CNNs.
 
     The gradient of ``log p(predicate | s, o)`` with respect to each feature map, times the map,
@@ -123,8 +122,7 @@ def triplet_saliency(
         maps.append(_to_image(moved, sizes, normalize_levels=False))
     height, width = rgb.shape[:2]
     found = postprocess_relations(entities, relations[rank : rank + 1], height, width)
-    names = (predictor.thing_classes, predictor.predicate_classes)
-    return Saliency(*maps), RelationPrediction(*found, *names)
+    return Saliency(*maps), predictor.scene_graph(dict(zip(("instances", "relations"), found)))
 
 
 def _features(predictor: RelationPredictor, inputs: list[dict]):
@@ -210,13 +208,12 @@ def draw_triplet_saliency(
     if level not in saliency.detector:
         raise ImageError(_unknown_level(level, saliency))
     triplet = prediction.triplets()[0]
-    scene = Scene.from_outputs(prediction["instances"], prediction["relations"], 1)
     words = f"{triplet.subject} {triplet.predicate} {triplet.object}, {score_text(triplet.score)}"
-    row: list[tuple[str, np.ndarray]] = [(words, _draw_triplet(predictor, rgb, scene))]
+    row: list[tuple[str, np.ndarray]] = [(words, _draw_triplet(predictor, rgb, prediction))]
     for kind, maps in (("detector CNN", saliency.detector), ("predicate CNN", saliency.predicate)):
         if level in maps:
             shown = overlay(rgb, maps[level])
-            row.append((f"{kind}, {level}", _draw_triplet(predictor, shown, scene)))
+            row.append((f"{kind}, {level}", _draw_triplet(predictor, shown, prediction)))
     return _sheet([row]), triplet
 
 
@@ -224,9 +221,9 @@ def _unknown_level(level: str, saliency: Saliency) -> str:
     return f"the model has no feature map '{level}'; it has {', '.join(saliency.detector)}"
 
 
-def _draw_triplet(predictor: RelationPredictor, rgb: np.ndarray, scene: Scene) -> np.ndarray:
+def _draw_triplet(predictor: RelationPredictor, rgb: np.ndarray, scene: SceneGraph) -> np.ndarray:
     visualizer = RelationVisualizer(rgb, predictor.metadata, scale=_scale(rgb))
-    return visualizer.draw_triplets(*scene, panel="none").get_image()
+    return visualizer.draw_scene(scene, panel="none").get_image()
 
 
 def _scale(rgb: np.ndarray) -> float:

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-from ..structures.prediction import RelationPrediction
+from ..structures.names import class_name
+from ..structures.scene_graph import SceneGraph
 from .layout import entity_color, fit_size
-from .scene import Scene, same_entities
+from .scene import same_entities
 from .visualizer import RelationVisualizer
 
 __all__ = ["EntityTracker", "VideoError", "VideoFile", "VideoWriter", "draw_frame"]
@@ -51,7 +52,9 @@ class EntityTracker:
         self._frame = self._total = 0
         self._of_class: dict[int, int] = {}
 
-    def update(self, scene: Scene) -> tuple[dict[int, str], dict[int, tuple[float, float, float]]]:
+    def update(
+        self, scene: SceneGraph
+    ) -> tuple[dict[int, str], dict[int, tuple[float, float, float]]]:
         """Take the next frame.
 
         Returns:
@@ -60,11 +63,13 @@ class EntityTracker:
         self._frame += 1
         self._tracks = [x for x in self._tracks if self._frame - x.last_seen <= self.patience]
         boxes = np.array([x.box for x in self._tracks]).reshape(-1, 4)
-        known = Scene(boxes, [x.class_id for x in self._tracks], [])
+        no_pairs = np.zeros((0, 2), dtype=np.int64)
+        classes = np.array([x.class_id for x in self._tracks], dtype=np.int64)
+        known = SceneGraph(None, boxes, classes, no_pairs, no_pairs[:, 0])
         same = same_entities(known, [scene])[1][0]
         names, colors = {}, {}
         for entity, index in same.items():
-            class_id, box = scene.classes[entity], scene.boxes[entity]
+            class_id, box = int(scene.classes[entity]), scene.boxes[entity]
             if index < len(boxes):
                 track = self._tracks[index]._replace(box=box, last_seen=self._frame)
                 self._tracks[index] = track
@@ -75,8 +80,7 @@ class EntityTracker:
 
     def _start(self, class_id: int, box: np.ndarray) -> _Track:
         number = self._of_class[class_id] = self._of_class.get(class_id, 0) + 1
-        known = class_id < len(self.class_names)
-        kind = self.class_names[class_id] if known else f"class {class_id}"
+        kind = class_name(class_id, self.class_names)
         track = _Track(self._total, f"{kind} {number}", box, class_id, self._frame)
         self._total += 1
         self._tracks.append(track)
@@ -85,7 +89,7 @@ class EntityTracker:
 
 def draw_frame(
     frame_rgb: np.ndarray,
-    prediction: RelationPrediction,
+    prediction: SceneGraph,
     tracker: EntityTracker,
     metadata: Any,
     topk: int = 20,
@@ -103,11 +107,11 @@ def draw_frame(
         metadata: with ``thing_classes`` and ``predicate_classes``.
         topk, min_score: which relations are drawn.
     """
-    scene = Scene.from_outputs(prediction["instances"], prediction["relations"], topk, min_score)
+    scene = prediction.best(topk, min_score)
     names, colors = tracker.update(scene)
     scale = fit_size(*frame_rgb.shape[1::-1], MIN_SIDE, float("inf"))
-    picture = RelationVisualizer(frame_rgb, metadata, scale=scale).draw_triplets(
-        *scene, names=names, colors=colors, panel="none"
+    picture = RelationVisualizer(frame_rgb, metadata, scale=scale).draw_scene(
+        scene, None, names=names, colors=colors, panel="none"
     )
     x0, y0, x1, y1 = (round(x) for x in picture.sheet.image)  # there may be white around it
     image = picture.get_image()[y0:y1, x0:x1]

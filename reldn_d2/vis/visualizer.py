@@ -8,13 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Instances
 from detectron2.utils.visualizer import VisImage, Visualizer
 
-from ..structures.prediction import name_entities
-from ..structures.relations import check_relation_triplets
+from ..structures.names import class_name, name_entities
+from ..structures.scene_graph import RelationRow, SceneGraph
 from .canvas import FAINT, INK, WHITE, RelationImage, Row, label_size, plan_sheet, shorten
 from .graph import GraphPlan, plan_graph
 from .layout import (
@@ -28,9 +27,8 @@ from .layout import (
     fit_size,
     predicate_color,
 )
-from .scene import Scene, Triplet, find_hits
 
-__all__ = ["RelationVisualizer", "Scene", "find_hits"]
+__all__ = ["RelationVisualizer"]
 
 MIN_SIDE, MAX_SIDE = 1152, 1600
 GRAPH_TEXT, GRAPH_SIDES = 15.0, (360, 240)  # font size of a graph, its least width and height
@@ -79,16 +77,31 @@ class RelationVisualizer(Visualizer):
             topk: at most so many are drawn.
             min_score: relations below it are left out.
         """
-        scene = Scene.from_outputs(instances, relations, topk, min_score)
-        return self._draw(scene, heading=best_of(scene, relations, min_score))
+        predicted = SceneGraph.from_output(None, {"instances": instances, "relations": relations})
+        return self.draw_scene(predicted, topk, min_score)
+
+    def draw_scene(
+        self, predicted: SceneGraph, topk: int | None = 20, min_score: float = 0.0, **style: Any
+    ) -> VisImage:
+        """Draw the best relations of a prediction.
+
+        Args:
+            predicted: in the image's frame.
+            topk: most relations drawn; None draws all.
+            min_score: relations with a lower score are left out.
+            style: as for :meth:`draw_triplets`.
+        """
+        best = predicted.best(topk, min_score)
+        style.setdefault("heading", heading_of(best, len(predicted.scores), min_score))
+        return self._draw(best, **style)
 
     def draw_ground_truth(self, dataset_dict: dict[str, Any]) -> VisImage:
         """Draw the ``relations`` of a dataset dict whose boxes are in the image's frame."""
         check_size(self.img, dataset_dict)
-        return self._draw(Scene.from_dataset_dict(dataset_dict))
+        return self._draw(SceneGraph.from_dataset_dict(dataset_dict))
 
     def draw_triplets(
-        self, boxes: Any, classes: Sequence[int], triplets: Sequence[Triplet], **style: Any
+        self, boxes: Any, classes: Sequence[int], triplets: Sequence[RelationRow], **style: Any
     ) -> VisImage:
         """Draw any relations.
 
@@ -104,23 +117,20 @@ class RelationVisualizer(Visualizer):
         Returns:
             the picture; ``get_image()`` gives an array, ``save(path)`` writes a file.
         """
-        boxes = boxes.tensor if isinstance(boxes, Boxes) else torch.as_tensor(np.asarray(boxes))
-        table = boxes.detach().cpu().double().numpy().reshape(-1, 4)
-        check_relation_triplets([t[:3] for t in triplets], len(table), where="draw_triplets")
-        return self._draw(Scene(table, [int(c) for c in classes], list(triplets)), **style)
+        return self._draw(SceneGraph.from_triplets(boxes, classes, triplets), **style)
 
     def draw_graph(
-        self, boxes: Any, classes: Sequence[int], triplets: Sequence[Triplet], **style: Any
+        self, boxes: Any, classes: Sequence[int], triplets: Sequence[RelationRow], **style: Any
     ) -> VisImage:
         """Draw relations as a graph without the image: entities are nodes, near where they are.
 
         Arguments and result as for :meth:`draw_triplets`; needs networkx.
         """
-        boxes = boxes.tensor if isinstance(boxes, Boxes) else torch.as_tensor(np.asarray(boxes))
-        table = boxes.detach().cpu().double().numpy().reshape(-1, 4)
-        check_relation_triplets([t[:3] for t in triplets], len(table), where="draw_graph")
-        scene = Scene(table, [int(c) for c in classes], list(triplets))
-        drawn, groups = scene.drawn, scene.by_pair()
+        return self.draw_scene_graph(SceneGraph.from_triplets(boxes, classes, triplets), **style)
+
+    def draw_scene_graph(self, scene: SceneGraph, **style: Any) -> VisImage:
+        """Draw all relations of a scene as a graph without the image; as :meth:`draw_graph`."""
+        drawn, groups = scene.related_entities, scene.rows_by_pair()
         names = style.setdefault("names", self.name(scene, drawn))
         size = GRAPH_TEXT
         plates = [label_size(_node_text(names[e], size), size) for e in drawn]
@@ -140,13 +150,13 @@ class RelationVisualizer(Visualizer):
         blank = np.full((plan.size[1], plan.size[0], 3), 255, np.uint8)
         return RelationVisualizer(blank, self.metadata, 1.0)._draw(scene, plan=plan, **style)
 
-    def name(self, scene: Scene, entities: Sequence[int]) -> dict[int, str]:
+    def name(self, scene: SceneGraph, entities: Sequence[int]) -> dict[int, str]:
         """Names of some entities of a scene, such as ``cup 2`` where there are several cups."""
         return name_entities(scene.boxes, scene.classes, entities, self._things)
 
     def _draw(
         self,
-        scene: Scene,
+        scene: SceneGraph,
         marks: Sequence[bool | None] | None = None,
         names: Mapping[int, str] | None = None,
         colors: Mapping[int, Color] | None = None,
@@ -160,23 +170,23 @@ class RelationVisualizer(Visualizer):
 
         With ``plan``, the places of all drawn entities and pairs, it is a graph that is drawn.
         """
-        drawn = scene.drawn
+        drawn, relations = scene.related_entities, scene.rows()
         if marks is None:
-            marks = [None] * len(scene.triplets)
+            marks = [None] * len(relations)
         line_colors = [
             INK if plain else _line_color(triplet[2], mark)
-            for triplet, mark in zip(scene.triplets, marks)
+            for triplet, mark in zip(relations, marks)
         ]
         if names is None:
             names = self.name(scene, drawn)
         if colors is None:
             colors = {entity: entity_color(number) for number, entity in enumerate(drawn)}
         if heading is None:
-            count = len(scene.triplets)
+            count = len(relations)
             heading = f"{count} relation{'s' * (count > 1)}" if count else "no relations"
         rows = [Row([(heading, FAINT, False)])]
         for number, (triplet, mark, color) in enumerate(
-            zip(scene.triplets, marks, line_colors), start=1
+            zip(relations, marks, line_colors), start=1
         ):
             rows.append(self._row(number, triplet, mark, color, names, colors))
         height, width = self.img.shape[:2]
@@ -199,7 +209,7 @@ class RelationVisualizer(Visualizer):
     def _row(
         self,
         number: int,
-        triplet: Triplet,
+        triplet: RelationRow,
         mark: bool | None,
         color: Color,
         names: Mapping[int, str],
@@ -220,12 +230,11 @@ class RelationVisualizer(Visualizer):
         return Row(pieces, "" if score is None else score_text(score))
 
     def _predicate_name(self, predicate: int) -> str:
-        known = 0 <= predicate < len(self._predicates)
-        return self._predicates[predicate] if known else f"predicate {predicate}"
+        return class_name(predicate, self._predicates, "predicate")
 
     def _draw_scene(
         self,
-        scene: Scene,
+        scene: SceneGraph,
         drawn: Sequence[int],
         line_colors: Sequence[Color],
         dashed: Sequence[bool],
@@ -245,7 +254,7 @@ class RelationVisualizer(Visualizer):
             output.line(np.array(corners), colors[entity], stroke)
 
         anchors = dict(zip(drawn, choose_anchors(boxes, spacing=5 * size)))
-        groups = scene.by_pair()
+        groups = scene.rows_by_pair()
         bulges = arc_bulges(list(groups), anchors, step=1.7 * size)
         arcs = [
             arc(anchors[s], anchors[o], bulge, sheet.area, trim=radius + 1.5)
@@ -266,7 +275,7 @@ class RelationVisualizer(Visualizer):
 
     def _draw_plan(
         self,
-        scene: Scene,
+        scene: SceneGraph,
         plan: GraphPlan,
         line_colors: Sequence[Color],
         dashed: Sequence[bool],
@@ -275,10 +284,10 @@ class RelationVisualizer(Visualizer):
     ) -> None:
         """Draw entities as plates with their names, and arrows between them."""
         output: RelationImage = self.output
-        sheet, groups = output.sheet, list(scene.by_pair().values())
+        sheet, groups = output.sheet, list(scene.rows_by_pair().values())
         plan = plan.moved(*sheet.image[:2])
         self._draw_arrows(plan.arcs, groups, line_colors, dashed)
-        for entity, rect in zip(scene.drawn, plan.nodes):
+        for entity, rect in zip(scene.related_entities, plan.nodes):
             label = Label(tuple(float(x) for x in rect), None)
             text = _node_text(names[entity], sheet.text)
             output.plate(label, [(text, WHITE)], colors[entity], WHITE)
@@ -306,7 +315,7 @@ class RelationVisualizer(Visualizer):
         self,
         placer: LabelPlacer,
         arcs: Sequence[np.ndarray],
-        scene: Scene,
+        scene: SceneGraph,
         groups: Sequence[Sequence[int]],
         line_colors: Sequence[Color],
     ) -> None:
@@ -323,13 +332,16 @@ class RelationVisualizer(Visualizer):
             label = placer.place_on_line(wanted, points, others)
             output.plate(label, lines, WHITE, lines[0][1])
 
-    def _arrow_lines(self, scene: Scene, members: Sequence[int]) -> list[tuple[str, int | None]]:
+    def _arrow_lines(
+        self, scene: SceneGraph, members: Sequence[int]
+    ) -> list[tuple[str, int | None]]:
         """What is written on the arrow of a pair: texts, and the relation that each one names."""
         # Annotations may say the same thing of a pair twice.
-        first = {scene.triplets[i][2]: i for i in reversed(members)}
+        predicates = scene.predicates.tolist()
+        first = {predicates[i]: i for i in reversed(members)}
         members = sorted(first.values())
         shown = members if len(members) <= MOST_LINES else members[: MOST_LINES - 1]
-        lines = [(self._predicate_name(scene.triplets[i][2]), i) for i in shown]
+        lines = [(self._predicate_name(predicates[i]), i) for i in shown]
         if len(shown) < len(members):
             lines.append((f"and {len(members) - len(shown)} more", None))
         return lines
@@ -340,9 +352,9 @@ def _node_text(name: str, size: float) -> str:
     return shorten(name, size, 20 * size)
 
 
-def best_of(scene: Scene, relations: Instances, min_score: float = 0.0) -> str:
-    """What stands above a list of predictions."""
-    count, total = len(scene.triplets), len(relations)
+def heading_of(best: SceneGraph, total: int, min_score: float = 0.0) -> str:
+    """Return the heading of a list of the best of ``total`` predicted relations."""
+    count = len(best.scores)
     if not total:
         return "no relations"
     if not count:

@@ -17,12 +17,9 @@ from usage_utils import picture, write_checkpoint
 import demo as demo_script
 from reldn_d2.export import OUTPUT_NAMES, RelDNExport
 from reldn_d2.predictor import RelationPredictor
-from reldn_d2.structures.prediction import RelationPrediction
+from reldn_d2.structures.scene_graph import SceneGraph
 from reldn_d2.utils.image_io import ImageError
-from reldn_d2.vis.scene import Scene
 from reldn_d2.vis.video import EntityTracker, VideoError, VideoFile, draw_frame
-
-from detectron2.structures import Boxes, Instances
 
 
 @pytest.fixture(scope="module")
@@ -206,11 +203,8 @@ def test_video(checkpoint, tmp_path, capsys):
 @pytest.mark.parametrize("size", [(60, 90), (320, 180), (50, 960), (700, 1000)])
 def test_frames_stay_as_they_are_where_nothing_is_drawn(size):
     frame = picture(*size)
-    found = RelationPrediction(Instances(size), Instances(size))
-    found["instances"].pred_boxes = Boxes(torch.tensor([[2.0, 2, 20, 30], [10.0, 20, 30, 40]]))
-    found["instances"].pred_classes = torch.tensor([0, 1])
-    found["relations"].pairs = torch.tensor([[0, 1]])
-    found["relations"].predicates, found["relations"].scores = torch.tensor([0]), torch.ones(1)
+    boxes = [[2.0, 2, 20, 30], [10.0, 20, 30, 40]]
+    found = SceneGraph.from_triplets(boxes, [0, 1], [(0, 1, 0, 1.0)])
     drawn = draw_frame(frame, found, EntityTracker(["person", "cup"]), None)
     scale = max(960 / max(size), 1)
     height, width = (2 * int(round(x * scale) // 2) for x in size)
@@ -239,7 +233,7 @@ def test_entities_keep_name_and_colour_while_they_move():
 
     def scene(shift, order=(0, 1)):
         boxes = np.array([[0, 0, 40, 90], [30, 40, 60, 70]])[list(order)] + [shift, 0, shift, 0]
-        return Scene(boxes.astype(float), [[0, 1][i] for i in order], triplets)
+        return SceneGraph.from_triplets(boxes, [[0, 1][i] for i in order], triplets)
 
     names, colors = tracker.update(scene(0))
     assert sorted(names.values()) == ["cup 1", "person 1"]
@@ -250,7 +244,7 @@ def test_entities_keep_name_and_colour_while_they_move():
     jumped, _ = tracker.update(scene(300))
     assert sorted(jumped.values()) == ["cup 2", "person 2"]
     for _ in range(3):
-        tracker.update(Scene(np.zeros((0, 4)), [], []))
+        tracker.update(SceneGraph.empty())
     assert sorted(tracker.update(scene(300))[0].values()) == ["cup 3", "person 3"]  # forgotten
 
 

@@ -13,6 +13,7 @@ from reldn_d2.evaluation.average_precision import (
 )
 from reldn_d2.evaluation.batches import Batch, anything_matches, found_ranks
 from reldn_d2.evaluation.lu2016 import pooled_recall
+from reldn_d2.structures import ranking
 
 NUM_PREDICATES = 3
 
@@ -42,9 +43,9 @@ def test_phrase_box_encloses_both():
 
 def test_predicates_per_pair_in_rank_order():
     pairs = np.array([[0, 1], [1, 0], [0, 1], [0, 1], [1, 0]])
-    assert matching.limit_predicates_per_pair(pairs, 1).tolist() == [1, 1, 0, 0, 0]
-    assert matching.limit_predicates_per_pair(pairs, 2).tolist() == [1, 1, 1, 0, 1]
-    assert matching.limit_predicates_per_pair(pairs, 0).all()
+    assert ranking.limit_predicates_per_pair(pairs, 1).tolist() == [1, 1, 0, 0, 0]
+    assert ranking.limit_predicates_per_pair(pairs, 2).tolist() == [1, 1, 1, 0, 1]
+    assert ranking.limit_predicates_per_pair(pairs, 0).all()
 
 
 def candidates(overlaps, threshold=0.5):
@@ -79,8 +80,8 @@ def test_equal_codes_are_all_combinations():
 
 
 def test_rank_in_group_counts_earlier_equals():
-    assert matching.rank_in_group(np.array([3, 1, 3, 3, 1])).tolist() == [0, 0, 1, 2, 1]
-    assert matching.rank_in_group(np.zeros(0, dtype=np.int64)).tolist() == []
+    assert ranking.rank_in_group(np.array([3, 1, 3, 3, 1])).tolist() == [0, 0, 1, 2, 1]
+    assert ranking.rank_in_group(np.zeros(0, dtype=np.int64)).tolist() == []
 
 
 def test_overlap_of_exactly_one_half_matches():
@@ -152,7 +153,7 @@ def test_repeated_ground_truth_must_be_found_twice():
 
 def test_equal_scores_keep_the_order_given():
     triplets = [(0, 2, 2, 0.5), (0, 1, 2, 0.5)]
-    assert prediction(GT.boxes, GT.classes, triplets).best(limit=1).pairs.tolist() == [[0, 2]]
+    assert prediction(GT.boxes, GT.classes, triplets).best(1).pairs.tolist() == [[0, 2]]
 
 
 def test_reduced_is_the_union_of_the_best_for_every_k():
@@ -167,8 +168,8 @@ def test_reduced_is_the_union_of_the_best_for_every_k():
     for _ in range(100):
         _, pred = random_case(rng, 5, 5, 2, 3).pair()
         for k in (0, 1, 2):
-            once = pred.best(k, 4)
-            twice = pred.reduced((2, 0, 1), 4).best(k, 4)
+            once = pred.reduced((k,), 4)
+            twice = pred.reduced((2, 0, 1), 4).reduced((k,), 4)
             np.testing.assert_equal(vars(once), vars(twice))
 
 
@@ -208,5 +209,5 @@ def test_matches_of_the_best_n_are_the_first_n_matches():
         for one_to_one in (True, False):
             (whole,) = found_ranks([(gt, pred)], [0], one_to_one=one_to_one).values()
             for n in range(1, len(pred.scores)):
-                (part,) = found_ranks([(gt, pred.best(0, n))], [0], one_to_one=one_to_one).values()
+                (part,) = found_ranks([(gt, pred.best(n))], [0], one_to_one=one_to_one).values()
                 assert (part == np.where(whole < n, whole, matching.NEVER)).all()

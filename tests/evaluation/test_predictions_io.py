@@ -11,6 +11,7 @@ import pytest
 from evaluation_utils import random_case, run_tool
 
 from reldn_d2.evaluation import VRDEvaluator, evaluate_predictions
+from reldn_d2.evaluation.ground_truth import load_ground_truth
 from reldn_d2.evaluation.json_stream import _CHUNK
 from reldn_d2.evaluation.predictions_io import (
     read_predictions,
@@ -19,7 +20,6 @@ from reldn_d2.evaluation.predictions_io import (
     write_predictions,
     write_settings,
 )
-from reldn_d2.evaluation.records import load_ground_truth
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
@@ -166,12 +166,12 @@ def change(path, value):
         (change("image_id", None), "image_id is None; expected the data set's own"),
         (change("instances/classes/0", 2), "IMG class 2 is not one of .* 2, 0 to 1.*0-based"),
         (change("instances/classes/0", -1), "IMG class -1 is not one of"),
-        (change("instances/classes/0", 1.5), "IMG classes are .*; expected whole numbers"),
+        (change("instances/classes/0", 1.5), "IMG classes are .*; expected integers"),
         (change("relations/predicates/0", 3), "IMG predicate 3 is not one of .* 3, 0 to 2"),
         (change("relations/pairs/0", [0, 5]), r"IMG pair \d is \(0, 5\), but there are 5 boxes"),
         (change("relations/pairs/0", [-1, 0]), r"IMG pair \d is \(-1, 0\)"),
         (change("relations/pairs/0", [0]), r"IMG pairs differ in length; .*\[subject, object\]"),
-        (change("relations/scores/0", float("nan")), r"IMG NaN .* scores, first number 0 "),
+        (change("relations/scores/0", float("nan")), r"IMG NaN .* scores, the first at index 0"),
         (change("relations/scores/0", "high"), "IMG scores are .*; expected numbers"),
         (change("instances/scores/0", float("inf")), "IMG NaN or infinite box scores"),
         (change("instances/boxes/1", [9, 0, 4, 5]), r"IMG box 1 is \[9.0, 0.0, 4.0, 5.0\], which"),

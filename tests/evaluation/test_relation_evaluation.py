@@ -137,7 +137,7 @@ def test_predictions_file(dataset, tmp_path):
     records = json.loads((folder / "relation_predictions.json").read_text())
     assert [r["image_id"] for r in records] == ["a_1.jpg", "c_1.jpg"]
     first = records[0]
-    assert list(first) == ["image_id", "instances", "relations"]
+    assert list(first) == ["image_id", "height", "width", "instances", "relations"]
     assert first["instances"]["boxes"][2] == [22.0, 10.0, 27.5, 15.0]
     assert first["instances"]["classes"] == [0, 0, 1, 1, 1]
     assert first["instances"]["scores"] == [1.0] * 5

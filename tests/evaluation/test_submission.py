@@ -12,8 +12,8 @@ from evaluation_utils import random_case, run_tool
 
 from reldn_d2.evaluation import OpenImagesVRDEvaluator, evaluate_predictions
 from reldn_d2.evaluation.predictions_io import write_predictions
-from reldn_d2.evaluation.records import Prediction
 from reldn_d2.evaluation.submission import read_submission, write_submission
+from reldn_d2.structures.scene_graph import SceneGraph
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
@@ -44,7 +44,7 @@ def images():
         predicted = case.pair()[1]
         boxes = np.asarray(case.boxes, dtype=np.float32) * scale
         predictions.append(
-            Prediction.from_arrays(
+            SceneGraph.from_arrays(
                 image_id,
                 boxes,
                 case.classes,
@@ -85,7 +85,7 @@ def test_reading_back_gives_the_same_score(images, tmp_path, layout):
 
 
 def test_the_layouts(images, tmp_path):
-    one = Prediction.from_arrays(
+    one = SceneGraph.from_arrays(
         IDS[3], [[0, 256, 192, 512], [96, 0, 768, 1024]], [0, 1], [1, 1], [[1, 0]], [2], [0.75]
     )
     write_submission(NAME, [one], str(tmp_path / "server.csv"))
@@ -138,7 +138,7 @@ def test_what_cannot_be_written(images, tmp_path):
         write_submission(NAME, images, str(file), labels=["person", "person"])
     with pytest.raises(ValueError, match="1 labels for the 2 classes of data set 'submission_"):
         write_submission(NAME, images, str(file), labels=["person"])
-    stranger = Prediction.empty("stranger")
+    stranger = SceneGraph.empty("stranger")
     with pytest.raises(ValueError, match="has no image 'stranger'"):
         write_submission(NAME, [stranger], str(file))
     dicts = [{k: v for k, v in r.items() if k != "width"} for r in DatasetCatalog.get(NAME)]

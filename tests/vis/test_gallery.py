@@ -16,13 +16,12 @@ from model_utils import busy_item, register_dataset, unregister_dataset
 from PIL import Image
 from usage_utils import picture, write_checkpoint
 
-from reldn_d2.evaluation.records import Prediction
 from reldn_d2.predictor import RelationPredictor
-from reldn_d2.structures.prediction import RelationPrediction
+from reldn_d2.structures.scene_graph import SceneGraph
 from reldn_d2.vis.gallery import gallery_record, write_gallery
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.structures import BoxMode
 
 NAME = "gallery_test_set"
 
@@ -100,7 +99,7 @@ def test_pictures_of_an_evaluation(evaluation, tmp_path, capsys):
 )
 def test_wrong_commands(tool, change, message, evaluation, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "other.json").write_text(json.dumps([Prediction.empty("x").to_record()]))
+    (tmp_path / "other.json").write_text(json.dumps([SceneGraph.empty("x").to_dict()]))
     given = {**dict(zip(evaluation[::2], evaluation[1::2])), "--output": "out.html", **change}
     with pytest.raises(SystemExit) as status:
         tool.main([x for pair in given.items() for x in pair])
@@ -110,10 +109,10 @@ def test_wrong_commands(tool, change, message, evaluation, tmp_path, capsys, mon
 
 def test_predictions_become_an_output_again():
     arrays = [[[0, 0, 4, 5], [1, 2, 3, 4]], [1, 0], [0.5, 0.8], [[0, 1], [1, 0]], [2, 1]]
-    prediction = Prediction.from_arrays(7, *arrays, [0.1, 0.2])
-    output = prediction.to_output(20, 30)
+    prediction = SceneGraph.from_arrays(7, *arrays, [0.1, 0.2], image_size=(20, 30))
+    output = prediction.to_output()
     assert output["instances"].image_size == (20, 30)
-    again = Prediction.from_output(7, output)
+    again = SceneGraph.from_output(7, output)
     for name in ("boxes", "classes", "box_scores", "pairs", "predicates", "scores"):
         np.testing.assert_allclose(getattr(again, name), getattr(prediction, name), rtol=1e-6)
     expected = torch.tensor([0.5, 0.25])
@@ -135,13 +134,10 @@ def test_gallery_cannot_be_broken_by_names(tmp_path):
 
 def output_of(boxes, classes, pairs, predicates, scores):
     """A prediction for an image of 90 x 60 pixels."""
-    found = RelationPrediction(Instances((60, 90)), Instances((60, 90)))
-    instances, relations = found["instances"], found["relations"]
-    instances.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32))
-    instances.pred_classes = torch.tensor(classes)
-    relations.pairs, relations.predicates = torch.tensor(pairs), torch.tensor(predicates)
-    relations.scores = torch.tensor(scores)
-    return found
+    ones = np.ones(len(boxes))
+    return SceneGraph.from_arrays(
+        None, boxes, classes, ones, pairs, predicates, scores, image_size=(60, 90)
+    )
 
 
 def truth_of(boxes, classes, relations, **extra):
@@ -339,7 +335,7 @@ def test_images_of_one_name_and_of_another_size(tmp_path, capsys):
     MetadataCatalog.get(name).set(thing_classes=["cup"], predicate_classes=["on"])
     try:
         file = tmp_path / "relation_predictions.json"
-        file.write_text(json.dumps([Prediction.empty(n).to_record() for n in range(3)]))
+        file.write_text(json.dumps([SceneGraph.empty(n).to_dict() for n in range(3)]))
         arguments = ["--dataset", name, "--output", str(tmp_path / "out")]
         assert draw_relations.main(arguments) == 1
         assert sorted(x.name for x in (tmp_path / "out").iterdir()) == ["x.png", "x_2.png"]

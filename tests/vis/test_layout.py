@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from reldn_d2.structures.prediction import name_entities
+from reldn_d2.structures.names import name_entities
 from reldn_d2.vis.canvas import MIN_AREA, Row, fair_cap, plan_sheet, shorten, text_width
 from reldn_d2.vis.graph import place_nodes, plan_graph, route_edges
 from reldn_d2.vis.layout import (

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from reldn_d2.evaluation.matching import find_hits
 from reldn_d2.structures.relations import predicted_relations
+from reldn_d2.structures.scene_graph import SceneGraph
 from reldn_d2.vis.canvas import RelationImage
 from reldn_d2.vis.compare import compare_image, compare_models
-from reldn_d2.vis.scene import Scene, find_hits, same_entities
+from reldn_d2.vis.scene import same_entities
 from reldn_d2.vis.visualizer import RelationVisualizer
 
 from detectron2.data import Metadata
@@ -47,6 +49,10 @@ def dataset_dict(boxes=BOXES, classes=CLASSES, relations=RELATIONS, size=(160, 1
         "annotations": annotations,
         "relations": relations,
     }
+
+
+def predicted(output):
+    return SceneGraph.from_output(None, output)
 
 
 def model_output(boxes=BOXES, classes=CLASSES, triplets=(), size=(160, 160)):
@@ -205,9 +211,9 @@ def test_empty_inputs_are_drawn(image, metadata):
     assert texts(visualizer.draw_ground_truth(unrelated)) == ["no relations"]
     empty = dataset_dict([], [], [])
     for record in (empty, unrelated, dataset_dict()):
-        assert compare_image(image, record, nothing, metadata, side=200).ndim == 3
+        assert compare_image(image, record, predicted(nothing), metadata, side=200).ndim == 3
     invented = model_output(triplets=[(0, 1, 0, 0.5)])
-    assert compare_image(image, unrelated, invented, metadata, side=200).ndim == 3
+    assert compare_image(image, unrelated, predicted(invented), metadata, side=200).ndim == 3
 
 
 def test_ids_stand_for_missing_names(image):
@@ -242,7 +248,7 @@ def test_relation_outside_the_entities_is_refused(image, metadata):
 
 
 def test_hits_need_all_labels_and_both_boxes():
-    truth = Scene(np.array(BOXES, float), CLASSES, [(*r, None) for r in RELATIONS])
+    truth = SceneGraph.from_triplets(BOXES, CLASSES, [(*r, None) for r in RELATIONS])
     moved = np.array([*BOXES, [45, 60, 60, 67.5], [45, 60, 60, 67.4], [45, 60, 60, 75]], float)
     classes = [*CLASSES, 1, 1, 2]
     expected = {
@@ -254,36 +260,42 @@ def test_hits_need_all_labels_and_both_boxes():
         (1, 0, 0): False,  # subject and object are swapped
         (0, 2, 0): False,  # the other cup
     }
-    predicted = Scene(moved, classes, [(*triplet, 0.5) for triplet in expected])
+    predicted = SceneGraph.from_triplets(moved, classes, [(*triplet, 0.5) for triplet in expected])
     hits, found = find_hits(predicted, truth)
     assert dict(zip(expected, hits)) == expected
     assert found == [True, False, False]
 
 
 def test_matching_of_nothing():
-    nothing = Scene(np.zeros((0, 4)), [], [])
-    truth = Scene(np.array(BOXES, float), CLASSES, [(0, 1, 0, None)])
+    nothing = SceneGraph.empty()
+    truth = SceneGraph.from_triplets(BOXES, CLASSES, [(0, 1, 0, None)])
     assert find_hits(nothing, truth) == ([], [False])
     assert find_hits(truth, nothing) == ([False], [])
 
 
 def test_same_entities_over_scenes():
-    truth = Scene(np.array(BOXES[:2], float), CLASSES[:2], [(0, 1, 0, None)])
+    truth = SceneGraph.from_triplets(BOXES[:2], CLASSES[:2], [(0, 1, 0, None)])
     # Two detections of the cup (the second fits better), one of another cup, and an idle one.
     boxes = np.array([BOXES[0], [45, 60, 60, 70], [45, 60, 60, 75], BOXES[2], BOXES[3]], float)
-    other = Scene(boxes, [0, 1, 1, 1, 2], [(0, 1, 0, 0.9), (0, 2, 0, 0.8), (0, 3, 0, 0.7)])
+    other = SceneGraph.from_triplets(
+        boxes, [0, 1, 1, 1, 2], [(0, 1, 0, 0.9), (0, 2, 0, 0.8), (0, 3, 0, 0.7)]
+    )
     everything, maps = same_entities(truth, [other, other])
     assert maps[0] == {0: 0, 2: 1, 1: 2, 3: 3} and maps[1] == maps[0]
-    assert everything.classes == [0, 1, 1, 1]
+    assert everything.classes.tolist() == [0, 1, 1, 1]
 
 
 def test_compare_models_puts_pictures_in_one_row(image, metadata):
     right = model_output(triplets=[(*r, 0.9) for r in RELATIONS])
     wrong = model_output(triplets=[(0, 2, 0, 0.9), (2, 3, 1, 0.8), (2, 1, 1, 0.7)])
-    row = compare_models(image, dataset_dict(), {"A": wrong, "B": right}, metadata, side=300)
+    row = compare_models(
+        image, dataset_dict(), {"A": predicted(wrong), "B": predicted(right)}, metadata, side=300
+    )
     assert row.dtype == np.uint8
     assert row.shape[1] == 3 * 300 + 2 * 12 and row.shape[0] > 300
-    again = compare_models(image, dataset_dict(), {"A": wrong, "B": right}, metadata, side=300)
+    again = compare_models(
+        image, dataset_dict(), {"A": predicted(wrong), "B": predicted(right)}, metadata, side=300
+    )
     assert np.array_equal(row, again)
 
 
@@ -298,7 +310,9 @@ def test_compare_image_marks_hits_and_misses(image, metadata, monkeypatch):
 
     monkeypatch.setattr(RelationVisualizer, "draw_triplets", record)
     output = model_output(triplets=[(0, 2, 0, 0.9), (2, 3, 1, 0.8), (2, 1, 1, 0.7), (0, 1, 0, 0.6)])
-    compare_image(image, dataset_dict(), output, metadata)  # as many as there are true relations
+    compare_image(
+        image, dataset_dict(), predicted(output), metadata
+    )  # as many as there are true relations
     (truth, true_words), (prediction, words) = drawn
     assert truth["marks"] == [False, True, False]
     assert prediction["marks"] == [False, True, False]
@@ -308,7 +322,7 @@ def test_compare_image_marks_hits_and_misses(image, metadata, monkeypatch):
     assert truth["colors"] == {e: prediction["colors"][e] for e in truth["colors"]}
 
     drawn.clear()
-    compare_image(image, dataset_dict(), output, metadata, topk=4)
+    compare_image(image, dataset_dict(), predicted(output), metadata, topk=4)
     assert drawn[1][0]["marks"] == [False, True, False, True]
     assert drawn[0][0]["marks"] == [True, True, False]
 

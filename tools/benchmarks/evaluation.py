@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 
 from reldn_d2.evaluation import SceneGraphEvaluator
+from reldn_d2.evaluation.ground_truth import ImagePair
 from reldn_d2.evaluation.matching import pairwise_iou
 from reldn_d2.evaluation.predictions_io import read_predictions, write_predictions
-from reldn_d2.evaluation.records import ImagePair, Prediction
 from reldn_d2.evaluation.scores import Settings
 from reldn_d2.evaluation.sgg import recall_metrics
+from reldn_d2.structures.scene_graph import SceneGraph
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
@@ -71,7 +72,7 @@ def dataset_dicts(num_images: int, num_relations: int) -> list[dict[str, Any]]:
     return dicts
 
 
-def predictions(dicts: Sequence[dict[str, Any]], triplets: int) -> Iterator[Prediction]:
+def predictions(dicts: Sequence[dict[str, Any]], triplets: int) -> Iterator[SceneGraph]:
     """Detections near the annotations and others; triplets that are right and others."""
     rng = np.random.default_rng(1)
     for record in dicts:
@@ -93,7 +94,7 @@ def predictions(dicts: Sequence[dict[str, Any]], triplets: int) -> Iterator[Pred
         scores = rng.random(triplets)
         again = hits[: triplets - 1]  # a second predicate of the same pair
         pairs[(again + 1) % triplets] = pairs[again]
-        yield Prediction.from_arrays(
+        yield SceneGraph.from_arrays(
             record["image_id"],
             found.reshape(-1, 4),
             labels,

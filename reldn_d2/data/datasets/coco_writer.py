@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from ..dataset_dict import boxes_xyxy
+from ...structures.scene_graph import boxes_xyxy
 
 __all__ = ["to_relation_instances"]
 

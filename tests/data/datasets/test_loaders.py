@@ -21,7 +21,6 @@ from data_files import (
     write_visual_genome,
 )
 
-from reldn_d2.data.dataset_dict import boxes_xyxy
 from reldn_d2.data.datasets import (
     load_openimages_vrd,
     load_relation_instances,
@@ -34,6 +33,7 @@ from reldn_d2.data.datasets import (
     to_relation_instances,
 )
 from reldn_d2.data.datasets.visual_genome import VG_CLASSES, VG_PREDICATES
+from reldn_d2.structures.scene_graph import boxes_xyxy
 
 from detectron2.data import (
     DatasetCatalog,

@@ -1,0 +1,87 @@
+"""Scene graphs for other programs: networkx, GraphML and Graphviz's DOT."""
+
+from typing import Any
+
+from .names import name_entities
+
+__all__ = ["graph_to_dot", "graph_to_graphml", "to_networkx"]
+
+
+def to_networkx(scene: Any, related_only: bool = False):
+    """Return a predicted scene graph as a :class:`networkx.MultiDiGraph`.
+
+    Nodes are the entities by index, with ``name`` of the class, ``label`` (with an ordinal where
+    a class occurs repeatedly, as in pictures), ``class_id``, ``score`` and ``box``
+    [x0, y0, x1, y1]; edges lead from subject to object, with ``name``, ``predicate_id``, ``score``
+    and ``predicate_score``; their key is the predicate's id.
+
+    Args:
+        scene: a predicted :class:`.scene_graph.SceneGraph`.
+        related_only: leave out entities without any relation.
+
+    Raises:
+        ImportError: networkx is not installed.
+    """
+    try:
+        import networkx
+    except ImportError as error:
+        raise ImportError("Scene graphs need networkx: pip install networkx") from error
+
+    height, width = scene.image_size or (0, 0)
+    graph = networkx.MultiDiGraph(height=height, width=width, file_name=scene.file_name or "")
+    boxes, classes = scene.boxes.tolist(), scene.classes.tolist()
+    nodes = scene.related_entities if related_only else range(len(boxes))
+    labels = name_entities(boxes, classes, nodes, scene.thing_classes)
+    scores = scene.box_scores.tolist()
+    for i in nodes:
+        graph.add_node(
+            i,
+            name=scene.class_name(classes[i]),
+            label=labels[i],
+            class_id=classes[i],
+            score=scores[i],
+            box=boxes[i],
+        )
+    predicate_scores = scene["relations"].predicate_scores.tolist()
+    for (subject, object_, predicate, score), probability in zip(scene.rows(), predicate_scores):
+        graph.add_edge(
+            subject,
+            object_,
+            key=predicate,
+            name=scene.predicate_name(predicate),
+            predicate_id=predicate,
+            score=score,
+            predicate_score=probability,
+        )
+    return graph
+
+
+def graph_to_graphml(graph) -> str:
+    """Return a scene graph as GraphML, whose attributes are plain: a box is ``x0`` to ``y1``."""
+    import networkx
+
+    flat = networkx.MultiDiGraph(**graph.graph)
+    for node, data in graph.nodes(data=True):
+        values = dict(data)
+        values.update(zip(("x0", "y0", "x1", "y1"), values.pop("box")))
+        flat.add_node(node, **values)
+    # A key becomes the edge's id, which must be unique in the file.
+    for edge_id, (subject, object_, data) in enumerate(graph.edges(data=True)):
+        flat.add_edge(subject, object_, key=edge_id, **data)
+    return "\n".join(networkx.generate_graphml(flat))
+
+
+def graph_to_dot(graph) -> str:
+    """Return a scene graph in Graphviz's DOT language."""
+    lines = ["digraph scene {", "  node [shape=box, style=rounded];"]
+    for node, data in graph.nodes(data=True):
+        lines.append(f"  {node} [label={_quote(data.get('label', data['name']))}];")
+    for subject, object_, data in graph.edges(data=True):
+        label = _quote(f"{data['name']} {data['score']:.2f}")
+        lines.append(f"  {subject} -> {object_} [label={label}];")
+    return "\n".join([*lines, "}"]) + "\n"
+
+
+def _quote(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'"{escaped}"'
