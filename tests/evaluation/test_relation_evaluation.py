@@ -146,7 +146,8 @@ def test_predictions_file(dataset, tmp_path):
     assert first["relations"]["scores"] == pytest.approx([0.9, 0.8, 0.7])
     empty = {"boxes": [], "classes": [], "scores": []}
     assert records[1]["instances"] == empty
-    assert records[1]["relations"] == {"pairs": [], "predicates": [], "scores": []}
+    fields = ("pairs", "predicates", "scores", "predicate_scores")
+    assert records[1]["relations"] == {name: [] for name in fields}
 
 
 def test_nothing_is_written_half(dataset, tmp_path, monkeypatch):
