@@ -51,7 +51,7 @@ def check_relation_triplets(
     num_predicates: int | None = None,
     where: str = "relations",
 ) -> None:
-    """Raise if a relation points outside the entities or predicates, or to itself.
+    """Raise if an index of a relation is out of range, or subject and object are the same.
 
     Args:
         triplets: ``(subject_index, object_index, predicate_id)``, 0-based.
@@ -60,7 +60,7 @@ def check_relation_triplets(
         where: file and image for the message.
 
     Raises:
-        ValueError: with ``where``, the number of the relation, its content and the mend.
+        ValueError: with ``where``, the index and content of the relation, and how to fix it.
     """
     for problem in relation_problems(triplets, num_entities, num_predicates, where):
         raise ValueError(problem)
@@ -72,9 +72,9 @@ def relation_problems(
     num_predicates: int | None = None,
     where: str = "relations",
 ) -> Iterator[str]:
-    """All that :func:`check_relation_triplets` would raise, at most one message a relation."""
-    for number, triplet in enumerate(triplets):
-        place = f"{where}: relation {number} is {triplet!r:.80}"
+    """Yield everything that :func:`check_relation_triplets` would raise, one per relation."""
+    for index, triplet in enumerate(triplets):
+        place = f"{where}: relation {index} is {triplet!r:.80}"
         if not isinstance(triplet, Sequence) or len(triplet) != 3:
             yield f"{place}; expected (subject_index, object_index, predicate_id)."
             continue
@@ -83,25 +83,25 @@ def relation_problems(
             continue
         subject, object_, predicate = triplet
         outside = [
-            (role, index)
-            for role, index in (("subject", subject), ("object", object_))
-            if not 0 <= index < num_entities
+            (role, entity)
+            for role, entity in (("subject", subject), ("object", object_))
+            if not 0 <= entity < num_entities
         ]
         if outside:
-            role, index = outside[0]
+            role, entity = outside[0]
             yield (
-                f"{place}, but its {role} index {index} lies outside the {num_entities} "
-                "annotations of this image. Indices are 0-based positions in `annotations`: mend "
-                "or remove this relation."
+                f"{place}, but its {role} index {entity} is outside the {num_entities} "
+                "annotations of this image. Indices are 0-based positions in `annotations`: fix or "
+                "remove this relation."
             )
         elif subject == object_:
             yield (
-                f"{place}, which relates annotation {subject} to itself. Mend or remove this "
+                f"{place}, which relates annotation {subject} to itself. Fix or remove this "
                 "relation."
             )
         elif predicate < 0 or (num_predicates is not None and predicate >= num_predicates):
             yield (
-                f"{place}, but predicate {predicate} lies outside the {num_predicates} predicates "
+                f"{place}, but predicate {predicate} is outside the {num_predicates} predicates "
                 "(0-based) of this data set."
             )
 
