@@ -133,7 +133,7 @@ _OTHERS = {
 }
 
 
-def test_every_augmentation_of_detectron2_is_tried():
+def test_augmentations_of_detectron2_are_all_tried():
     known = {
         name
         for name, value in vars(T).items()
@@ -156,7 +156,7 @@ def pixels_of(image, colour):
     st.booleans(),
     st.integers(0, 2**31 - 1),
 )
-def test_relations_stay_on_their_entities(folder, scene, augmentations, is_train, seed):
+def test_mapper_relations_follow_entities(folder, scene, augmentations, is_train, seed):
     """Classes tell which patch an entity was, predicates which two patches were related."""
     boxes, pairs = scene
     if not boxes:  # some crops are chosen by the boxes
@@ -187,7 +187,7 @@ def test_relations_stay_on_their_entities(folder, scene, augmentations, is_train
     assert named == [(i, j, 10 * i + j) for i, j in pairs if i in entities and j in entities]
 
 
-def test_dropped_boxes_take_their_relations_along(folder):
+def test_mapper_cropped_boxes_drop_relations(folder):
     """The crop leaves the right third: of four patches, 0 and 2 are gone."""
     boxes = [(4, 4, 20, 20), (70, 4, 90, 20), (4, 40, 60, 60), (50, 70, 90, 90)]
     record = patches_dict(folder, boxes, [(0, 1), (1, 3), (3, 2), (3, 1)])
@@ -197,7 +197,7 @@ def test_dropped_boxes_take_their_relations_along(folder):
     assert triplets(output) == [(0, 1, 13), (1, 0, 31)]
 
 
-def test_inference_keeps_everything_in_the_resized_frame(folder):
+def test_mapper_inference_keeps_everything(folder):
     boxes = [(4, 4, 20, 20), (70, 4, 90, 20)]
     record = patches_dict(folder, boxes, [(1, 0), (0, 1)])
     record["annotations"][0]["iscrowd"] = 1
@@ -214,7 +214,7 @@ def test_inference_keeps_everything_in_the_resized_frame(folder):
     assert output["height"] == output["width"] == SIZE, "the frame that outputs are asked for"
 
 
-def test_training_drops_crowds_and_moves_the_indices(folder):
+def test_mapper_training_drops_crowds_and_remaps(folder):
     boxes = [(4, 4, 20, 20), (70, 4, 90, 20), (4, 40, 60, 60)]
     record = patches_dict(folder, boxes, [(0, 1), (1, 2), (2, 0), (2, 1)])
     record["annotations"][0]["iscrowd"] = 1
@@ -225,7 +225,7 @@ def test_training_drops_crowds_and_moves_the_indices(folder):
 
 @pytest.mark.parametrize("is_train", [True, False])
 @pytest.mark.parametrize("count", [0, 1])
-def test_images_with_no_annotation_or_one(folder, is_train, count):
+def test_mapper_zero_or_one_annotation(folder, is_train, count):
     record = patches_dict(folder, [(4, 4, 20, 20)][:count], [])
     output = mapper([T.RandomFlip(), T.RandomCrop("relative", (0.9, 0.9))], is_train)(record)
     instances, relations = output["instances"], output["relations"]
@@ -235,7 +235,7 @@ def test_images_with_no_annotation_or_one(folder, is_train, count):
     assert relations.gt_predicates.shape == (0,) and relations.gt_predicates.dtype == torch.int64
 
 
-def test_annotations_without_relations(folder):
+def test_mapper_without_relations(folder):
     """A dict made for detection alone."""
     record = patches_dict(folder, [(4, 4, 20, 20), (40, 4, 60, 20)], [])
     del record["relations"]
@@ -243,7 +243,7 @@ def test_annotations_without_relations(folder):
     assert len(output["instances"]) == 2 and len(output["relations"]) == 0
 
 
-def test_plain_image_at_inference(folder):
+def test_mapper_plain_image_at_inference(folder):
     record = patches_dict(folder, [], [])
     del record["annotations"], record["relations"]
     output = mapper([T.Resize((48, 48))], is_train=False)(record)
@@ -251,14 +251,14 @@ def test_plain_image_at_inference(folder):
     assert "instances" not in output and "relations" not in output
 
 
-def test_the_dict_is_not_changed(folder):
+def test_mapper_does_not_modify_dict(folder):
     record = patches_dict(folder, [(4, 4, 20, 20), (40, 4, 60, 20)], [(0, 1)])
     before = copy.deepcopy(record)
     mapper([T.Resize((48, 48))])(record)
     assert record == before
 
 
-def test_masks_are_carried_and_give_the_box(folder):
+def test_mapper_recomputes_boxes_from_masks(folder):
     """Detectron2's option: a cropped mask may be tighter than its cropped box."""
     record = patches_dict(folder, [(0, 0, 40, 40), (50, 50, 60, 60)], [(0, 1), (1, 0)])
     y, x = np.mgrid[:SIZE, :SIZE]
@@ -276,7 +276,7 @@ def test_masks_are_carried_and_give_the_box(folder):
     assert len(mapper(**options)(empty)["instances"]) == 0
 
 
-def test_integer_boxes_are_not_rounded(folder):
+def test_mapper_integer_boxes_are_not_rounded(folder):
     record = patches_dict(folder, [(3, 3, 22, 10)], [])
     output = mapper([T.Resize((32, 32)), T.Resize((144, 144))])(record)
     expected = torch.tensor([[3, 3, 22, 10]]) * 1.5
@@ -291,7 +291,7 @@ class CropAroundFirstBox(T.Augmentation):
         return T.CropTransform(x0, y0, x1 - x0, y1 - y0)
 
 
-def test_augmentations_may_ask_for_boxes(folder):
+def test_mapper_augmentation_uses_boxes(folder):
     record = patches_dict(folder, [(4, 4, 24, 20), (10, 10, 60, 30)], [(1, 0)])
     record["annotations"][0].update(bbox=[4, 4, 20, 16], bbox_mode=BoxMode.XYWH_ABS)
     output = mapper([CropAroundFirstBox()])(record)
@@ -320,7 +320,7 @@ def without(record, index, key):
     ],
 )
 @pytest.mark.parametrize("is_train", [True, False])
-def test_bad_records_are_named(folder, spoil, message, is_train):
+def test_mapper_invalid_record_raises(folder, spoil, message, is_train):
     record = patches_dict(folder, [(4, 4, 20, 20), (40, 4, 60, 20)], [(0, 1)])
     spoil(record)
     with pytest.raises(ValueError, match=r"patches\.png: .*" + message):
@@ -342,7 +342,7 @@ def metadata():
         MetadataCatalog.remove(name)
 
 
-def test_from_config(metadata):
+def test_mapper_from_config(metadata):
     cfg = get_cfg()
     cfg.INPUT.CROP.ENABLED = True
     cfg.DATASETS.TRAIN = (metadata("mapper_test_1", ["on"]),)
@@ -355,7 +355,7 @@ def test_from_config(metadata):
     assert [type(a) for a in test.augmentations.augs] == [T.ResizeShortestEdge]
 
 
-def test_data_sets_with_different_predicates(metadata):
+def test_mapper_different_predicates_raise(metadata):
     cfg = get_cfg()
     cfg.DATASETS.TRAIN = (
         metadata("mapper_test_1", ["on"]),
@@ -365,7 +365,7 @@ def test_data_sets_with_different_predicates(metadata):
         RelationDatasetMapper(cfg, True)
 
 
-def test_real_images_through_the_training_loader(real_datasets):
+def test_mapper_real_images_in_train_loader(real_datasets):
     """VRD with the usual augmentation: nothing dangles, and flips keep names with their boxes."""
     records = load_vrd(
         str(real_datasets / "vrd/json_dataset/annotations_test.json"),
@@ -393,7 +393,7 @@ def test_real_images_through_the_training_loader(real_datasets):
         np.testing.assert_allclose(left, width - boxes[:, 2] * scale, atol=1e-3)
 
 
-def test_the_example_of_the_guide_runs(tmp_path, monkeypatch, capsys):
+def test_own_data_guide_example_runs(tmp_path, monkeypatch, capsys):
     guide = ROOT / "docs/own_data.md"
     (example,) = re.findall(r"```python\n(.*?)```", guide.read_text(encoding="utf-8"), re.DOTALL)
     monkeypatch.chdir(tmp_path)

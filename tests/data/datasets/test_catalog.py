@@ -31,7 +31,7 @@ from detectron2.data import (
 # ------------------------------------------------------------------------------- what is common
 
 
-def test_names_are_asked_for_before_there_are_files(tmp_path, registered):
+def test_metadata_before_download_has_no_names(tmp_path, registered):
     name = registered("not_there_yet")
     register_openimages_vrd(
         name, str(tmp_path / "a.csv"), str(tmp_path), str(tmp_path / "classes.csv")
@@ -44,7 +44,7 @@ def test_names_are_asked_for_before_there_are_files(tmp_path, registered):
     assert len(metadata.predicate_classes) == 9
 
 
-def test_builtin_data_sets_need_no_files():
+def test_builtin_datasets_register_without_files():
     names = [
         *("vrd_train", "vrd_test", "visual_genome_val", "visual_genome_attributes_test"),
         *("openimages_vrd_train", "openimages_vrd_mini_val", "openimages_vrd_v6_test"),
@@ -58,7 +58,7 @@ def test_builtin_data_sets_need_no_files():
             assert metadata.train_dataset in DatasetCatalog.list()
 
 
-def test_image_sizes_are_read_once(tmp_path, monkeypatch):
+def test_image_sizes_cached_until_image_changes(tmp_path, monkeypatch):
     root = pictures(tmp_path / "images", ["a.png", "b.png"])
     paths = [os.path.join(root, name) for name in ("a.png", "b.png")]
     read = []
@@ -78,7 +78,7 @@ def test_image_sizes_are_read_once(tmp_path, monkeypatch):
         assert image_sizes(root, paths, "test") == [(40, 60), (20, 10)]
 
 
-def test_image_sizes_survive_an_interruption(tmp_path, monkeypatch):
+def test_image_sizes_interrupted_keeps_progress(tmp_path, monkeypatch):
     root = pictures(tmp_path / "images", [f"{i}.png" for i in range(5)])
     paths = [os.path.join(root, f"{i}.png") for i in range(5)]
     read = []
@@ -100,7 +100,7 @@ def test_image_sizes_survive_an_interruption(tmp_path, monkeypatch):
     assert sorted(read) == paths[3:]
 
 
-def test_read_only_folders_stay_as_they_are(tmp_path, monkeypatch):
+def test_image_sizes_read_only_folder_uses_cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
     root = pictures(tmp_path / "data/images", ["a.png"])
     os.chmod(tmp_path / "data", 0o555)
@@ -112,7 +112,7 @@ def test_read_only_folders_stay_as_they_are(tmp_path, monkeypatch):
         os.chmod(tmp_path / "data", 0o755)
 
 
-def test_workers_share_the_records(tmp_path, registered):
+def test_train_loader_serializes_records_once(tmp_path, registered):
     """The training loader keeps one serialised copy, and no list of Python objects."""
     name = registered("shared_records")
     register_relation_instances(name, {}, **write_coco(tmp_path))
