@@ -33,7 +33,7 @@ FORMATS = {
 
 
 def check_error(folder, kind, spoil, error, message):
-    """Assert that loading raises an error with ``message`` after ``spoil`` has changed the files."""
+    """Assert that loading raises ``error`` with ``message`` after ``spoil`` changed the files."""
     write, load = FORMATS[kind]
     arguments = write(folder)
     spoil(arguments)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from reldn_d2.data.datasets.toy import dataset as toy_vrd
-from reldn_d2.data.datasets.toy.drawing import CLEAR_GAP, REACH_GAP, Scene, box_gap
+from reldn_d2.data.datasets.toy.drawing import CLEAR_GAP, REACH_GAP, ToyScene, box_gap
 from reldn_d2.data.datasets.toy.scenes import make_scene
 from reldn_d2.data.datasets.toy.shapes import HAND_RADIUS, Layer, render
 from reldn_d2.structures.relations import check_relation_triplets
@@ -34,7 +34,7 @@ def small_root(tmp_path):
     return tmp_path
 
 
-def related(scene: Scene, subject: int, object_: int):
+def related(scene: ToyScene, subject: int, object_: int):
     return {p for s, o, p in scene.relations if (s, o) == (subject, object_)}
 
 
