@@ -20,11 +20,41 @@ __all__ = [
     "boxes_overlap",
     "boxes_xyxy",
     "check_annotations",
+    "create_annotation",
+    "create_dataset_dict",
     "dicts_without_images",
 ]
 
 _PLAIN_MODES = (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
 _KEYS = ("bbox", "bbox_mode", "category_id")
+
+
+def create_dataset_dict(
+    file_name: str,
+    image_id: int | str,
+    image_size: tuple[int, int],
+    annotations: list[dict[str, Any]],
+    relations: list[tuple[int, int, int]],
+) -> dict[str, Any]:
+    """Create a dataset dict; ``image_size`` is (height, width)."""
+    return {
+        "file_name": file_name,
+        "image_id": image_id,
+        "height": image_size[0],
+        "width": image_size[1],
+        "annotations": annotations,
+        "relations": relations,
+    }
+
+
+def create_annotation(box: Sequence[float], category: int) -> dict[str, Any]:
+    """Create the annotation of an entity from its XYXY box and 0-based class."""
+    return {
+        "bbox": list(box),
+        "bbox_mode": BoxMode.XYXY_ABS,
+        "category_id": category,
+        "iscrowd": 0,
+    }
 
 
 def boxes_xyxy(annotations: Sequence[dict[str, Any]]) -> np.ndarray:

@@ -13,6 +13,7 @@ import pycocotools.mask as mask_util
 
 from detectron2.structures import BoxMode
 
+from ..dataset_dict import create_dataset_dict
 from .catalog import register_dataset
 from .io import Problems, locate_images, no_garbage_collection, read_json
 
@@ -58,9 +59,7 @@ def register_relation_instances(
         name: name of the data set.
         metadata: further metadata; may be empty. Classes and predicates are read from the file on
             first access. ``evaluator_type`` defaults to "relation".
-        json_file: see :func:`load_relation_instances`.
-        image_root: see :func:`load_relation_instances`.
-        merge_duplicates: see :func:`load_relation_instances`.
+        json_file, image_root, merge_duplicates: see :func:`load_relation_instances`.
     """
     register_dataset(
         name,
@@ -191,14 +190,8 @@ class _CocoReader:
         elif identifier in self.records:
             self.problems.add(f"{where} ({name}): another image has the id {identifier!r} as well.")
         else:
-            self.records[identifier] = record = {
-                "file_name": name,
-                "image_id": identifier,
-                "height": height,
-                "width": width,
-                "annotations": [],
-                "relations": [],
-            }
+            record = create_dataset_dict(name, identifier, (height, width), [], [])
+            self.records[identifier] = record
             if "verified_labels" in image:
                 record["verified_labels"] = self._verified_labels(where, image["verified_labels"])
 

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from ..dataset_dict import create_dataset_dict
 from .catalog import register_dataset
 from .image_sizes import image_sizes
 from .io import locate_images, no_garbage_collection
@@ -101,18 +102,9 @@ def load_openimages_vrd(
     paths = locate_images(image_root, [f"{image_id}.jpg" for image_id in lists], "OpenImages")
     sizes = image_sizes(image_root, paths, "OpenImages")
     dicts = []
-    for (image_id, relationships), path, (height, width) in zip(
-        lists.items(), paths, sizes, strict=True
-    ):
-        annotations, relations = relationships.finish(merge_duplicates, (width, height))
-        record = {
-            "file_name": path,
-            "image_id": image_id,
-            "height": height,
-            "width": width,
-            "annotations": annotations,
-            "relations": relations,
-        }
+    for (image_id, relationships), path, size in zip(lists.items(), paths, sizes, strict=True):
+        entities = relationships.finish(merge_duplicates, scale=size[::-1])
+        record = create_dataset_dict(path, image_id, size, *entities)
         if labels_csv is not None:
             record["verified_labels"] = labels.get(image_id, {})
         dicts.append(record)
@@ -135,12 +127,9 @@ def register_openimages_vrd(
 
     Args:
         name: name of the data set.
-        relations_csv: see :func:`load_openimages_vrd`.
-        image_root: see :func:`load_openimages_vrd`.
-        classes_csv: see :func:`load_openimages_vrd`.
-        attributes_csv: see :func:`load_openimages_vrd`.
+        relations_csv, image_root, classes_csv, attributes_csv, options: arguments of
+            :func:`load_openimages_vrd`.
         metadata: further metadata, such as ``train_dataset``.
-        options: keyword arguments of :func:`load_openimages_vrd`.
     """
     arguments = dict(
         relations_csv=relations_csv,

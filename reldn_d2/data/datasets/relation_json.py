@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
+from ..dataset_dict import create_dataset_dict
 from .catalog import register_dataset
 from .image_sizes import image_sizes
 from .io import Problems, locate_images, no_garbage_collection, read_json
@@ -107,8 +108,7 @@ def load_relation_json(
     predicate_classes: Sequence[str],
     *,
     what: str = "the data set",
-    one_based: bool = False,
-    merge_duplicates: bool = True,
+    **options: bool,
 ) -> list[dict[str, Any]]:
     """Load a file in VRD's format as Detectron2 dataset dicts with ``"relations"``.
 
@@ -118,8 +118,7 @@ def load_relation_json(
         thing_classes: names of the entity classes.
         predicate_classes: names of the predicates.
         what: name of the data set, for messages.
-        one_based: see :func:`parse_relation_json`.
-        merge_duplicates: see :func:`parse_relation_json`.
+        options: ``one_based`` and ``merge_duplicates`` of :func:`parse_relation_json`.
 
     Returns:
         One dict per image, also for images without relations. ``image_id`` is the file name in the
@@ -129,14 +128,7 @@ def load_relation_json(
         FileNotFoundError: if a file, the folder or an image is missing.
         ValueError: if a file's content is not as expected.
     """
-    images = parse_relation_json(
-        json_file,
-        thing_classes,
-        predicate_classes,
-        what=what,
-        one_based=one_based,
-        merge_duplicates=merge_duplicates,
-    )
+    images = parse_relation_json(json_file, thing_classes, predicate_classes, what=what, **options)
     paths = locate_images(image_root, list(images), what)
     sizes = image_sizes(image_root, paths, what)
     dicts = []
@@ -152,16 +144,7 @@ def load_relation_json(
                 outside.append(place)
             if x0 == x1 or y0 == y1:
                 empty.append(place)
-        dicts.append(
-            {
-                "file_name": path,
-                "image_id": name,
-                "height": height,
-                "width": width,
-                "annotations": annotations,
-                "relations": relations,
-            }
-        )
+        dicts.append(create_dataset_dict(path, name, (height, width), annotations, relations))
     if empty:
         logger.warning(
             f"{json_file}: {len(empty)} boxes (XYXY) have no area, the first is {empty[0]}. They "

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from detectron2.structures import BoxMode
+from ..dataset_dict import create_annotation
 
 __all__ = ["AnnotatedEntity", "ImageAnnotations", "RelationshipList", "report_merging"]
 
@@ -83,12 +83,8 @@ class RelationshipList:
         annotations = []
         for (entity, _), index in self._entities.items():
             x0, y0, x1, y1 = entity.box
-            annotation = {
-                "bbox": [x0 * x_scale, y0 * y_scale, x1 * x_scale, y1 * y_scale],
-                "bbox_mode": BoxMode.XYXY_ABS,
-                "category_id": entity.category,
-                "iscrowd": 0,
-            }
+            box = (x0 * x_scale, y0 * y_scale, x1 * x_scale, y1 * y_scale)
+            annotation = create_annotation(box, entity.category)
             if index in self._attributes:
                 annotation["attributes"] = sorted(self._attributes[index])
             annotations.append(annotation)

@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from detectron2.structures import BoxMode
-
+from ..dataset_dict import create_annotation, create_dataset_dict
 from .catalog import register_dataset
 from .io import locate_images, no_garbage_collection
 from .visual_genome_files import (
@@ -155,13 +154,9 @@ def register_visual_genome(
 
     Args:
         name: name of the data set.
-        h5_file: see :func:`load_visual_genome`.
-        dicts_file: see :func:`load_visual_genome`.
-        image_data_file: see :func:`load_visual_genome`.
-        image_root: see :func:`load_visual_genome`.
-        split: see :func:`load_visual_genome`.
+        h5_file, dicts_file, image_data_file, image_root, split, options: arguments of
+            :func:`load_visual_genome`.
         metadata: further metadata, such as ``train_dataset``.
-        options: keyword arguments of :func:`load_visual_genome`.
     """
     arguments = dict(
         h5_file=h5_file,
@@ -206,10 +201,8 @@ def _record(
     slack = _SLACK * scale
     counts["outside"] += int(((boxes < -slack) | (boxes > limits + slack)).any(axis=1).sum())
     boxes = np.clip(boxes, 0.0, limits)
-    annotations = [
-        {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": label, "iscrowd": 0}
-        for box, label in zip(boxes.tolist(), graphs.labels[rows].tolist(), strict=True)
-    ]
+    labels = graphs.labels[rows].tolist()
+    annotations = list(map(create_annotation, boxes.tolist(), labels))
     if graphs.attributes is not None:
         for annotation, row in zip(annotations, graphs.attributes[rows].tolist(), strict=True):
             annotation["attributes"] = [value - 1 for value in row if value > 0]
@@ -219,14 +212,8 @@ def _record(
     unique = dict.fromkeys(relations)
     counts["reflexive"] += len(triplets) - len(relations)
     counts["duplicates"] += len(relations) - len(unique)
-    return {
-        "file_name": path,
-        "image_id": image["image_id"],
-        "height": height,
-        "width": width,
-        "annotations": annotations,
-        "relations": list(unique) if merge_duplicates else relations,
-    }
+    relations = list(unique) if merge_duplicates else relations
+    return create_dataset_dict(path, image["image_id"], (height, width), annotations, relations)
 
 
 def _report(

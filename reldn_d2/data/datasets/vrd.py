@@ -85,9 +85,7 @@ def register_vrd(
 
     Args:
         name: name of the data set, e.g. "vrd_train".
-        json_file: see :func:`load_vrd`.
-        image_root: see :func:`load_vrd`.
-        merge_duplicates: see :func:`load_vrd`.
+        json_file, image_root, merge_duplicates: see :func:`load_vrd`.
         metadata: further metadata, such as ``train_dataset``.
     """
     register_dataset(

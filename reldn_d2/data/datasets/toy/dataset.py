@@ -17,8 +17,8 @@ from iopath.common.file_io import file_lock, get_cache_dir
 from tqdm import tqdm
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.structures import BoxMode
 
+from ...dataset_dict import create_annotation, create_dataset_dict
 from .scenes import make_scene
 from .shapes import IMAGE_SIZE
 
@@ -162,15 +162,10 @@ def _draw_split(folder: str, manifest: dict[str, int]) -> list[dict[str, Any]]:
 
 
 def _dataset_dict(folder: str, image_id: int, record: dict[str, Any]) -> dict[str, Any]:
-    annotations = [
-        {"bbox": list(bbox), "bbox_mode": BoxMode.XYXY_ABS, "category_id": category, "iscrowd": 0}
-        for bbox, category in zip(record["bboxes"], record["classes"])
-    ]
-    return {
-        "file_name": os.path.join(folder, _image_name(image_id)),
-        "image_id": image_id,
-        "height": IMAGE_SIZE,
-        "width": IMAGE_SIZE,
-        "annotations": annotations,
-        "relations": [tuple(relation) for relation in record["relations"]],
-    }
+    return create_dataset_dict(
+        os.path.join(folder, _image_name(image_id)),
+        image_id,
+        (IMAGE_SIZE, IMAGE_SIZE),
+        list(map(create_annotation, record["bboxes"], record["classes"])),
+        [tuple(relation) for relation in record["relations"]],
+    )
