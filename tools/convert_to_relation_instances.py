@@ -42,25 +42,25 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         require_dataset(args.dataset, args.module)
         dicts, metadata = DatasetCatalog.get(args.dataset), MetadataCatalog.get(args.dataset)
+        image_root = (
+            args.image_root
+            or metadata.get("image_root")
+            or os.path.commonpath(
+                [os.path.dirname(os.path.abspath(record["file_name"])) for record in dicts]
+            )
+        )
+        content = to_relation_instances(
+            dicts,
+            metadata.thing_classes,
+            metadata.predicate_classes,
+            image_root,
+            metadata.get("attribute_classes", ()),
+        )
+        with write_atomically(args.output) as file:
+            json.dump(content, file)
     except DATASET_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    image_root = (
-        args.image_root
-        or metadata.get("image_root")
-        or os.path.commonpath(
-            [os.path.dirname(os.path.abspath(record["file_name"])) for record in dicts]
-        )
-    )
-    content = to_relation_instances(
-        dicts,
-        metadata.thing_classes,
-        metadata.predicate_classes,
-        image_root,
-        metadata.get("attribute_classes", ()),
-    )
-    with write_atomically(args.output) as file:
-        json.dump(content, file)
     relations = sum(len(image["relations"]) for image in content["images"])
     print(
         f"{args.output}: {len(content['images']):,} images, {len(content['annotations']):,} boxes, "

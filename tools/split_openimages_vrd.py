@@ -135,14 +135,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         predicates = read_predicates(args.relations)
         lists = make_lists(predicates, args.val, args.mini_train, args.mini_val, args.seed)
+        lists = {name: lists[name] for name in ("train", "val", "mini_train", "mini_val")}
+        for name, images in lists.items():
+            with write_atomically(str(args.output / f"{name}.txt")) as file:
+                file.writelines(f"{image}\n" for image in images)
+            print(args.output / f"{name}.txt", f"{len(images):,} images")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    lists = {name: lists[name] for name in ("train", "val", "mini_train", "mini_val")}
-    for name, images in lists.items():
-        with write_atomically(str(args.output / f"{name}.txt")) as file:
-            file.writelines(f"{image}\n" for image in images)
-        print(args.output / f"{name}.txt", f"{len(images):,} images")
     rows = []
     for predicate in OPENIMAGES_PREDICATES:
         shares = [

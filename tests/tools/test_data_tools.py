@@ -2,9 +2,11 @@
 
 import contextlib
 import csv
+import errno
 import http.server
 import importlib
 import json
+import os
 import re
 import sys
 import threading
@@ -161,6 +163,23 @@ def test_prepare_vrd_damaged_archive_exits_1(server, tool, tmp_path, capsys):
     assert "json_dataset.zip: not a complete zip file" in capsys.readouterr().err
 
 
+def disk_full(*arguments, **options):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_prepare_vrd_disk_full_leaves_no_part(server, tool, tmp_path, monkeypatch, capsys):
+    vrd_archives(server.folder)
+
+    def copy_some(source, target, length):
+        target.write(source.read(5))
+        disk_full()
+
+    monkeypatch.setattr(importlib.import_module("_prepare").shutil, "copyfileobj", copy_some)
+    assert tool("prepare_vrd", "--root", tmp_path / "data", "--mirror", server.url) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "data/vrd").rglob("*.*")] == ["json_dataset.zip"]
+
+
 def test_prepare_vrd_wrong_archive_exits_1(server, tool, tmp_path, capsys):
     vrd_archives(server.folder)
     zip_of(server.folder / "json_dataset.zip", {"readme.txt": "no"})
@@ -313,12 +332,24 @@ def test_split_tool_writes_lists(tool, tmp_path, capsys):
         assert again == lists[name]
 
 
-def test_split_tool_invalid_input_exits_1(tool, tmp_path, capsys):
+ONE_PREDICATE_ROWS = [
+    [image, "/m/01", "/m/02", *["0", "1", "0", "1"] * 2, "on"] for image in ("aa01", "bb02")
+]
+
+
+def test_split_tool_invalid_input_exits_1(tool, tmp_path, monkeypatch, capsys):
     relations = write_csv(tmp_path / "relations.csv", OPENIMAGES_ROWS, HEADER)
     command = ("split_openimages_vrd", "--relations", relations, "--output", tmp_path / "lists")
     assert tool(*command) == 1
     assert "error: Cannot draw 3234 images: there are 2 images" in capsys.readouterr().err
     assert not (tmp_path / "lists").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("reldn_d2.utils.file_io.os.fsync", disk_full)
+        sizes = ("--val", 1, "--mini-train", 1, "--mini-val", 1)
+        write_csv(tmp_path / "relations.csv", [*ONE_PREDICATE_ROWS], HEADER)
+        assert tool(*command, *sizes) == 1
+        assert "No space left on device" in capsys.readouterr().err
+        assert not list((tmp_path / "lists").iterdir())
     (tmp_path / "relations.csv").write_text("a,b\n")
     assert tool(*command) == 1
     assert "relations.csv, line 1: no column ImageID" in capsys.readouterr().err
@@ -349,6 +380,19 @@ def test_convert_tool_roundtrip(tool, tmp_path, capsys):
         before, after = DatasetCatalog.get("to_convert"), DatasetCatalog.get("converted")
         assert [x["relations"] for x in after] == [x["relations"] for x in before]
         assert [x["file_name"] for x in after] == [x["file_name"] for x in before]
+
+
+def test_convert_tool_disk_full_keeps_old_file(tool, tmp_path, monkeypatch, capsys):
+    with registered("to_convert"):
+        register_relation_instances("to_convert", {}, **write_coco(tmp_path / "data"))
+        output = tmp_path / "converted.json"
+        output.write_text("old")
+        monkeypatch.setattr("reldn_d2.utils.file_io.os.fsync", disk_full)
+        command = ("convert_to_relation_instances", "--dataset", "to_convert", "--output", output)
+        assert tool(*command) == 1
+        assert "error: " in capsys.readouterr().err
+        assert output.read_text() == "old"
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["converted.json", "data"]
 
 
 def test_convert_tool_unknown_dataset_exits_1(tool, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """What all loaders have in common: names on demand, built-in splits, sizes of images, workers."""
 
+import errno
 import json
 import os
 
@@ -18,6 +19,7 @@ from reldn_d2.data.datasets import (
     register_openimages_vrd,
     register_relation_instances,
 )
+from reldn_d2.data.datasets.catalog import UnknownDatasetError, require_dataset
 from reldn_d2.data.datasets.image_sizes import image_sizes
 
 from detectron2.config import get_cfg
@@ -98,6 +100,31 @@ def test_image_sizes_interrupted_keeps_progress(tmp_path, monkeypatch):
     monkeypatch.setattr(image_sizes_module, "image_size", lambda path: read.append(path) or (1, 2))
     image_sizes(root, paths, "test")
     assert sorted(read) == paths[3:]
+
+
+def test_image_sizes_disk_full_warns_and_leaves_no_file(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    root = pictures(tmp_path / "data/images", ["a.png"])
+
+    def disk_full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("reldn_d2.utils.file_io.os.fsync", disk_full)
+    with caplog.at_level("WARNING", "reldn_d2"):
+        assert image_sizes(root, [os.path.join(root, "a.png")], "test") == [(40, 60)]
+    assert "Could not cache the sizes of 1 images" in caplog.text
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["a.png"]
+
+
+@pytest.mark.parametrize("modules", [(), ("json",)])
+def test_require_dataset_unknown_name_raises(modules):
+    with pytest.raises(UnknownDatasetError) as caught:
+        require_dataset("vrd_trian", modules)
+    assert str(caught.value).startswith(
+        "No data set 'vrd_trian' is registered. Did you mean vrd_tr"
+    )
+    assert isinstance(caught.value, ValueError), "prints without the quotes of a KeyError"
+    require_dataset("vrd_train", modules)
 
 
 def test_image_sizes_read_only_folder_uses_cache_folder(tmp_path, monkeypatch):
