@@ -32,9 +32,9 @@ FORMATS = {
 }
 
 
-def check_error(folder, kind, spoil, error, message):
+def check_error(folder, file_format, spoil, error, message):
     """Assert that loading raises ``error`` with ``message`` after ``spoil`` changed the files."""
-    write, load = FORMATS[kind]
+    write, load = FORMATS[file_format]
     arguments = write(folder)
     spoil(arguments)
     with pytest.raises(error, match=message) as caught:

@@ -121,7 +121,7 @@ def annotation_problems(
     where = where or str(dataset_dict.get("file_name", dataset_dict.get("image_id", "an image")))
     if "annotations" not in dataset_dict:
         yield (
-            f'{where}: the dataset dict has no "annotations". For an image without entities give '
+            f'{where}: the dataset dict has no "annotations". For an image without entities use '
             "an empty list; to skip the image, remove its dict."
         )
         return

@@ -1,4 +1,4 @@
-"""Relations of one image: the one place that knows their fields.
+"""Relations of one image: the only place that defines their fields.
 
 Shapes: R entities (boxes), M ground-truth relations, K predicted relations.
 
@@ -39,7 +39,7 @@ __all__ = [
     "remap_relations",
 ]
 
-# What is given at test time: nothing; the boxes; the boxes and their classes.
+# Ground truth given at test time: none; the boxes; the boxes and their classes.
 TASKS = ("sgdet", "sgcls", "prdcls")
 
 _PAIR_FIELDS = ("gt_pairs", "pairs")
@@ -57,7 +57,7 @@ def check_relation_triplets(
         triplets: ``(subject_index, object_index, predicate_id)``, 0-based.
         num_entities: number of annotations that the indices point into.
         num_predicates: number of predicates; not checked when None.
-        where: file and image for the message.
+        where: file and image, for messages.
 
     Raises:
         ValueError: with ``where``, the index and content of the relation, and how to fix it.
@@ -109,11 +109,11 @@ def relation_problems(
 def ground_truth_relations(
     triplets: Sequence[Sequence[int]], image_size: tuple[int, int]
 ) -> Instances:
-    """Ground-truth relations of one image.
+    """Create the ground-truth relations of one image.
 
     Args:
         triplets: M tuples ``(subject_index, object_index, predicate_id)``.
-        image_size: (height, width) of the image the entities' boxes refer to.
+        image_size: (height, width) of the frame of the entities' boxes.
     """
     table = torch.as_tensor(triplets, dtype=torch.int64).reshape(-1, 3)
     relations = Instances(image_size)
@@ -129,7 +129,7 @@ def predicted_relations(
     scores: Tensor,
     predicate_scores: Tensor,
 ) -> Instances:
-    """Predicted relations of one image; shapes as in the table at the head of this module."""
+    """Create the predicted relations of one image; see the module docstring for shapes."""
     relations = Instances(image_size)
     relations.pairs = pairs
     relations.predicates = predicates
@@ -141,12 +141,12 @@ def predicted_relations(
 def remap_relations(
     relations: Instances, kept: Tensor, image_size: tuple[int, int] | None = None
 ) -> Instances:
-    """Relations after some entities were dropped: those of dropped entities go, the rest move.
+    """Drop the relations of dropped entities, and remap the indices of the others.
 
     Args:
         relations: ground truth or prediction, with indices into R entities.
-        kept: (R,) bool, True where the entity stays. The order of the entities is unchanged.
-        image_size: (height, width) of the result; that of ``relations`` when None.
+        kept: (R,) bool, True if the entity is kept. The order of the entities does not change.
+        image_size: (height, width) of the result; defaults to that of ``relations``.
 
     Returns:
         A new ``Instances`` whose indices point into the kept entities.

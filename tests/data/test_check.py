@@ -30,8 +30,8 @@ def register(tmp_path):
         root = pictures(tmp_path / "images", ["a.png", "b.png"])
         boxes = [[0, 0, 30, 40], [20, 10, 40, 30], [50, 30, 60, 40]]
         annotations = [
-            {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": number % 2, "iscrowd": 0}
-            for number, box in enumerate(boxes)
+            {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": index % 2, "iscrowd": 0}
+            for index, box in enumerate(boxes)
         ]
         relations = [(0, 1, 0), (0, 1, 1), (1, 2, 0)]
         dicts = [
@@ -91,9 +91,9 @@ def change(**changes):
     return spoil
 
 
-def annotation(number, **changes):
+def annotation(index, **changes):
     def spoil(dicts):
-        dicts[0]["annotations"][number].update(changes)
+        dicts[0]["annotations"][index].update(changes)
 
     return spoil
 
@@ -150,9 +150,9 @@ ERRORS = {
 }
 
 
-@pytest.mark.parametrize("kind", ERRORS)
-def test_check_error_exits_1(register, capsys, kind):
-    spoil, message = ERRORS[kind]
+@pytest.mark.parametrize("case", ERRORS)
+def test_check_error_exits_1(register, capsys, case):
+    spoil, message = ERRORS[case]
     register(spoil)
     assert main([NAME]) == 1
     printed = capsys.readouterr().out
@@ -172,9 +172,9 @@ WARNINGS = {
 }
 
 
-@pytest.mark.parametrize("kind", WARNINGS)
-def test_check_warning_exits_0(register, capsys, kind):
-    spoil, message = WARNINGS[kind]
+@pytest.mark.parametrize("case", WARNINGS)
+def test_check_warning_exits_0(register, capsys, case):
+    spoil, message = WARNINGS[case]
     register(spoil)
     assert main([NAME]) == 0
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("warning:")]

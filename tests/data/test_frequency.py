@@ -1,4 +1,4 @@
-"""Predicate counts, against loops written straight from their definition."""
+"""Predicate counts, compared with loops written from their definition."""
 
 import math
 
@@ -73,7 +73,7 @@ def test_count_predicates_equals_loops(dicts, overlap_filter):
 
 
 def test_count_predicates_several_chunks():
-    """More images than one chunk, the last chunk not full."""
+    """More images than one chunk; the last chunk is not full."""
     one = image([annotation([0, 0, 4, 4], 0), annotation([2, 2, 6, 6], 1)], [(0, 1, 1)])
     counts = count_predicates([one] * 2345, CLASSES, PREDICATES, True)
     assert counts[0, 1].tolist() == [0, 2345, 2346]
@@ -111,7 +111,7 @@ def test_log_frequencies():
     assert logits.dtype == torch.float32 and logits.shape == (CLASSES, CLASSES, PREDICATES + 1)
     expected = [math.log(0.75 + 1e-3), math.log(1e-3), math.log(0.25 + 1e-3)]
     np.testing.assert_allclose(logits[0, 1], expected, rtol=1e-6)
-    # Classes that never meet: all the mass is on "no relationship".
+    # Classes that never co-occur: only "no relationship" has a count.
     unseen = [math.log(1e-3), math.log(1e-3), math.log(1 + 1e-3)]
     np.testing.assert_allclose(logits[2, 2], unseen, rtol=1e-5)
 

@@ -26,9 +26,9 @@ from data_files import (
 from reldn_d2.data.datasets import load_openimages_vrd, load_visual_genome
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-def test_load_good_files_has_relations(tmp_path, kind):
-    write, load = FORMATS[kind]
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_load_good_files_has_relations(tmp_path, file_format):
+    write, load = FORMATS[file_format]
     assert sum(len(record["relations"]) for record in load(**write(tmp_path))) > 0
 
 
@@ -86,7 +86,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize(
-    ("damage", "kind", "key", "name"),
+    ("damage", "file_format", "key", "name"),
     [
         (damage, *file)
         for damage in DAMAGES
@@ -94,7 +94,7 @@ DAMAGES = {
         if not (damage is other_encoding and "h5_file" in file)  # it is not text
     ],
 )
-def test_load_damaged_file_raises(tmp_path, damage, kind, key, name):
+def test_load_damaged_file_raises(tmp_path, damage, file_format, key, name):
     def spoil(arguments):
         if damage is truncate and name.endswith(".csv"):  # in the middle of the last line
             path = Path(arguments[key])
@@ -103,28 +103,30 @@ def test_load_damaged_file_raises(tmp_path, damage, kind, key, name):
         else:
             damage(arguments[key])
 
-    check_error(tmp_path, kind, spoil, ValueError, re.escape(name) + r".*(" + DAMAGES[damage] + ")")
+    check_error(
+        tmp_path, file_format, spoil, ValueError, re.escape(name) + r".*(" + DAMAGES[damage] + ")"
+    )
 
 
-@pytest.mark.parametrize(("kind", "key", "name"), FILES)
-def test_load_missing_file_raises(tmp_path, kind, key, name):
+@pytest.mark.parametrize(("file_format", "key", "name"), FILES)
+def test_load_missing_file_raises(tmp_path, file_format, key, name):
     def spoil(arguments):
         remove(arguments[key])
 
     message = r"not found: .*" + re.escape(name) + r" does not exist.*README"
-    check_error(tmp_path, kind, spoil, FileNotFoundError, message)
+    check_error(tmp_path, file_format, spoil, FileNotFoundError, message)
 
 
 FIRST_IMAGE = {"openimages": "aa01.jpg", "vg": "1.jpg", "released": "a.jpg", "own": "a.jpg"}
 
 
-@pytest.mark.parametrize("kind", FIRST_IMAGE)
+@pytest.mark.parametrize("file_format", FIRST_IMAGE)
 @pytest.mark.parametrize("damage", ["removed", "emptied", "one image"])
-def test_load_image_folder_incomplete_raises(tmp_path, kind, damage):
+def test_load_image_folder_incomplete_raises(tmp_path, file_format, damage):
     def spoil(arguments):
         root = arguments["image_root"]
         if damage == "one image":
-            return remove(os.path.join(root, FIRST_IMAGE[kind]))
+            return remove(os.path.join(root, FIRST_IMAGE[file_format]))
         shutil.rmtree(root)
         if damage == "emptied":
             os.mkdir(root)
@@ -132,20 +134,24 @@ def test_load_image_folder_incomplete_raises(tmp_path, kind, damage):
     messages = {
         "removed": "The image folder of .* not found: .* does not exist",
         "emptied": "the image folder of .* is empty. Unpack",
-        "one image": f"image {FIRST_IMAGE[kind]} is annotated but not in",
+        "one image": f"image {FIRST_IMAGE[file_format]} is annotated but not in",
     }
-    check_error(tmp_path, kind, spoil, FileNotFoundError, messages[damage])
+    check_error(tmp_path, file_format, spoil, FileNotFoundError, messages[damage])
 
 
-@pytest.mark.parametrize("kind", ["openimages", "released"])
-def test_load_unreadable_image_raises(tmp_path, kind):
+@pytest.mark.parametrize("file_format", ["openimages", "released"])
+def test_load_unreadable_image_raises(tmp_path, file_format):
     """Only formats without image sizes read the images."""
 
     def spoil(arguments):
-        empty(os.path.join(arguments["image_root"], FIRST_IMAGE[kind]))
+        empty(os.path.join(arguments["image_root"], FIRST_IMAGE[file_format]))
 
     check_error(
-        tmp_path, kind, spoil, ValueError, rf"{FIRST_IMAGE[kind]}: cannot be read as an image"
+        tmp_path,
+        file_format,
+        spoil,
+        ValueError,
+        rf"{FIRST_IMAGE[file_format]}: cannot be read as an image",
     )
 
 

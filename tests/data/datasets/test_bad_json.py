@@ -68,9 +68,9 @@ def test_read_json_repeated_key_raises(tmp_path):
     )
 
 
-def own_with(key, number, **changes):
+def own_with(key, index, **changes):
     content = coco_content()
-    entry = content[key][number]
+    entry = content[key][index]
     for name, value in changes.items():
         if value is None:
             del entry[name]

@@ -1,4 +1,4 @@
-"""What all loaders have in common: names on demand, built-in splits, sizes of images, workers."""
+"""Shared by all loaders: names on first access, built-in splits, image sizes, workers."""
 
 import errno
 import json
@@ -29,8 +29,6 @@ from detectron2.data import (
     MetadataCatalog,
     build_detection_train_loader,
 )
-
-# ------------------------------------------------------------------------------- what is common
 
 
 def test_metadata_before_download_has_no_names(tmp_path, registered):
@@ -73,7 +71,7 @@ def test_image_sizes_cached_until_image_changes(tmp_path, monkeypatch):
     assert sorted(read) == paths, "each once"
     Image.new("RGB", (10, 20)).save(paths[1])
     assert image_sizes(root, paths, "test") == [(40, 60), (20, 10)]
-    assert len(read) == 3, "the changed one again"
+    assert len(read) == 3, "the changed image again"
     cache = tmp_path / "reldn_cache/images.sizes.json"
     for damage in ("", "{}", '{"version": 1, "sizes": {"a.png": "x"}}'):
         cache.write_text(damage)
@@ -140,7 +138,7 @@ def test_image_sizes_read_only_folder_uses_cache_folder(tmp_path, monkeypatch):
 
 
 def test_train_loader_serializes_records_once(tmp_path, registered):
-    """The training loader keeps one serialised copy, and no list of Python objects."""
+    """The training loader keeps one serialized copy, and no list of Python objects."""
     name = registered("shared_records")
     register_relation_instances(name, {}, **write_coco(tmp_path))
     cfg = get_cfg()
@@ -150,7 +148,7 @@ def test_train_loader_serializes_records_once(tmp_path, registered):
     loader = build_detection_train_loader(cfg, mapper=RelationDatasetMapper(cfg, True))
     lists, seen = [], set()
     queue = [loader]
-    while queue:  # what holds what, from the loader down
+    while queue:  # all references, from the loader down
         held = queue.pop()
         if id(held) in seen or isinstance(held, type):
             continue

@@ -1,4 +1,4 @@
-"""Loaders of OpenImages, Visual Genome, released and own files, on small ones made by hand."""
+"""Loaders of OpenImages, Visual Genome, released and own files, on small hand-made files."""
 
 import json
 import logging
@@ -106,7 +106,7 @@ def test_load_openimages_attributes_as_relations(tmp_path, registered):
 
 
 def test_load_openimages_image_list(tmp_path):
-    """Also images without relationships; in the order of the list, others are not needed."""
+    """Loads exactly the listed images in their order, also those without relationships."""
     arguments = write_openimages(tmp_path, images=("bb02", "dd04"))
     (tmp_path / "list.txt").write_text("# mine\ndd04.jpg\n\nbb02\n")
     records = load_openimages_vrd(**arguments, image_list=str(tmp_path / "list.txt"))
@@ -151,7 +151,9 @@ def test_load_openimages_columns_in_any_order(tmp_path):
     rows = [[values[i] for i in order] + ["x"] for values in OPENIMAGES_ROWS]
     path = tmp_path / "challenge-2018-train-vrd.csv"
     write_csv(path, rows, [HEADER[i] for i in order] + ["IsOccluded"])
-    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as some editors begin a file
+    path.write_bytes(
+        b"\xef\xbb\xbf" + path.read_bytes()
+    )  # byte order mark, as some editors write it
     assert load_openimages_vrd(**arguments) == expected
 
 
@@ -162,7 +164,7 @@ def test_load_openimages_columns_in_any_order(tmp_path):
 def test_load_visual_genome_records(tmp_path, attributes):
     arguments = write_visual_genome(tmp_path, attributes)
     first, second, third = load_visual_genome(**arguments, split="train", num_val_images=0)
-    assert [x["image_id"] for x in (first, second, third)] == [1, 2, 3], "corrupt ones left out"
+    assert [x["image_id"] for x in (first, second, third)] == [1, 2, 3], "corrupt ones are skipped"
     assert first["file_name"] == str(tmp_path / "VG_100K/1.jpg")
     assert (first["height"], first["width"]) == (40, 60)
     expected = [[0, 0, 30, 40], [35, 20, 55, 40], [5, 5, 15, 15]]
@@ -184,7 +186,7 @@ def test_load_visual_genome_records(tmp_path, attributes):
 
 
 def test_load_visual_genome_validation_images(tmp_path):
-    """The first training images with relations; one without relations is not counted."""
+    """The first training images with relations; images without relations are not counted."""
     arguments = write_visual_genome(tmp_path)
     ids = lambda **options: [  # noqa: E731
         x["image_id"] for x in load_visual_genome(**arguments, **options)
@@ -243,7 +245,7 @@ def test_register_relation_json_records(tmp_path, registered):
     assert metadata.thing_classes == ["Man", "Guitar", "Chair"]
     assert metadata.predicate_classes == ["at", "on", "holds", "plays"]
     first, second = DatasetCatalog.get(name)
-    assert boxes(first) == [[0, 0, 30, 40], [15, 20, 30, 40]], "from 0, not inclusive"
+    assert boxes(first) == [[0, 0, 30, 40], [15, 20, 30, 40]], "0-based, not inclusive"
     assert first["relations"] == [(0, 1, 3), (1, 0, 0)]
     assert second["relations"] == []
 
@@ -295,14 +297,14 @@ def test_load_relation_instances_masks_and_keypoints(tmp_path):
     json.dumps(written)
 
 
-@pytest.mark.parametrize("kind", ["openimages", "visual_genome", "released"])
-def test_to_relation_instances_roundtrip(tmp_path, registered, kind):
-    """What is written is read again unchanged, attributes, labels and duplicates included."""
+@pytest.mark.parametrize("file_format", ["openimages", "visual_genome", "released"])
+def test_to_relation_instances_roundtrip(tmp_path, registered, file_format):
+    """Written data are read back unchanged, including attributes, labels and duplicates."""
     name = registered("before_conversion")
-    if kind == "openimages":
+    if file_format == "openimages":
         arguments = write_openimages(tmp_path)
         register_openimages_vrd(name, **arguments, merge_duplicates=False)
-    elif kind == "visual_genome":
+    elif file_format == "visual_genome":
         arguments = write_visual_genome(tmp_path, True)
         register_visual_genome(name, **arguments, split="test", merge_duplicates=False)
     else:

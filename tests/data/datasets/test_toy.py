@@ -1,4 +1,4 @@
-"""The built-in data set: its pictures, the cues in them, and its folder of drawn files."""
+"""The toy data set: its images, their cues, and its folder of drawn files."""
 
 import json
 import os
@@ -143,16 +143,16 @@ def test_toy_union_box_contains_hand(scenes):
 
 
 def offset(person, thing):
-    """Horizontal and vertical distance of a thing from a person's chest."""
+    """Return the horizontal and vertical distance of a thing from a person's chest."""
     return np.abs(np.subtract(thing.center, person.chest))
 
 
-@pytest.mark.parametrize("kinds, most", [(("cup", "ball"), 0.42), (("guitar", "drum"), 0.45)])
-def test_toy_nearest_thing_is_seldom_related(scenes, kinds, most):
+@pytest.mark.parametrize("categories, most", [(("cup", "ball"), 0.42), (("guitar", "drum"), 0.45)])
+def test_toy_nearest_thing_is_seldom_related(scenes, categories, most):
     hits = []
     for scene, person, thing, _, _ in triplets(scenes):
         equal = [e for e in scene.entities if e.category == thing.category]
-        if thing.category in kinds and len(equal) > 1:
+        if thing.category in categories and len(equal) > 1:
             distances = [np.hypot(*offset(person, entity)) for entity in equal]
             hits.append(equal[int(np.argmin(distances))] is thing)
     assert len(hits) > 150 and np.mean(hits) < most
@@ -204,12 +204,12 @@ def test_toy_furniture_look_alikes_do_not_relate(scenes):
                 elif overlap > -1:
                     look_alikes += 1
                     assert layer == Layer.FRONT or thing.box[3] < owner.outlines[0][:, 1].max()
-                    assert layer == Layer.FRONT or _stands_off(thing, owner)
+                    assert layer == Layer.FRONT or _keeps_gap(thing, owner)
     assert look_alikes > 50
 
 
-def _stands_off(thing, seat_owner):
-    """Whether a thing over a chair's seat, beside its back, keeps a gap from the seat."""
+def _keeps_gap(thing, seat_owner):
+    """Return whether a thing over a chair's seat, next to its back, keeps a gap from the seat."""
     x0, y0, x1, y1 = seat_owner.box
     return seat_owner.category == "chair" and thing.box[3] < y0 + 0.52 * (y1 - y0) - 6 - 2
 
@@ -250,8 +250,8 @@ def test_toy_vrd_is_registered():
         assert metadata.evaluator_type == "relation"
 
 
-def _drawn_again(monkeypatch, root, **options):
-    """How many images a load draws."""
+def _count_drawn(monkeypatch, root, **options):
+    """Return how many images a load draws."""
     calls = []
     draw = toy_vrd.draw_toy_image
     monkeypatch.setattr(toy_vrd, "draw_toy_image", lambda *a: calls.append(a) or draw(*a))
@@ -261,7 +261,7 @@ def _drawn_again(monkeypatch, root, **options):
 
 
 def test_load_toy_vrd_complete_folder_is_kept(small_root, monkeypatch):
-    assert _drawn_again(monkeypatch, small_root) == 0
+    assert _count_drawn(monkeypatch, small_root) == 0
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_load_toy_vrd_stale_folder_is_redrawn(small_root, monkeypatch, damage):
         content["manifest"]["generator_version"] -= 1
         annotations.write_text(json.dumps(content))
     count = 7 if damage == "count" else 6
-    assert _drawn_again(monkeypatch, small_root, num_images=count) == count
+    assert _count_drawn(monkeypatch, small_root, num_images=count) == count
     assert len(list(folder.glob("*.png"))) == count
     assert not list(folder.parent.glob(".test.*")), "temporary folders are left behind"
 
@@ -296,7 +296,7 @@ def test_load_toy_vrd_interrupted_keeps_old_folder(small_root, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         toy_vrd.load_toy_vrd(str(small_root), "test", num_images=7)
     monkeypatch.undo()
-    assert _drawn_again(monkeypatch, small_root) == 0
+    assert _count_drawn(monkeypatch, small_root) == 0
 
 
 def test_load_toy_vrd_concurrent_loads_draw_once(tmp_path, monkeypatch):
