@@ -285,9 +285,9 @@ class _CocoReader:
         """Read the relations of an image (``annotation_id`` None), or of their subject."""
         relations = holder.get("relations", []) if isinstance(holder, dict) else []
         for index, relation in enumerate(_as_list(relations)):
-            ends = relation[:2] if isinstance(relation, list) else []
-            if self.bad_annotations and any(_is_id(x) and x in self.bad_annotations for x in ends):
-                continue  # the annotation was reported
+            if self.bad_annotations and isinstance(relation, list):
+                if any(_is_id(x) and x in self.bad_annotations for x in relation[:2]):
+                    continue  # the annotation was reported
             try:
                 triplet = self._convert_relation(relation)
                 image_id = self.annotation_index[relation[0]][0]
@@ -307,10 +307,11 @@ class _CocoReader:
         """Return (subject index, object index, predicate id), 0-based."""
         if not isinstance(relation, list) or len(relation) != 3:
             raise ValueError("expected [subject annotation id, object annotation id, predicate id]")
-        subject, object_ = (_lookup(x, self.annotation_index) for x in relation[:2])
-        for end, identifier, role in zip((subject, object_), relation, ("subject", "object")):
-            if end is None:
-                raise ValueError(f"there is no annotation with the id {identifier!r} ({role})")
+        subject = _lookup(relation[0], self.annotation_index)
+        object_ = _lookup(relation[1], self.annotation_index)
+        if subject is None or object_ is None:
+            index, role = (0, "subject") if subject is None else (1, "object")
+            raise ValueError(f"there is no annotation with the id {relation[index]!r} ({role})")
         if subject[0] != object_[0]:
             raise ValueError("subject and object are annotations of different images")
         if relation[0] == relation[1]:
@@ -334,7 +335,7 @@ def _is_id(value: Any) -> bool:
 
 def _lookup(key: Any, table: dict[Any, Any]) -> Any:
     """Return the entry of an id, or None. True is not the id 1."""
-    return table.get(key) if _is_id(key) else None
+    return table.get(key) if type(key) in (int, str) else None
 
 
 def _as_list(value: Any) -> list[Any]:
