@@ -1,7 +1,7 @@
-"""What the prepare scripts share: downloads that can be resumed, and unpacking.
+"""Shared by the prepare scripts: resumable downloads and unpacking.
 
-Nothing is half there: a file has its name only once it is complete, so that every script can be
-interrupted and run again.
+A file gets its final name only when it is complete, so every script can be interrupted and run
+again.
 """
 
 import argparse
@@ -17,18 +17,18 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-__all__ = ["PrepareError", "fetch", "fetch_many", "parser_of", "require", "run", "unpack"]
+__all__ = ["PrepareError", "fetch", "fetch_many", "create_parser", "require", "run", "unpack"]
 
 _BLOCK = 1 << 20
-_TIMEOUT = 60  # seconds without a byte
+_TIMEOUT = 60  # seconds without receiving a byte
 
 
 class PrepareError(Exception):
-    """Something that the user has to mend; the text says what."""
+    """A problem that the user has to fix; the message says how."""
 
 
-def parser_of(description: str) -> argparse.ArgumentParser:
-    """A parser with the arguments that all prepare scripts have."""
+def create_parser(description: str) -> argparse.ArgumentParser:
+    """Create a parser with the arguments that all prepare scripts share."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -38,16 +38,16 @@ def parser_of(description: str) -> argparse.ArgumentParser:
         default=Path(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))),
         help="folder of the data sets; default: $DETECTRON2_DATASETS, or ./datasets",
     )
-    parser.add_argument("--mirror", help="take every file from MIRROR/NAME")
+    parser.add_argument("--mirror", help="download every file from MIRROR/NAME")
     return parser
 
 
 def run(main: Callable[[], None]) -> int:
-    """Call a script's main function; returns the exit status."""
+    """Call a script's main function and return the exit status."""
     try:
         main()
     except KeyboardInterrupt:
-        print("\nInterrupted. Run the same command again to go on.", file=sys.stderr)
+        print("\nInterrupted. Run the same command again to resume.", file=sys.stderr)
         return 130
     except (PrepareError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -56,16 +56,16 @@ def run(main: Callable[[], None]) -> int:
 
 
 def fetch(urls: Mapping[str, str], name: str, folder: Path, mirror: str | None = None) -> Path:
-    """Download a file unless it is there; an interrupted download goes on where it stopped.
+    """Download a file unless it exists; an interrupted download resumes where it stopped.
 
     Args:
-        urls: URL by name.
-        name: of the file.
-        folder: for the file.
-        mirror: take it from there instead.
+        urls: URL by file name.
+        name: name of the file.
+        folder: folder to put it in.
+        mirror: base URL to download it from instead.
 
     Raises:
-        PrepareError: it cannot be downloaded; with what to do by hand.
+        PrepareError: the download fails; the message says what to do by hand.
     """
     path = folder / name
     if path.exists():
@@ -75,17 +75,17 @@ def fetch(urls: Mapping[str, str], name: str, folder: Path, mirror: str | None =
         _download(url, path, progress=True)
     except OSError as error:
         raise PrepareError(
-            f"{url} cannot be downloaded ({error}). Run the command again, or download {name} by "
-            f"hand and put it into {folder.resolve()}; datasets/README.md names its home page."
+            f"Cannot download {url} ({error}). Run the command again, or download {name} by hand "
+            f"and put it into {folder.resolve()}; see datasets/README.md for its home page."
         ) from error
     return path
 
 
 def fetch_many(urls: Mapping[Path, str], what: str, threads: int = 16) -> None:
-    """Download many small files, those that are there already excepted.
+    """Download many small files, except those that exist already.
 
     Raises:
-        PrepareError: some cannot be downloaded; all others are there.
+        PrepareError: some downloads failed; all others are complete.
     """
     missing = {path: url for path, url in urls.items() if not path.exists()}
     failures = []
@@ -102,13 +102,13 @@ def fetch_many(urls: Mapping[Path, str], what: str, threads: int = 16) -> None:
     if failures:
         shown = "\n  ".join(failures[:10])
         raise PrepareError(
-            f"{len(failures)} of {len(urls)} files ({what}) cannot be downloaded, among them\n  "
-            f"{shown}\nRun the command again to try them once more."
+            f"Cannot download {len(failures)} of {len(urls)} files ({what}), including\n  "
+            f"{shown}\nRun the command again to retry them."
         )
 
 
 def _download(url: str, path: Path, progress: bool = False) -> None:
-    """Download to ``path`` by way of ``path.part``, which is continued where there is one."""
+    """Download to ``path`` through ``path.part``, which stays after an error, to be resumed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     start = part.stat().st_size if part.exists() else 0
@@ -116,7 +116,7 @@ def _download(url: str, path: Path, progress: bool = False) -> None:
     try:
         response = urllib.request.urlopen(request, timeout=_TIMEOUT)
     except urllib.error.HTTPError as error:
-        if error.code != 416:  # nothing behind the part: it is whole, or of another file
+        if error.code != 416:  # no bytes after the part: it is complete, or of another file
             raise
         part.unlink()
         response = urllib.request.urlopen(url, timeout=_TIMEOUT)
@@ -138,19 +138,19 @@ def _download(url: str, path: Path, progress: bool = False) -> None:
                 file.write(block)
                 bar.update(len(block))
     if total is not None and part.stat().st_size != total:
-        raise OSError(f"it ended after {part.stat().st_size} of {total} bytes")
+        raise OSError(f"the connection ended after {part.stat().st_size} of {total} bytes")
     os.replace(part, path)
 
 
-def unpack(archive: Path, place: Callable[[str], Path | None]) -> int:
-    """Unpack a zip file; what is there in full length stays.
+def unpack(archive: Path, target_path: Callable[[str], Path | None]) -> int:
+    """Unpack a zip file, except files that exist with their full size.
 
     Args:
         archive: the zip file.
-        place: gives the path of a member by its name, None for one that is not needed.
+        target_path: returns the path to unpack a member to by its name, None to skip it.
 
     Returns:
-        How many members have a place.
+        Number of members that are not skipped.
 
     Raises:
         PrepareError: the archive is damaged.
@@ -160,16 +160,13 @@ def unpack(archive: Path, place: Callable[[str], Path | None]) -> int:
             members = [
                 (member, path)
                 for member in content.infolist()
-                if not member.is_dir() and (path := place(member.filename)) is not None
+                if not member.is_dir() and (path := target_path(member.filename)) is not None
             ]
             for member, path in tqdm(members, desc=f"Unpacking {archive.name}", unit=" files"):
                 if path.exists() and path.stat().st_size == member.file_size:
                     continue
                 path.parent.mkdir(parents=True, exist_ok=True)
-                part = path.with_name(path.name + ".part")
-                with content.open(member) as source, open(part, "wb") as target:
-                    shutil.copyfileobj(source, target, _BLOCK)
-                os.replace(part, path)
+                _unpack_member(content, member, path)
     except (zipfile.BadZipFile, EOFError) as error:
         raise PrepareError(
             f"{archive.resolve()}: not a complete zip file ({error}). Remove it and run the "
@@ -178,12 +175,28 @@ def unpack(archive: Path, place: Callable[[str], Path | None]) -> int:
     return len(members)
 
 
+def _unpack_member(content: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> None:
+    """Unpack one file atomically; an error leaves nothing behind.
+
+    ``write_atomically`` would flush each of 100,000 images to the disk, which takes minutes, and
+    has to import the package.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        with content.open(member) as source, open(part, "wb") as target:
+            shutil.copyfileobj(source, target, _BLOCK)
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
 def require(paths: Iterable[Path], archive: str) -> None:
-    """Raise if something is still missing after unpacking.
+    """Raise if a path is missing after unpacking.
 
     Raises:
-        PrepareError: with the first path.
+        PrepareError: with the first missing path.
     """
     for path in paths:
         if not path.exists():
-            raise PrepareError(f"{path.resolve()} is not in {archive}: is it the right archive?")
+            raise PrepareError(f"{path.resolve()} is not in {archive}. Is it the right archive?")

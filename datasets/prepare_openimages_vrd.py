@@ -1,18 +1,18 @@
 #!/usr/bin/env python
 """Download OpenImages' relationships and their images into ROOT/openimages_vrd.
 
-Can be interrupted and run again: what is there is not downloaded. Of the challenge, only images
-with a relationship between two boxes are taken. The lists of the splits are made by
-tools/split_openimages_vrd.py, unless they are there: put lists of your own into
+Can be interrupted and run again: existing files are not downloaded again. Of the challenge, only
+images with a relationship between two boxes are downloaded. tools/split_openimages_vrd.py creates
+the lists of the splits, unless they exist: to use your own lists, put them into
 ROOT/openimages_vrd/lists first.
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # if the package is not installed
 
-from _prepare import PrepareError, fetch, fetch_many, parser_of, run  # noqa: E402
+from _prepare import PrepareError, create_parser, fetch, fetch_many, run  # noqa: E402
 
 import reldn_d2  # noqa: E402,F401  # isort: skip  before Detectron2
 from reldn_d2.data.datasets.io import Problems, read_csv  # noqa: E402
@@ -43,26 +43,26 @@ URLS = {
 
 
 def images_of(relations_csv: Path) -> list[str]:
-    """Identifiers of the images that a data set without a list of images has."""
+    """Return the ids of the images that a data set without a list of images has."""
     problems = Problems()
-    known = (*OPENIMAGES_PREDICATES, "is")
+    predicates = (*OPENIMAGES_PREDICATES, "is")
     columns = ("ImageID", "RelationshipLabel")
     rows = read_csv(str(relations_csv), columns, "relationships of OpenImages", problems)
-    images = dict.fromkeys(image for _, (image, label) in rows if label in known)
+    images = dict.fromkeys(image for _, (image, label) in rows if label in predicates)
     problems.raise_any()
     return list(images)
 
 
 def main() -> None:
-    """Download, make the lists, and say how to go on."""
-    parser = parser_of(__doc__)
+    """Download, create the lists and print the next step."""
+    parser = create_parser(__doc__)
     parser.add_argument(
         "--set",
         choices=("challenge", "mini", "v6-validation", "v6-test", "v6-train"),
         default="challenge",
         help="mini: only the 4,500 and 1,000 images of the small splits; default: challenge",
     )
-    parser.add_argument("--threads", type=int, default=16, help="downloads at a time")
+    parser.add_argument("--threads", type=int, default=16, help="number of parallel downloads")
     args = parser.parse_args()
     folder = args.root / "openimages_vrd"
     for name in _COMMON:
@@ -82,13 +82,13 @@ def main() -> None:
     fetch_many(urls, f"{split} images", args.threads)
     name = {"challenge": "train", "mini": "mini_train"}.get(args.set, args.set.replace("-", "_"))
     print(
-        f"{len(images)} images are there. Check them: "
+        f"All {len(images)} images are complete. Check them: "
         f"python -m reldn_d2.data.check openimages_vrd_{name}"
     )
 
 
 def _challenge_images(folder: Path, mini: bool, mirror: str | None) -> list[str]:
-    """Images of the lists, which are made if they are not there."""
+    """Return the images of the lists, which are created if they do not exist."""
     table = fetch(URLS, _TRAIN, folder, mirror)
     fetch(URLS, "challenge-2018-train-vrd-labels.csv", folder, mirror)
     names = ("mini_train", "mini_val") if mini else ("train", "val")
@@ -99,7 +99,7 @@ def _challenge_images(folder: Path, mini: bool, mirror: str | None) -> list[str]
 
         command = ["--relations", str(table), "--output", str(folder / "lists")]
         if split_openimages_vrd.main(command):
-            raise PrepareError("The lists of the splits could not be made.")
+            raise PrepareError("Could not create the lists of the splits.")
     return [image for path in lists for image in read_image_list(str(path))]
 
 

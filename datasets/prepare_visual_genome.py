@@ -1,14 +1,14 @@
 #!/usr/bin/env python
 """Download and unpack Visual Genome into ROOT/vg. Can be interrupted and run again.
 
-Files and archives that are in ROOT/vg already are not downloaded. The images of both archives come
-into one folder, VG_100K.
+Files and archives that exist in ROOT/vg are not downloaded again. The images of both archives are
+unpacked into one folder, VG_100K.
 """
 
 import sys
 from pathlib import Path, PurePosixPath
 
-from _prepare import fetch, parser_of, require, run, unpack
+from _prepare import create_parser, fetch, require, run, unpack
 
 _GRAPHS = "http://svl.stanford.edu/projects/scene-graph/dataset"
 _IMAGES = "https://cs.stanford.edu/people/rak248/VG_100K_2"
@@ -23,9 +23,9 @@ URLS = {
 
 
 def main() -> None:
-    """Download, unpack, and say how to go on."""
-    parser = parser_of(__doc__)
-    parser.add_argument("--no-images", action="store_true", help="the annotations alone")
+    """Download, unpack and print the next step."""
+    parser = create_parser(__doc__)
+    parser.add_argument("--no-images", action="store_true", help="download only the annotations")
     args = parser.parse_args()
     folder = args.root / "vg"
     for name in ("VG-SGG.h5", "VG-SGG-dicts.json"):
@@ -37,17 +37,17 @@ def main() -> None:
         unpack(archive, lambda member: image_data if member.endswith("image_data.json") else None)
         require([image_data], archive.name)
     if args.no_images:
-        print("The annotations of Visual Genome are there.")
+        print("The annotations of Visual Genome are complete.")
         return
 
-    def place(member: str) -> Path | None:
+    def target_path(member: str) -> Path | None:
         path = PurePosixPath(member)
         return folder / "VG_100K" / path.name if path.suffix == ".jpg" else None
 
     for name in ("images.zip", "images2.zip"):
-        if not unpack(fetch(URLS, name, folder, args.mirror), place):
+        if not unpack(fetch(URLS, name, folder, args.mirror), target_path):
             require([folder / "VG_100K" / "*.jpg"], name)
-    print("Visual Genome is there. Check it: python -m reldn_d2.data.check visual_genome_train")
+    print("Visual Genome is complete. Check it: python -m reldn_d2.data.check visual_genome_train")
 
 
 if __name__ == "__main__":

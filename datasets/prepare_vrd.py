@@ -1,13 +1,13 @@
 #!/usr/bin/env python
 """Download and unpack VRD into ROOT/vrd. Can be interrupted and run again.
 
-Archives that are in ROOT/vrd already are not downloaded.
+Archives that exist in ROOT/vrd are not downloaded again.
 """
 
 import sys
 from pathlib import Path, PurePosixPath
 
-from _prepare import fetch, parser_of, require, run, unpack
+from _prepare import create_parser, fetch, require, run, unpack
 
 URLS = {
     "json_dataset.zip": "https://cs.stanford.edu/people/ranjaykrishna/vrd/json_dataset.zip",
@@ -18,8 +18,8 @@ _FOLDERS = ("sg_train_images", "sg_test_images")
 
 
 def main() -> None:
-    """Download, unpack, and say how to go on."""
-    args = parser_of(__doc__).parse_args()
+    """Download, unpack and print the next step."""
+    args = create_parser(__doc__).parse_args()
     folder = args.root / "vrd"
 
     def annotations(member: str) -> Path | None:
@@ -32,11 +32,11 @@ def main() -> None:
             return None
         return folder / "sg_dataset" / path.parent.name / path.name
 
-    for archive, place in (("json_dataset.zip", annotations), ("sg_dataset.zip", images)):
-        unpack(fetch(URLS, archive, folder, args.mirror), place)
+    for archive, target_path in (("json_dataset.zip", annotations), ("sg_dataset.zip", images)):
+        unpack(fetch(URLS, archive, folder, args.mirror), target_path)
     require([folder / "json_dataset" / name for name in _NAMES], "json_dataset.zip")
     require([folder / "sg_dataset" / name for name in _FOLDERS], "sg_dataset.zip")
-    print("VRD is there. Check it: python -m reldn_d2.data.check vrd_train")
+    print("VRD is complete. Check it: python -m reldn_d2.data.check vrd_train")
 
 
 if __name__ == "__main__":

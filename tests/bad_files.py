@@ -1,4 +1,4 @@
-"""Loaders by format, and how a good file is broken and what is then told."""
+"""Loaders by format, and a check of the error for a broken file."""
 
 import pytest
 from data_files import write_coco, write_openimages, write_released, write_visual_genome
@@ -32,9 +32,9 @@ FORMATS = {
 }
 
 
-def check(folder, kind, spoil, error, message):
-    """``spoil`` changes the files or the arguments; the error must be told by ``message``."""
-    write, load = FORMATS[kind]
+def check_error(folder, file_format, spoil, error, message):
+    """Assert that loading raises ``error`` with ``message`` after ``spoil`` changed the files."""
+    write, load = FORMATS[file_format]
     arguments = write(folder)
     spoil(arguments)
     with pytest.raises(error, match=message) as caught:

@@ -42,7 +42,7 @@ OPENIMAGES_ROWS = [
 
 
 def rows_with_problems() -> list:
-    """Three rows, lines 2 to 4 of the file, each with a problem."""
+    """Three invalid rows, lines 2 to 4 of the file."""
     rows = [list(values) for values in OPENIMAGES_ROWS[:3]]
     rows[0][HEADER.index("XMin1")] = "left"
     rows[1][HEADER.index("LabelName1")] = "/m/77"
@@ -76,7 +76,7 @@ def pictures(folder: Path, names: Iterable[str], size=(WIDTH, HEIGHT)) -> str:
 def write_openimages(
     folder: Path, rows=OPENIMAGES_ROWS, labels=LABEL_ROWS, images=("aa01", "bb02", "cc03")
 ) -> dict[str, Any]:
-    """The files of the challenge 2018; those of V6 differ in their names alone."""
+    """The files of the 2018 challenge; those of V6 differ only in their names."""
     folder.mkdir(parents=True, exist_ok=True)
     return {
         "relations_csv": write_csv(folder / "challenge-2018-train-vrd.csv", rows, HEADER),
@@ -165,7 +165,7 @@ def write_visual_genome(folder: Path, attributes: bool = False) -> dict[str, Any
 
 
 def released_content() -> dict[str, Any]:
-    """The authors' files: boxes [ymin, ymax, xmin, xmax] from 0."""
+    """The files of RelDN's authors: 0-based boxes [ymin, ymax, xmin, xmax]."""
 
     def entity(category, bbox):
         return {"category": category, "bbox": bbox}

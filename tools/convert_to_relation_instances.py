@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write a registered data set as a COCO file with relations (see datasets/README.md, "Your own").
+"""Convert a registered data set to a COCO file with relations (datasets/README.md, "Your own").
 
 Example::
 
@@ -12,49 +12,55 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # if the package is not installed
 
 import reldn_d2  # noqa: E402,F401  # isort: skip  registers the data sets
 from reldn_d2.data.datasets import to_relation_instances
-from reldn_d2.data.datasets.catalog import add_module_argument, import_modules, require_dataset
+from reldn_d2.data.datasets.catalog import (
+    DATASET_ERRORS,
+    add_module_argument,
+    require_dataset,
+)
 from reldn_d2.utils.file_io import write_atomically
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Convert; returns the exit status."""
+    """Convert the data set and return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dataset", required=True, help="a registered data set")
-    parser.add_argument("--output", required=True, help="JSON file")
-    parser.add_argument("--image-root", help="file names become relative to it; default: its own")
+    parser.add_argument("--dataset", required=True, help="name of the registered data set")
+    parser.add_argument("--output", required=True, help="JSON file to write")
+    parser.add_argument(
+        "--image-root",
+        help="folder that file names become relative to; default: that of the data set",
+    )
     add_module_argument(parser)
     args = parser.parse_args(arguments)
     try:
-        import_modules(args.module)
-        require_dataset(args.dataset)
+        require_dataset(args.dataset, args.module)
         dicts, metadata = DatasetCatalog.get(args.dataset), MetadataCatalog.get(args.dataset)
-    except (KeyError, ValueError, OSError, ImportError) as error:
-        print(f"error: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
-        return 1
-    image_root = (
-        args.image_root
-        or metadata.get("image_root")
-        or os.path.commonpath(
-            [os.path.dirname(os.path.abspath(record["file_name"])) for record in dicts]
+        image_root = (
+            args.image_root
+            or metadata.get("image_root")
+            or os.path.commonpath(
+                [os.path.dirname(os.path.abspath(record["file_name"])) for record in dicts]
+            )
         )
-    )
-    content = to_relation_instances(
-        dicts,
-        metadata.thing_classes,
-        metadata.predicate_classes,
-        image_root,
-        metadata.get("attribute_classes", ()),
-    )
-    with write_atomically(args.output) as file:
-        json.dump(content, file)
+        content = to_relation_instances(
+            dicts,
+            metadata.thing_classes,
+            metadata.predicate_classes,
+            image_root,
+            metadata.get("attribute_classes", ()),
+        )
+        with write_atomically(args.output) as file:
+            json.dump(content, file)
+    except DATASET_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     relations = sum(len(image["relations"]) for image in content["images"])
     print(
         f"{args.output}: {len(content['images']):,} images, {len(content['annotations']):,} boxes, "

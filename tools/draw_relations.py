@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is n
 import reldn_d2  # noqa: E402,F401  # isort: skip  registers the data sets
 from PIL import Image
 
-from reldn_d2.data.datasets.catalog import add_module_argument, import_modules, require_dataset
+from reldn_d2.data.datasets.catalog import add_module_argument, require_dataset
 from reldn_d2.evaluation.predictions_io import read_predictions, read_settings
 from reldn_d2.structures.scene_graph import SceneGraph
 from reldn_d2.utils.image_io import distinct_paths, read_rgb
@@ -85,14 +85,13 @@ def load_predictions(
 def load_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Loaded:
     """What the options of :func:`add_arguments` name; ends with a line on what to mend."""
     try:
-        import_modules(args.module)
-        require_dataset(args.dataset)
+        require_dataset(args.dataset, args.module)
         dicts, metadata = DatasetCatalog.get(args.dataset), MetadataCatalog.get(args.dataset)
         predictions = {}
         if args.predictions:
             predictions = load_predictions(args.predictions, dicts, metadata)
-    except (ImportError, KeyError, OSError, ValueError) as error:
-        parser.error(str(error.args[0] if isinstance(error, KeyError) else error))
+    except (ImportError, OSError, ValueError) as error:
+        parser.error(str(error))
     return Loaded(dicts, metadata, predictions)
 
 

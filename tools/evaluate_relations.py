@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is not installed
 
 import reldn_d2  # noqa: E402,F401  # isort: skip  registers the data sets
-from reldn_d2.data.datasets.catalog import add_module_argument, import_modules, require_dataset
+from reldn_d2.data.datasets.catalog import add_module_argument, require_dataset
 from reldn_d2.evaluation import evaluate_predictions
 from reldn_d2.evaluation.predictions_io import read_predictions
 from reldn_d2.evaluation.submission import LAYOUTS, write_submission
@@ -76,11 +76,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     args = parser.parse_args(arguments)
     try:
-        import_modules(args.module)
         for name in filter(None, (args.dataset, args.train_dataset)):
-            require_dataset(name)
-    except (ImportError, KeyError) as error:
-        parser.error(str(error.args[0]))
+            require_dataset(name, args.module)
+    except (ImportError, ValueError) as error:
+        parser.error(str(error))
     return args
 
 

@@ -1,5 +1,6 @@
-"""Training batches in an order that the seed and the iteration determine, so that a resumed run
-goes on with the very batches that the interrupted one would have had.
+"""Training batches in an order that depends only on the seed and the iteration.
+
+A resumed run sees exactly the batches that the interrupted run would have seen.
 """
 
 import random
@@ -28,14 +29,14 @@ from .detection_files import attach_detections
 __all__ = ["TrainLoader", "build_train_loader", "load_training_dicts", "mix_seed"]
 
 
-def mix_seed(*numbers: int) -> int:
-    """One seed below 2**32 out of several numbers, such as seed, iteration and rank."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+def mix_seed(*values: int) -> int:
+    """Derive one seed below 2**32 from several values, such as seed, iteration and rank."""
+    return int(np.random.SeedSequence(values).generate_state(1)[0])
 
 
 @contextmanager
 def _own_randomness(seed: int) -> Iterator[None]:
-    """Seed the generators that augmentations draw from; afterwards they are as before."""
+    """Seed the generators that augmentations draw from, and restore them afterwards."""
     python, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         random.seed(seed)
@@ -48,8 +49,8 @@ def _own_randomness(seed: int) -> Iterator[None]:
             np.random.set_state(numpy_state)
 
 
-class _Seeded(Dataset):
-    """Mapped images by ``(index, seed)``."""
+class _SeededDataset(Dataset):
+    """Mapped images, indexed by ``(index, seed)``."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
@@ -68,16 +69,16 @@ def _as_list(batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 class TrainLoader:
-    """Batches without end, each a list of mapped images.
+    """Endless batches, each a list of mapped images.
 
     The order is that of Detectron2's loader: a sampler's indices, grouped so that a batch has only
-    wide or only high images. Groups are known from the dicts, so batches that an earlier run has
-    seen are skipped without reading an image. Each image's augmentation has a seed of its own.
+    wide or only tall images. Grouping needs only the dicts, so batches that an earlier run has seen
+    are skipped without reading an image. The augmentation of each image has its own seed.
 
     Attributes:
-        dataset: the dataset dicts, serialised; iterable.
+        dataset: the dataset dicts, serialized; iterable.
         seed: determines the order and the augmentations; the same on all processes.
-        start: the batch to begin with.
+        start: index of the first batch.
     """
 
     def __init__(
@@ -94,35 +95,36 @@ class TrainLoader:
         """
         Args:
             dicts: dataset dicts.
-            mapper: from a dict to the model's input.
-            build_sampler: from a seed to a sampler without end, of this process's share.
-            batch_size: images of this process in a batch.
-            group_by_aspect_ratio: let a batch have only wide or only high images.
-            num_workers: of torch's ``DataLoader``.
+            mapper: maps a dict to the model input.
+            build_sampler: maps a seed to an endless sampler of this process's share of the images.
+            batch_size: images per batch and process.
+            group_by_aspect_ratio: whether batches have only wide or only tall images.
+            num_workers: see torch's ``DataLoader``.
             seed: see the class.
         """
         self.wide = [x["width"] > x["height"] for x in dicts] if group_by_aspect_ratio else None
         self.dataset = DatasetFromList(list(dicts), copy=False)
-        self._mapped = _Seeded(MapDataset(self.dataset, mapper))
+        self._mapped = _SeededDataset(MapDataset(self.dataset, mapper))
         self._build_sampler = build_sampler
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed, self.start = seed, 0
 
     def seek(self, start: int, seed: int | None = None) -> None:
-        """Begin with batch ``start``; call it before the first batch is taken."""
+        """Start with batch ``start``; call this before iterating."""
         self.start = start
         self.seed = self.seed if seed is None else seed
 
     def indices(self) -> Iterator[list[tuple[int, int]]]:
-        """The batches from the first on, as (index of the image, seed of its augmentation)."""
+        """Yield all batches from the first one, as (index, augmentation seed) of their images."""
         groups: dict[bool, list[tuple[int, int]]] = {False: [], True: []}
         rank, world = comm.get_rank(), comm.get_world_size()
-        for number, index in zip(count(rank, world), self._build_sampler(self.seed)):
+        # `position` counts the images of all processes, so that no two augmentations share a seed.
+        for position, index in zip(count(rank, world), self._build_sampler(self.seed)):
             group = groups[bool(self.wide and self.wide[index])]
-            group.append((index, number))
+            group.append((index, position))
             if len(group) == self.batch_size:
-                yield [(i, mix_seed(self.seed, n)) for i, n in group]
+                yield [(i, mix_seed(self.seed, p)) for i, p in group]
                 group.clear()
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
@@ -131,34 +133,35 @@ class TrainLoader:
             batch_sampler=islice(self.indices(), self.start, None),
             num_workers=self.num_workers,
             collate_fn=_as_list,
-            generator=torch.Generator(),  # the global one is the model's
+            generator=torch.Generator(),  # the global one belongs to the model
         )
 
 
 def load_training_dicts(
     cfg: CfgNode, num_classes: int | None, num_predicates: int | None
 ) -> list[dict[str, Any]]:
-    """The dicts of ``DATASETS.TRAIN``, each checked, filtered as Detectron2 does.
+    """Load and check the dicts of ``DATASETS.TRAIN``, and filter them as Detectron2 does.
 
     Args:
-        cfg: with ``DATASETS``, ``DATALOADER`` and ``MODEL.LOAD_PROPOSALS``.
-        num_classes, num_predicates: what records are checked against; None: not checked.
+        cfg: config with ``DATASETS``, ``DATALOADER`` and ``MODEL.LOAD_PROPOSALS``.
+        num_classes: number of entity classes to check against; not checked when None.
+        num_predicates: number of predicates to check against; not checked when None.
 
     Raises:
-        ValueError: a record that cannot be used, or files of detections that do not fit the names.
+        ValueError: a record is invalid, or the number of detection files is wrong.
     """
     names = list(cfg.DATASETS.TRAIN)
     proposals = list(cfg.DATASETS.PROPOSAL_FILES_TRAIN) if cfg.MODEL.LOAD_PROPOSALS else []
     detections = detection_files(cfg, is_train=True)
     dicts: list[dict[str, Any]] = []
-    for number, name in enumerate(names):
+    for index, name in enumerate(names):
         records = DatasetCatalog.get(name)
         for record in records:
             check_annotations(record, num_classes, num_predicates)
         if proposals:
-            records = load_proposals_into_dataset(records, proposals[number])
+            records = load_proposals_into_dataset(records, proposals[index])
         if detections:
-            records = attach_detections(records, name, detections[number], num_classes)
+            records = attach_detections(records, name, detections[index], num_classes)
         dicts.extend(records)
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         dicts = filter_images_with_only_crowd_annotations(dicts)
@@ -171,17 +174,17 @@ def load_training_dicts(
 
 
 def detection_files(cfg: CfgNode, is_train: bool) -> list[str]:
-    """The files of ``DATASETS.DETECTION_FILES_TRAIN`` or ``_TEST``; none, or one a data set.
+    """Return ``DATASETS.DETECTION_FILES_TRAIN`` or ``_TEST``: no files, or one per data set.
 
     Raises:
-        ValueError: their number is another.
+        ValueError: there are more or fewer files.
     """
     split = "TRAIN" if is_train else "TEST"
     files, names = list(cfg.DATASETS[f"DETECTION_FILES_{split}"]), cfg.DATASETS[split]
     if files and len(files) != len(names):
         raise ValueError(
-            f"DATASETS.DETECTION_FILES_{split} has {len(files)} files, but DATASETS.{split} "
-            f"{len(names)} data sets: {', '.join(names)}. Name one file for each."
+            f"DATASETS.DETECTION_FILES_{split} has {len(files)} files, but DATASETS.{split} has "
+            f"{len(names)} data sets: {', '.join(names)}. Set one file per data set."
         )
     return files
 
@@ -189,13 +192,14 @@ def detection_files(cfg: CfgNode, is_train: bool) -> list[str]:
 def build_train_loader(
     cfg: CfgNode, mapper: Callable, num_classes: int | None, num_predicates: int | None
 ) -> TrainLoader:
-    """A :class:`TrainLoader` for ``DATASETS.TRAIN`` with Detectron2's keys of ``DATALOADER``.
+    """Build a :class:`TrainLoader` for ``DATASETS.TRAIN`` from Detectron2's ``DATALOADER`` keys.
 
     Raises:
-        ValueError: the batch cannot be divided among the processes, or the sampler is unknown.
+        ValueError: the batch size is not divisible by the number of processes, or the sampler is
+            unknown.
     """
     dicts = load_training_dicts(cfg, num_classes, num_predicates)
-    number = len(dicts)  # the sampler must not keep the dicts themselves in memory
+    num_images = len(dicts)  # the sampler must not keep the dicts themselves in memory
     batch, world = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
     if batch % world or batch < world:
         raise ValueError(f"SOLVER.IMS_PER_BATCH is {batch}: not divisible by {world} processes.")
@@ -211,12 +215,12 @@ def build_train_loader(
     elif name == "TrainingSampler":
 
         def build_sampler(seed: int) -> Sampler:
-            return TrainingSampler(number, seed=seed)
+            return TrainingSampler(num_images, seed=seed)
 
     else:
         raise ValueError(
-            f"DATALOADER.SAMPLER_TRAIN is '{name}'; known: TrainingSampler, "
-            "RepeatFactorTrainingSampler. For another one override build_train_loader."
+            f"DATALOADER.SAMPLER_TRAIN is '{name}'; expected TrainingSampler or "
+            "RepeatFactorTrainingSampler. Override build_train_loader to use another one."
         )
     return TrainLoader(
         dicts,

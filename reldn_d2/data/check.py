@@ -1,7 +1,7 @@
 """Check a registered data set: ``python -m reldn_d2.data.check NAME``.
 
-Prints a summary and lists every problem with its file, its record and how to fix it. The exit
-status is 0 if the data set is usable, 1 if it is not, and 2 if the command is wrong. To look at the
+Print a summary and list every problem with its file, its record and how to fix it. The exit status
+is 0 if the data set is usable, 1 if it is not, and 2 if the command is wrong. To look at the
 annotations, run ``python tools/draw_relations.py --dataset NAME --output FOLDER``.
 """
 
@@ -25,24 +25,24 @@ from detectron2.utils.logger import setup_logger
 
 from ..structures.scene_graph import boxes_xyxy
 from .dataset_dict import annotation_problems
-from .datasets.catalog import add_module_argument, import_modules, require_dataset
+from .datasets.catalog import DATASET_ERRORS, add_module_argument, require_dataset
 from .datasets.io import image_size
 from .summary import DatasetSummary
 
 __all__ = ["Report", "check_dataset", "main"]
 
-_OUTSIDE = 1e-3  # pixels; boxes are computed from rounded numbers
+_TOLERANCE = 1e-3  # pixels that a box may extend beyond its image due to rounding
 _IMAGE_KEYS = ("file_name", "image_id", "height", "width")
 _THREADS = 8
 
 
 @dataclass
 class Report:
-    """What a check found."""
+    """The result of a check."""
 
-    errors: list[str] = field(default_factory=list)  # the data set cannot be used as it is
-    warnings: list[str] = field(default_factory=list)  # it can, but a person should know
-    summary: DatasetSummary | None = None  # of the images without errors
+    errors: list[str] = field(default_factory=list)  # the data set cannot be used
+    warnings: list[str] = field(default_factory=list)  # it can be used, but look at these
+    summary: DatasetSummary | None = None  # covers the images without errors
     dataset_dicts: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -55,110 +55,110 @@ def check_dataset(name: str, decode: bool = False) -> Report:
     """Check a registered data set.
 
     Args:
-        name: of the data set.
-        decode: read the pixels of every image, not only its header; finds truncated images.
+        name: name of the data set.
+        decode: read the pixels of every image, not only its header, to find truncated images.
 
     Raises:
-        KeyError: if there is no such data set.
+        UnknownDatasetError: if there is no such data set.
     """
     require_dataset(name)
     report = Report()
     try:
         report.dataset_dicts = DatasetCatalog.get(name)
-    except (OSError, ValueError, ImportError) as error:
+    except DATASET_ERRORS as error:
         report.errors += getattr(error, "problems", [str(error)])
         return report
     metadata = MetadataCatalog.get(name)
-    names = [metadata.get(key) for key in ("thing_classes", "predicate_classes")]
-    for key, value in zip(("thing_classes", "predicate_classes"), names):
+    names = {key: metadata.get(key) for key in ("thing_classes", "predicate_classes")}
+    for key, value in names.items():
         if value is None:
             report.errors.append(
                 f"data set {name}: its metadata has no {key}. Set them when you register it."
             )
-    if None in names:
+    if None in names.values():
         return report
     if not report.dataset_dicts:
-        report.errors.append(f"data set {name}: it has no image.")
+        report.errors.append(f"data set {name}: it has no images.")
     report.errors += [
-        f"data set {name}: its list of {what} is empty. Name them when you register it, or in its "
-        "files."
-        for what, value in zip(("classes", "predicates"), names)
+        f"data set {name}: its {key} is an empty list. Set the names when you register it, or in "
+        "its files."
+        for key, value in names.items()
         if not len(value)
     ]
-    report.summary = DatasetSummary(*names)
-    sound = _check_records(report, *map(len, names))
+    report.summary = DatasetSummary(*names.values())
+    identified = _check_records(report, *map(len, names.values()))
     if report.dataset_dicts and not any(x.get("relations") for x in report.dataset_dicts):
         report.warnings.append(
-            f"data set {name}: none of its images has a relation. Do they stand where its loader "
-            "looks for them (docs/own_data.md)?"
+            f"data set {name}: none of its images has a relation. Are the relations where the "
+            "loader expects them (docs/own_data.md)?"
         )
-    _check_images(report, sound, decode)
+    _check_images(report, identified, decode)
     return report
 
 
 def _check_records(
     report: Report, num_classes: int, num_predicates: int
 ) -> list[tuple[str, dict[str, Any]]]:
-    """Check annotations and relations; returns the images that can be looked for."""
+    """Check annotations and relations; return (place in messages, dict) of complete records."""
     seen: dict[str, dict[Any, int]] = {"image_id": {}, "file_name": {}}
-    sound = []
-    for number, record in enumerate(report.dataset_dicts):
-        where = f"image {number} ({record.get('file_name', 'no file name')})"
+    complete = []
+    for index, record in enumerate(report.dataset_dicts):
+        where = f"image {index} ({record.get('file_name', 'no file name')})"
         missing = [key for key in _IMAGE_KEYS if key not in record]
         if missing:
-            report.errors.append(f"{where}: its dict has no {', '.join(missing)}. Add them.")
+            report.errors.append(f"{where}: the dict has no {', '.join(missing)}. Add these keys.")
             continue
-        for key, known in seen.items():
-            first = known.setdefault(record[key], number)
-            if first != number:
+        for key, indices in seen.items():
+            first = indices.setdefault(record[key], index)
+            if first != index:
                 report.errors.append(
-                    f"{where}: {key} {record[key]!r} is that of image {first} as well. Give every "
-                    "image one record."
+                    f"{where}: image {first} has the same {key} {record[key]!r}. Keep one record "
+                    "per image."
                 )
-        sound.append((where, record))
+        complete.append((where, record))
         errors = list(annotation_problems(record, num_classes, num_predicates, where))
         if "annotations" in record:
-            broken, outside = _box_problems(record, where)
-            errors += broken
-            report.warnings += outside
+            box_errors, box_warnings = _box_problems(record, where)
+            errors += box_errors
+            report.warnings += box_warnings
         report.errors += errors
         if not errors:
             report.warnings += _duplicates(record, where)
             report.summary.add(record)
-    return sound
+    return complete
 
 
 def _box_problems(record: dict[str, Any], where: str) -> tuple[list[str], list[str]]:
-    """(errors, warnings) of the boxes of an image."""
+    """Return (errors, warnings) about the boxes of an image."""
     errors, warnings = [], []
     width, height = record["width"], record["height"]
-    for number, annotation in enumerate(record["annotations"]):
+    for index, annotation in enumerate(record["annotations"]):
         if "bbox" not in annotation or "bbox_mode" not in annotation:
             continue  # reported already
-        place = f"{where}: annotation {number} has the box {_short(annotation['bbox'])}"
+        place = f"{where}: annotation {index} has the box {_short(annotation['bbox'])}"
         if not _is_box(annotation):
             errors.append(
                 f"{place} in mode {annotation['bbox_mode']!r}; expected four finite numbers in a "
-                "BoxMode. Mend or remove it."
+                "BoxMode. Fix or remove it."
             )
             continue
         ((x0, y0, x1, y1),) = boxes_xyxy([annotation]).tolist()
         if x0 > x1 or y0 > y1:
-            errors.append(f"{place}, whose corners are the wrong way round. Mend or remove it.")
+            errors.append(f"{place}, whose corners are swapped. Fix or remove it.")
         elif x0 == x1 or y0 == y1:
             warnings.append(
-                f"{place}, which has no area: training leaves it out, with its relations, and "
-                "evaluation never finds it. Mend or remove it."
+                f"{place}, which has no area: training skips it and its relations, and in "
+                "evaluation nothing can match it. Fix or remove it."
             )
         elif x0 >= width or y0 >= height or x1 <= 0 or y1 <= 0:
             errors.append(
-                f"{place}, which lies outside the image of {width} x {height} pixels. Mend or "
+                f"{place}, which is outside the image of {width} x {height} pixels. Fix or "
                 "remove it."
             )
-        elif min(x0, y0) < -_OUTSIDE or x1 > width + _OUTSIDE or y1 > height + _OUTSIDE:
+        elif min(x0, y0) < -_TOLERANCE or x1 > width + _TOLERANCE or y1 > height + _TOLERANCE:
             warnings.append(
-                f"{place}, which reaches beyond the image of {width} x {height} pixels; it is "
-                "clipped in training."
+                f"{place}, which extends beyond the image of {width} x {height} pixels; "
+                "training clips it."
             )
     return errors, warnings
 
@@ -180,51 +180,51 @@ def _short(value: Any) -> str:
 
 
 def _duplicates(record: dict[str, Any], where: str) -> Iterator[str]:
-    """Entities and relations that stand more than once in an image."""
+    """Yield warnings about entities and relations that an image has more than once."""
     first: dict[tuple, int] = {}
-    for number, annotation in enumerate(record["annotations"]):
+    for index, annotation in enumerate(record["annotations"]):
         key = (annotation["category_id"], annotation["bbox_mode"], *map(float, annotation["bbox"]))
-        before = first.setdefault(key, number)
-        if before != number:
+        earlier = first.setdefault(key, index)
+        if earlier != index:
             yield (
-                f"{where}: annotation {number} has the class and box of annotation {before}. Is it "
-                "one entity?"
+                f"{where}: annotation {index} has the class and box of annotation {earlier}. Are "
+                "they the same entity?"
             )
-    for relation, times in Counter(map(tuple, record.get("relations", ()))).items():
-        if times > 1:
+    for relation, count in Counter(map(tuple, record.get("relations", ()))).items():
+        if count > 1:
             yield (
-                f"{where}: relation {relation} stands there {times} times; recall counts each. "
-                "Remove the others if that is not meant."
+                f"{where}: relation {relation} is listed {count} times; recall counts every copy. "
+                "Remove the others if this is not intended."
             )
 
 
 def _check_images(
     report: Report, records: Sequence[tuple[str, dict[str, Any]]], decode: bool
 ) -> None:
-    """Read the header, or the pixels, of every image."""
+    """Read the header or the pixels of every image."""
 
     def problem(item: tuple[str, dict[str, Any]]) -> str | None:
         where, record = item
-        path, expected = record["file_name"], (record["height"], record["width"])
+        path, annotated = record["file_name"], (record["height"], record["width"])
         if not os.path.isfile(path) and "://" not in path:
-            return f"{where}: there is no such image. Unpack it, or remove the record."
+            return f"{where}: this image does not exist. Unpack it, or remove the record."
         try:
             size = read_image(path).shape[:2] if decode else image_size(path)
-        except Exception as error:  # decoders raise all sorts
+        except Exception as error:  # decoders raise many types
             return (
                 f"{where}: cannot be read as an image ({error.__cause__ or error}). Unpack it "
                 "again, or remove the record."
             )
-        if tuple(size) != expected:
+        if tuple(size) != annotated:
             return (
-                f"{where}: the image is {size[1]} x {size[0]} pixels, its record says "
-                f"{expected[1]} x {expected[0]}. Use the image that was annotated, or mend width "
+                f"{where}: the image is {size[1]} x {size[0]} pixels, but its record says "
+                f"{annotated[1]} x {annotated[0]}. Use the image that was annotated, or fix width "
                 "and height (and the boxes)."
             )
         return None
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = tqdm(
+        problems = tqdm(
             pool.map(problem, records),
             total=len(records),
             desc="Images",
@@ -232,7 +232,7 @@ def _check_images(
             delay=1,
             mininterval=1,
         )
-        report.errors += [text for text in found if text is not None]
+        report.errors += [text for text in problems if text is not None]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -242,26 +242,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", metavar="NAME", help="a registered data set")
+    parser.add_argument("name", metavar="NAME", help="name of a registered data set")
     add_module_argument(parser)
     parser.add_argument("--decode", action="store_true", help="read the pixels of every image")
-    parser.add_argument("--limit", type=int, help="problems printed of each kind; default: all")
+    parser.add_argument(
+        "--limit", type=int, help="max errors and max warnings to print; default: all"
+    )
     args = parser.parse_args(arguments)
     setup_logger(name="reldn_d2")
     try:
-        import_modules(args.module)
-        report = check_dataset(args.name, args.decode)
-    except ImportError as error:
+        require_dataset(args.name, args.module)
+    except (ImportError, ValueError) as error:
         parser.error(str(error))
-    except KeyError as error:
-        parser.error(error.args[0])
+    report = check_dataset(args.name, args.decode)
     if report.summary is not None:
         print(report.summary.text(args.name))
-    for kind, texts in (("warning", report.warnings), ("error", report.errors)):
+    for severity, texts in (("warning", report.warnings), ("error", report.errors)):
         for text in texts[: args.limit]:
-            print(f"{kind}: {text}")
+            print(f"{severity}: {text}")
         if len(texts) > len(texts[: args.limit]):
-            print(f"... {len(texts)} {kind}s in all; a higher --limit shows more")
+            print(f"... {len(texts)} {severity}s in total; raise --limit to see more")
     verdict = "usable" if report.usable else "NOT usable"
     print(
         f"\n{args.name} is {verdict}: {len(report.errors)} errors, {len(report.warnings)} warnings"

@@ -1,4 +1,4 @@
-"""What is common to all readers of dataset dicts.
+"""Shared by all readers of dataset dicts.
 
 A dataset dict is Detectron2's, plus ``"relations": [(subject_index, object_index, predicate_id),
 ...]``, 0-based, with indices into its ``"annotations"``.
@@ -12,9 +12,43 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..structures.relations import relation_problems
 
-__all__ = ["annotation_problems", "check_annotations", "dicts_without_images"]
+__all__ = [
+    "annotation_problems",
+    "check_annotations",
+    "create_annotation",
+    "create_dataset_dict",
+    "dicts_without_images",
+]
 
 _KEYS = ("bbox", "bbox_mode", "category_id")
+
+
+def create_dataset_dict(
+    file_name: str,
+    image_id: int | str,
+    image_size: tuple[int, int],
+    annotations: list[dict[str, Any]],
+    relations: list[tuple[int, int, int]],
+) -> dict[str, Any]:
+    """Create a dataset dict; ``image_size`` is (height, width)."""
+    return {
+        "file_name": file_name,
+        "image_id": image_id,
+        "height": image_size[0],
+        "width": image_size[1],
+        "annotations": annotations,
+        "relations": relations,
+    }
+
+
+def create_annotation(box: Sequence[float], category: int) -> dict[str, Any]:
+    """Create the annotation of an entity from its XYXY box and 0-based class."""
+    return {
+        "bbox": list(box),
+        "bbox_mode": BoxMode.XYXY_ABS,
+        "category_id": category,
+        "iscrowd": 0,
+    }
 
 
 def check_annotations(
@@ -23,16 +57,16 @@ def check_annotations(
     num_predicates: int | None = None,
     where: str | None = None,
 ) -> None:
-    """Raise if the annotations or relations of an image cannot be used.
+    """Raise if the annotations or relations of an image are invalid.
 
     Args:
-        dataset_dict: the image's dict.
+        dataset_dict: dict of the image.
         num_classes: number of entity classes of the data set; not checked when None.
         num_predicates: number of predicates of the data set; not checked when None.
-        where: names the image in the message; its ``"file_name"`` when None.
+        where: image in the message; defaults to its ``"file_name"``.
 
     Raises:
-        ValueError: with the image, the record and the mend.
+        ValueError: names the image and the record and says how to fix it.
     """
     for problem in annotation_problems(dataset_dict, num_classes, num_predicates, where):
         raise ValueError(problem)
@@ -44,32 +78,32 @@ def annotation_problems(
     num_predicates: int | None = None,
     where: str | None = None,
 ) -> Iterator[str]:
-    """All that :func:`check_annotations` would raise, at most one message a record."""
+    """Yield everything that :func:`check_annotations` would raise, at most one per record."""
     where = where or str(dataset_dict.get("file_name", dataset_dict.get("image_id", "an image")))
     if "annotations" not in dataset_dict:
         yield (
-            f'{where}: the dataset dict has no "annotations". For an image without entities give '
-            "an empty list; to leave the image out, remove its dict."
+            f'{where}: the dataset dict has no "annotations". For an image without entities use '
+            "an empty list; to skip the image, remove its dict."
         )
         return
     annotations = dataset_dict["annotations"]
-    for number, annotation in enumerate(annotations):
+    for index, annotation in enumerate(annotations):
         missing = [key for key in _KEYS if key not in annotation]
         if missing:
             yield (
-                f'{where}: annotation {number} has no "{missing[0]}"; it has {sorted(annotation)}. '
-                "docs/own_data.md shows a complete example."
+                f'{where}: annotation {index} has no "{missing[0]}"; it has {sorted(annotation)}. '
+                "See docs/own_data.md for a complete example."
             )
             continue
         category = annotation["category_id"]
         if not isinstance(category, Integral):
             yield (
-                f"{where}: annotation {number} has category_id {category!r:.60}; expected an "
-                "integer from 0 on."
+                f"{where}: annotation {index} has category_id {category!r:.60}; expected an "
+                "integer of at least 0."
             )
         elif category < 0 or (num_classes is not None and category >= num_classes):
             yield (
-                f"{where}: annotation {number} has category_id {category}, outside the "
+                f"{where}: annotation {index} has category_id {category}, outside the "
                 f"{num_classes} classes (0-based) of this data set."
             )
     yield from relation_problems(
@@ -78,10 +112,10 @@ def annotation_problems(
 
 
 def dicts_without_images(dataset_name: str) -> list[dict[str, Any]]:
-    """Dicts of a registered data set; its images are read only if there is no way round that.
+    """Return the dicts of a registered data set, without reading images if possible.
 
-    Where loading a data set reads images (for their sizes), its metadata can have
-    ``load_annotations``, a function that returns the dicts without what only the images tell.
+    If loading a data set reads images (for their sizes), its metadata can have
+    ``load_annotations``, a function that returns the dicts without the keys that need images.
     """
     load = MetadataCatalog.get(dataset_name).get("load_annotations", None)
     return load() if load is not None else DatasetCatalog.get(dataset_name)

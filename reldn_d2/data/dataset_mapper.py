@@ -1,4 +1,4 @@
-"""Dataset dict -> model input: image, instances and the relations between them."""
+"""Map a dataset dict to the model input: image, instances and the relations between them."""
 
 import copy
 from collections.abc import Sequence
@@ -21,17 +21,17 @@ __all__ = ["RelationDatasetMapper"]
 
 
 class RelationDatasetMapper(DatasetMapper):
-    """Detectron2's ``DatasetMapper``, which also carries the relations through.
+    """Detectron2's ``DatasetMapper`` that also maps the relations.
 
-    The dataset dict has, beside Detectron2's keys, ``"relations"``: a list of ``(subject_index,
-    object_index, predicate_id)``, 0-based, with indices into ``"annotations"``. Any augmentation of
-    Detectron2 can be used. The given dict is not changed.
+    In addition to Detectron2's keys the dataset dict has ``"relations"``: a list of
+    ``(subject_index, object_index, predicate_id)``, 0-based, with indices into ``"annotations"``.
+    Any augmentation of Detectron2 can be used. The given dict is not modified.
 
-    In training, crowd annotations and boxes of which the augmentation left nothing are dropped, as
-    Detectron2 does; the relations that they are part of go with them, and the indices of the others
-    are moved accordingly. Relations are thus always valid for ``"instances"``, and either may be
-    empty. For inference nothing is dropped, so that ground-truth boxes can be given to the model
-    (tasks PRDCLS and SGCLS).
+    In training, crowd annotations and boxes that the augmentation leaves empty are dropped, as in
+    Detectron2. Their relations are dropped too, and the indices of the other relations are
+    remapped. Relations are therefore always valid for ``"instances"``, and either may be empty. For
+    inference nothing is dropped, so that the model can be given ground-truth boxes (tasks PRDCLS
+    and SGCLS).
     """
 
     @configurable
@@ -44,10 +44,10 @@ class RelationDatasetMapper(DatasetMapper):
         **kwargs: Any,
     ) -> None:
         """Args:
-        is_train: whether it is used in training.
+        is_train: whether the mapper is used for training.
         num_classes: number of entity classes of the data set; not checked when None.
         num_predicates: number of predicates of the data set; not checked when None.
-        **kwargs: augmentations, image_format and the others of ``DatasetMapper``.
+        **kwargs: augmentations, image_format and other arguments of ``DatasetMapper``.
         """
         super().__init__(is_train, **kwargs)
         self.num_classes = num_classes
@@ -55,7 +55,7 @@ class RelationDatasetMapper(DatasetMapper):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
-        """Arguments of ``__init__``; the counts are those of the data sets in ``cfg.DATASETS``."""
+        """Return the arguments of ``__init__``; counts are those of ``cfg.DATASETS``."""
         names = cfg.DATASETS.TRAIN if is_train else cfg.DATASETS.TEST
         ret = super().from_config(cfg, is_train)
         ret["num_classes"] = _count_names(names, "thing_classes")
@@ -63,7 +63,9 @@ class RelationDatasetMapper(DatasetMapper):
         return ret
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
-        """Args:
+        """Map one image.
+
+        Args:
             dataset_dict: one image in Detectron2's format, plus ``"relations"``.
 
         Returns:
@@ -75,7 +77,8 @@ class RelationDatasetMapper(DatasetMapper):
             * ``relations``: ``Instances`` of M relations, with ``gt_pairs`` (M, 2) into
               ``instances`` and ``gt_predicates`` (M,); M may be 0.
 
-            Without ``"annotations"`` (inference on plain images) the last two are left out.
+            ``instances`` and ``relations`` are missing without ``"annotations"`` (inference on
+            plain images).
         """
         dataset_dict = copy.deepcopy(dataset_dict)
         annotated = self.is_train or "annotations" in dataset_dict or "relations" in dataset_dict
@@ -84,7 +87,7 @@ class RelationDatasetMapper(DatasetMapper):
         image = utils.read_image(dataset_dict["file_name"], format=self.image_format)
         utils.check_image_size(dataset_dict, image)
 
-        # Some augmentations look at the boxes, to choose a crop for instance.
+        # Some augmentations use the boxes, e.g. to choose a crop.
         boxes = boxes_xyxy(dataset_dict["annotations"]) if annotated else None
         aug_input = T.AugInput(image, boxes=boxes)
         transforms = self.augmentations(aug_input)
@@ -107,11 +110,11 @@ class RelationDatasetMapper(DatasetMapper):
     def _transform_annotations(
         self, dataset_dict: dict[str, Any], transforms: T.Transform, image_shape: Sequence[int]
     ) -> None:
-        """Replace annotations and relations by ``Instances`` in the frame of the new image."""
+        """Replace annotations and relations with ``Instances`` in the frame of the new image."""
         annotations = dataset_dict.pop("annotations")
         kept = torch.ones(len(annotations), dtype=torch.bool)
         for index, annotation in enumerate(annotations):
-            # Detectron2's transforms work in place: they would round a box of integers.
+            # Detectron2's transforms work in place, so they would round a box of integers.
             annotation["bbox"] = [float(value) for value in annotation["bbox"]]
             if not self.use_instance_mask:
                 annotation.pop("segmentation", None)
@@ -146,7 +149,7 @@ class RelationDatasetMapper(DatasetMapper):
 
 
 def _count_names(dataset_names: Sequence[str], key: str) -> int | None:
-    """Number of classes or predicates of the data sets; None where none of them says.
+    """Return the number of classes or predicates of the data sets, None if it is not set.
 
     Raises:
         ValueError: if the data sets do not have the same names.

@@ -1,7 +1,9 @@
-"""Detections from files, in the place of a detector.
+"""Read detections from files, to use them instead of a detector.
 
-Two formats are read: COCO results (JSON), as Detectron2 and most detectors write them, and
-Detectron2's ``instances_predictions.pth``. Boxes there are XYWH in pixels of the original image.
+Supported are COCO results (JSON), as Detectron2 and most detectors write them, and Detectron2's
+``instances_predictions.pth``. Their boxes are XYWH in pixels of the original image.
+
+Shape shorthand: K entity classes, Q detections of an image.
 """
 
 import json
@@ -33,71 +35,72 @@ def load_detections(
     Args:
         path: a COCO results file (``.json``) or Detectron2's ``instances_predictions.pth``.
         num_classes: K.
-        category_ids: from the ids in a JSON file to 0-based classes (the metadata's
-            ``thing_dataset_id_to_contiguous_id``); None where they are 0-based already. The other
-            format always has 0-based ones.
+        category_ids: maps the ids in a JSON file to 0-based classes (the metadata's
+            ``thing_dataset_id_to_contiguous_id``); None if they are 0-based already. The other
+            format always has 0-based ids.
 
     Returns:
-        By image id, as a string: ``boxes`` (Q, 4) float32 XYXY, ``scores`` (Q,) float32 and
+        Arrays by image id (a string): ``boxes`` (Q, 4) float32 XYXY, ``scores`` (Q,) float32 and
         ``classes`` (Q,) int64.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is of neither format; with the record that is wrong.
+        ValueError: the file has neither format, or a record is invalid; names the record.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(
-            f"No file of detections '{path}' (DATASETS.DETECTION_FILES_TRAIN or _TEST)."
+            f"Detection file '{path}' does not exist (DATASETS.DETECTION_FILES_TRAIN or _TEST)."
         )
     if path.endswith(".json"):
         with open(path) as file:
             records = json.load(file)
         if not isinstance(records, list):
             raise ValueError(
-                f"{path} holds a {type(records).__name__}, not a list of detections. COCO results "
-                'are [{"image_id", "category_id", "bbox": [x, y, width, height], "score"}, ...].'
+                f"{path} contains a {type(records).__name__}, not a list of detections. COCO "
+                'results are [{"image_id", "category_id", "bbox": [x, y, width, height], '
+                '"score"}, ...].'
             )
     else:
         records, category_ids = _read_predictions(path), None
     rows: dict[str, list[tuple[Sequence[float], float, int]]] = {}
-    for number, record in enumerate(records):
-        category = _check(record, f"{path}, detection {number}", num_classes, category_ids)
+    for index, record in enumerate(records):
+        category = _category_of(record, f"{path}, detection {index}", num_classes, category_ids)
         row = (record["bbox"], record["score"], category)
         rows.setdefault(str(record["image_id"]), []).append(row)
     return {image_id: _arrays(of_image) for image_id, of_image in rows.items()}
 
 
 def _read_predictions(path: str) -> list[dict[str, Any]]:
-    """The detections of all images in ``instances_predictions.pth``, one after another."""
+    """Return the detections of all images in ``instances_predictions.pth`` in one list."""
     try:
         images = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} holds more than numbers and text (proposals, for instance) and is not "
-            "unpickled, since that can run code. Use the coco_instances_results.json that "
-            "Detectron2 writes beside it."
+            f"{path} contains more than numbers and text (e.g. proposals) and is not unpickled, "
+            "because that can run code. Use the coco_instances_results.json that Detectron2 "
+            "writes next to it."
         ) from error
     try:
         return [record for image in images for record in image["instances"]]
     except (TypeError, KeyError) as error:
         raise ValueError(
-            f"{path} is not Detectron2's instances_predictions.pth: a list of "
-            '{"image_id", "instances": [...]} was expected.'
+            f"{path} is not Detectron2's instances_predictions.pth: expected a list of "
+            '{"image_id", "instances": [...]}.'
         ) from error
 
 
-def _check(
+def _category_of(
     record: Any, where: str, num_classes: int, category_ids: Mapping[int, int] | None
 ) -> int:
-    """The 0-based class of a record; raises ValueError if it cannot be used."""
+    """Return the 0-based class of a record; raise ValueError if the record is invalid."""
     missing = [key for key in _KEYS if key not in record] if isinstance(record, dict) else _KEYS
     if missing:
-        raise ValueError(f"{where}: {', '.join(missing)} missing; it is {str(record)[:100]}")
+        raise ValueError(f"{where}: {', '.join(missing)} missing in {str(record)[:100]}")
     category = record["category_id"]
     if category_ids is not None:
         if category not in category_ids:
             raise ValueError(
-                f"{where}: category_id {category} is none of the data set's "
+                f"{where}: category_id {category} is not in the data set's "
                 f"{sorted(category_ids)[:10]}... (thing_dataset_id_to_contiguous_id)."
             )
         category = category_ids[category]
@@ -127,10 +130,10 @@ def _arrays(rows: list[tuple[Sequence[float], float, int]]) -> dict[str, np.ndar
 def attach_detections(
     dicts: Sequence[dict[str, Any]], dataset_name: str, path: str, num_classes: int
 ) -> list[dict[str, Any]]:
-    """Put a file's detections into dataset dicts, as ``"detections"``, matched by image id.
+    """Add the detections of a file to dataset dicts as ``"detections"``, matched by image id.
 
     Args:
-        dicts: dataset dicts of the data set; not changed.
+        dicts: dataset dicts of the data set; not modified.
         dataset_name: for its metadata and for messages.
         path: see :func:`load_detections`.
         num_classes: K.
@@ -139,47 +142,48 @@ def attach_detections(
         The same dicts with ``"detections"``: arrays in the frame of the original image.
 
     Raises:
-        ValueError: no image of the data set has a detection; with ids of both sides.
+        ValueError: no image of the data set has a detection; shows ids of both sides.
     """
     metadata = MetadataCatalog.get(dataset_name)
     ids = getattr(metadata, "thing_dataset_id_to_contiguous_id", None)
-    found = load_detections(path, num_classes, ids)
-    without = [x["image_id"] for x in dicts if str(x["image_id"]) not in found]
+    detections = load_detections(path, num_classes, ids)
+    without = [x["image_id"] for x in dicts if str(x["image_id"]) not in detections]
     if len(without) == len(dicts):
         raise ValueError(
             f"{path} has detections for none of the {len(dicts)} images of '{dataset_name}': its "
-            f"image ids are {list(found)[:3]}..., those of the data set {without[:3]}..."
+            f"image ids are {list(detections)[:3]}..., those of the data set {without[:3]}..."
         )
     if without:
         logger.warning(
             f"{path} has no detection for {len(without)} of {len(dicts)} images of "
-            f"'{dataset_name}', for instance image {without[0]}: they get no relations."
+            f"'{dataset_name}', e.g. image {without[0]}: these images get no relations."
         )
-    unused = len(found) - (len(dicts) - len(without))
+    unused = len(detections) - (len(dicts) - len(without))
     logger.info(
-        f"Detections of {path}: {sum(len(x['scores']) for x in found.values())} for "
-        f"{len(found)} images, {unused} of which are not in '{dataset_name}'."
+        f"{path} has {sum(len(x['scores']) for x in detections.values())} detections for "
+        f"{len(detections)} images, {unused} of which are not in '{dataset_name}'."
     )
-    nothing = {
+    no_detections = {
         "boxes": np.zeros((0, 4), np.float32),
         "scores": np.zeros(0, np.float32),
         "classes": np.zeros(0, np.int64),
     }
-    return [{**x, "detections": found.get(str(x["image_id"]), nothing)} for x in dicts]
+    return [{**x, "detections": detections.get(str(x["image_id"]), no_detections)} for x in dicts]
 
 
 def transform_detections(
     detections: dict[str, np.ndarray], transforms: T.Transform, image_shape: Sequence[int]
 ) -> Instances:
-    """Detections of the original image as ``Instances`` in the frame of the augmented one.
+    """Transform the detections of an image along with the image.
 
     Args:
         detections: ``boxes`` (Q, 4), ``scores`` (Q,), ``classes`` (Q,).
-        transforms: what was done to the image.
-        image_shape: its (height, width) thereafter.
+        transforms: transforms that were applied to the image.
+        image_shape: (height, width) of the transformed image.
 
     Returns:
-        ``pred_boxes``, ``scores`` and ``pred_classes``; boxes are clipped, empty ones dropped.
+        ``Instances`` in the frame of the transformed image with ``pred_boxes``, ``scores`` and
+        ``pred_classes``; boxes are clipped, and empty ones are dropped.
     """
     result = Instances(tuple(image_shape))
     boxes = transforms.apply_box(detections["boxes"].astype(np.float64)).astype(np.float32)

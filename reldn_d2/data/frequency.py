@@ -1,6 +1,6 @@
-"""How often each predicate relates each two classes, counted on the training annotations.
+"""Count how often each predicate relates two classes in the training annotations.
 
-Shorthand: C entity classes, P predicates; the last of the P + 1 columns is "no relationship".
+Shape shorthand: C entity classes, P predicates; the last of the P + 1 columns is "no relationship".
 """
 
 from collections.abc import Iterable
@@ -10,23 +10,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..structures.box_ops import boxes_overlap
 from ..structures.scene_graph import boxes_xyxy
 from .dataset_dict import check_annotations
 
-__all__ = ["PairCounts", "count_pairs", "count_predicates", "log_frequencies", "seen_triplets"]
+__all__ = ["PairCounts", "count_pairs", "count_predicates", "log_frequencies"]
 
 _IMAGES_PER_CHUNK = 1000
 
 
 class PairCounts(NamedTuple):
-    """What the annotations of a data set count, by the classes of subject and object."""
+    """Counts of the annotations of a data set, by the classes of subject and object."""
 
-    relations: np.ndarray  # (C, C, P) int64: relations of each predicate, as often as listed
-    pairs: np.ndarray  # (C, C) int64: ordered pairs of different boxes, related or not
+    relations: np.ndarray  # (C, C, P) int64: relations per predicate, every copy counts
+    pairs: np.ndarray  # (C, C) int64: ordered pairs of distinct boxes, related or not
     overlapping: np.ndarray  # (C, C) int64: those whose boxes overlap (IoU > 0)
 
     def table(self, overlap_filter: bool) -> Tensor:
-        """(C, C, P + 1) int64; see :func:`count_predicates`."""
+        """Return (C, C, P + 1) int64; see :func:`count_predicates`."""
         unrelated = (self.overlapping if overlap_filter else self.pairs) + 1
         return torch.from_numpy(np.concatenate([self.relations, unrelated[..., None]], axis=2))
 
@@ -36,7 +37,7 @@ def count_pairs(
 ) -> PairCounts:
     """Count relations and pairs of boxes given the classes of subject and object.
 
-    Crowd annotations and their relations are left out, as in training.
+    Crowd annotations and their relations are skipped, as in training.
 
     Args:
         dataset_dicts: Detectron2's dicts with ``"annotations"`` and ``"relations"``.
@@ -44,7 +45,7 @@ def count_pairs(
         num_predicates: P.
 
     Raises:
-        ValueError: if a category, predicate or index is out of range, with file and record.
+        ValueError: if a category, predicate or index is out of range; names file and record.
     """
     cells = num_classes * num_classes
     counts = [np.zeros(length, dtype=np.int64) for length in (cells * num_predicates, cells, cells)]
@@ -56,22 +57,24 @@ def count_pairs(
                 count += np.bincount(np.concatenate(chunk), minlength=len(count))
                 chunk.clear()
 
+    # Counting many images with one bincount saves a pass over the C * C * P counts per image.
     for record in dataset_dicts:
         check_annotations(record, num_classes, num_predicates)
         annotations = record["annotations"]
         relations = record.get("relations", ())
         classes = np.array([annotation["category_id"] for annotation in annotations], np.int64)
-        solid = np.array([not annotation.get("iscrowd", 0) for annotation in annotations], bool)
+        not_crowd = np.array([not annotation.get("iscrowd", 0) for annotation in annotations], bool)
 
+        boxes = boxes_xyxy(annotations)
         pair_class = classes[:, None] * num_classes + classes
-        counted = solid[:, None] & solid
+        counted = not_crowd[:, None] & not_crowd
         if len(relations):
             subjects, objects, predicates = np.asarray(relations, dtype=np.int64).T
             related = pair_class[subjects, objects] * num_predicates + predicates
             chunks[0].append(related[counted[subjects, objects]])
         np.fill_diagonal(counted, False)
         chunks[1].append(pair_class[counted])
-        chunks[2].append(pair_class[counted & _overlaps(boxes_xyxy(annotations))])
+        chunks[2].append(pair_class[counted & boxes_overlap(boxes[:, None], boxes)])
         if len(chunks[1]) == _IMAGES_PER_CHUNK:
             flush()
     flush()
@@ -90,9 +93,9 @@ def count_predicates(
 ) -> Tensor:
     """Count predicates given the classes of subject and object.
 
-    A relation counts in its predicate's column, as often as it is listed. The "no relationship"
-    count of (s, o) is the number of ordered pairs of different ground-truth boxes of these classes,
-    related or not, plus 1. Crowd annotations and their relations are left out, as in training.
+    A relation counts in its predicate's column; every copy counts. The "no relationship" count of
+    (s, o) is the number of ordered pairs of distinct ground-truth boxes of these classes, related
+    or not, plus 1. Crowd annotations and their relations are skipped, as in training.
 
     Args:
         dataset_dicts: Detectron2's dicts with ``"annotations"`` and ``"relations"``.
@@ -105,40 +108,19 @@ def count_predicates(
         (C, C, P + 1) int64.
 
     Raises:
-        ValueError: if a category, predicate or index is out of range, with file and record.
+        ValueError: if a category, predicate or index is out of range; names file and record.
     """
     return count_pairs(dataset_dicts, num_classes, num_predicates).table(overlap_filter)
 
 
-def seen_triplets(dataset_dicts: Iterable[dict[str, Any]]) -> frozenset[tuple[int, int, int]]:
-    """The different (subject class, predicate, object class) of the relations of a data set.
-
-    :func:`reldn_d2.data.statistics.dataset_statistics` gives them of a registered data set without
-    loading it again.
-    """
-    triplets = set()
-    for record in dataset_dicts:
-        classes = [annotation["category_id"] for annotation in record["annotations"]]
-        for subject, object_, predicate in record.get("relations", ()):
-            triplets.add((classes[subject], predicate, classes[object_]))
-    return frozenset(triplets)
-
-
 def log_frequencies(counts: Tensor) -> Tensor:
-    """Logits of the semantic module.
+    """Return the logits of the semantic module.
 
     Args:
-        counts: (C, C, P + 1), of :func:`count_predicates`; each (s, o) has a positive sum.
+        counts: (C, C, P + 1), from :func:`count_predicates`; each (s, o) has a positive sum.
 
     Returns:
         (C, C, P + 1) float32, ``log(count / sum + 1e-3)``.
     """
     counts = counts.double()
     return (counts / counts.sum(dim=-1, keepdim=True) + 1e-3).log().float()
-
-
-def _overlaps(boxes: np.ndarray) -> np.ndarray:
-    """(R, R) bool, True where two boxes have an area in common."""
-    low, high = boxes[:, :2], boxes[:, 2:]
-    width_height = np.minimum(high[:, None], high) - np.maximum(low[:, None], low)
-    return (width_height > 0).all(axis=2)

@@ -1,9 +1,9 @@
-"""What a registered data set counts: predicates given classes, frequencies, zero-shot triplets.
+"""Statistics of a registered data set: predicates given classes, frequencies, zero-shot triplets.
 
-The counts are kept in a file beside the data, under a fingerprint of the annotations.
-``python -m reldn_d2.data.statistics NAME`` prints them, and counts anew with ``--recount``.
+The counts are cached next to the data with a fingerprint of the annotations.
+``python -m reldn_d2.data.statistics NAME`` prints them; ``--recount`` ignores the cache.
 
-Shorthand: C entity classes, P predicates.
+Shape shorthand: C entity classes, P predicates.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
-from ..utils.file_io import write_atomically
 from .dataset_dict import dicts_without_images
-from .datasets.catalog import add_module_argument, import_modules, require_dataset
-from .datasets.io import cache_paths
+from .datasets.catalog import DATASET_ERRORS, add_module_argument, require_dataset
+from .datasets.io import cache_paths, write_cache
 from .frequency import PairCounts, count_pairs
 
 __all__ = [
@@ -41,12 +40,12 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-Triplet = tuple[int, int, int]
+ClassTriplet = tuple[int, int, int]  # subject class, predicate, object class
 
 
 @dataclass(frozen=True)
 class RelationStatistics:
-    """Counts of a data set, with the names that its numbers stand for."""
+    """Counts of a data set, with the names of its classes and predicates."""
 
     thing_classes: tuple[str, ...]
     predicate_classes: tuple[str, ...]
@@ -56,22 +55,22 @@ class RelationStatistics:
 
     @property
     def predicate_counts(self) -> np.ndarray:
-        """(P,) int64, relations of each predicate."""
+        """(P,) int64, number of relations per predicate."""
         return self.counts.relations.sum(axis=(0, 1))
 
     @property
     def predicate_frequencies(self) -> np.ndarray:
-        """(P,) float64, share of each predicate among all relations; 0 where there are none."""
+        """(P,) float64, share of each predicate among all relations; 0 if there are none."""
         return self.predicate_counts / max(self.predicate_counts.sum(), 1)
 
     @property
-    def triplets(self) -> frozenset[Triplet]:
-        """The different (subject class, predicate, object class)."""
+    def triplets(self) -> frozenset[ClassTriplet]:
+        """The distinct (subject class, predicate, object class) of the relations."""
         rows = np.argwhere(self.counts.relations)[:, [0, 2, 1]]
         return frozenset(map(tuple, rows.tolist()))
 
     def table(self, overlap_filter: bool) -> Tensor:
-        """(C, C, P + 1) int64 for the semantic module, "no relationship" last."""
+        """Return (C, C, P + 1) int64 for the semantic module, "no relationship" last."""
         return self.counts.table(overlap_filter)
 
     @classmethod
@@ -84,7 +83,7 @@ class RelationStatistics:
         """Count the annotations of dataset dicts.
 
         Raises:
-            ValueError: if a category, predicate or index is out of range, with file and record.
+            ValueError: if a category, predicate or index is out of range; names file and record.
         """
         return cls(
             tuple(thing_classes),
@@ -95,42 +94,42 @@ class RelationStatistics:
         )
 
     def description(self) -> dict[str, Any]:
-        """As plain types and small, for a checkpoint: only the triplets that occur."""
+        """Return the counts in plain types for a checkpoint, with only the triplets that occur."""
         rows = np.argwhere(self.counts.relations)
-        numbers = self.counts.relations[tuple(rows.T)]
+        counts = self.counts.relations[tuple(rows.T)]
         return {
             "num_images": self.num_images,
             "num_relations": self.num_relations,
             "predicate_counts": self.predicate_counts.tolist(),
-            # subject class, object class, predicate, number of relations
-            "relation_counts": np.column_stack([rows, numbers]).tolist(),
+            # subject class, object class, predicate, count
+            "relation_counts": np.column_stack([rows, counts]).tolist(),
         }
 
 
 def dataset_statistics(
     name: str, dataset_dicts: Sequence[dict[str, Any]] | None = None, recount: bool = False
 ) -> RelationStatistics:
-    """Statistics of a registered data set, counted when they are not known yet.
+    """Return the statistics of a registered data set, from the cache if possible.
 
-    They are kept in ``reldn_cache/NAME.statistics.npz`` beside the annotations (in Detectron2's
-    cache folder where that is read-only), and are used again only while :func:`fingerprint` is the
-    same. Those of a data set without annotation files are counted each time.
+    They are cached in ``reldn_cache/NAME.statistics.npz`` next to the annotations (in Detectron2's
+    cache folder if that is read-only), and the cache is valid while :func:`fingerprint` is the
+    same. A data set without annotation files is counted on every call.
 
     Args:
-        name: of the data set.
-        dataset_dicts: what it holds, where that is loaded already; it is loaded when None.
-        recount: do not use what is kept.
+        name: name of the data set.
+        dataset_dicts: its dicts if they are loaded already; it is loaded when None.
+        recount: ignore the cache.
 
     Raises:
-        KeyError: if there is no such data set.
-        ValueError: if its annotations are not as expected, or it has no names.
+        UnknownDatasetError: if there is no such data set.
+        ValueError: if its annotations are invalid, or it has no names.
     """
     require_dataset(name)
     mark = fingerprint(name)
-    places = _places(name) if mark else []
-    known = None if recount else _read(places, mark)
-    if known is not None:
-        return known
+    files = _cache_files(name) if mark else []
+    cached = None if recount else _read(files, mark)
+    if cached is not None:
+        return cached
     metadata = MetadataCatalog.get(name)
     if dataset_dicts is None:
         dataset_dicts = dicts_without_images(name)
@@ -142,12 +141,12 @@ def dataset_statistics(
         )
     statistics = RelationStatistics.count(dataset_dicts, *fields)
     if mark:
-        _write(places, mark, statistics)
+        _write(files, mark, statistics)
     return statistics
 
 
 def training_statistics_of(names: Sequence[str]) -> RelationStatistics:
-    """Statistics of several data sets taken together.
+    """Return the statistics of several data sets combined.
 
     Raises:
         ValueError: if they do not have the same classes and predicates.
@@ -157,14 +156,7 @@ def training_statistics_of(names: Sequence[str]) -> RelationStatistics:
         raise ValueError("No data set to count: DATASETS.TRAIN is empty.")
     first = parts[0]
     for name, part in zip(names, parts, strict=True):
-        if (part.thing_classes, part.predicate_classes) != (
-            first.thing_classes,
-            first.predicate_classes,
-        ):
-            raise ValueError(
-                f"The data sets {names[0]} and {name} have different classes or predicates: they "
-                "cannot be counted together."
-            )
+        _require_same_names((names[0], first), (name, part), "cannot be counted together")
     return RelationStatistics(
         first.thing_classes,
         first.predicate_classes,
@@ -174,40 +166,45 @@ def training_statistics_of(names: Sequence[str]) -> RelationStatistics:
     )
 
 
-def zero_shot_triplets(test: str, train: str | None = None) -> frozenset[Triplet]:
-    """The (subject class, predicate, object class) of a test set that its training set lacks.
+def zero_shot_triplets(test: str, train: str | None = None) -> frozenset[ClassTriplet]:
+    """Return the (subject class, predicate, object class) that only the test set has.
 
     Args:
         test: name of the test set.
         train: name of the training set; the ``train_dataset`` of the test set's metadata when None.
 
     Raises:
-        ValueError: if no training set is known, or the two have different classes or predicates.
+        ValueError: if there is no training set, or the two have different classes or predicates.
     """
     train = train or MetadataCatalog.get(test).get("train_dataset")
     if train is None:
         raise ValueError(
-            f"Against which training set are triplets of '{test}' unseen? Set train_dataset in its "
+            f"Zero-shot triplets of '{test}' need a training set: set train_dataset in its "
             "metadata."
         )
     of_test, of_train = dataset_statistics(test), dataset_statistics(train)
-    for field in ("thing_classes", "predicate_classes"):
-        if getattr(of_test, field) != getattr(of_train, field):
-            raise ValueError(
-                f"The data sets {test} and {train} have different {field}: their triplets cannot "
-                "be compared."
-            )
+    _require_same_names((test, of_test), (train, of_train), "have no comparable triplets")
     return of_test.triplets - of_train.triplets
 
 
-def fingerprint(name: str) -> str | None:
-    """What the annotations of a registered data set depend on, as a short text.
+def _require_same_names(
+    one: tuple[str, RelationStatistics], other: tuple[str, RelationStatistics], consequence: str
+) -> None:
+    for field in ("thing_classes", "predicate_classes"):
+        if getattr(one[1], field) != getattr(other[1], field):
+            raise ValueError(
+                f"The data sets {one[0]} and {other[0]} have different {field}: they {consequence}."
+            )
 
-    It changes with the content of its annotation files, with the options of its loader, with its
-    names, and with the code of this package's data sets.
+
+def fingerprint(name: str) -> str | None:
+    """Return a hash of everything that the annotations of a registered data set depend on.
+
+    These are its annotation files, the options of its loader, its names, and the code of this
+    package's data sets.
 
     Returns:
-        None for a data set that names no ``annotation_files`` in its metadata.
+        None for a data set without ``annotation_files`` in its metadata.
 
     Raises:
         FileNotFoundError: if one of the files is missing.
@@ -218,7 +215,7 @@ def fingerprint(name: str) -> str | None:
         return None
     missing = [path for path in files if not PathManager.exists(path)]
     if missing:
-        DatasetCatalog.get(name)  # its loader says best what is missing
+        DatasetCatalog.get(name)  # its loader has the best message
         raise FileNotFoundError(f"Data set '{name}' needs {missing[0]}, which does not exist.")
     digest = hashlib.sha256()
     fields = ("loader", "thing_classes", "predicate_classes")
@@ -232,37 +229,33 @@ def fingerprint(name: str) -> str | None:
     return digest.hexdigest()
 
 
-def _places(name: str) -> list[str]:
+def _cache_files(name: str) -> list[str]:
     folder = os.path.dirname(os.path.abspath(MetadataCatalog.get(name).annotation_files[0]))
     return cache_paths(folder, f"{name}.statistics.npz")
 
 
-def _write(places: Iterable[str], mark: str, statistics: RelationStatistics) -> None:
+def _write(files: Sequence[str], mark: str, statistics: RelationStatistics) -> None:
     rows = np.argwhere(statistics.counts.relations)
-    for path in places:
-        try:
-            with write_atomically(path, "wb") as file:
-                np.savez_compressed(
-                    file,
-                    fingerprint=np.array(mark),
-                    thing_classes=np.array(statistics.thing_classes),
-                    predicate_classes=np.array(statistics.predicate_classes),
-                    numbers=np.array([statistics.num_images, statistics.num_relations]),
-                    cells=rows,
-                    relations=statistics.counts.relations[tuple(rows.T)],
-                    pairs=statistics.counts.pairs,
-                    overlapping=statistics.counts.overlapping,
-                )
-            logger.info(f"Statistics were counted and kept in {path}.")
-            return
-        except OSError:
-            continue
-    logger.warning("Statistics could not be kept: is the disk full or read-only?")
+    content = {
+        "fingerprint": np.array(mark),
+        "thing_classes": np.array(statistics.thing_classes),
+        "predicate_classes": np.array(statistics.predicate_classes),
+        "totals": np.array([statistics.num_images, statistics.num_relations]),
+        "cells": rows,
+        "relations": statistics.counts.relations[tuple(rows.T)],
+        "pairs": statistics.counts.pairs,
+        "overlapping": statistics.counts.overlapping,
+    }
+    path = write_cache(files, lambda file: np.savez_compressed(file, **content))
+    if path is None:
+        logger.warning("Could not cache the statistics. Is the disk full or read-only?")
+    else:
+        logger.info(f"Counted the statistics and cached them in {path}.")
 
 
-def _read(places: Iterable[str], mark: str | None) -> RelationStatistics | None:
-    """What is kept under the fingerprint ``mark``; None if nothing is, or it is damaged."""
-    for path in places:
+def _read(files: Sequence[str], mark: str | None) -> RelationStatistics | None:
+    """Return the statistics cached with the fingerprint ``mark``, or None."""
+    for path in files:
         try:
             with np.load(path, allow_pickle=False) as content:
                 if str(content["fingerprint"]) != mark:
@@ -272,30 +265,31 @@ def _read(places: Iterable[str], mark: str | None) -> RelationStatistics | None:
                 relations = np.zeros((len(classes), len(classes), len(predicates)), np.int64)
                 relations[tuple(content["cells"].T)] = content["relations"]
                 counts = PairCounts(relations, content["pairs"], content["overlapping"])
-                images, total = content["numbers"].tolist()
-        except Exception:  # not there, or damaged in any way: counted again
+                num_images, num_relations = content["totals"].tolist()
+        except Exception:  # missing, or damaged in any way: count again
             continue
-        return RelationStatistics(classes, predicates, counts, images, total)
+        return RelationStatistics(classes, predicates, counts, num_images, num_relations)
     return None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print, and count if need be; returns the exit status."""
+    """Print the statistics, counting them if they are not cached; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m reldn_d2.data.statistics",
-        description="Count a registered data set, keep the counts beside it and print them.",
+        description="Count a registered data set, cache the counts next to it and print them.",
     )
-    parser.add_argument("names", nargs="+", metavar="NAME", help="registered data sets")
+    parser.add_argument("names", nargs="+", metavar="NAME", help="names of registered data sets")
     add_module_argument(parser)
-    parser.add_argument("--recount", action="store_true", help="do not use what is kept")
+    parser.add_argument("--recount", action="store_true", help="ignore cached counts")
     args = parser.parse_args(arguments)
     setup_logger(name="reldn_d2")
     try:
-        import_modules(args.module)
+        for name in args.names:
+            require_dataset(name, args.module)
         for name in args.names:
             _print(name, dataset_statistics(name, recount=args.recount))
-    except (KeyError, ValueError, OSError, ImportError) as error:
-        print(f"error: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
+    except DATASET_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
@@ -304,8 +298,8 @@ def _print(name: str, statistics: RelationStatistics) -> None:
     counts = statistics.counts
     print(
         f"\n{name}: {statistics.num_images} images, {statistics.num_relations} relations, "
-        f"{len(statistics.triplets)} different triplets; of {counts.pairs.sum()} ordered pairs of "
-        f"boxes {counts.overlapping.sum()} overlap"
+        f"{len(statistics.triplets)} distinct triplets; {counts.overlapping.sum()} of "
+        f"{counts.pairs.sum()} ordered pairs of boxes overlap"
     )
     order = np.argsort(-statistics.predicate_counts, kind="stable")
     rows = [
@@ -318,8 +312,8 @@ def _print(name: str, statistics: RelationStatistics) -> None:
         return
     unseen = zero_shot_triplets(name, train)
     cells = [(s, o, p) for s, p, o in unseen]
-    number = int(counts.relations[tuple(np.array(cells).T)].sum()) if cells else 0
-    print(f"zero-shot: {len(unseen)} triplets, {number} relations are unseen in {train}")
+    count = int(counts.relations[tuple(np.array(cells).T)].sum()) if cells else 0
+    print(f"zero-shot: {len(unseen)} triplets, {count} relations are unseen in {train}")
 
 
 if __name__ == "__main__":

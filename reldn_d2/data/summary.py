@@ -1,4 +1,4 @@
-"""What a person wants to know of a data set with relations, as text for the terminal."""
+"""Summarize a data set with relations as text for the terminal."""
 
 import shutil
 import sys
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..structures.box_ops import boxes_overlap
 from ..structures.scene_graph import boxes_xyxy
 
 __all__ = ["DatasetSummary"]
@@ -15,7 +16,7 @@ __all__ = ["DatasetSummary"]
 
 @dataclass
 class DatasetSummary:
-    """Numbers of a data set; add its images one by one with :meth:`add`."""
+    """Counts of a data set; add its images one by one with :meth:`add`."""
 
     thing_classes: Sequence[str]
     predicate_classes: Sequence[str]
@@ -57,23 +58,21 @@ class DatasetSummary:
         if predicates:
             boxes = boxes_xyxy(annotations)
             first, second = boxes[np.array(list(predicates))].transpose(1, 0, 2)
-            low = np.maximum(first[:, :2], second[:, :2])
-            high = np.minimum(first[:, 2:], second[:, 2:])
             self.related_pairs += len(predicates)
-            self.apart_pairs += int((high <= low).any(axis=1).sum())
+            self.apart_pairs += int((~boxes_overlap(first, second)).sum())
             self.multi_label_pairs += sum(len(x) > 1 for x in predicates.values())
 
     def text(self, name: str, width: int | None = None) -> str:
-        """The summary with a bar chart of the predicates.
+        """Return the summary with a bar chart of the predicates.
 
         Args:
-            name: of the data set.
-            width: columns of the terminal; asked for when None.
+            name: name of the data set.
+            width: columns of the terminal; read from it when None.
         """
         lines = [
             f"{name}: {self.images:,} images, {self.boxes:,} boxes, {self.relations:,} relations",
-            f"  boxes an image: {self.boxes / max(self.images, 1):.1f}, at most {self.most_boxes}",
-            f"  relations an image: {self.relations / max(self.images, 1):.1f}, at most "
+            f"  boxes per image: {self.boxes / max(self.images, 1):.1f}, at most {self.most_boxes}",
+            f"  relations per image: {self.relations / max(self.images, 1):.1f}, at most "
             f"{self.most_relations}",
             f"  images without relations: {_share(self.images_without_relations, self.images)}",
             f"  related pairs whose boxes do not overlap: "
@@ -85,9 +84,9 @@ class DatasetSummary:
             lines.append(f"  attributes of boxes: {self.attributes:,}")
         if self.verified_labels:
             lines.append(f"  verified image-level labels: {self.verified_labels:,}")
-        lines.append(_never(self.thing_classes, self.class_counts, "classes"))
-        lines.append(_never(self.predicate_classes, self.predicate_counts, "predicates"))
-        lines += ["", "relations of each predicate"]
+        lines.append(_unused_names(self.thing_classes, self.class_counts, "classes"))
+        lines.append(_unused_names(self.predicate_classes, self.predicate_counts, "predicates"))
+        lines += ["", "relations per predicate"]
         lines += _bars(self.predicate_classes, self.predicate_counts, width)
         return "\n".join(lines)
 
@@ -96,7 +95,7 @@ def _share(part: int, whole: int) -> str:
     return f"{part:,} of {whole:,}" + (f" ({part / whole:.1%})" if whole else "")
 
 
-def _never(names: Sequence[str], counts: np.ndarray, what: str) -> str:
+def _unused_names(names: Sequence[str], counts: np.ndarray, what: str) -> str:
     missing = [names[i] for i in np.flatnonzero(counts == 0)]
     text = f"  {what}: {len(names)}"
     if missing:
@@ -106,18 +105,18 @@ def _never(names: Sequence[str], counts: np.ndarray, what: str) -> str:
 
 
 def _bars(names: Sequence[str], counts: np.ndarray, width: int | None) -> list[str]:
-    """One line a predicate that occurs, the most frequent first."""
+    """Return one line per predicate that occurs, most frequent first."""
     width = width or shutil.get_terminal_size((100, 24)).columns
     encoding = getattr(sys.stdout, "encoding", None) or "ascii"
     block = "\u2588" if encoding.lower().replace("-", "").startswith("utf") else "#"
-    room = max((len(name) for name in names), default=0)
+    name_width = max((len(name) for name in names), default=0)
     digits = len(f"{counts.max(initial=0):,}")
-    longest = max(width - room - digits - 14, 10)
+    longest = max(width - name_width - digits - 14, 10)
     lines = []
-    for number in np.argsort(-counts, kind="stable").tolist():
-        count = int(counts[number])
+    for index in np.argsort(-counts, kind="stable").tolist():
+        count = int(counts[index])
         if count:
             bar = block * max(round(longest * count / int(counts.max())), 1)
             share = count / int(counts.sum())
-            lines.append(f"  {names[number]:<{room}} {count:>{digits},} {share:>6.1%} {bar}")
+            lines.append(f"  {names[index]:<{name_width}} {count:>{digits},} {share:>6.1%} {bar}")
     return lines

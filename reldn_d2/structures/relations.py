@@ -1,4 +1,4 @@
-"""Relations of one image: the one place that knows their fields.
+"""Relations of one image: the only place that defines their fields.
 
 Shapes: R entities (boxes), M ground-truth relations, K predicted relations.
 
@@ -39,7 +39,7 @@ __all__ = [
     "remap_relations",
 ]
 
-# What is given at test time: nothing; the boxes; the boxes and their classes.
+# Ground truth given at test time: none; the boxes; the boxes and their classes.
 TASKS = ("sgdet", "sgcls", "prdcls")
 
 _PAIR_FIELDS = ("gt_pairs", "pairs")
@@ -51,16 +51,16 @@ def check_relation_triplets(
     num_predicates: int | None = None,
     where: str = "relations",
 ) -> None:
-    """Raise if a relation points outside the entities or predicates, or to itself.
+    """Raise if an index of a relation is out of range, or subject and object are the same.
 
     Args:
         triplets: ``(subject_index, object_index, predicate_id)``, 0-based.
         num_entities: number of annotations that the indices point into.
         num_predicates: number of predicates; not checked when None.
-        where: file and image for the message.
+        where: file and image, for messages.
 
     Raises:
-        ValueError: with ``where``, the number of the relation, its content and the mend.
+        ValueError: with ``where``, the index and content of the relation, and how to fix it.
     """
     for problem in relation_problems(triplets, num_entities, num_predicates, where):
         raise ValueError(problem)
@@ -72,9 +72,9 @@ def relation_problems(
     num_predicates: int | None = None,
     where: str = "relations",
 ) -> Iterator[str]:
-    """All that :func:`check_relation_triplets` would raise, at most one message a relation."""
-    for number, triplet in enumerate(triplets):
-        place = f"{where}: relation {number} is {triplet!r:.80}"
+    """Yield everything that :func:`check_relation_triplets` would raise, one per relation."""
+    for index, triplet in enumerate(triplets):
+        place = f"{where}: relation {index} is {triplet!r:.80}"
         if not isinstance(triplet, Sequence) or len(triplet) != 3:
             yield f"{place}; expected (subject_index, object_index, predicate_id)."
             continue
@@ -83,25 +83,25 @@ def relation_problems(
             continue
         subject, object_, predicate = triplet
         outside = [
-            (role, index)
-            for role, index in (("subject", subject), ("object", object_))
-            if not 0 <= index < num_entities
+            (role, entity)
+            for role, entity in (("subject", subject), ("object", object_))
+            if not 0 <= entity < num_entities
         ]
         if outside:
-            role, index = outside[0]
+            role, entity = outside[0]
             yield (
-                f"{place}, but its {role} index {index} lies outside the {num_entities} "
-                "annotations of this image. Indices are 0-based positions in `annotations`: mend "
-                "or remove this relation."
+                f"{place}, but its {role} index {entity} is outside the {num_entities} "
+                "annotations of this image. Indices are 0-based positions in `annotations`: fix or "
+                "remove this relation."
             )
         elif subject == object_:
             yield (
-                f"{place}, which relates annotation {subject} to itself. Mend or remove this "
+                f"{place}, which relates annotation {subject} to itself. Fix or remove this "
                 "relation."
             )
         elif predicate < 0 or (num_predicates is not None and predicate >= num_predicates):
             yield (
-                f"{place}, but predicate {predicate} lies outside the {num_predicates} predicates "
+                f"{place}, but predicate {predicate} is outside the {num_predicates} predicates "
                 "(0-based) of this data set."
             )
 
@@ -109,11 +109,11 @@ def relation_problems(
 def ground_truth_relations(
     triplets: Sequence[Sequence[int]], image_size: tuple[int, int]
 ) -> Instances:
-    """Ground-truth relations of one image.
+    """Create the ground-truth relations of one image.
 
     Args:
         triplets: M tuples ``(subject_index, object_index, predicate_id)``.
-        image_size: (height, width) of the image the entities' boxes refer to.
+        image_size: (height, width) of the frame of the entities' boxes.
     """
     table = torch.as_tensor(triplets, dtype=torch.int64).reshape(-1, 3)
     relations = Instances(image_size)
@@ -129,7 +129,7 @@ def predicted_relations(
     scores: Tensor,
     predicate_scores: Tensor,
 ) -> Instances:
-    """Predicted relations of one image; shapes as in the table at the head of this module."""
+    """Create the predicted relations of one image; see the module docstring for shapes."""
     relations = Instances(image_size)
     relations.pairs = pairs
     relations.predicates = predicates
@@ -141,12 +141,12 @@ def predicted_relations(
 def remap_relations(
     relations: Instances, kept: Tensor, image_size: tuple[int, int] | None = None
 ) -> Instances:
-    """Relations after some entities were dropped: those of dropped entities go, the rest move.
+    """Drop the relations of dropped entities, and remap the indices of the others.
 
     Args:
         relations: ground truth or prediction, with indices into R entities.
-        kept: (R,) bool, True where the entity stays. The order of the entities is unchanged.
-        image_size: (height, width) of the result; that of ``relations`` when None.
+        kept: (R,) bool, True if the entity is kept. The order of the entities does not change.
+        image_size: (height, width) of the result; defaults to that of ``relations``.
 
     Returns:
         A new ``Instances`` whose indices point into the kept entities.

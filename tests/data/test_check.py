@@ -1,4 +1,4 @@
-"""python -m reldn_d2.data.check: the summary, every kind of problem, the pictures."""
+"""python -m reldn_d2.data.check: the summary and every kind of problem."""
 
 import copy
 import os
@@ -24,14 +24,14 @@ NAME = "data_set_of_this_test"
 
 @pytest.fixture
 def register(tmp_path):
-    """Registers two images; ``spoil`` changes the dicts before."""
+    """Registers two images, after ``spoil`` has changed their dicts."""
 
     def make(spoil=lambda dicts: None, **metadata):
         root = pictures(tmp_path / "images", ["a.png", "b.png"])
         boxes = [[0, 0, 30, 40], [20, 10, 40, 30], [50, 30, 60, 40]]
         annotations = [
-            {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": number % 2, "iscrowd": 0}
-            for number, box in enumerate(boxes)
+            {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": index % 2, "iscrowd": 0}
+            for index, box in enumerate(boxes)
         ]
         relations = [(0, 1, 0), (0, 1, 1), (1, 2, 0)]
         dicts = [
@@ -56,14 +56,14 @@ def register(tmp_path):
     MetadataCatalog.pop(NAME, None)
 
 
-def test_a_sound_data_set(register, capsys):
+def test_check_valid_dataset_prints_summary(register, capsys):
     register()
     assert main([NAME]) == 0
     printed = capsys.readouterr().out
     for line in (
         f"{NAME}: 2 images, 3 boxes, 3 relations",
-        "boxes an image: 1.5, at most 3",
-        "relations an image: 1.5, at most 3",
+        "boxes per image: 1.5, at most 3",
+        "relations per image: 1.5, at most 3",
         "images without relations: 1 of 2 (50.0%)",
         "related pairs whose boxes do not overlap: 1 of 2 (50.0%)",
         "related pairs with several predicates: 1 of 2 (50.0%)",
@@ -74,10 +74,10 @@ def test_a_sound_data_set(register, capsys):
     assert "error:" not in printed and "warning:" not in printed
 
 
-def test_bars_are_in_proportion():
+def test_summary_bars_are_proportional():
     summary = DatasetSummary(["a"], ["often", "seldom", "once", "never"])
     summary.predicate_counts[:] = [1000, 500, 1, 0]
-    lines = summary.text("x", width=60).split("relations of each predicate\n")[1].split("\n")
+    lines = summary.text("x", width=60).split("relations per predicate\n")[1].split("\n")
     assert [line.split()[0] for line in lines] == ["often", "seldom", "once"]
     bars = [len(line.split()[-1]) for line in lines]
     assert abs(bars[0] - 2 * bars[1]) <= 1 and bars[2] == 1 and max(map(len, lines)) <= 60
@@ -91,9 +91,9 @@ def change(**changes):
     return spoil
 
 
-def annotation(number, **changes):
+def annotation(index, **changes):
     def spoil(dicts):
-        dicts[0]["annotations"][number].update(changes)
+        dicts[0]["annotations"][index].update(changes)
 
     return spoil
 
@@ -103,7 +103,7 @@ def relation(*triplet):
 
 
 def damage(dicts):
-    Path(dicts[1]["file_name"]).write_bytes(b"no image")
+    Path(dicts[1]["file_name"]).write_bytes(b"not an image")
 
 
 def cut(dicts):
@@ -118,41 +118,41 @@ def without(key):
 
 
 ERRORS = {
-    "missing image": (lambda d: os.remove(d[1]["file_name"]), "b.png): there is no such image"),
+    "missing image": (lambda d: os.remove(d[1]["file_name"]), "b.png): this image does not exist"),
     "unreadable image": (damage, "b.png): cannot be read as an image"),
-    "other size": (change(height=50), "image is 60 x 40 pixels, its record says 60 x 50"),
-    "other width": (change(width=61), "image is 60 x 40 pixels, its record says 61 x 40"),
-    "no size": (without("height"), "its dict has no height"),
+    "other size": (change(height=50), "image is 60 x 40 pixels, but its record says 60 x 50"),
+    "other width": (change(width=61), "image is 60 x 40 pixels, but its record says 61 x 40"),
+    "no size": (without("height"), "the dict has no height"),
     "no annotations": (without("annotations"), 'the dataset dict has no "annotations"'),
     "box outside": (
         annotation(2, bbox=[70, 0, 80, 9]),
         "annotation 2 has the box [70, 0, 80, 9], ",
     ),
-    "box above": (annotation(2, bbox=[0, -9, 8, 0]), "which lies outside the image of 60 x 40"),
-    "turned box": (annotation(1, bbox=[9, 5, 5, 9]), "corners are the wrong way round. Mend or"),
+    "box above": (annotation(2, bbox=[0, -9, 8, 0]), "which is outside the image of 60 x 40"),
+    "turned box": (annotation(1, bbox=[9, 5, 5, 9]), "corners are swapped. Fix or"),
     "nan": (annotation(1, bbox=[0, 0, float("nan"), 9]), "expected four finite numbers"),
     "three numbers": (annotation(1, bbox=[0, 0, 9]), "expected four finite numbers"),
     "text": (annotation(1, bbox="0 0 9 9"), "expected four finite numbers"),
     "mode": (annotation(1, bbox_mode="xyxy"), "in mode 'xyxy'; expected four finite numbers"),
     "class": (annotation(0, category_id=2), "annotation 0 has category_id 2, outside the 2"),
     "class text": (annotation(0, category_id="man"), "category_id 'man'; expected an integer"),
-    "predicate": (relation(0, 1, 3), "relation 3 is (0, 1, 3), but predicate 3 lies outside the 3"),
-    "nothing": (relation(0, 3, 0), "object index 3 lies outside the 3 annotations"),
+    "predicate": (relation(0, 1, 3), "relation 3 is (0, 1, 3), but predicate 3 is outside the 3"),
+    "nothing": (relation(0, 3, 0), "object index 3 is outside the 3 annotations"),
     "itself": (relation(1, 1, 0), "which relates annotation 1 to itself"),
     "pair": (relation(0, 1), "relation 3 is (0, 1); expected (subject_index"),
     "fraction": (relation(0, 1, 0.5), "relation 3 is (0, 1, 0.5); expected three integers"),
-    "same id": (lambda d: d[1].update(image_id="a"), "image_id 'a' is that of image 0 as well"),
+    "same id": (lambda d: d[1].update(image_id="a"), "image 0 has the same image_id 'a'"),
     "same file": (
         lambda d: d[1].update(file_name=d[0]["file_name"]),
-        "a.png' is that of image 0 as well",
+        "image 0 has the same file_name",
     ),
     "no images": (lambda d: d.clear(), "it has no image"),
 }
 
 
-@pytest.mark.parametrize("kind", ERRORS)
-def test_errors(register, capsys, kind):
-    spoil, message = ERRORS[kind]
+@pytest.mark.parametrize("case", ERRORS)
+def test_check_error_exits_1(register, capsys, case):
+    spoil, message = ERRORS[case]
     register(spoil)
     assert main([NAME]) == 1
     printed = capsys.readouterr().out
@@ -163,8 +163,8 @@ def test_errors(register, capsys, kind):
 
 WARNINGS = {
     "no width": (annotation(1, bbox=[5, 5, 5, 9]), "annotation 1 has the box [5, 5, 5, 9], which"),
-    "box beyond": (annotation(2, bbox=[50, 30, 61, 40]), "reaches beyond the image of 60 x 40"),
-    "relation twice": (relation(0, 1, 0), "relation (0, 1, 0) stands there 2 times"),
+    "box beyond": (annotation(2, bbox=[50, 30, 61, 40]), "extends beyond the image of 60 x 40"),
+    "relation twice": (relation(0, 1, 0), "relation (0, 1, 0) is listed 2 times"),
     "entity twice": (
         annotation(2, bbox=[0, 0, 30, 40]),
         "annotation 2 has the class and box of annotation 0",
@@ -172,16 +172,16 @@ WARNINGS = {
 }
 
 
-@pytest.mark.parametrize("kind", WARNINGS)
-def test_warnings_leave_it_usable(register, capsys, kind):
-    spoil, message = WARNINGS[kind]
+@pytest.mark.parametrize("case", WARNINGS)
+def test_check_warning_exits_0(register, capsys, case):
+    spoil, message = WARNINGS[case]
     register(spoil)
     assert main([NAME]) == 0
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("warning:")]
     assert message in line and "image 0" in line
 
 
-def test_every_problem_is_listed(register, capsys):
+def test_check_limit_counts_all_problems(register, capsys):
     def spoil(dicts):
         for makes, _ in (ERRORS["other size"], ERRORS["turned box"], ERRORS["missing image"]):
             makes(dicts)
@@ -189,18 +189,18 @@ def test_every_problem_is_listed(register, capsys):
 
     register(spoil)
     assert main([NAME, "--limit", "2"]) == 1
-    assert "... 5 errors in all; a higher --limit shows more" in capsys.readouterr().out
+    assert "... 5 errors in total; raise --limit to see more" in capsys.readouterr().out
     assert len(check_dataset(NAME).errors) == 5
 
 
-def test_truncated_image_needs_decode(register):
+def test_check_truncated_image_needs_decode(register):
     register(cut)
     assert check_dataset(NAME).usable
     (error,) = check_dataset(NAME, decode=True).errors
     assert "b.png): cannot be read as an image" in error
 
 
-def test_all_problems_of_the_loader(tmp_path, capsys):
+def test_check_lists_all_problems_of_loader(tmp_path, capsys):
     arguments = write_openimages(tmp_path, rows_with_problems())
     register_openimages_vrd(NAME, **arguments)
     try:
@@ -212,16 +212,16 @@ def test_all_problems_of_the_loader(tmp_path, capsys):
     assert len(errors) == 3 and "line 2" in errors[0] and "line 4" in errors[2]
 
 
-def test_no_names(register, capsys):
+def test_check_missing_names_exits_1(register, capsys):
     register(predicate_classes=None)
     assert main([NAME]) == 1
     assert "its metadata has no predicate_classes" in capsys.readouterr().out
 
 
-def test_wrong_commands(register, capsys):
+def test_check_wrong_command_exits_2(register, capsys):
     register()
     for arguments, message in (
-        (["data_set_of_this_tset"], f"Near to it: {NAME}"),
+        (["data_set_of_this_tset"], f"Did you mean {NAME}?"),
         ([NAME, "--module", "no_such_module"], "--module no_such_module: No module named"),
     ):
         with pytest.raises(SystemExit) as status:
@@ -230,8 +230,8 @@ def test_wrong_commands(register, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_own_data_set_from_its_module(tmp_path):
-    """As a user calls it, in a process of its own."""
+def test_check_own_dataset_through_module(tmp_path):
+    """As a user runs it, in a separate process."""
     arguments = write_coco(tmp_path)
     (tmp_path / "my_data.py").write_text(
         "from reldn_d2.data.datasets import register_relation_instances\n"

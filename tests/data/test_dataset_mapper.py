@@ -1,4 +1,4 @@
-"""The mapper: whatever an augmentation does, relations stay with their entities."""
+"""The mapper: relations follow their entities through every augmentation."""
 
 import copy
 import re
@@ -40,8 +40,8 @@ def annotation(box, category, **more):
 def patches_dict(folder, boxes, pairs):
     """Entity i is a patch in PALETTE[i] of class i; predicate 10 * i + j relates i to j."""
     image = np.zeros((SIZE, SIZE, 3), np.uint8)
-    for colour, (x0, y0, x1, y1) in zip(PALETTE, boxes, strict=False):
-        image[y0:y1, x0:x1] = colour
+    for color, (x0, y0, x1, y1) in zip(PALETTE, boxes, strict=False):
+        image[y0:y1, x0:x1] = color
     file_name = str(folder / "patches.png")
     Image.fromarray(image).save(file_name)
     return {
@@ -133,18 +133,18 @@ _OTHERS = {
 }
 
 
-def test_every_augmentation_of_detectron2_is_tried():
-    known = {
+def test_augmentations_of_detectron2_are_all_tried():
+    augmentations = {
         name
         for name, value in vars(T).items()
         if isinstance(value, type) and issubclass(value, T.Augmentation)
     }
-    assert known - _OTHERS == set(AUGMENTATIONS)
+    assert augmentations - _OTHERS == set(AUGMENTATIONS)
 
 
-def pixels_of(image, colour):
-    """(x, y) centres of the pixels in nearly this colour."""
-    near = np.abs(image.astype(int) - colour).max(axis=2) < 60
+def pixels_of(image, color):
+    """Return the (x, y) centers of the pixels of about this color."""
+    near = np.abs(image.astype(int) - color).max(axis=2) < 60
     y, x = np.nonzero(near)
     return x + 0.5, y + 0.5
 
@@ -156,8 +156,8 @@ def pixels_of(image, colour):
     st.booleans(),
     st.integers(0, 2**31 - 1),
 )
-def test_relations_stay_on_their_entities(folder, scene, augmentations, is_train, seed):
-    """Classes tell which patch an entity was, predicates which two patches were related."""
+def test_mapper_relations_follow_entities(folder, scene, augmentations, is_train, seed):
+    """Classes identify the patch of an entity, and predicates the two patches of a relation."""
     boxes, pairs = scene
     if not boxes:  # some crops are chosen by the boxes
         augmentations = [x for x in augmentations if type(x).__name__ != "MinIoURandomCrop"]
@@ -170,7 +170,7 @@ def test_relations_stay_on_their_entities(folder, scene, augmentations, is_train
     height, width = image.shape[:2]
     assert instances.image_size == output["relations"].image_size == (height, width)
     entities = instances.gt_classes.tolist()
-    assert entities == sorted(set(entities)), "order kept, nothing doubled"
+    assert entities == sorted(set(entities)), "same order, no duplicates"
     if not is_train:
         assert entities == list(range(len(boxes)))
 
@@ -179,7 +179,7 @@ def test_relations_stay_on_their_entities(folder, scene, augmentations, is_train
         assert 0 <= x0 <= x1 <= width and 0 <= y0 <= y1 <= height
         x, y = pixels_of(image, PALETTE[entity])
         inside = (x > x0 - 1.5) & (x < x1 + 1.5) & (y > y0 - 1.5) & (y < y1 + 1.5)
-        assert inside.all(), f"patch {entity} lies outside its box {box}"
+        assert inside.all(), f"patch {entity} is outside its box {box}"
     for entity in set(range(len(boxes))) - set(entities):
         assert len(pixels_of(image, PALETTE[entity])[0]) == 0, f"patch {entity} was visible"
 
@@ -187,8 +187,8 @@ def test_relations_stay_on_their_entities(folder, scene, augmentations, is_train
     assert named == [(i, j, 10 * i + j) for i, j in pairs if i in entities and j in entities]
 
 
-def test_dropped_boxes_take_their_relations_along(folder):
-    """The crop leaves the right third: of four patches, 0 and 2 are gone."""
+def test_mapper_cropped_boxes_drop_relations(folder):
+    """The crop keeps the right third, without patches 0 and 2."""
     boxes = [(4, 4, 20, 20), (70, 4, 90, 20), (4, 40, 60, 60), (50, 70, 90, 90)]
     record = patches_dict(folder, boxes, [(0, 1), (1, 3), (3, 2), (3, 1)])
     output = mapper([T.CropTransform(64, 0, 32, 96)])(record)
@@ -197,11 +197,11 @@ def test_dropped_boxes_take_their_relations_along(folder):
     assert triplets(output) == [(0, 1, 13), (1, 0, 31)]
 
 
-def test_inference_keeps_everything_in_the_resized_frame(folder):
+def test_mapper_inference_keeps_everything(folder):
     boxes = [(4, 4, 20, 20), (70, 4, 90, 20)]
     record = patches_dict(folder, boxes, [(1, 0), (0, 1)])
     record["annotations"][0]["iscrowd"] = 1
-    record["annotations"].append(annotation([30, 30, 30, 50], 2))  # of no width
+    record["annotations"].append(annotation([30, 30, 30, 50], 2))  # zero width
     record["relations"].append((2, 0, 20))
     output = mapper([T.Resize((192, 48))], is_train=False)(record)
     assert output["instances"].gt_classes.tolist() == [0, 1, 2]
@@ -211,10 +211,10 @@ def test_inference_keeps_everything_in_the_resized_frame(folder):
         [15, 60, 15, 100],
     ]
     assert triplets(output) == [(1, 0, 10), (0, 1, 1), (2, 0, 20)]
-    assert output["height"] == output["width"] == SIZE, "the frame that outputs are asked for"
+    assert output["height"] == output["width"] == SIZE, "the frame of the outputs"
 
 
-def test_training_drops_crowds_and_moves_the_indices(folder):
+def test_mapper_training_drops_crowds_and_remaps(folder):
     boxes = [(4, 4, 20, 20), (70, 4, 90, 20), (4, 40, 60, 60)]
     record = patches_dict(folder, boxes, [(0, 1), (1, 2), (2, 0), (2, 1)])
     record["annotations"][0]["iscrowd"] = 1
@@ -225,7 +225,7 @@ def test_training_drops_crowds_and_moves_the_indices(folder):
 
 @pytest.mark.parametrize("is_train", [True, False])
 @pytest.mark.parametrize("count", [0, 1])
-def test_images_with_no_annotation_or_one(folder, is_train, count):
+def test_mapper_zero_or_one_annotation(folder, is_train, count):
     record = patches_dict(folder, [(4, 4, 20, 20)][:count], [])
     output = mapper([T.RandomFlip(), T.RandomCrop("relative", (0.9, 0.9))], is_train)(record)
     instances, relations = output["instances"], output["relations"]
@@ -235,15 +235,15 @@ def test_images_with_no_annotation_or_one(folder, is_train, count):
     assert relations.gt_predicates.shape == (0,) and relations.gt_predicates.dtype == torch.int64
 
 
-def test_annotations_without_relations(folder):
-    """A dict made for detection alone."""
+def test_mapper_without_relations(folder):
+    """A dict for detection only."""
     record = patches_dict(folder, [(4, 4, 20, 20), (40, 4, 60, 20)], [])
     del record["relations"]
     output = mapper()(record)
     assert len(output["instances"]) == 2 and len(output["relations"]) == 0
 
 
-def test_plain_image_at_inference(folder):
+def test_mapper_plain_image_at_inference(folder):
     record = patches_dict(folder, [], [])
     del record["annotations"], record["relations"]
     output = mapper([T.Resize((48, 48))], is_train=False)(record)
@@ -251,14 +251,14 @@ def test_plain_image_at_inference(folder):
     assert "instances" not in output and "relations" not in output
 
 
-def test_the_dict_is_not_changed(folder):
+def test_mapper_does_not_modify_dict(folder):
     record = patches_dict(folder, [(4, 4, 20, 20), (40, 4, 60, 20)], [(0, 1)])
     before = copy.deepcopy(record)
     mapper([T.Resize((48, 48))])(record)
     assert record == before
 
 
-def test_masks_are_carried_and_give_the_box(folder):
+def test_mapper_recomputes_boxes_from_masks(folder):
     """Detectron2's option: a cropped mask may be tighter than its cropped box."""
     record = patches_dict(folder, [(0, 0, 40, 40), (50, 50, 60, 60)], [(0, 1), (1, 0)])
     y, x = np.mgrid[:SIZE, :SIZE]
@@ -270,13 +270,15 @@ def test_masks_are_carried_and_give_the_box(folder):
     assert output["instances"].gt_boxes.tensor.tolist() == [[0, 0, 20, 20], [30, 50, 40, 60]]
     assert triplets(output) == [(0, 1, 1), (1, 0, 10)]
     output = mapper([T.CropTransform(39, 20, 50, 70)], **options)(record)
-    assert output["instances"].gt_classes.tolist() == [1], "of the triangle, only its box is left"
+    assert output["instances"].gt_classes.tolist() == [
+        1
+    ], "only the box of the triangle is in the crop"
     assert triplets(output) == []
     empty = dict(record, annotations=[], relations=[])
     assert len(mapper(**options)(empty)["instances"]) == 0
 
 
-def test_integer_boxes_are_not_rounded(folder):
+def test_mapper_integer_boxes_are_not_rounded(folder):
     record = patches_dict(folder, [(3, 3, 22, 10)], [])
     output = mapper([T.Resize((32, 32)), T.Resize((144, 144))])(record)
     expected = torch.tensor([[3, 3, 22, 10]]) * 1.5
@@ -284,14 +286,14 @@ def test_integer_boxes_are_not_rounded(folder):
 
 
 class CropAroundFirstBox(T.Augmentation):
-    """An augmentation that looks at the boxes."""
+    """An augmentation that uses the boxes."""
 
     def get_transform(self, image, boxes):
         x0, y0, x1, y1 = (int(value) for value in boxes[0])
         return T.CropTransform(x0, y0, x1 - x0, y1 - y0)
 
 
-def test_augmentations_may_ask_for_boxes(folder):
+def test_mapper_augmentation_uses_boxes(folder):
     record = patches_dict(folder, [(4, 4, 24, 20), (10, 10, 60, 30)], [(1, 0)])
     record["annotations"][0].update(bbox=[4, 4, 20, 16], bbox_mode=BoxMode.XYWH_ABS)
     output = mapper([CropAroundFirstBox()])(record)
@@ -320,7 +322,7 @@ def without(record, index, key):
     ],
 )
 @pytest.mark.parametrize("is_train", [True, False])
-def test_bad_records_are_named(folder, spoil, message, is_train):
+def test_mapper_invalid_record_raises(folder, spoil, message, is_train):
     record = patches_dict(folder, [(4, 4, 20, 20), (40, 4, 60, 20)], [(0, 1)])
     spoil(record)
     with pytest.raises(ValueError, match=r"patches\.png: .*" + message):
@@ -329,7 +331,7 @@ def test_bad_records_are_named(folder, spoil, message, is_train):
 
 @pytest.fixture
 def metadata():
-    """Names for two data sets of this test."""
+    """Sets names of data sets and removes them after the test."""
 
     def name_it(name, predicates):
         MetadataCatalog.get(name).set(thing_classes=["a", "b"], predicate_classes=predicates)
@@ -342,7 +344,7 @@ def metadata():
         MetadataCatalog.remove(name)
 
 
-def test_from_config(metadata):
+def test_mapper_from_config(metadata):
     cfg = get_cfg()
     cfg.INPUT.CROP.ENABLED = True
     cfg.DATASETS.TRAIN = (metadata("mapper_test_1", ["on"]),)
@@ -350,12 +352,12 @@ def test_from_config(metadata):
     train, test = RelationDatasetMapper(cfg, True), RelationDatasetMapper(cfg, is_train=False)
     assert (train.num_classes, train.num_predicates, train.is_train) == (2, 1, True)
     assert (test.num_classes, test.num_predicates, test.is_train) == (2, 2, False)
-    kinds = [type(augmentation) for augmentation in train.augmentations.augs]
-    assert kinds == [T.RandomCrop, T.ResizeShortestEdge, T.RandomFlip]
+    types = [type(augmentation) for augmentation in train.augmentations.augs]
+    assert types == [T.RandomCrop, T.ResizeShortestEdge, T.RandomFlip]
     assert [type(a) for a in test.augmentations.augs] == [T.ResizeShortestEdge]
 
 
-def test_data_sets_with_different_predicates(metadata):
+def test_mapper_different_predicates_raise(metadata):
     cfg = get_cfg()
     cfg.DATASETS.TRAIN = (
         metadata("mapper_test_1", ["on"]),
@@ -365,14 +367,14 @@ def test_data_sets_with_different_predicates(metadata):
         RelationDatasetMapper(cfg, True)
 
 
-def test_real_images_through_the_training_loader(real_datasets):
-    """VRD with the usual augmentation: nothing dangles, and flips keep names with their boxes."""
+def test_mapper_real_images_in_train_loader(real_datasets):
+    """VRD with the usual augmentation: all indices are valid, and flips keep classes with boxes."""
     records = load_vrd(
         str(real_datasets / "vrd/json_dataset/annotations_test.json"),
         str(real_datasets / "vrd/sg_dataset/sg_test_images"),
     )
     records = [record for record in records if record["relations"]][:4]
-    # Detectron2 resizes first and flips then.
+    # Detectron2 resizes first, then flips.
     augmentations = [T.ResizeShortestEdge(200, 400), T.RandomFlip(prob=1.0)]
     mapped = RelationDatasetMapper(True, augmentations=augmentations, image_format="BGR")
     loader = build_detection_train_loader(
@@ -393,7 +395,7 @@ def test_real_images_through_the_training_loader(real_datasets):
         np.testing.assert_allclose(left, width - boxes[:, 2] * scale, atol=1e-3)
 
 
-def test_the_example_of_the_guide_runs(tmp_path, monkeypatch, capsys):
+def test_own_data_guide_example_runs(tmp_path, monkeypatch, capsys):
     guide = ROOT / "docs/own_data.md"
     (example,) = re.findall(r"```python\n(.*?)```", guide.read_text(encoding="utf-8"), re.DOTALL)
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Detections from files: both formats, their frames, and what cannot be read."""
+"""Detections from files: both formats, their frames, and invalid files."""
 
 import json
 
@@ -37,7 +37,7 @@ def write(path, records):
 
 
 @pytest.mark.parametrize("name", ["coco_instances_results.json", "instances_predictions.pth"])
-def test_both_formats(tmp_path, name):
+def test_load_detections_both_formats(tmp_path, name):
     records = [RECORD, {**RECORD, "image_id": "a.jpg"}, {**RECORD, "category_id": 0, "score": 1}]
     found = load_detections(write(tmp_path / name, records), 3)
     assert set(found) == {"0", "a.jpg"}
@@ -46,11 +46,11 @@ def test_both_formats(tmp_path, name):
     assert found["0"]["boxes"].dtype == np.float32
 
 
-def test_ids_of_a_json_file_are_those_of_the_data_set(tmp_path):
+def test_load_detections_json_maps_category_ids(tmp_path):
     ids = {1: 0, 17: 2}
     path = write(tmp_path / "x.json", [{**RECORD, "category_id": 17}])
     assert load_detections(path, 3, ids)["0"]["classes"].tolist() == [2]
-    with pytest.raises(ValueError, match="x.json, detection 0: category_id 5 is none of"):
+    with pytest.raises(ValueError, match="x.json, detection 0: category_id 5 is not in"):
         load_detections(write(tmp_path / "x.json", [{**RECORD, "category_id": 5}]), 3, ids)
     path = write(tmp_path / "x.pth", [{**RECORD, "category_id": 2}])  # 0-based there already
     assert load_detections(path, 3, ids)["0"]["classes"].tolist() == [2]
@@ -67,16 +67,16 @@ def test_ids_of_a_json_file_are_those_of_the_data_set(tmp_path):
         ("text", "detection 1: image_id"),
     ],
 )
-def test_wrong_record_is_named(tmp_path, record, message):
+def test_load_detections_invalid_record_raises(tmp_path, record, message):
     with pytest.raises(ValueError, match=message):
         load_detections(write(tmp_path / "x.json", [RECORD, record]), 3)
 
 
-def test_wrong_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="No file of detections '.*no.json'"):
+def test_load_detections_invalid_file_raises(tmp_path):
+    with pytest.raises(FileNotFoundError, match="Detection file '.*no.json' does not exist"):
         load_detections(str(tmp_path / "no.json"), 3)
     (tmp_path / "x.json").write_text("{}")
-    with pytest.raises(ValueError, match="x.json holds a dict, not a list"):
+    with pytest.raises(ValueError, match="x.json contains a dict, not a list"):
         load_detections(str(tmp_path / "x.json"), 3)
     torch.save({"model": 1}, tmp_path / "x.pth")
     with pytest.raises(ValueError, match="x.pth is not Detectron2's instances_predictions.pth"):
@@ -86,7 +86,7 @@ def test_wrong_file_is_named(tmp_path):
         load_detections(str(tmp_path / "x.pth"), 3)
 
 
-def test_detections_are_matched_by_image_id(tmp_path, dataset, caplog):
+def test_attach_detections_matches_image_ids(tmp_path, dataset, caplog):
     dicts = DatasetCatalog.get(DATASET)
     records = [RECORD, {**RECORD, "image_id": 2}, {**RECORD, "image_id": 77}]
     with caplog.at_level("INFO", logger="reldn_d2.data.detection_files"):
@@ -98,7 +98,7 @@ def test_detections_are_matched_by_image_id(tmp_path, dataset, caplog):
         attach_detections(dicts, DATASET, write(tmp_path / "x.json", records[2:]), 9)
 
 
-def test_detections_follow_the_image():
+def test_transform_detections_follow_image():
     arrays = {
         "boxes": np.array([[10.0, 5, 40, 45], [90, 0, 96, 4]], np.float32),
         "scores": np.array([0.5, 0.25], np.float32),
@@ -113,7 +113,7 @@ def test_detections_follow_the_image():
     assert found.pred_classes.tolist() == [1] and found.scores.tolist() == [0.5]
 
 
-def test_loaders_bring_them(tmp_path, dataset):
+def test_loaders_attach_detections(tmp_path, dataset):
     path = write(tmp_path / "x.json", [{**RECORD, "image_id": i} for i in range(4)])
     cfg = small_config(
         *("DATASETS.TRAIN", (DATASET,), "DATASETS.TEST", (DATASET,), "SOLVER.IMS_PER_BATCH", 1),

@@ -1,4 +1,4 @@
-"""Predicate counts, against loops written straight from their definition."""
+"""Predicate counts, compared with loops written from their definition."""
 
 import math
 
@@ -66,14 +66,14 @@ def dataset_dicts(draw):
 
 @settings(max_examples=100, deadline=None)
 @given(dataset_dicts(), st.booleans())
-def test_equals_loops(dicts, overlap_filter):
+def test_count_predicates_equals_loops(dicts, overlap_filter):
     counts = count_predicates(dicts, CLASSES, PREDICATES, overlap_filter)
     assert counts.dtype == torch.int64
     assert torch.equal(counts, count_by_loops(dicts, overlap_filter))
 
 
-def test_many_images_are_counted_once_each():
-    """More images than one chunk, the last chunk not full."""
+def test_count_predicates_several_chunks():
+    """More images than one chunk; the last chunk is not full."""
     one = image([annotation([0, 0, 4, 4], 0), annotation([2, 2, 6, 6], 1)], [(0, 1, 1)])
     counts = count_predicates([one] * 2345, CLASSES, PREDICATES, True)
     assert counts[0, 1].tolist() == [0, 2345, 2346]
@@ -81,7 +81,7 @@ def test_many_images_are_counted_once_each():
     assert counts.sum() == 3 * 2345 + CLASSES**2
 
 
-def test_worked_out_by_hand():
+def test_count_predicates_by_hand():
     entities = [
         annotation([0, 0, 4, 4], 0),
         annotation([2, 2, 6, 6], 1),  # overlaps the first
@@ -96,7 +96,7 @@ def test_worked_out_by_hand():
     assert unfiltered[0, 1].tolist() == [1, 2, 3]
 
 
-def test_box_modes():
+def test_count_predicates_box_modes():
     corners = [annotation([0, 0, 4, 4], 0), annotation([3, 3, 5, 5], 1)]
     sizes = [annotation([0, 0, 4, 4], 0), annotation([3, 3, 2, 2], 1, BoxMode.XYWH_ABS)]
     expected = count_predicates([image(corners, [])], CLASSES, PREDICATES, True)
@@ -111,7 +111,7 @@ def test_log_frequencies():
     assert logits.dtype == torch.float32 and logits.shape == (CLASSES, CLASSES, PREDICATES + 1)
     expected = [math.log(0.75 + 1e-3), math.log(1e-3), math.log(0.25 + 1e-3)]
     np.testing.assert_allclose(logits[0, 1], expected, rtol=1e-6)
-    # Classes that never meet: all the mass is on "no relationship".
+    # Classes that never co-occur: only "no relationship" has a count.
     unseen = [math.log(1e-3), math.log(1e-3), math.log(1 + 1e-3)]
     np.testing.assert_allclose(logits[2, 2], unseen, rtol=1e-5)
 
@@ -124,6 +124,6 @@ def test_log_frequencies():
         ([annotation([0, 0, 1, 1], 0)], [(0, 1, 0)], r"a\.png: relation 0 .*1 annotations"),
     ],
 )
-def test_bad_records_are_named(entities, relations, message):
+def test_count_predicates_invalid_record_raises(entities, relations, message):
     with pytest.raises(ValueError, match=message):
         count_predicates([image(entities, relations)], CLASSES, PREDICATES, True)

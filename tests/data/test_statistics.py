@@ -1,4 +1,4 @@
-"""Statistics of registered data sets: what is counted, and that what is kept is never stale."""
+"""Statistics of registered data sets: the counts, and that the cache is never stale."""
 
 import json
 import os
@@ -18,7 +18,6 @@ from reldn_d2.data.datasets import (
     register_relation_json,
     register_visual_genome,
 )
-from reldn_d2.data.frequency import seen_triplets
 from reldn_d2.data.statistics import (
     dataset_statistics,
     fingerprint,
@@ -34,7 +33,7 @@ from detectron2.structures import BoxMode
 
 @pytest.fixture
 def register(tmp_path, monkeypatch):
-    """Registers a COCO file in a folder of its own; the names are removed after the test."""
+    """Registers a COCO file in its own folder; the names are removed after the test."""
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
     names = []
 
@@ -61,7 +60,7 @@ def loads(monkeypatch):
     return loaded
 
 
-def test_counts(register):
+def test_dataset_statistics_counts(register):
     register("counted")
     statistics = dataset_statistics("counted")
     dicts = DatasetCatalog.get("counted")
@@ -71,12 +70,12 @@ def test_counts(register):
     assert statistics.table(True)[0, 1].tolist() == [1, 1, 2]
     assert statistics.predicate_counts.tolist() == [1, 2]
     assert statistics.predicate_frequencies.tolist() == [1 / 3, 2 / 3]
-    assert statistics.triplets == {(0, 0, 1), (0, 1, 1), (1, 1, 0)} == seen_triplets(dicts)
+    assert statistics.triplets == {(0, 0, 1), (0, 1, 1), (1, 1, 0)}
     assert (statistics.num_images, statistics.num_relations) == (2, 3)
     assert statistics.thing_classes == ("man", "guitar")
 
 
-def test_they_are_kept_and_read_again(register, loads, tmp_path):
+def test_statistics_cache_roundtrip(register, loads, tmp_path):
     register("kept")
     first = dataset_statistics("kept")
     assert loads == ["kept"]
@@ -90,8 +89,8 @@ def test_they_are_kept_and_read_again(register, loads, tmp_path):
     assert loads == ["kept"] * 2
 
 
-def test_a_changed_file_is_counted_anew(register, loads):
-    """Also when its length and its time are what they were."""
+def test_statistics_changed_file_is_recounted(register, loads):
+    """Even if its length and modification time are the same."""
     path = register("changed")
     before = os.stat(path)
     dataset_statistics("changed")
@@ -105,7 +104,7 @@ def test_a_changed_file_is_counted_anew(register, loads):
     assert loads == ["changed"] * 2
 
 
-def test_fingerprint_depends_on_all_that_matters(register, tmp_path, monkeypatch):
+def test_fingerprint_depends_on_options_and_code(register, tmp_path, monkeypatch):
     register("one")
     mark = fingerprint("one")
     assert mark == fingerprint("one")
@@ -125,7 +124,7 @@ def test_fingerprint_depends_on_all_that_matters(register, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 something", None])
-def test_damaged_files_are_counted_anew(register, tmp_path, damage):
+def test_statistics_damaged_cache_is_recounted(register, tmp_path, damage):
     register("damaged")
     expected = dataset_statistics("damaged")
     path = tmp_path / "damaged/reldn_cache/damaged.statistics.npz"
@@ -135,7 +134,7 @@ def test_damaged_files_are_counted_anew(register, tmp_path, damage):
         assert str(content["fingerprint"]) == fingerprint("damaged"), "written again"
 
 
-def test_read_only_folder(register, tmp_path, loads):
+def test_statistics_read_only_folder_uses_cache_folder(register, tmp_path, loads):
     register("read_only")
     os.chmod(tmp_path / "read_only", 0o555)
     try:
@@ -147,7 +146,7 @@ def test_read_only_folder(register, tmp_path, loads):
     assert len(list((tmp_path / "cache").rglob("read_only.statistics.npz"))) == 1
 
 
-def test_a_data_set_without_files_is_counted_each_time(loads):
+def test_statistics_without_files_counted_each_time(loads):
     boxes = [
         {"bbox": [0, 0, 4, 4], "bbox_mode": BoxMode.XYXY_ABS, "category_id": c} for c in (0, 1)
     ]
@@ -160,7 +159,7 @@ def test_a_data_set_without_files_is_counted_each_time(loads):
         dicts[0]["relations"] = [(1, 0, 0)]
         assert dataset_statistics("by_function").triplets == {(1, 0, 0)}
         assert dataset_statistics("by_function", dicts).num_images == 1
-        assert len(loads) == 2, "not loaded where the dicts are given"
+        assert len(loads) == 2, "not loaded if the dicts are given"
     finally:
         DatasetCatalog.remove("by_function")
         MetadataCatalog.remove("by_function")
@@ -171,59 +170,63 @@ def test_zero_shot_triplets(register):
     content = coco_content()
     content["images"][0]["relations"] = [[102, 101, 2], [101, 102, 5]]
     register("test", content)
-    with pytest.raises(ValueError, match="Against which training set .*train_dataset"):
+    with pytest.raises(
+        ValueError, match="Zero-shot triplets of 'test' need a training set.*train_dataset"
+    ):
         zero_shot_triplets("test")
     MetadataCatalog.get("test").train_dataset = "train"
     assert zero_shot_triplets("test") == {(1, 0, 0)}
     assert zero_shot_triplets("train", "test") == {(0, 0, 1)}
 
 
-def test_several_training_sets(register):
+def test_training_statistics_of_several_datasets(register):
     register("part_1")
     register("part_2")
     both = training_statistics_of(["part_1", "part_2"])
     assert both.predicate_counts.tolist() == [2, 4] and both.num_images == 4
-    assert both.table(False)[0, 1].tolist() == [2, 2, 3], "the plus 1 stands there once"
+    assert both.table(False)[0, 1].tolist() == [2, 2, 3], "plus 1 only once"
     content = coco_content()
     content["predicates"][0]["name"] = "carries"
     register("part_3", content)
-    with pytest.raises(ValueError, match="part_1 and part_3 have different classes or predicates"):
+    with pytest.raises(
+        ValueError, match="part_1 and part_3 have different predicate_classes.* counted together"
+    ):
         training_statistics_of(["part_1", "part_3"])
 
 
-def test_description_is_plain_and_complete(register):
+def test_statistics_description_is_plain_and_complete(register):
     register("described")
     statistics = dataset_statistics("described")
     description = json.loads(json.dumps(statistics.description()))
     counts = torch.zeros(2, 2, 2, dtype=torch.int64)
-    for subject, object_, predicate, number in description["relation_counts"]:
-        counts[subject, object_, predicate] = number
+    for subject, object_, predicate, count in description["relation_counts"]:
+        counts[subject, object_, predicate] = count
     assert counts.equal(statistics.table(True)[..., :-1])
     assert description["predicate_counts"] == [1, 2]
 
 
-def test_command(register, capsys, loads):
+def test_statistics_command_prints_counts(register, capsys, loads):
     path = register("by_command")
     register("by_command_test")
     MetadataCatalog.get("by_command_test").train_dataset = "by_command"
     assert main(["by_command", "by_command_test"]) == 0
     printed = capsys.readouterr().out
-    assert "by_command: 2 images, 3 relations, 3 different triplets" in printed
+    assert "by_command: 2 images, 3 relations, 3 distinct triplets" in printed
     assert "| plays       |           2 | 66.67%  |" in printed
     assert "zero-shot: 0 triplets, 0 relations are unseen in by_command" in printed
     count = len(loads)
     assert main(["by_command", "--recount"]) == 0 and len(loads) == count + 1
     assert main(["by_comand"]) == 1
     assert (
-        "No data set 'by_comand' is registered. Near to it: by_command" in capsys.readouterr().err
+        "No data set 'by_comand' is registered. Did you mean by_command" in capsys.readouterr().err
     )
     os.remove(path)
     assert main(["by_command"]) == 1
     assert "not found" in capsys.readouterr().err
 
 
-def test_checkpoints_carry_them_with_the_names(tmp_path):
-    """And a run that goes on keeps them, without looking at the data again."""
+def test_checkpoint_contains_statistics_and_names(tmp_path):
+    """A resumed run keeps them, without reading the data again."""
     register_dataset("in_a_checkpoint", tmp_path / "images")
     try:
         cfg = small_config(
@@ -266,8 +269,8 @@ def test_checkpoints_carry_them_with_the_names(tmp_path):
         ),
     ],
 )
-def test_counting_needs_no_images(tmp_path, write, register, triplets):
-    """Where the annotations of a format can be read without them."""
+def test_dataset_statistics_needs_no_images(tmp_path, write, register, triplets):
+    """For formats whose annotations can be read without images."""
     arguments = write(tmp_path)
     shutil.rmtree(arguments["image_root"])
     register("without_images", **arguments)

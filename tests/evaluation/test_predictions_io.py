@@ -349,7 +349,7 @@ def test_options_of_the_tool(cases, records, tmp_path, capsys):
     assert run_tool([*call]) == 1
     assert "error: " in capsys.readouterr().err and not (tmp_path / "out/results.json").exists()
     assert run_tool(["--dataset", "predictions_file_test_sat", "--predictions", path]) == 2
-    message = f"No data set 'predictions_file_test_sat' is registered. Near to it: {NAME}"
+    message = f"No data set 'predictions_file_test_sat' is registered. Did you mean {NAME}?"
     assert message in capsys.readouterr().err
 
 

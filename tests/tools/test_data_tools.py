@@ -1,10 +1,12 @@
-"""The tools that prepare, split and convert data sets, against a small server and small files."""
+"""The tools that prepare, split and convert data sets, with a local server and small files."""
 
 import contextlib
 import csv
+import errno
 import http.server
 import importlib
 import json
+import os
 import re
 import sys
 import threading
@@ -40,7 +42,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 @pytest.fixture
 def tool(monkeypatch):
-    """Imports a script of tools/ or datasets/ and calls it with arguments; returns its status."""
+    """Imports a script of tools/ or datasets/, calls it with arguments and returns its status."""
     for folder in ("tools", "datasets"):
         monkeypatch.syspath_prepend(str(ROOT / folder))
 
@@ -55,7 +57,7 @@ def tool(monkeypatch):
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder, with byte ranges; the first answer for a name in ``cut`` stops half-way."""
+    """Serves a folder, with byte ranges; the first response for a name in ``cut`` stops halfway."""
 
     cut: set = set()
     asked: list = []
@@ -88,17 +90,17 @@ def server(tmp_path):
     folder = tmp_path / "server"
     folder.mkdir()
 
-    class Here(Handler):
+    class FolderHandler(Handler):
         cut, asked = set(), []
 
         def __init__(self, *arguments):
             super().__init__(*arguments, directory=str(folder))
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Here) as serving:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), FolderHandler) as serving:
         thread = threading.Thread(target=serving.serve_forever, daemon=True)
         thread.start()
-        Here.folder, Here.url = folder, f"http://127.0.0.1:{serving.server_port}"
-        yield Here
+        FolderHandler.folder, FolderHandler.url = folder, f"http://127.0.0.1:{serving.server_port}"
+        yield FolderHandler
         serving.shutdown()
 
 
@@ -124,13 +126,17 @@ def vrd_archives(folder):
     zip_of(folder / "sg_dataset.zip", {**dict.fromkeys(names, image), "__MACOSX/._a.jpg": b"x"})
 
 
-def test_vrd_download_goes_on_where_it_stopped(server, tool, tmp_path, capsys):
+def test_prepare_vrd_interrupted_download_resumes(server, tool, tmp_path, capsys):
     vrd_archives(server.folder)
     server.cut.add("sg_dataset.zip")
     arguments = ("prepare_vrd", "--root", tmp_path / "data", "--mirror", server.url)
     assert tool(*arguments) == 1
     error = capsys.readouterr().err
-    assert "sg_dataset.zip cannot be downloaded" in error and "by hand" in error
+    assert (
+        "sg_dataset.zip (the connection ended after " in error
+        and "Cannot download" in error
+        and "by hand" in error
+    )
     part = tmp_path / "data/vrd/sg_dataset.zip.part"
     size = part.stat().st_size
     assert size > 0 and not part.with_suffix("").exists()
@@ -148,7 +154,7 @@ def test_vrd_download_goes_on_where_it_stopped(server, tool, tmp_path, capsys):
     assert not list(folder.rglob("*.part"))
 
 
-def test_damaged_archive(server, tool, tmp_path, capsys):
+def test_prepare_vrd_damaged_archive_exits_1(server, tool, tmp_path, capsys):
     vrd_archives(server.folder)
     folder = tmp_path / "data/vrd"
     folder.mkdir(parents=True)
@@ -157,14 +163,31 @@ def test_damaged_archive(server, tool, tmp_path, capsys):
     assert "json_dataset.zip: not a complete zip file" in capsys.readouterr().err
 
 
-def test_wrong_archive(server, tool, tmp_path, capsys):
+def disk_full(*arguments, **options):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_prepare_vrd_disk_full_leaves_no_part(server, tool, tmp_path, monkeypatch, capsys):
+    vrd_archives(server.folder)
+
+    def copy_some(source, target, length):
+        target.write(source.read(5))
+        disk_full()
+
+    monkeypatch.setattr(importlib.import_module("_prepare").shutil, "copyfileobj", copy_some)
+    assert tool("prepare_vrd", "--root", tmp_path / "data", "--mirror", server.url) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "data/vrd").rglob("*.*")] == ["json_dataset.zip"]
+
+
+def test_prepare_vrd_wrong_archive_exits_1(server, tool, tmp_path, capsys):
     vrd_archives(server.folder)
     zip_of(server.folder / "json_dataset.zip", {"readme.txt": "no"})
     assert tool("prepare_vrd", "--root", tmp_path / "data", "--mirror", server.url) == 1
     assert "annotations_train.json is not in json_dataset.zip" in capsys.readouterr().err
 
 
-def test_visual_genome(server, tool, tmp_path):
+def test_prepare_visual_genome(server, tool, tmp_path):
     arguments = write_visual_genome(server.folder)
     images = sorted(Path(arguments["image_root"]).iterdir())
     zip_of(server.folder / "image_data.json.zip", {"image_data.json": "[]"})
@@ -187,8 +210,8 @@ def serve_openimages(folder, missing=()):
     return arguments
 
 
-def test_openimages_with_lists_of_ones_own(server, tool, tmp_path, capsys):
-    """A missing image is named at the end; all the others are there."""
+def test_prepare_openimages_own_lists(server, tool, tmp_path, capsys):
+    """A missing image is reported at the end; all others are downloaded."""
     serve_openimages(server.folder, ["bb02.jpg"])
     lists = tmp_path / "data/openimages_vrd/lists"
     lists.mkdir(parents=True)
@@ -212,7 +235,7 @@ def test_openimages_with_lists_of_ones_own(server, tool, tmp_path, capsys):
     assert [len(record["relations"]) for record in records] == [2, 1]
 
 
-def test_openimages_v6(server, tool, tmp_path):
+def test_prepare_openimages_v6(server, tool, tmp_path):
     arguments = serve_openimages(server.folder)
     Path(arguments["relations_csv"]).rename(server.folder / "oidv6-test-annotations-vrd.csv")
     (server.folder / "train").rename(server.folder / "test")
@@ -223,7 +246,7 @@ def test_openimages_v6(server, tool, tmp_path):
     assert names == ["aa01.jpg", "bb02.jpg", "cc03.jpg"]
 
 
-def test_interruption_is_calm(tool, tmp_path, monkeypatch, capsys):
+def test_prepare_keyboard_interrupt_exits_130(tool, tmp_path, monkeypatch, capsys):
     prepare = importlib.import_module("_prepare")
 
     def stop(*arguments, **options):
@@ -231,7 +254,7 @@ def test_interruption_is_calm(tool, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(prepare, "_download", stop)
     assert tool("prepare_vrd", "--root", tmp_path) == 130
-    assert "Run the same command again to go on" in capsys.readouterr().err
+    assert "Run the same command again to resume" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------- splitting
@@ -251,7 +274,7 @@ def drawn_predicates(count, seed=0):
 
 
 @pytest.mark.parametrize("size", [9, 100, 1000, 3000])
-def test_every_predicate_keeps_its_share(size):
+def test_stratified_sample_keeps_shares(size):
     predicates = drawn_predicates(3000)
     chosen = split.stratified_sample(predicates, size, seed=7)
     assert len(chosen) == len(set(chosen)) == size
@@ -271,16 +294,16 @@ def test_every_predicate_keeps_its_share(size):
         assert chosen != split.stratified_sample(predicates, size, seed=8)
 
 
-def test_numbers_that_cannot_be_drawn():
+def test_stratified_sample_impossible_size_raises():
     predicates = drawn_predicates(3000)
     for size in (8, 3001):
-        with pytest.raises(ValueError, match=f"{size} images cannot be drawn: there are 3000"):
+        with pytest.raises(ValueError, match=f"Cannot draw {size} images: there are 3000"):
             split.stratified_sample(predicates, size, seed=0)
     with pytest.raises(ValueError, match="Image x has no predicate"):
         split.stratified_sample({"x": set()}, 1, seed=0)
 
 
-def test_split_tool(tool, tmp_path, capsys):
+def test_split_tool_writes_lists(tool, tmp_path, capsys):
     rows = [
         [image, "/m/01", "/m/02", *["0", "1", "0", "1"] * 2, predicate]
         for image, predicates in drawn_predicates(2000).items()
@@ -299,7 +322,7 @@ def test_split_tool(tool, tmp_path, capsys):
         "mini_val": 100,
     }
     assert not set(lists["train"]) & set(lists["val"])
-    assert len({*lists["train"], *lists["val"]}) == 2000, "the image with attributes alone is not"
+    assert len({*lists["train"], *lists["val"]}) == 2000, "not the image with only attributes"
     for part in ("train", "val"):
         assert set(lists[f"mini_{part}"]) <= set(lists[part])
     assert "| interacts_with |" in capsys.readouterr().out
@@ -309,12 +332,24 @@ def test_split_tool(tool, tmp_path, capsys):
         assert again == lists[name]
 
 
-def test_split_tool_says_what_is_wrong(tool, tmp_path, capsys):
+ONE_PREDICATE_ROWS = [
+    [image, "/m/01", "/m/02", *["0", "1", "0", "1"] * 2, "on"] for image in ("aa01", "bb02")
+]
+
+
+def test_split_tool_invalid_input_exits_1(tool, tmp_path, monkeypatch, capsys):
     relations = write_csv(tmp_path / "relations.csv", OPENIMAGES_ROWS, HEADER)
     command = ("split_openimages_vrd", "--relations", relations, "--output", tmp_path / "lists")
     assert tool(*command) == 1
-    assert "error: 3234 images cannot be drawn: there are 2" in capsys.readouterr().err
+    assert "error: Cannot draw 3234 images: there are 2 images" in capsys.readouterr().err
     assert not (tmp_path / "lists").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("reldn_d2.utils.file_io.os.fsync", disk_full)
+        sizes = ("--val", 1, "--mini-train", 1, "--mini-val", 1)
+        write_csv(tmp_path / "relations.csv", [*ONE_PREDICATE_ROWS], HEADER)
+        assert tool(*command, *sizes) == 1
+        assert "No space left on device" in capsys.readouterr().err
+        assert not list((tmp_path / "lists").iterdir())
     (tmp_path / "relations.csv").write_text("a,b\n")
     assert tool(*command) == 1
     assert "relations.csv, line 1: no column ImageID" in capsys.readouterr().err
@@ -331,7 +366,7 @@ def registered(*names):
         MetadataCatalog.pop(name, None)
 
 
-def test_convert_tool(tool, tmp_path, capsys):
+def test_convert_tool_roundtrip(tool, tmp_path, capsys):
     with registered("to_convert", "converted"):
         arguments = write_coco(tmp_path)
         register_relation_instances("to_convert", {}, **arguments)
@@ -347,15 +382,28 @@ def test_convert_tool(tool, tmp_path, capsys):
         assert [x["file_name"] for x in after] == [x["file_name"] for x in before]
 
 
-def test_convert_tool_says_what_is_wrong(tool, tmp_path, capsys):
+def test_convert_tool_disk_full_keeps_old_file(tool, tmp_path, monkeypatch, capsys):
+    with registered("to_convert"):
+        register_relation_instances("to_convert", {}, **write_coco(tmp_path / "data"))
+        output = tmp_path / "converted.json"
+        output.write_text("old")
+        monkeypatch.setattr("reldn_d2.utils.file_io.os.fsync", disk_full)
+        command = ("convert_to_relation_instances", "--dataset", "to_convert", "--output", output)
+        assert tool(*command) == 1
+        assert "error: " in capsys.readouterr().err
+        assert output.read_text() == "old"
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["converted.json", "data"]
+
+
+def test_convert_tool_unknown_dataset_exits_1(tool, tmp_path, capsys):
     output = tmp_path / "x.json"
     command = ("convert_to_relation_instances", "--output", output, "--dataset")
     assert tool(*command, "vrd_trian") == 1
-    assert "Near to it: vrd_train" in capsys.readouterr().err
+    assert "Did you mean vrd_train" in capsys.readouterr().err
     assert not output.exists()
 
 
-def test_openimages_table_has_the_columns_of_the_official_one(tmp_path):
+def test_write_openimages_official_columns(tmp_path):
     with open(write_openimages(tmp_path)["relations_csv"]) as file:
         assert next(csv.reader(file)) == HEADER and len(HEADER) == 12
 
@@ -363,8 +411,8 @@ def test_openimages_table_has_the_columns_of_the_official_one(tmp_path):
 # ------------------------------------------------------------------------------------ benchmarks
 
 
-def test_generated_data_sets_have_the_sizes_that_are_asked_for(tmp_path, monkeypatch):
-    """Those of the benchmark, in the formats of the official files."""
+def test_benchmark_files_have_requested_sizes(tmp_path, monkeypatch):
+    """The files of the benchmark, in the formats of the official files."""
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     files = importlib.import_module("benchmarks._data_files")
     arguments = files.write_openimages(tmp_path / "openimages", images=40, rows=200)

@@ -91,7 +91,7 @@ def test_pictures_of_an_evaluation(evaluation, tmp_path, capsys):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"--dataset": "gallery_test_sat"}, f"Near to it: {NAME}"),
+        ({"--dataset": "gallery_test_sat"}, f"Did you mean {NAME}?"),
         ({"--predictions": "none.json"}, "No predictions file 'none.json'"),
         ({"--predictions": "other.json"}, f"data set '{NAME}' has no image 'x'"),
         ({"--module": "no_such_module"}, "--module no_such_module: No module named"),

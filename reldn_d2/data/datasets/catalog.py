@@ -1,4 +1,4 @@
-"""Registration in Detectron2's catalogs, with names that are read from files when asked for."""
+"""Registration in Detectron2's catalogs. Names are read from the files on first access."""
 
 import argparse
 import difflib
@@ -11,28 +11,42 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 
-__all__ = ["add_module_argument", "import_modules", "register_dataset", "require_dataset"]
+__all__ = [
+    "DATASET_ERRORS",
+    "UnknownDatasetError",
+    "add_module_argument",
+    "register_dataset",
+    "require_dataset",
+]
 
-_ON_DEMAND = (
+# Everything that finding and loading a data set raises on purpose; str(error) explains the fix.
+# ImportError: a wrong --module, or h5py is not installed.
+DATASET_ERRORS = (ImportError, OSError, ValueError)
+
+_READ_ON_DEMAND = (
     "thing_classes",
     "predicate_classes",
     "attribute_classes",
     "thing_dataset_id_to_contiguous_id",
 )
-_readers: dict[str, Callable[[], dict[str, Any]]] = {}
+_name_readers: dict[str, Callable[[], dict[str, Any]]] = {}
+
+
+class UnknownDatasetError(ValueError):
+    """No data set of this name is registered."""
 
 
 class _MetadataFromFiles(Metadata):
-    """Detectron2's ``Metadata``; names that are not set yet are read from the data set's files."""
+    """Detectron2's ``Metadata`` that reads missing names from the data set's files."""
 
     def __getattr__(self, key: str) -> Any:
         # Attributes of its own would appear in as_dict(), so the reader is kept elsewhere.
-        if key in _ON_DEMAND and self.name in _readers:
+        if key in _READ_ON_DEMAND and self.name in _name_readers:
             try:
-                found = _readers[self.name]()
-            except FileNotFoundError as error:  # unknown as yet, as before any loading
+                names = _name_readers[self.name]()
+            except FileNotFoundError as error:  # not downloaded yet: as if the key were not set
                 raise AttributeError(f"{key} of data set '{self.name}': {error}") from error
-            for name, value in found.items():
+            for name, value in names.items():
                 self.__dict__.setdefault(name, value)
             if key in self.__dict__:
                 return self.__dict__[key]
@@ -48,22 +62,22 @@ def register_dataset(
     read_names: Callable[[], dict[str, Any]] | None = None,
     **metadata: Any,
 ) -> None:
-    """Register a data set. Reads no file before its first use.
+    """Register a data set. No file is read before its first use.
 
     Args:
-        name: of the data set.
-        load: gives the dataset dicts.
+        name: name of the data set.
+        load: returns the dataset dicts.
         arguments: keyword arguments of ``load``.
-        annotation_files: the files that the annotations depend on; statistics are counted anew when
+        annotation_files: the files that the annotations depend on; statistics are recounted when
             the content of one of them changes.
-        read_names: gives ``thing_classes``, ``predicate_classes``, ... when they are first asked
-            for; None when they are in ``metadata``.
+        read_names: returns ``thing_classes``, ``predicate_classes``, ... on first access; None if
+            they are in ``metadata``.
         metadata: further metadata.
     """
     DatasetCatalog.register(name, lambda: load(**arguments))
     if read_names is not None:
         before = MetadataCatalog.pop(name).as_dict() if name in MetadataCatalog else {}
-        _readers[name] = read_names
+        _name_readers[name] = read_names
         MetadataCatalog[name] = _MetadataFromFiles(**{**before, "name": name})
     options = dict(sorted(arguments.items()))
     MetadataCatalog.get(name).set(
@@ -74,44 +88,42 @@ def register_dataset(
 
 
 def add_module_argument(parser: argparse.ArgumentParser) -> None:
-    """Add ``--module``, for :func:`import_modules`."""
+    """Add ``--module``, to be passed to :func:`require_dataset`."""
     parser.add_argument(
         "--module",
         action="append",
         default=[],
-        help="a Python module that registers your data sets; may be given several times",
+        help="Python module that registers your data sets; can be repeated",
     )
 
 
-def import_modules(modules: Sequence[str]) -> None:
-    """Import modules that register data sets; those in the current folder are found.
+def require_dataset(name: str, modules: Sequence[str] = ()) -> None:
+    """Raise if no data set of this name is registered.
+
+    Args:
+        name: name of the data set.
+        modules: modules to import first, because they may register it (``--module``); modules in
+            the current folder are found too.
 
     Raises:
-        ImportError: there is no such module, or it cannot be imported; names the option.
+        ImportError: a module does not exist or cannot be imported; the message names the option.
+        UnknownDatasetError: no such data set; the message suggests similar names.
     """
-    if os.getcwd() not in sys.path:
+    if modules and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     for module in modules:
         try:
             importlib.import_module(module)
         except ImportError as error:
             raise ImportError(
-                f"--module {module}: {error}. Name it as for Python's import, and run the command "
-                "in its folder or put that into PYTHONPATH."
+                f"--module {module}: {error}. Write it as in a Python import statement, and run "
+                "the command in its folder or add that folder to PYTHONPATH."
             ) from error
-
-
-def require_dataset(name: str) -> None:
-    """Raise if no data set of this name is registered, with names near to it.
-
-    Raises:
-        KeyError: with the names.
-    """
-    known = DatasetCatalog.list()
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=3)
-        near = f"Near to it: {', '.join(near)}. " if near else ""
-        raise KeyError(
-            f"No data set '{name}' is registered. {near}One of your own "
-            "is registered by the module that you name with --module."
+    registered = DatasetCatalog.list()
+    if name not in registered:
+        similar = difflib.get_close_matches(name, registered, n=3)
+        suggestion = f"Did you mean {', '.join(similar)}? " if similar else ""
+        raise UnknownDatasetError(
+            f"No data set '{name}' is registered. {suggestion}Pass --module to import the module "
+            "that registers your own data set."
         )

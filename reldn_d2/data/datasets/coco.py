@@ -1,26 +1,26 @@
-"""Data sets of your own: a COCO file with relations.
+"""Your own data sets: a COCO file with relations.
 
-Beside COCO's ``images``, ``annotations`` and ``categories`` the file has ``predicates``, a list of
-``{"id": 1, "name": "on"}``, and its images or its annotations have ``"relations"``: a list of
-``[subject annotation id, object annotation id, predicate id]``.
+In addition to COCO's ``images``, ``annotations`` and ``categories`` the file has ``predicates``, a
+list of ``{"id": 1, "name": "on"}``, and its images or its annotations have ``"relations"``: a list
+of ``[subject annotation id, object annotation id, predicate id]``.
 """
 
 import os
 from collections.abc import Sequence
 from typing import Any
 
+import pycocotools.mask as mask_util
+
 from detectron2.structures import BoxMode
 
+from ..dataset_dict import create_dataset_dict
 from .catalog import register_dataset
-from .coco_values import are_numbers, is_among, is_int, segmentation
-from .io import Problems, find_images, no_garbage_collection, read_json
+from .io import Problems, locate_images, no_garbage_collection, read_json
 
-__all__ = [
-    "load_relation_instances",
-    "register_relation_instances",
-]
+__all__ = ["load_relation_instances", "register_relation_instances"]
 
 _LISTS = ("images", "annotations", "categories", "predicates")
+_LIMIT = 1e15  # larger than any sensible coordinate; rejects NaN and infinity too
 
 
 @no_garbage_collection()
@@ -32,18 +32,18 @@ def load_relation_instances(
     Args:
         json_file: the file.
         image_root: folder that its ``file_name`` are relative to.
-        merge_duplicates: keep one of several equal relations of an image.
+        merge_duplicates: keep only one copy of equal relations of an image.
 
     Returns:
-        One dict an image, also for images without annotations, in the order of the file. Ids of
-        categories and predicates become numbers from 0, in the order of the ids.
+        One dict per image, also for images without annotations, in the order of the file. Ids of
+        categories and predicates become 0-based, in the order of the ids.
 
     Raises:
         FileNotFoundError: if the file, the folder or an image is missing.
-        ValueError: with the file and the first record that is not as expected; all of them are in
-            the error's ``problems``.
+        ValueError: with the file and its first invalid record; all of them are in the error's
+            ``problems``.
     """
-    return _Reader(json_file).dataset_dicts(image_root, merge_duplicates)
+    return _CocoReader(json_file).dataset_dicts(image_root, merge_duplicates)
 
 
 def register_relation_instances(
@@ -53,38 +53,45 @@ def register_relation_instances(
     image_root: str,
     merge_duplicates: bool = False,
 ) -> None:
-    """Register a COCO file with relations, as ``register_coco_instances`` does one without.
+    """Register a COCO file with relations, like ``register_coco_instances`` for one without.
 
     Args:
         name: name of the data set.
-        metadata: further metadata; may be empty. Classes and predicates are read from the file when
-            they are first asked for. ``evaluator_type`` is "relation" unless given.
-        json_file: see :func:`load_relation_instances`.
-        image_root: see :func:`load_relation_instances`.
-        merge_duplicates: see :func:`load_relation_instances`.
+        metadata: further metadata; may be empty. Classes and predicates are read from the file on
+            first access. ``evaluator_type`` defaults to "relation".
+        json_file, image_root, merge_duplicates: see :func:`load_relation_instances`.
     """
     register_dataset(
         name,
         load_relation_instances,
         dict(json_file=json_file, image_root=image_root, merge_duplicates=merge_duplicates),
         annotation_files=[json_file],
-        read_names=lambda: _Reader(json_file, names_only=True).names(),
-        # For scoring predictions again and for counting, which need no images.
-        load_annotations=lambda: _Reader(json_file).dataset_dicts(None, merge_duplicates),
+        read_names=lambda: _CocoReader(json_file, names_only=True).names(),
+        # For rescoring predictions and for counting, which need no images.
+        load_annotations=lambda: _CocoReader(json_file).dataset_dicts(None, merge_duplicates),
         image_root=image_root,
         json_file=json_file,
         **{"evaluator_type": "relation", **metadata},
     )
 
 
-class _Reader:
-    """Checks and reads one file."""
+class _CocoReader:
+    """Checks and reads one file.
+
+    Attributes:
+        problems: all invalid records so far.
+        records: dataset dicts by image id.
+        annotation_index: image id, and index into the image's annotations, by annotation id.
+        bad_images: ids of invalid images; annotations of them are not reported as well.
+        bad_annotations: ids of invalid annotations; relations of them are not reported as well.
+    """
 
     def __init__(self, json_file: str, names_only: bool = False) -> None:
         self.path = json_file
         self.content = read_json(json_file, "COCO file with relations")
         self.problems = Problems()
-        # Ids of images and annotations with a problem: what refers to them is no other problem.
+        self.records: dict[Any, dict[str, Any]] = {}
+        self.annotation_index: dict[Any, tuple[Any, int]] = {}
         self.bad_images: set[Any] = set()
         self.bad_annotations: set[Any] = set()
         if not isinstance(self.content, dict):
@@ -96,172 +103,150 @@ class _Reader:
             if not isinstance(self.content.get(key), list):
                 raise ValueError(
                     f'{json_file}: no list "{key}"; it has {sorted(self.content)}. Expected a COCO '
-                    f"file with {', '.join(_LISTS)} (docs/own_data.md shows one)."
+                    f"file with {', '.join(_LISTS)} (see docs/own_data.md for an example)."
                 )
         if "relations" in self.content:
             raise ValueError(
-                f'{json_file}: a list "relations" stands beside "images", where it is not read. '
+                f'{json_file}: found a list "relations" next to "images", where it is not read. '
                 "Put each relation into the entry of its image (docs/own_data.md shows how)."
             )
-        self.categories = self._numbers("categories")
-        self.predicates = self._numbers("predicates")
-        self.attributes = self._numbers("attributes")
+        self.categories = self._contiguous_ids("categories")
+        self.predicates = self._contiguous_ids("predicates")
+        self.attributes = self._contiguous_ids("attributes")
         if names_only:
             self.problems.raise_any()
             self.content = {key: self.content.get(key, []) for key in (*_LISTS[2:], "attributes")}
 
     def names(self) -> dict[str, Any]:
-        """Metadata: names in the order of their numbers, and the numbers of the file's ids."""
+        """Return metadata: names in the order of their ids, and the 0-based ids of categories."""
         names = {"thing_dataset_id_to_contiguous_id": self.categories}
-        for field, key, numbers in (
+        for field, key, contiguous_ids in (
             ("thing_classes", "categories", self.categories),
             ("predicate_classes", "predicates", self.predicates),
             ("attribute_classes", "attributes", self.attributes),
         ):
             by_id = {entry["id"]: entry["name"] for entry in self.content.get(key, ())}
-            names[field] = [by_id[identifier] for identifier in numbers]
+            names[field] = [by_id[identifier] for identifier in contiguous_ids]
         return names
 
     def dataset_dicts(self, image_root: str | None, merge_duplicates: bool) -> list[dict[str, Any]]:
-        """See :func:`load_relation_instances`; None does not look for the images."""
-        records: dict[Any, dict[str, Any]] = {}
-        for number, image in enumerate(self.content["images"]):
-            self._read_image(f"images[{number}]", image, records)
-        # by id: image id and position among the annotations of the image
-        places: dict[Any, tuple[Any, int]] = {}
-        annotations = self.content["annotations"]
-        holders = []  # annotations with relations
-        for number, annotation in enumerate(annotations):
-            self._read_annotation(number, annotation, records, places)
+        """See :func:`load_relation_instances`; with ``image_root`` None images are not located."""
+        images, annotations = self.content["images"], self.content["annotations"]
+        for index, image in enumerate(images):
+            self._read_image(f"{self.path}: images[{index}]", image)
+        annotations_with_relations = []
+        for index, annotation in enumerate(annotations):
+            self._read_annotation(f"{self.path}: annotations[{index}]", annotation)
             if isinstance(annotation, dict) and "relations" in annotation:
-                holders.append((number, annotation))
-            annotations[number] = None  # large files need the memory
-        for number, image in enumerate(self.content["images"]):
-            self._read_relations(f"images[{number}]", image, records, places, None)
-        for number, annotation in holders:
-            where = f"annotations[{number}]"
-            self._read_relations(where, annotation, records, places, annotation.get("id"))
+                annotations_with_relations.append((index, annotation))
+            annotations[index] = None  # large files need the memory
+        for index, image in enumerate(images):
+            self._read_relations(f"images[{index}]", image, None)
+        for index, annotation in annotations_with_relations:
+            self._read_relations(f"annotations[{index}]", annotation, annotation.get("id"))
         self.problems.raise_any()
-        dicts = list(records.values())
+        dicts = list(self.records.values())
         if not dicts:
             raise ValueError(f'{self.path}: "images" is empty. Expected at least one image.')
         names = [record["file_name"] for record in dicts]
-        paths = names if image_root is None else _paths(image_root, names)
+        paths = names if image_root is None else _locate_nested_images(image_root, names)
         for record, path in zip(dicts, paths, strict=True):
             record["file_name"] = path
             if merge_duplicates:
                 record["relations"] = list(dict.fromkeys(record["relations"]))
         return dicts
 
-    def _numbers(self, key: str) -> dict[Any, int]:
-        """Contiguous number of each id of a list of names."""
-        entries = self.content.get(key, [])
-        ids: dict[int, str] = {}
-        for number, entry in enumerate(entries if isinstance(entries, list) else [entries]):
-            where = f"{self.path}: {key}[{number}]"
+    def _contiguous_ids(self, key: str) -> dict[Any, int]:
+        """Map each id of a list of names to its 0-based position in the order of the ids."""
+        names: dict[int, str] = {}
+        for index, entry in enumerate(_as_list(self.content.get(key, []))):
+            where = f"{self.path}: {key}[{index}] is {entry!r:.120}"
             identifier = entry.get("id") if isinstance(entry, dict) else None
             name = entry.get("name") if isinstance(entry, dict) else None
-            if not is_int(identifier) or not isinstance(name, str):
-                self.problems.add(
-                    f'{where} is {entry!r:.120}; expected {{"id": an integer, "name": a text}}.'
-                )
-            elif identifier in ids or name in ids.values():
-                self.problems.add(f"{where} is {entry!r:.120}; its id or name stands there before.")
+            if not _is_int(identifier) or not isinstance(name, str):
+                self.problems.add(f'{where}; expected {{"id": an integer, "name": a text}}.')
+            elif identifier in names or name in names.values():
+                self.problems.add(f"{where}; its id or name is used before.")
             else:
-                ids[identifier] = name
-        return {identifier: number for number, identifier in enumerate(sorted(ids))}
+                names[identifier] = name
+        return {identifier: position for position, identifier in enumerate(sorted(names))}
 
-    def _read_image(self, where: str, image: Any, records: dict[Any, dict[str, Any]]) -> None:
-        where = f"{self.path}: {where}"
+    def _read_image(self, where: str, image: Any) -> None:
         if not isinstance(image, dict):
             self.problems.add(f"{where} is {image!r:.120}; expected an object.")
             return
         identifier, name = image.get("id"), image.get("file_name")
         height, width = image.get("height"), image.get("width")
-        if not (is_int(identifier) or isinstance(identifier, str)) or not isinstance(name, str):
+        if not _is_id(identifier) or not isinstance(name, str):
             self.problems.add(
                 f"{where}: expected id (an integer or a text) and file_name, found {image!r:.160}."
             )
-        elif not all(is_int(x) and x > 0 for x in (height, width)):
+        elif not all(_is_int(x) and x > 0 for x in (height, width)):
             self.bad_images.add(identifier)
             self.problems.add(
                 f"{where} ({name}): height is {height!r:.40} and width {width!r:.40}; expected "
-                "integers, numbers of pixels above 0."
+                "integers above 0, in pixels."
             )
-        elif identifier in records:
+        elif identifier in self.records:
             self.problems.add(f"{where} ({name}): another image has the id {identifier!r} as well.")
         else:
-            records[identifier] = record = {
-                "file_name": name,
-                "image_id": identifier,
-                "height": height,
-                "width": width,
-                "annotations": [],
-                "relations": [],
-            }
-            self._read_labels(where, image, record)
+            record = create_dataset_dict(name, identifier, (height, width), [], [])
+            self.records[identifier] = record
+            if "verified_labels" in image:
+                record["verified_labels"] = self._verified_labels(where, image["verified_labels"])
 
-    def _read_labels(self, where: str, image: dict[str, Any], record: dict[str, Any]) -> None:
-        if "verified_labels" not in image:
-            return
-        record["verified_labels"] = {}
-        labels = image["verified_labels"]
-        for entry in labels if isinstance(labels, list) else [labels]:
-            good = isinstance(entry, list) and len(entry) == 2 and entry[1] in (0, 1)
-            if not good or self._lookup(entry[0], self.categories) is None:
+    def _verified_labels(self, where: str, labels: Any) -> dict[int, int]:
+        """Return 1 (in the image) or 0 (not in it) by class."""
+        values = {}
+        for label in _as_list(labels):
+            valid = isinstance(label, list) and len(label) == 2 and label[1] in (0, 1)
+            category = _lookup(label[0], self.categories) if valid else None
+            if category is None:
                 self.problems.add(
-                    f"{where}: verified_labels has {entry!r:.80}; expected lists of [category id, "
+                    f"{where}: verified_labels has {label!r:.80}; expected lists of [category id, "
                     "1 (it is in the image) or 0 (it is not)]."
                 )
             else:
-                record["verified_labels"][self.categories[entry[0]]] = entry[1]
+                values[category] = label[1]
+        return values
 
-    def _read_annotation(
-        self,
-        number: int,
-        annotation: Any,
-        records: dict[Any, dict[str, Any]],
-        places: dict[Any, tuple[Any, int]],
-    ) -> None:
-        if not isinstance(annotation, dict) or not is_int(annotation.get("id")):
+    def _read_annotation(self, where: str, annotation: Any) -> None:
+        if not isinstance(annotation, dict) or not _is_int(annotation.get("id")):
             self.problems.add(
-                f"{self.path}: annotations[{number}] is {annotation!r:.120}; expected an object "
-                "with an id, an integer."
+                f"{where} is {annotation!r:.120}; expected an object with an id, an integer."
             )
             return
-        identifier = annotation["id"]
+        identifier, image_id = annotation["id"], annotation.get("image_id")
+        record = _lookup(image_id, self.records)
         try:
-            record = self._lookup(annotation.get("image_id"), records)
+            if record is None and _is_id(image_id) and image_id in self.bad_images:
+                self.bad_annotations.add(identifier)
+                return
             if record is None:
-                if is_among(annotation.get("image_id"), self.bad_images):
-                    self.bad_annotations.add(identifier)
-                    return
                 raise ValueError(
-                    f"image_id is {annotation.get('image_id')!r:.60}: no such image (a text and an "
-                    "integer are different ids)"
+                    f"image_id is {image_id!r:.60}: no such image (a text and an integer are "
+                    "different ids)"
                 )
-            if identifier in places:
+            if identifier in self.annotation_index:
                 raise ValueError("another annotation has this id as well")
-            entry = self._entry(annotation)
+            entry = self._convert_annotation(annotation)
         except ValueError as error:
             self.bad_annotations.add(identifier)
-            self.problems.add(
-                f"{self.path}: annotations[{number}] (id {identifier}): {error}. Mend or remove it."
-            )
+            self.problems.add(f"{where} (id {identifier}): {error}. Fix or remove it.")
             return
-        places[identifier] = (annotation["image_id"], len(record["annotations"]))
+        self.annotation_index[identifier] = (image_id, len(record["annotations"]))
         record["annotations"].append(entry)
 
-    def _entry(self, annotation: dict[str, Any]) -> dict[str, Any]:
-        """The annotation as in a dataset dict, or a ValueError."""
-        category = self._lookup(annotation.get("category_id"), self.categories)
+    def _convert_annotation(self, annotation: dict[str, Any]) -> dict[str, Any]:
+        """Return the annotation as in a dataset dict."""
+        category = _lookup(annotation.get("category_id"), self.categories)
         if category is None:
             raise ValueError(
                 f"category_id is {annotation.get('category_id')!r:.60}; expected one of the "
                 f"{len(self.categories)} ids of categories"
             )
         bbox = annotation.get("bbox")
-        if not are_numbers(bbox) or len(bbox) != 4 or min(bbox[2:]) <= 0:
+        if not _are_numbers(bbox) or len(bbox) != 4 or min(bbox[2:]) <= 0:
             raise ValueError(
                 f"bbox is {bbox!r:.80}; expected four numbers [x, y, width, height] with a width "
                 "and a height above 0"
@@ -275,96 +260,126 @@ class _Reader:
         if entry["iscrowd"] not in (0, 1):
             raise ValueError(f"iscrowd is {entry['iscrowd']!r:.40}; expected 0 or 1")
         if annotation.get("segmentation"):
-            entry["segmentation"] = segmentation(annotation["segmentation"])
+            entry["segmentation"] = _read_segmentation(annotation["segmentation"])
         if annotation.get("keypoints"):
-            # COCO's are numbers of pixels; Detectron2's are continuous, as in its own reader.
+            # COCO's are pixel indices; Detectron2's are continuous, as in its own reader.
             values = annotation["keypoints"]
-            if not are_numbers(values) or len(values) % 3:
+            if not _are_numbers(values) or len(values) % 3:
                 raise ValueError(
                     f"keypoints are {values!r:.80}; expected three numbers each, [x, y, visibility]"
                 )
             entry["keypoints"] = [v if i % 3 == 2 else v + 0.5 for i, v in enumerate(values)]
         if "attributes" in annotation:
-            wanted = annotation["attributes"]
-            listed = isinstance(wanted, list)
-            known = [self._lookup(x, self.attributes) for x in wanted] if listed else [None]
-            if None in known:
+            ids = annotation["attributes"]
+            is_list = isinstance(ids, list)
+            attributes = [_lookup(x, self.attributes) for x in ids] if is_list else [None]
+            if None in attributes:
                 raise ValueError(
-                    f"attributes are {wanted!r:.80}; expected a list of ids of the "
-                    f"{len(self.attributes)} "
-                    'of the list "attributes"'
+                    f"attributes are {ids!r:.80}; expected a list of ids of the "
+                    f'{len(self.attributes)} of the list "attributes"'
                 )
-            entry["attributes"] = known
+            entry["attributes"] = attributes
         return entry
 
-    def _read_relations(
-        self,
-        where: str,
-        holder: Any,
-        records: dict[Any, dict[str, Any]],
-        places: dict[Any, tuple[Any, int]],
-        annotation_id: Any,
-    ) -> None:
-        """Relations of an image (``annotation_id`` None) or of an annotation, their subject."""
+    def _read_relations(self, where: str, holder: Any, annotation_id: Any) -> None:
+        """Read the relations of an image (``annotation_id`` None), or of their subject."""
         relations = holder.get("relations", []) if isinstance(holder, dict) else []
-        for number, relation in enumerate(
-            relations if isinstance(relations, list) else [relations]
-        ):
-            if self.bad_annotations and self._is_told(relation):
-                continue
+        for index, relation in enumerate(_as_list(relations)):
+            if self.bad_annotations and isinstance(relation, list):
+                if any(_is_id(x) and x in self.bad_annotations for x in relation[:2]):
+                    continue  # the annotation was reported
             try:
-                subject, object_, predicate = self._relation(relation, places)
-                image_id = places[relation[0]][0]
+                triplet = self._convert_relation(relation)
+                image_id = self.annotation_index[relation[0]][0]
                 if annotation_id is None and image_id != holder.get("id"):
                     raise ValueError("its annotations are those of another image")
                 if annotation_id is not None and relation[0] != annotation_id:
-                    raise ValueError("it stands at an annotation that is not its subject")
+                    raise ValueError("it is listed at an annotation that is not its subject")
             except ValueError as error:
                 self.problems.add(
-                    f"{self.path}: {where}, relation {number} is {relation!r:.80}: {error}. Mend "
-                    "or remove it."
+                    f"{self.path}: {where}, relation {index} is {relation!r:.80}: {error}. Fix or "
+                    "remove it."
                 )
                 continue
-            records[image_id]["relations"].append((subject, object_, predicate))
+            self.records[image_id]["relations"].append(triplet)
 
-    def _is_told(self, relation: Any) -> bool:
-        """Whether an end of it is an annotation of which a problem was told already."""
-        ends = relation[:2] if isinstance(relation, list) else []
-        return any(is_among(x, self.bad_annotations) for x in ends)
-
-    def _relation(self, relation: Any, places: dict[Any, tuple[Any, int]]) -> tuple[int, int, int]:
+    def _convert_relation(self, relation: Any) -> tuple[int, int, int]:
+        """Return (subject index, object index, predicate id), 0-based."""
         if not isinstance(relation, list) or len(relation) != 3:
             raise ValueError("expected [subject annotation id, object annotation id, predicate id]")
-        subject = self._lookup(relation[0], places)
-        object_ = self._lookup(relation[1], places)
+        subject = _lookup(relation[0], self.annotation_index)
+        object_ = _lookup(relation[1], self.annotation_index)
         if subject is None or object_ is None:
-            number, role = (0, "subject") if subject is None else (1, "object")
-            raise ValueError(f"there is no annotation with the id {relation[number]!r} ({role})")
+            index, role = (0, "subject") if subject is None else (1, "object")
+            raise ValueError(f"there is no annotation with the id {relation[index]!r} ({role})")
         if subject[0] != object_[0]:
             raise ValueError("subject and object are annotations of different images")
         if relation[0] == relation[1]:
             raise ValueError("it relates an annotation to itself")
-        predicate = self._lookup(relation[2], self.predicates)
+        predicate = _lookup(relation[2], self.predicates)
         if predicate is None:
             raise ValueError(
                 f"there is no predicate with the id {relation[2]!r} among {len(self.predicates)}"
             )
         return subject[1], object_[1], predicate
 
-    @staticmethod
-    def _lookup(key: Any, table: dict[Any, Any]) -> Any:
-        """The entry of ``key``; None if there is none, or ``key`` cannot be one (True is no 1)."""
-        return table.get(key) if type(key) in (int, str) else None
+
+def _is_int(value: Any) -> bool:
+    """Return whether it is an integer. JSON has no subclasses of int, except bool."""
+    return type(value) is int
 
 
-def _paths(image_root: str, names: Sequence[str]) -> list[str]:
-    """Paths of images that may lie in folders below ``image_root``."""
-    folders: dict[str, list[str]] = {}
+def _is_id(value: Any) -> bool:
+    return type(value) in (int, str)
+
+
+def _lookup(key: Any, table: dict[Any, Any]) -> Any:
+    """Return the entry of an id, or None. True is not the id 1."""
+    return table.get(key) if type(key) in (int, str) else None
+
+
+def _as_list(value: Any) -> list[Any]:
+    """Wrap anything that is not a list, so that it is reported as an invalid entry."""
+    return value if isinstance(value, list) else [value]
+
+
+def _are_numbers(values: Any) -> bool:
+    """Return whether it is a list of numbers that can be coordinates."""
+    if type(values) is not list:
+        return False
+    for value in values:  # all() would take twice as long, and files have millions of boxes
+        if type(value) not in (int, float) or not -_LIMIT < value < _LIMIT:
+            return False
+    return True
+
+
+def _read_segmentation(value: Any) -> Any:
+    """Return polygons or RLE in Detectron2's format."""
+    if isinstance(value, dict):
+        size, counts = value.get("size"), value.get("counts")
+        if _are_numbers(size) and len(size) == 2 and all(_is_int(x) and x > 0 for x in size):
+            if isinstance(counts, str):
+                return value
+            if _are_numbers(counts) and all(_is_int(x) and x >= 0 for x in counts):
+                return mask_util.frPyObjects(value, *size)
+    elif isinstance(value, list) and all(
+        _are_numbers(polygon) and len(polygon) % 2 == 0 and len(polygon) >= 6 for polygon in value
+    ):
+        return value
+    raise ValueError(
+        f"segmentation is {value!r:.80}; expected polygons [x, y, x, y, x, y, ...] or an RLE "
+        "object with size and counts"
+    )
+
+
+def _locate_nested_images(image_root: str, names: Sequence[str]) -> list[str]:
+    """Return the paths of images that may be in subfolders of ``image_root``."""
+    by_folder: dict[str, list[str]] = {}
     for name in names:
-        folders.setdefault(os.path.dirname(name), []).append(os.path.basename(name))
-    found = {}
-    for folder, files in folders.items():
+        by_folder.setdefault(os.path.dirname(name), []).append(name)
+    paths = {}
+    for folder, members in by_folder.items():
         root = os.path.join(image_root, folder) if folder else image_root
-        paths = find_images(root, files, "the data set")
-        found.update(zip([os.path.join(folder, x) for x in files], paths, strict=True))
-    return [found[os.path.join(os.path.dirname(x), os.path.basename(x))] for x in names]
+        files = [os.path.basename(name) for name in members]
+        paths.update(zip(members, locate_images(root, files, "the data set"), strict=True))
+    return [paths[name] for name in names]

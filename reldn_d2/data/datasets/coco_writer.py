@@ -1,4 +1,4 @@
-"""Any data set with relations as a COCO file with relations (see :mod:`.coco_relations`)."""
+"""Convert any data set with relations to a COCO file with relations (see :mod:`.coco`)."""
 
 import os
 from collections.abc import Sequence
@@ -16,30 +16,30 @@ def to_relation_instances(
     image_root: str,
     attribute_classes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The content of a COCO file with relations.
+    """Return the content of a COCO file with relations.
 
     Args:
         dataset_dicts: Detectron2's dicts with ``"relations"``.
         thing_classes: names of the entity classes.
         predicate_classes: names of the predicates.
         image_root: folder that ``file_name`` becomes relative to.
-        attribute_classes: names of the attributes of entities, where there are any.
+        attribute_classes: names of the attributes of entities, if any.
 
     Returns:
-        What :func:`load_relation_instances` reads; ids of categories, predicates and attributes
-        count from 1. ``image_id`` is kept.
+        What :func:`load_relation_instances` reads. Ids of categories, predicates and attributes
+        start at 1; ``image_id`` is kept.
     """
     content: dict[str, Any] = {"images": [], "annotations": []}
-    number = 0
+    annotation_id = 0
     for record in dataset_dicts:
-        first = number + 1
+        first_id = annotation_id + 1
         image = {
             "id": record["image_id"],
             "file_name": os.path.relpath(record["file_name"], image_root),
             "height": record["height"],
             "width": record["width"],
             "relations": [
-                [first + subject, first + object_, predicate + 1]
+                [first_id + subject, first_id + object_, predicate + 1]
                 for subject, object_, predicate in record.get("relations", ())
             ],
         }
@@ -50,9 +50,9 @@ def to_relation_instances(
         content["images"].append(image)
         boxes = boxes_xyxy(record["annotations"])
         for annotation, (x0, y0, x1, y1) in zip(record["annotations"], boxes.tolist(), strict=True):
-            number += 1
+            annotation_id += 1
             entry = {
-                "id": number,
+                "id": annotation_id,
                 "image_id": record["image_id"],
                 "category_id": annotation["category_id"] + 1,
                 "bbox": [x0, y0, x1 - x0, y1 - y0],
@@ -79,7 +79,7 @@ def to_relation_instances(
 
 
 def _plain(segmentation: Any) -> Any:
-    """Polygons, or an RLE object whose counts are text, as JSON has no bytes."""
+    """Return polygons, or an RLE object with its counts as text, because JSON has no bytes."""
     if isinstance(segmentation, dict) and isinstance(segmentation["counts"], bytes):
         return {**segmentation, "counts": segmentation["counts"].decode("ascii")}
     return segmentation

@@ -1,44 +1,43 @@
-"""Reading data set files: every failure names the file, the record and the mend."""
+"""Read data set files. Errors name the file and record and say how to fix them."""
 
 import csv
 import gc
 import json
 import os
 import stat
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import IO, Any
 
 from iopath.common.file_io import get_cache_dir
 from PIL import Image
 
 from detectron2.utils.file_io import PathManager
 
+from ...utils.file_io import write_atomically
 from ...utils.image_io import exif_orientation
 
 __all__ = [
     "Problems",
     "cache_paths",
-    "find_image",
-    "find_images",
     "image_size",
-    "list_images",
+    "locate_images",
     "no_garbage_collection",
     "read_csv",
     "read_json",
     "read_names",
     "require_file",
-    "require_path",
+    "write_cache",
 ]
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif")
-_EXIF_TURNED = (5, 6, 7, 8)
-_KEPT_PROBLEMS = 10_000
+_SWAPS_WIDTH_AND_HEIGHT = (5, 6, 7, 8)  # EXIF orientations
+_MAX_MESSAGES = 10_000
 _NAME_HEADERS = ("LabelName", "RelationshipName", "AttributeName")
 
 
 class Problems:
-    """Collects what is wrong with the records of a file, to raise it all at once.
+    """Collects the problems of a file, to raise them all in one error.
 
     Example::
 
@@ -49,58 +48,58 @@ class Problems:
 
     def __init__(self, error: type[Exception] = ValueError) -> None:
         """Args:
-        error: what :meth:`raise_any` raises.
+        error: type of the error that :meth:`raise_any` raises.
         """
         self.error = error
         self.messages: list[str] = []
         self.count = 0
 
     def add(self, message: str) -> None:
-        """Note a problem: file, record, what was expected."""
+        """Add a problem: file, record and what was expected."""
         self.count += 1
-        if len(self.messages) < _KEPT_PROBLEMS:
+        if len(self.messages) < _MAX_MESSAGES:
             self.messages.append(message)
 
     def raise_any(self) -> None:
-        """Raise if there is a problem: the first one as text, all as ``error.problems``."""
+        """Raise if there is a problem: the message is the first one, ``error.problems`` has all."""
         if not self.count:
             return
         text = self.messages[0]
         if self.count > 1:
             text += (
-                f"\n{self.count - 1} more problems were found; "
-                "`python -m reldn_d2.data.check NAME` lists those of a registered data set."
+                f"\n{self.count - 1} more problems; `python -m reldn_d2.data.check NAME` "
+                "lists all problems of a registered data set."
             )
         error = self.error(text)
         error.problems = self.messages
         raise error
 
 
-def require_path(path: str, what: str) -> str:
-    """Return ``path`` or raise if nothing is there.
+def _require_path(path: str, what: str) -> str:
+    """Return ``path``; raise if it does not exist.
 
     Args:
         path: file or folder.
-        what: what it should be, e.g. "VRD annotations", for the message.
+        what: its content, e.g. "VRD annotations", for the message.
 
     Raises:
-        FileNotFoundError: with the full path and the variable that the path comes from.
+        FileNotFoundError: with the full path and ``DETECTRON2_DATASETS``.
     """
     if PathManager.exists(path):
         return path
     root = os.environ.get("DETECTRON2_DATASETS")
     variable = f"DETECTRON2_DATASETS={root}" if root else "DETECTRON2_DATASETS is not set"
     raise FileNotFoundError(
-        f"{what} not found: {os.path.abspath(path)} does not exist ({variable}; the built-in data "
-        'sets are looked for below that folder, or below "datasets" when it is not set). '
-        "datasets/README.md says what to download and how to lay it out."
+        f"{what} not found: {os.path.abspath(path)} does not exist ({variable}; built-in data "
+        'sets are expected below that folder, or below "datasets" when it is not set). See '
+        "datasets/README.md for what to download and where to put it."
     )
 
 
 def require_file(path: str, what: str) -> str:
-    """As :func:`require_path`; a folder is no file."""
-    if PathManager.isdir(require_path(path, what)):
-        raise ValueError(f"{path}: a folder, expected a file: {what}.")
+    """Return ``path``; raise if it does not exist (see :func:`_require_path`) or is a folder."""
+    if PathManager.isdir(_require_path(path, what)):
+        raise ValueError(f"{path}: expected a file ({what}), found a folder.")
     return path
 
 
@@ -109,22 +108,22 @@ def read_json(path: str, what: str) -> Any:
 
     Args:
         path: the file.
-        what: what it should be, for the message.
+        what: its content, for messages.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is not JSON in UTF-8, with the place where reading stopped.
+        ValueError: if it is not JSON in UTF-8, with the position of the error.
     """
     require_file(path, what)
     try:
         with PathManager.open(path, "rb") as file:
-            # One expression, so that the bytes are given back before the text is parsed.
+            # One expression, so that the bytes are freed before the text is parsed.
             text = file.read().decode("utf-8-sig")
         return json.loads(text, object_pairs_hook=_without_repeated_keys)
     except _RepeatedKey as error:
         raise ValueError(
-            f"{path}: the key {error.args[0]!r:.120} stands twice in one object, so that one of "
-            f"the two values would be lost ({what}). Rename or merge them."
+            f"{path}: the key {error.args[0]!r:.120} occurs twice in one object, so one of the two "
+            f"values would be lost ({what}). Rename or merge them."
         ) from error
     except UnicodeDecodeError as error:
         raise ValueError(
@@ -134,14 +133,15 @@ def read_json(path: str, what: str) -> Any:
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path}: not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}). "
-            f"The file ({what}) is truncated or damaged: mend it there, or download it again."
+            f"The file ({what}) is truncated or damaged: fix it at that position, or download it "
+            "again."
         ) from error
     except (RecursionError, ValueError) as error:  # nested too deeply, or a number too long
         raise ValueError(f"{path}: cannot be read as JSON ({error}). Expected {what}.") from error
 
 
 class _RepeatedKey(Exception):
-    """Of a JSON object."""
+    """A JSON object has this key twice."""
 
 
 def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -155,20 +155,20 @@ def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def read_csv(
     path: str, columns: Sequence[str], what: str, problems: Problems
 ) -> Iterator[tuple[int, list[str]]]:
-    """Rows of a CSV file whose first line names its columns.
+    """Yield the rows of a CSV file whose first line names its columns.
 
     Args:
         path: the file, in UTF-8.
-        columns: names of the columns that are wanted; others are ignored.
-        what: what the file should be, for messages.
-        problems: rows of another length than the header are added to it and left out.
+        columns: names of the columns to read; others are ignored.
+        what: its content, for messages.
+        problems: rows whose length differs from the header are added to it and skipped.
 
     Yields:
         Line number (the header is line 1) and the values of ``columns``.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is empty, is no text in UTF-8, or lacks a column.
+        ValueError: if the file is empty, is not UTF-8 text, or lacks a column.
     """
     rows = _csv_rows(path, what)
     _, header = next(rows, (1, None))
@@ -187,7 +187,7 @@ def read_csv(
         if header.count(column) > 1:
             raise ValueError(
                 f"{path}, line 1: {header.count(column)} columns are called {column} ({what}). "
-                "Which one is meant? Remove or rename the others."
+                "Remove or rename all but one."
             )
     indices = [header.index(column) for column in columns]
     for line, row in rows:
@@ -201,7 +201,7 @@ def read_csv(
 
 
 def read_names(path: str, what: str) -> dict[str, str]:
-    """Names by identifier from a CSV file of two columns, with or without a header line.
+    """Read names by identifier from a CSV file of two columns, with or without a header line.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -218,16 +218,16 @@ def read_names(path: str, what: str) -> dict[str, str]:
             )
         if row[0] in names:
             raise ValueError(
-                f"{path}, line {line}: {row[0]} was named before ({what}). Remove one of the lines."
+                f"{path}, line {line}: {row[0]} has a name already ({what}). Remove one line."
             )
         names[row[0]] = row[1]
     if not names:
-        raise ValueError(f"{path}: no names in it. Expected {what}: download the file again.")
+        raise ValueError(f"{path}: the file has no names. Expected {what}: download it again.")
     return names
 
 
 def _csv_rows(path: str, what: str) -> Iterator[tuple[int, list[str]]]:
-    """(line number, values) of the lines that are not blank."""
+    """Yield (line number, values) of the lines that are not blank."""
     require_file(path, what)
     with PathManager.open(path, "r", encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
@@ -238,7 +238,7 @@ def _csv_rows(path: str, what: str) -> Iterator[tuple[int, list[str]]]:
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"{path}, after line {reader.line_num}: not UTF-8 text ({error.reason}). Expected "
-                f"a CSV file ({what}), not compressed: download it again."
+                f"an uncompressed CSV file ({what}): download it again."
             ) from error
         except csv.Error as error:
             raise ValueError(
@@ -247,20 +247,45 @@ def _csv_rows(path: str, what: str) -> Iterator[tuple[int, list[str]]]:
             ) from error
 
 
-def list_images(image_root: str, what: str) -> Set[str]:
-    """Names of the files in a folder of images.
+def locate_images(image_root: str, names: Sequence[str], what: str) -> list[str]:
+    """Return the paths of annotated images, which may have another suffix than annotated.
 
     Args:
-        image_root: the folder.
-        what: the data set, for messages.
+        image_root: folder of the images.
+        names: annotated file names.
+        what: name of the data set, for messages.
 
     Raises:
-        FileNotFoundError: if there is no such folder, or nothing in it.
-        ValueError: if it is a file.
+        FileNotFoundError: if the folder is missing or empty, or lacks images under any known
+            suffix; all missing images are in the error's ``problems``.
+        ValueError: if ``image_root`` is a file.
     """
-    require_path(image_root, f"The image folder of {what}")
+    if not names:
+        return []
+    files = _list_images(image_root, what)
+    problems = Problems(FileNotFoundError)
+    paths = []
+    for name in names:
+        stem = os.path.splitext(name)[0]
+        candidates = (name, *(stem + suffix for suffix in IMAGE_SUFFIXES))
+        match = next((candidate for candidate in candidates if candidate in files), None)
+        if match is not None:
+            paths.append(os.path.join(image_root, match))
+            continue
+        problems.add(
+            f"{what}: image {name} is annotated but not in {os.path.abspath(image_root)} (also "
+            f"tried {', '.join(IMAGE_SUFFIXES)}). Unpack the images of the data set again "
+            "(datasets/README.md) or remove this image from the annotations."
+        )
+    problems.raise_any()
+    return paths
+
+
+def _list_images(image_root: str, what: str) -> frozenset[str]:
+    """Return the names of the files in a folder of images; raise if there are none."""
+    _require_path(image_root, f"The image folder of {what}")
     if not PathManager.isdir(image_root):
-        raise ValueError(f"{image_root}: a file, expected the folder of the images of {what}.")
+        raise ValueError(f"{image_root}: expected the image folder of {what}, found a file.")
     names = frozenset(PathManager.ls(image_root))
     if not names:
         raise FileNotFoundError(
@@ -270,54 +295,10 @@ def list_images(image_root: str, what: str) -> Set[str]:
     return names
 
 
-def find_image(image_root: str, name: str, listing: Set[str], what: str) -> str:
-    """Path of an image, also where its suffix is not the annotated one.
-
-    Args:
-        image_root: folder of the images.
-        name: annotated file name.
-        listing: names of the files in ``image_root``.
-        what: the data set, for the message.
-
-    Raises:
-        FileNotFoundError: if the image is not there under any known suffix.
-    """
-    if name in listing:
-        return os.path.join(image_root, name)
-    stem = os.path.splitext(name)[0]
-    for candidate in (stem + suffix for suffix in IMAGE_SUFFIXES):
-        if candidate in listing:
-            return os.path.join(image_root, candidate)
-    raise FileNotFoundError(
-        f"{what}: image {name} is annotated but not in {os.path.abspath(image_root)} (also tried "
-        f"{', '.join(IMAGE_SUFFIXES)}). Unpack the images of the data set again "
-        "(datasets/README.md) or remove this image from the annotations."
-    )
-
-
-def find_images(image_root: str, names: Sequence[str], what: str) -> list[str]:
-    """Paths of images, see :func:`find_image`.
-
-    Raises:
-        FileNotFoundError: if the folder is not there or empty, or lacks images; all of them are in
-            the error's ``problems``.
-    """
-    listing = list_images(image_root, what) if names else frozenset()
-    problems = Problems(FileNotFoundError)
-    paths = []
-    for name in names:
-        try:
-            paths.append(find_image(image_root, name, listing, what))
-        except FileNotFoundError as error:
-            problems.add(str(error))
-    problems.raise_any()
-    return paths
-
-
 def image_size(path: str) -> tuple[int, int]:
-    """(height, width) of an image as ``detectron2.data.detection_utils.read_image`` returns it.
+    """Return (height, width) of an image as Detectron2's ``read_image`` would.
 
-    Only the header is read (PNG excepted, whose EXIF block stands behind the pixels); the EXIF
+    Only the header is read (except for PNG, where the EXIF block may follow the pixels). The EXIF
     orientation is applied.
 
     Raises:
@@ -332,31 +313,47 @@ def image_size(path: str) -> tuple[int, int]:
             f"{path}: cannot be read as an image ({error}). Unpack the images of the data set "
             "again."
         ) from error
-    return (width, height) if orientation in _EXIF_TURNED else (height, width)
+    return (width, height) if orientation in _SWAPS_WIDTH_AND_HEIGHT else (height, width)
 
 
 def cache_paths(folder: str, name: str) -> list[str]:
-    """Where a file derived from a data set may be kept: beside it, or in Detectron2's cache.
+    """Return where to keep a file derived from a data set: next to it, or in Detectron2's cache.
 
     Args:
         folder: a folder of the data set.
-        name: of the derived file.
+        name: name of the derived file.
 
     Returns:
-        Paths in the order in which they are tried.
+        Paths in the order to try them.
     """
     folder = os.path.abspath(folder)
     flat = folder.strip(os.sep).replace(os.sep, "__").replace(":", "")
     paths = [os.path.join(get_cache_dir(), "reldn_d2", flat, name)]
-    # A folder that is marked as read-only stays as it is, also for root, who could write.
+    # Leave folders marked as read-only alone, even for root, who could write to them.
     if os.path.isdir(folder) and os.stat(folder).st_mode & stat.S_IWUSR:
         paths.insert(0, os.path.join(folder, "reldn_cache", name))
     return paths
 
 
+def write_cache(paths: Sequence[str], write: Callable[[IO[bytes]], object]) -> str | None:
+    """Write a file to the first of :func:`cache_paths` that can be written.
+
+    Returns:
+        Its path; None if none of them can be written.
+    """
+    for path in paths:
+        try:
+            with write_atomically(path, "wb") as file:
+                write(file)
+            return path
+        except OSError:
+            continue
+    return None
+
+
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Millions of records without cycles are made: looking for cycles doubles the time."""
+    """Disable garbage collection: with millions of records without cycles it doubles the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:

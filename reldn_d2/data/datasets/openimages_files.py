@@ -1,11 +1,11 @@
-"""The CSV files of OpenImages' visual relationships, read and checked line by line."""
+"""Read the CSV files of OpenImages' visual relationships and check them line by line."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from .io import Problems, read_csv, read_names, require_file
-from .relationship_list import Entity, RelationshipList
+from .relationship_list import AnnotatedEntity, RelationshipList
 
 __all__ = [
     "Vocabulary",
@@ -20,11 +20,11 @@ _ATTRIBUTE_PREDICATE = "is"
 _COORDINATES = ("XMin1", "XMax1", "YMin1", "YMax1", "XMin2", "XMax2", "YMin2", "YMax2")
 _COLUMNS = ("ImageID", "LabelName1", "LabelName2", *_COORDINATES, "RelationshipLabel")
 _LABEL_COLUMNS = ("ImageID", "LabelName", "Confidence")
-_ROUNDING = 0.01  # what a normalised coordinate may lie outside [0, 1]; it is clipped
+_TOLERANCE = 0.01  # a normalized coordinate may be outside [0, 1] by this much; it is clipped
 
 
 class Vocabulary(NamedTuple):
-    """Numbers of names; the order of the files is that of the numbers."""
+    """0-based ids of labels and predicates, in the order of the files."""
 
     classes: dict[str, int]
     class_names: list[str]
@@ -38,22 +38,23 @@ class Vocabulary(NamedTuple):
     def read(
         cls, classes_csv: str, attributes_csv: str | None, predicate_classes: Sequence[str]
     ) -> "Vocabulary":
+        """Read the files of classes and attributes; see :func:`load_openimages_vrd`."""
         classes = read_names(classes_csv, "OpenImages classes (label, name)")
         attributes = {}
         if attributes_csv is not None:
             attributes = read_names(attributes_csv, "OpenImages attributes (label, name)")
         return cls(
-            {label: number for number, label in enumerate(classes)},
+            {label: index for index, label in enumerate(classes)},
             list(classes.values()),
-            {label: number for number, label in enumerate(attributes)},
+            {label: index for index, label in enumerate(attributes)},
             list(attributes.values()),
-            {name: number for number, name in enumerate(predicate_classes)},
+            {name: index for index, name in enumerate(predicate_classes)},
             classes_csv,
             str(attributes_csv),
         )
 
     def names(self, attributes_as_relations: bool) -> dict[str, list[str]]:
-        """Metadata of a data set."""
+        """Return the metadata of a data set."""
         return {
             "thing_classes": self.class_names
             + (self.attribute_names if attributes_as_relations else []),
@@ -64,16 +65,16 @@ class Vocabulary(NamedTuple):
 
 
 def read_image_list(path: str) -> list[str]:
-    """Identifiers of images from a text file with one a line, with or without ``.jpg``.
+    """Read image ids from a text file with one per line, with or without ``.jpg``.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is empty, or a line is not one identifier, or repeats one.
+        ValueError: if it is empty, or a line is not a single image id, or repeats one.
     """
     require_file(path, "The list of images")
-    images: dict[str, int] = {}
+    lines: dict[str, int] = {}
     with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
+        for line_number, line in enumerate(file, start=1):
             try:
                 name = line.decode("utf-8-sig").strip()
             except UnicodeDecodeError:
@@ -83,60 +84,60 @@ def read_image_list(path: str) -> list[str]:
             name = name.removesuffix(".jpg")
             if not name.isprintable() or any(x in name for x in " ,/\\"):
                 raise ValueError(
-                    f"{path}, line {number}: {line!r:.80} is not the identifier of an image. "
-                    "Expected a text file with one identifier a line, such as 0a1b2c3d4e5f6a7b."
+                    f"{path}, line {line_number}: {line!r:.80} is not an image id. Expected a "
+                    "text file with one id per line, such as 0a1b2c3d4e5f6a7b."
                 )
-            if name in images:
+            if name in lines:
                 raise ValueError(
-                    f"{path}, line {number}: {name} stands in line {images[name]} already. Remove "
+                    f"{path}, line {line_number}: {name} is in line {lines[name]} already. Remove "
                     "one of them."
                 )
-            images[name] = number
-    if not images:
-        raise ValueError(f"{path}: no image in it. Expected one identifier of an image a line.")
-    return list(images)
+            lines[name] = line_number
+    if not lines:
+        raise ValueError(f"{path}: the file lists no image. Expected one image id per line.")
+    return list(lines)
 
 
 def read_openimages_relationships(
     relations_csv: str,
     vocabulary: Vocabulary,
-    wanted: Sequence[str] | None = None,
+    image_ids: Sequence[str] | None = None,
     *,
     only_known: bool = False,
     attributes_as_relations: bool = False,
 ) -> dict[str, RelationshipList]:
-    """Read the rows alone; needs no images. Boxes are relative to the image's size.
+    """Read only the rows, which needs no images. Boxes are relative to the image size.
 
     Args:
         relations_csv: see :func:`load_openimages_vrd`.
-        vocabulary: numbers of the names.
-        wanted: identifiers of the images to read; all when None.
+        vocabulary: ids of classes, attributes and predicates.
+        image_ids: images to read; all when None.
         only_known: see :func:`load_openimages_vrd`.
         attributes_as_relations: see :func:`load_openimages_vrd`.
 
     Returns:
-        Relationships by the identifier of the image.
+        Relationships by image id.
 
     Raises:
-        ValueError: with file and line of the first row that is not as expected; all of them are in
-            the error's ``problems``.
+        ValueError: with file and line of the first invalid row; all of them are in the error's
+            ``problems``.
     """
     problems = Problems()
-    lists = {image_id: RelationshipList() for image_id in wanted or ()}
-    rows = _RowReader(relations_csv, vocabulary)
+    lists = {image_id: RelationshipList() for image_id in image_ids or ()}
+    reader = _RowReader(relations_csv, vocabulary)
     unknown: list[str] = []
     without_attributes = 0
     what = "relationships of OpenImages"
     for line, row in read_csv(relations_csv, _COLUMNS, what, problems):
         image_id, predicate = row[0], row[-1]
-        if wanted is not None and image_id not in lists:
+        if image_ids is not None and image_id not in lists:
             continue
         is_attribute = predicate == _ATTRIBUTE_PREDICATE and predicate not in vocabulary.predicates
         if is_attribute and not vocabulary.attributes:
             without_attributes += 1
             continue
         try:
-            subject, second, object_ = rows.read(line, row, is_attribute)
+            subject, second, object_ = reader.read(line, row, is_attribute)
         except _UnknownName as error:
             (unknown.append if only_known else problems.add)(str(error))
             continue
@@ -151,17 +152,17 @@ def read_openimages_relationships(
             continue
         relationships.add_attribute(subject, second)
         if attributes_as_relations:
-            attribute = Entity(len(vocabulary.classes) + second, subject.box)
+            attribute = AnnotatedEntity(len(vocabulary.classes) + second, subject.box)
             relationships.add(subject, attribute, len(vocabulary.predicates), f"line {line}")
     problems.raise_any()
     if not lists:
-        raise ValueError(f"{relations_csv}: no relationship in it. Download the file again.")
-    _warn(relations_csv, rows.empty, "boxes without area are kept; training leaves them out")
-    _warn(relations_csv, unknown, "rows of other classes or predicates were left out, as asked for")
+        raise ValueError(f"{relations_csv}: the file has no relationship. Download it again.")
+    _warn(relations_csv, reader.empty, "boxes without area are kept; training skips them")
+    _warn(relations_csv, unknown, "rows with unlisted names were skipped (only_known)")
     if without_attributes:
         logger.warning(
-            f"{relations_csv}: {without_attributes} rows with attributes ('is') were left out, for "
-            "no list of attributes was given (attributes_csv)."
+            f"{relations_csv}: {without_attributes} rows with attributes ('is') were skipped, "
+            "because no list of attributes was given (attributes_csv)."
         )
     return lists
 
@@ -185,27 +186,27 @@ class _RowReader:
 
     def read(
         self, line: int, row: Sequence[str], is_attribute: bool
-    ) -> tuple[Entity, int, Entity | None]:
-        """(subject, predicate, object), or (entity, attribute, None), of the values of _COLUMNS."""
-        known = self.vocabulary
-        category = self._number(line, row[1], known.classes, "class", known.classes_csv)
-        subject = Entity(category, self._box(line, row[3:7]))
+    ) -> tuple[AnnotatedEntity, int, AnnotatedEntity | None]:
+        """Return (subject, predicate, object), or (entity, attribute, None), from _COLUMNS."""
+        names = self.vocabulary
+        category = self._id(line, row[1], names.classes, "class", names.classes_csv)
+        subject = AnnotatedEntity(category, self._box(line, row[3:7]))
         if is_attribute:
-            files = known.attributes_csv
-            return subject, self._number(line, row[2], known.attributes, "attribute", files), None
-        category = self._number(line, row[2], known.classes, "class", known.classes_csv)
-        predicate = self._number(line, row[-1], known.predicates, "predicate", "the predicates")
-        return subject, predicate, Entity(category, self._box(line, row[7:11]))
+            files = names.attributes_csv
+            return subject, self._id(line, row[2], names.attributes, "attribute", files), None
+        category = self._id(line, row[2], names.classes, "class", names.classes_csv)
+        predicate = self._id(line, row[-1], names.predicates, "predicate", "the predicates")
+        return subject, predicate, AnnotatedEntity(category, self._box(line, row[7:11]))
 
-    def _number(self, line: int, name: str, numbers: dict[str, int], what: str, where: str) -> int:
-        number = numbers.get(name)
-        if number is None:
+    def _id(self, line: int, name: str, ids: dict[str, int], what: str, source: str) -> int:
+        identifier = ids.get(name)
+        if identifier is None:
             raise _UnknownName(
-                f"{self.source}, line {line}: {what} {name!r:.80} is not one of the {len(numbers)} "
-                f"in {where}. Use the lists that belong to this file, or leave such rows out "
+                f"{self.source}, line {line}: {what} {name!r:.80} is not one of the {len(ids)} "
+                f"in {source}. Use the lists that belong to this file, or skip such rows "
                 "(only_known)."
             )
-        return number
+        return identifier
 
     def _box(self, line: int, values: Sequence[str]) -> tuple[float, float, float, float]:
         try:
@@ -215,11 +216,11 @@ class _RowReader:
                 f"{self.source}, line {line}: box {', '.join(values)!r:.120}; expected four "
                 "numbers XMin, XMax, YMin, YMax."
             ) from None
-        low, high = -_ROUNDING, 1 + _ROUNDING
+        low, high = -_TOLERANCE, 1 + _TOLERANCE
         if not (low <= x0 <= x1 <= high and low <= y0 <= y1 <= high):
             raise ValueError(
                 f"{self.source}, line {line}: box {', '.join(values)}; expected XMin <= XMax and "
-                "YMin <= YMax between 0 and 1, as shares of the image. Mend or remove this line."
+                "YMin <= YMax between 0 and 1, relative to the image. Fix or remove this line."
             )
         x0, x1, y0, y1 = (min(max(value, 0.0), 1.0) for value in (x0, x1, y0, y1))
         if x0 == x1 or y0 == y1:
@@ -228,28 +229,28 @@ class _RowReader:
 
 
 def read_verified_labels(
-    labels_csv: str, classes: dict[str, int], wanted: Sequence[str]
+    labels_csv: str, classes: dict[str, int], image_ids: Iterable[str]
 ) -> dict[str, dict[int, int]]:
-    """Image-level labels that people have verified.
+    """Read image-level labels verified by people.
 
     Args:
         labels_csv: see :func:`load_openimages_vrd`.
-        classes: number of each label; others are left out, for no box can have them.
-        wanted: identifiers of the images to read.
+        classes: id of each label; other labels are skipped, because no box can have them.
+        image_ids: images to read.
 
     Returns:
-        For each image that has any: 1 or 0 by class.
+        For each image with labels: 1 or 0 by class.
 
     Raises:
-        ValueError: with file and line of the first row that is not as expected.
+        ValueError: with file and line of the first invalid row.
     """
     problems = Problems()
-    wanted = frozenset(wanted)
+    selected = frozenset(image_ids)
     labels: dict[str, dict[int, int]] = {}
     what = "verified image-level labels of OpenImages"
     for line, (image_id, label, confidence) in read_csv(labels_csv, _LABEL_COLUMNS, what, problems):
         category = classes.get(label)
-        if category is None or image_id not in wanted:
+        if category is None or image_id not in selected:
             continue
         try:
             value = float(confidence)
@@ -261,8 +262,8 @@ def read_verified_labels(
                 "person has verified that the class is in the image) or 0 (that it is not)."
             )
             continue
-        known = labels.setdefault(image_id, {})
-        if known.setdefault(category, int(value)) != int(value):
+        values = labels.setdefault(image_id, {})
+        if values.setdefault(category, int(value)) != int(value):
             problems.add(
                 f"{labels_csv}, line {line}: {label} is both 1 and 0 for image {image_id}. Remove "
                 "one of the lines."

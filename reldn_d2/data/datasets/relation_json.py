@@ -1,27 +1,29 @@
-"""JSON files in the shape of VRD's, which RelDN's authors also released for other data sets.
+"""JSON files in VRD's format, which RelDN's authors also released for other data sets.
 
-They hold, for each image's file name, a list of relationships::
+The files map each image's file name to a list of relationships::
 
     {"predicate": 0, "subject": {"category": 0, "bbox": [ymin, ymax, xmin, xmax]}, "object": {...}}
 
 In VRD's own files boxes are 1-based and inclusive. Here they become continuous: ``[xmin - 1, ymin -
 1, xmax, ymax]``, so that a width is the file's ``xmax - xmin + 1`` and no "+1" is needed anywhere
-else. In other files of this shape they are taken as they are: continuous, from 0.
+else. Boxes in other files of this format are used as they are: continuous, 0-based.
 """
 
 import logging
-import math
 import os
+import sys
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
+from ..dataset_dict import create_dataset_dict
 from .catalog import register_dataset
 from .image_sizes import image_sizes
-from .io import Problems, find_images, no_garbage_collection, read_json
-from .relationship_list import Entity, ImageAnnotations, RelationshipList, report_merging
+from .io import Problems, locate_images, no_garbage_collection, read_json
+from .relationship_list import AnnotatedEntity, ImageAnnotations, RelationshipList, report_merging
 
 __all__ = [
+    "dicts_of",
     "load_relation_json",
     "parse_relation_json",
     "read_name_list",
@@ -40,27 +42,27 @@ def parse_relation_json(
     one_based: bool = False,
     merge_duplicates: bool = True,
 ) -> dict[str, ImageAnnotations]:
-    """Read the annotations alone; needs no images.
+    """Read only the annotations, which needs no images.
 
     The entities of an image are the distinct (category, box) of its subjects and objects in order
-    of appearance, see :class:`~.entities.RelationshipList`.
+    of appearance, see :class:`~.relationship_list.RelationshipList`.
 
     Args:
         json_file: the file.
         thing_classes: names of the entity classes.
         predicate_classes: names of the predicates.
-        what: the data set, for messages.
+        what: name of the data set, for messages.
         one_based: boxes are 1-based and inclusive, as in VRD's own files.
-        merge_duplicates: keep one of several equal relationships of an image. Right for training;
-            published recall counts each of them.
+        merge_duplicates: keep only one copy of equal relationships of an image. Use it for
+            training; published recall counts every copy.
 
     Returns:
         Annotations and relations by the image's file name.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: with file, image and number of the first relationship that is not as expected;
-            all of them are in the error's ``problems``.
+        ValueError: with file, image and index of the first invalid relationship; all of them are
+            in the error's ``problems``.
     """
     content = read_json(json_file, f"{what} annotations")
     if not isinstance(content, dict):
@@ -68,7 +70,7 @@ def parse_relation_json(
             f"{json_file}: expected an object {{file name: [relationship, ...]}}, found a "
             f"{type(content).__name__}."
         )
-    reader = _Reader(len(thing_classes), len(predicate_classes), one_based)
+    reader = _RelationshipReader(len(thing_classes), len(predicate_classes), one_based)
     problems = Problems()
     lists: dict[str, RelationshipList] = {}
     for name, records in content.items():
@@ -79,10 +81,10 @@ def parse_relation_json(
             )
             continue
         lists[name] = relationships = RelationshipList()
-        for number, record in enumerate(records):
-            place = f"{name}, relationship {number}"
+        for index, record in enumerate(records):
+            place = f"{name}, relationship {index}"
             try:
-                relationships.add(*reader.relationship(record, f"{json_file}: {place}"), place)
+                relationships.add(*reader.read(record, f"{json_file}: {place}"), place)
             except ValueError as error:
                 problems.add(str(error))
     problems.raise_any()
@@ -93,6 +95,11 @@ def parse_relation_json(
     return images
 
 
+def dicts_of(images: dict[str, ImageAnnotations]) -> list[dict[str, Any]]:
+    """Convert annotations to dataset dicts without file names and sizes, which need images."""
+    return [{"image_id": name, **image._asdict()} for name, image in images.items()]
+
+
 @no_garbage_collection()
 def load_relation_json(
     json_file: str,
@@ -101,37 +108,28 @@ def load_relation_json(
     predicate_classes: Sequence[str],
     *,
     what: str = "the data set",
-    one_based: bool = False,
-    merge_duplicates: bool = True,
+    **options: bool,
 ) -> list[dict[str, Any]]:
-    """Load a file in VRD's shape as Detectron2 dataset dicts with ``"relations"``.
+    """Load a file in VRD's format as Detectron2 dataset dicts with ``"relations"``.
 
     Args:
         json_file: e.g. ``rel_annotations_train.json``.
-        image_root: folder of the images. An image that is there under another suffix only is taken.
+        image_root: folder of the images. An image with another suffix than annotated is accepted.
         thing_classes: names of the entity classes.
         predicate_classes: names of the predicates.
-        what: the data set, for messages.
-        one_based: see :func:`parse_relation_json`.
-        merge_duplicates: see :func:`parse_relation_json`.
+        what: name of the data set, for messages.
+        options: ``one_based`` and ``merge_duplicates`` of :func:`parse_relation_json`.
 
     Returns:
-        One dict an image, also for images without relations. ``image_id`` is the file name in the
+        One dict per image, also for images without relations. ``image_id`` is the file name in the
         annotations; sizes come from the image headers.
 
     Raises:
         FileNotFoundError: if a file, the folder or an image is missing.
         ValueError: if a file's content is not as expected.
     """
-    images = parse_relation_json(
-        json_file,
-        thing_classes,
-        predicate_classes,
-        what=what,
-        one_based=one_based,
-        merge_duplicates=merge_duplicates,
-    )
-    paths = find_images(image_root, list(images), what)
+    images = parse_relation_json(json_file, thing_classes, predicate_classes, what=what, **options)
+    paths = locate_images(image_root, list(images), what)
     sizes = image_sizes(image_root, paths, what)
     dicts = []
     outside: list[str] = []
@@ -146,24 +144,15 @@ def load_relation_json(
                 outside.append(place)
             if x0 == x1 or y0 == y1:
                 empty.append(place)
-        dicts.append(
-            {
-                "file_name": path,
-                "image_id": name,
-                "height": height,
-                "width": width,
-                "annotations": annotations,
-                "relations": relations,
-            }
-        )
+        dicts.append(create_dataset_dict(path, name, (height, width), annotations, relations))
     if empty:
         logger.warning(
             f"{json_file}: {len(empty)} boxes (XYXY) have no area, the first is {empty[0]}. They "
-            "are kept; training leaves them out with their relations."
+            "are kept; training skips them and their relations."
         )
     if outside:
         logger.warning(
-            f"{json_file}: {len(outside)} boxes (XYXY) reach beyond their image, the first is "
+            f"{json_file}: {len(outside)} boxes (XYXY) extend beyond their image, the first is "
             f"{outside[0]}. They are kept, and clipped in training. Are these the official images?"
         )
     return dicts
@@ -180,18 +169,18 @@ def register_relation_json(
     merge_duplicates: bool = True,
     **metadata: Any,
 ) -> None:
-    """Register a file in VRD's shape, with boxes from 0, and the names that go with it.
+    """Register a file in VRD's format with 0-based boxes, and the files with its names.
 
     Args:
         name: name of the data set.
         json_file: see :func:`load_relation_json`.
         image_root: see :func:`load_relation_json`.
         objects_file: JSON list of the entity classes, or a COCO file with them as ``categories``;
-            ``objects.json`` beside ``json_file`` when None.
-        predicates_file: JSON list of the predicates; ``predicates.json`` there when None.
+            ``objects.json`` next to ``json_file`` when None.
+        predicates_file: JSON list of the predicates; ``predicates.json`` in that folder when None.
         what: see :func:`load_relation_json`.
         merge_duplicates: see :func:`load_relation_json`.
-        metadata: ``evaluator_type`` ("relation" unless given) and others.
+        metadata: ``evaluator_type`` ("relation" unless given) and further metadata.
     """
     folder = os.path.dirname(json_file)
     objects_file = objects_file or os.path.join(folder, "objects.json")
@@ -207,11 +196,11 @@ def register_relation_json(
         return load_relation_json(**arguments, **read_names())
 
     def load_annotations() -> list[dict[str, Any]]:
-        """What needs no images, for scoring predictions again and for counting."""
-        images = parse_relation_json(
-            json_file, **read_names(), what=what, merge_duplicates=merge_duplicates
+        return dicts_of(
+            parse_relation_json(
+                json_file, **read_names(), what=what, merge_duplicates=merge_duplicates
+            )
         )
-        return [{"image_id": name, **image._asdict()} for name, image in images.items()]
 
     register_dataset(
         name,
@@ -232,11 +221,11 @@ def register_relation_json(
 
 
 def read_name_list(path: str, what: str) -> list[str]:
-    """Names from a JSON file that is a list of them, or a COCO file with ``categories``.
+    """Read names from a JSON list, or from the ``categories`` of a COCO file.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is not a list of different names.
+        ValueError: if it is not a list of distinct names.
     """
     names = read_json(path, what)
     if isinstance(names, dict) and isinstance(names.get("categories"), list):
@@ -247,29 +236,26 @@ def read_name_list(path: str, what: str) -> list[str]:
         raise ValueError(f"{path}: expected a list of names ({what}), found {names!r:.80}.")
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise ValueError(f"{path}: {what}: {repeated[0]!r} stands there more than once.")
+        raise ValueError(f"{path}: {what}: {repeated[0]!r} is listed more than once.")
     return names
 
 
-class _Reader:
-    """Checks and reads one record."""
+class _RelationshipReader:
+    """Checks and reads single relationships of the file."""
 
     def __init__(self, num_classes: int, num_predicates: int, one_based: bool) -> None:
         self.num_classes = num_classes
         self.num_predicates = num_predicates
         self.one_based = one_based
 
-    def relationship(self, record: Any, where: str) -> tuple[Entity, Entity, int]:
-        """Subject, object and predicate, or a ValueError."""
+    def read(self, record: Any, where: str) -> tuple[AnnotatedEntity, AnnotatedEntity, int]:
+        """Return subject, object and predicate; raise ValueError if the record is invalid."""
         subject = self._entity(_get(record, "subject", where), f"{where}, subject")
         object_ = self._entity(_get(record, "object", where), f"{where}, object")
-        predicate = _get(record, "predicate", where)
-        _check_index(predicate, "predicate", self.num_predicates, where)
-        return subject, object_, predicate
+        return subject, object_, _get_id(record, "predicate", self.num_predicates, where)
 
-    def _entity(self, entity: Any, where: str) -> Entity:
-        category = _get(entity, "category", where)
-        _check_index(category, "category", self.num_classes, where)
+    def _entity(self, entity: Any, where: str) -> AnnotatedEntity:
+        category = _get_id(entity, "category", self.num_classes, where)
         bbox = _get(entity, "bbox", where)
         if (
             not isinstance(bbox, list)
@@ -280,30 +266,30 @@ class _Reader:
                 f"{where}: bbox is {bbox!r:.80}; expected four numbers [ymin, ymax, xmin, xmax]."
             )
         ymin, ymax, xmin, xmax = bbox
+        low, rule = -sys.float_info.max, "with ymin <= ymax and xmin <= xmax"
         if self.one_based:
-            if not (1 <= xmin <= xmax < math.inf and 1 <= ymin <= ymax < math.inf):
-                raise ValueError(
-                    f"{where}: bbox is {bbox}; expected [ymin, ymax, xmin, xmax], 1-based and "
-                    "inclusive, with 1 <= ymin <= ymax and 1 <= xmin <= xmax. Mend or remove this "
-                    "relationship."
-                )
-            xmin, ymin = xmin - 1, ymin - 1
-        elif not (-math.inf < xmin <= xmax < math.inf and -math.inf < ymin <= ymax < math.inf):
+            low, rule = 1, "1-based and inclusive, with 1 <= ymin <= ymax and 1 <= xmin <= xmax"
+        high = sys.float_info.max
+        if not (low <= xmin <= xmax <= high and low <= ymin <= ymax <= high):
             raise ValueError(
-                f"{where}: bbox is {bbox}; expected [ymin, ymax, xmin, xmax] with ymin <= ymax and "
-                "xmin <= xmax. Mend or remove this relationship."
+                f"{where}: bbox is {bbox}; expected [ymin, ymax, xmin, xmax], {rule}. Fix or "
+                "remove this relationship."
             )
-        return Entity(category, (float(xmin), float(ymin), float(xmax), float(ymax)))
+        if self.one_based:
+            xmin, ymin = xmin - 1, ymin - 1
+        return AnnotatedEntity(category, (float(xmin), float(ymin), float(xmax), float(ymax)))
 
 
 def _get(record: Any, key: str, where: str) -> Any:
     if not isinstance(record, dict) or key not in record:
-        raise ValueError(f'{where}: no "{key}" in {record!r:.200}. Mend or remove it.')
+        raise ValueError(f'{where}: no "{key}" in {record!r:.200}. Fix or remove it.')
     return record[key]
 
 
-def _check_index(value: Any, what: str, count: int, where: str) -> None:
+def _get_id(record: Any, key: str, count: int, where: str) -> int:
+    value = _get(record, key, where)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < count:
         raise ValueError(
-            f"{where}: {what} is {value!r:.80}; expected an integer from 0 to {count - 1}."
+            f"{where}: {key} is {value!r:.80}; expected an integer from 0 to {count - 1}."
         )
+    return value

@@ -1,18 +1,18 @@
-"""From relationships between boxes to entities and relations between them, for one image."""
+"""Convert the relationships between boxes of one image to entities and relations."""
 
 import logging
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from detectron2.structures import BoxMode
+from ..dataset_dict import create_annotation
 
-__all__ = ["Entity", "ImageAnnotations", "RelationshipList", "report_merging"]
+__all__ = ["AnnotatedEntity", "ImageAnnotations", "RelationshipList", "report_merging"]
 
 logger = logging.getLogger(__name__)
 
 
-class Entity(NamedTuple):
-    """What one end of a relationship is: equal ones of an image are the same entity."""
+class AnnotatedEntity(NamedTuple):
+    """One end of a relationship; equal ones in the same image are the same entity."""
 
     category: int
     box: tuple[float, float, float, float]  # XYXY
@@ -26,88 +26,86 @@ class ImageAnnotations(NamedTuple):
 
 
 class RelationshipList:
-    """Gathers the relationships of one image, each between two described entities.
+    """Collects the relationships of one image, each between two annotated entities.
 
     The entities are the distinct (category, box) in order of appearance. A few relationships have
-    one and the same category and box at both ends ("person next to person" over one group). A
-    relation of an entity to itself cannot be enumerated or evaluated as a pair, so their object is
-    a second entity with that category and box: the same two boxes that published protocols score.
+    the same category and box at both ends ("person next to person" over one group). A relation of
+    an entity to itself cannot be enumerated or evaluated as a pair, so their object becomes a
+    second entity with that category and box: the same two boxes that published protocols score.
     """
 
     def __init__(self) -> None:
-        self._entities: dict[tuple[Entity, int], int] = {}
+        self._entities: dict[tuple[AnnotatedEntity, int], int] = {}
         self._relations: dict[tuple[int, int, int], int] = {}
         self._attributes: dict[int, dict[int, None]] = {}
         self.duplicates: list[Hashable] = []
         self.reflexive: list[Hashable] = []
 
-    def add(self, subject: Entity, object_: Entity, predicate: int, place: Hashable) -> None:
+    def add(
+        self, subject: AnnotatedEntity, object_: AnnotatedEntity, predicate: int, source: Hashable
+    ) -> None:
         """Add a relationship.
 
         Args:
             subject: its subject.
             object_: its object.
             predicate: its predicate, 0-based.
-            place: where it stands, for messages.
+            source: where it is in the file, for messages.
         """
         same = subject == object_
         if same:
-            self.reflexive.append(place)
+            self.reflexive.append(source)
         triplet = (self._index(subject), self._index(object_, int(same)), predicate)
-        times = self._relations.get(triplet, 0)
-        if times:
-            self.duplicates.append(place)
-        self._relations[triplet] = times + 1
+        count = self._relations.get(triplet, 0)
+        if count:
+            self.duplicates.append(source)
+        self._relations[triplet] = count + 1
 
-    def add_attribute(self, entity: Entity, attribute: int) -> None:
+    def add_attribute(self, entity: AnnotatedEntity, attribute: int) -> None:
         """Give an entity an attribute, 0-based."""
         self._attributes.setdefault(self._index(entity), {})[attribute] = None
 
     @property
     def has_relations(self) -> bool:
-        """Whether there is any."""
+        """Whether any relationship was added."""
         return bool(self._relations)
 
     def finish(
         self, merge_duplicates: bool, scale: Sequence[float] = (1.0, 1.0)
     ) -> ImageAnnotations:
-        """Entities and relations.
+        """Return the entities and relations.
 
         Args:
-            merge_duplicates: keep one of several equal relationships.
-            scale: factors of x and y, for boxes that are relative to the image's size.
+            merge_duplicates: keep only one copy of equal relationships.
+            scale: factors for x and y, for boxes that are relative to the image size.
         """
         x_scale, y_scale = scale
         annotations = []
         for (entity, _), index in self._entities.items():
             x0, y0, x1, y1 = entity.box
-            annotation = {
-                "bbox": [x0 * x_scale, y0 * y_scale, x1 * x_scale, y1 * y_scale],
-                "bbox_mode": BoxMode.XYXY_ABS,
-                "category_id": entity.category,
-                "iscrowd": 0,
-            }
+            box = (x0 * x_scale, y0 * y_scale, x1 * x_scale, y1 * y_scale)
+            annotation = create_annotation(box, entity.category)
             if index in self._attributes:
                 annotation["attributes"] = sorted(self._attributes[index])
             annotations.append(annotation)
         relations = [
             triplet
-            for triplet, times in self._relations.items()
-            for _ in range(1 if merge_duplicates else times)
+            for triplet, count in self._relations.items()
+            for _ in range(1 if merge_duplicates else count)
         ]
         return ImageAnnotations(annotations, relations)
 
-    def _index(self, entity: Entity, copy: int = 0) -> int:
+    def _index(self, entity: AnnotatedEntity, copy: int = 0) -> int:
         return self._entities.setdefault((entity, copy), len(self._entities))
 
 
 def report_merging(source: str, lists: Iterable[RelationshipList], merge_duplicates: bool) -> None:
-    """Log how many relationships repeat another one, and how many relate an entity to its like.
+    """Log how many relationships are duplicates, and how many have the same box at both ends.
 
     Args:
         source: the file.
-        lists: those of all images.
-        merge_duplicates: what :meth:`RelationshipList.finish` was given.
+        lists: the lists of all images.
+        merge_duplicates: as passed to :meth:`RelationshipList.finish`.
     """
     lists = list(lists)
     duplicates = [place for x in lists for place in x.duplicates]
@@ -121,6 +119,6 @@ def report_merging(source: str, lists: Iterable[RelationshipList], merge_duplica
     if reflexive:
         logger.warning(
             f"{source}: {len(reflexive)} relationships have the same category and box at both "
-            "ends; their object became an entity of its own with this category and box. The "
-            f"first: {reflexive[0]}."
+            "ends; their object became a separate entity with this category and box. The first: "
+            f"{reflexive[0]}."
         )

@@ -1,4 +1,4 @@
-"""Visual Genome, 150 classes and 50 predicates, from ``VG-SGG.h5`` and the files beside it."""
+"""Visual Genome with 150 classes and 50 predicates, from ``VG-SGG.h5`` and its JSON files."""
 
 import logging
 from collections.abc import Sequence
@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from detectron2.structures import BoxMode
-
+from ..dataset_dict import create_annotation, create_dataset_dict
 from .catalog import register_dataset
-from .io import find_images, no_garbage_collection
+from .io import locate_images, no_garbage_collection
 from .visual_genome_files import (
     TEST,
     TRAIN,
@@ -60,8 +59,8 @@ VG_PREDICATES = (
 )
 # fmt: on
 
-_FRAME = 1024  # the long side of the frame of boxes_1024
-_SLACK = 2.0  # pixels of that frame that a box may reach beyond its image, being rounded
+_FRAME = 1024  # long side of the frame of boxes_1024
+_SLACK = 2.0  # pixels of that frame that a box may extend beyond its image due to rounding
 
 
 @no_garbage_collection()
@@ -81,25 +80,25 @@ def load_visual_genome(
     """Load a split of Visual Genome as Detectron2 dataset dicts with ``"relations"``.
 
     With the h5 file that has attributes, ``annotations[i]["attributes"]`` is the list of their
-    numbers, from 0. Boxes are scaled from the frame whose long side is 1024 to the image, and
-    clipped to it.
+    0-based ids. Boxes are scaled from the frame whose long side is 1024 to the image and clipped
+    to it.
 
     Args:
         h5_file: ``VG-SGG.h5`` or ``VG-SGG-with-attri.h5``.
         dicts_file: ``VG-SGG-dicts.json`` or ``VG-SGG-dicts-with-attri.json``.
         image_data_file: ``image_data.json``, with or without the four corrupt images.
-        image_root: folder ``VG_100K`` of the images, ``IMAGEID.jpg``; None does not look for them.
+        image_root: folder ``VG_100K`` of the images, ``IMAGEID.jpg``; None skips locating them.
         split: "train", "val" or "test". The validation images are the first ``num_val_images``
-            of the training images that have relations, as in Neural Motifs; "train" is the others.
-        thing_classes: what the classes of ``dicts_file`` have to be.
-        predicate_classes: what its predicates have to be.
+            of the training images that have relations, as in Neural Motifs; "train" has the others.
+        thing_classes: expected classes of ``dicts_file``.
+        predicate_classes: expected predicates of ``dicts_file``.
         num_val_images: see ``split``.
-        keep_images_without_relations: otherwise they are left out.
-        merge_duplicates: keep one of several equal relations of an image. Right for training;
-            published recall counts each of them.
+        keep_images_without_relations: whether to keep or skip them.
+        merge_duplicates: keep only one copy of equal relations of an image. Use it for training;
+            published recall counts every copy.
 
     Returns:
-        One dict an image. ``image_id`` is Visual Genome's, an int.
+        One dict per image. ``image_id`` is Visual Genome's, an int.
 
     Raises:
         FileNotFoundError: if a file, the folder or an image is missing.
@@ -124,18 +123,17 @@ def load_visual_genome(
     if not len(chosen):
         training, test = int(np.sum(graphs.split == TRAIN)), int(np.sum(graphs.split == TEST))
         raise ValueError(
-            f"{h5_file}: no image for the split {split}; `split` in it has {training} images for "
+            f"{h5_file}: no image for the split {split}; its `split` has {training} images for "
             f"training ({TRAIN}), the first {num_val_images} with relations being the validation "
             f"images, and {test} for test ({TEST})."
         )
-    names_of_files = [f"{images[number]['image_id']}.jpg" for number in chosen.tolist()]
-    paths = names_of_files
+    paths = [f"{images[index]['image_id']}.jpg" for index in chosen.tolist()]
     if image_root is not None:
-        paths = find_images(image_root, names_of_files, "Visual Genome")
+        paths = locate_images(image_root, paths, "Visual Genome")
     counts = {"outside": 0, "duplicates": 0, "reflexive": 0}
     dicts = [
-        _record(graphs, number, images[number], path, merge_duplicates, counts)
-        for number, path in zip(chosen.tolist(), paths, strict=True)
+        _record(graphs, index, images[index], path, merge_duplicates, counts)
+        for index, path in zip(chosen.tolist(), paths, strict=True)
     ]
     _report(h5_file, split, dicts, counts, merge_duplicates)
     return dicts
@@ -152,17 +150,13 @@ def register_visual_genome(
     metadata: dict[str, Any] | None = None,
     **options: Any,
 ) -> None:
-    """Register a split of Visual Genome. Reads no file before its first use.
+    """Register a split of Visual Genome. No file is read before its first use.
 
     Args:
         name: name of the data set.
-        h5_file: see :func:`load_visual_genome`.
-        dicts_file: see :func:`load_visual_genome`.
-        image_data_file: see :func:`load_visual_genome`.
-        image_root: see :func:`load_visual_genome`.
-        split: see :func:`load_visual_genome`.
+        h5_file, dicts_file, image_data_file, image_root, split, options: arguments of
+            :func:`load_visual_genome`.
         metadata: further metadata, such as ``train_dataset``.
-        options: the keyword arguments of :func:`load_visual_genome`.
     """
     arguments = dict(
         h5_file=h5_file,
@@ -172,7 +166,7 @@ def register_visual_genome(
         split=split,
         **options,
     )
-    known = {
+    names = {
         "thing_classes": list(options.get("thing_classes", VG_CLASSES)),
         "predicate_classes": list(options.get("predicate_classes", VG_PREDICATES)),
     }
@@ -181,53 +175,45 @@ def register_visual_genome(
         load_visual_genome,
         arguments,
         annotation_files=[h5_file, dicts_file, image_data_file],
-        read_names=lambda: {**read_vg_names(dicts_file), **known},
+        read_names=lambda: {**read_vg_names(dicts_file), **names},
         image_root=image_root,
-        # For scoring predictions again and for counting, which need no images.
+        # For rescoring predictions and for counting, which need no images.
         load_annotations=lambda: load_visual_genome(**{**arguments, "image_root": None}),
-        **{"evaluator_type": "scene_graph", **known, **(metadata or {})},
+        **{"evaluator_type": "scene_graph", **names, **(metadata or {})},
     )
 
 
 def _record(
     graphs: Graphs,
-    number: int,
+    index: int,
     image: dict[str, int],
     path: str,
     merge_duplicates: bool,
     counts: dict[str, int],
 ) -> dict[str, Any]:
-    """The dataset dict of one image; adds to ``counts`` what was mended."""
+    """Return the dataset dict of one image; ``counts`` counts the fixes that were needed."""
     width, height = image["width"], image["height"]
-    rows = slice(*graphs.boxes[number])
-    centre, size = graphs.xywh[rows, :2], graphs.xywh[rows, 2:]
+    rows = slice(*graphs.boxes[index])
+    center, size = graphs.xywh[rows, :2], graphs.xywh[rows, 2:]
     scale = max(width, height) / _FRAME
-    boxes = np.concatenate([centre - size / 2, centre + size / 2], axis=1) * scale
+    boxes = np.concatenate([center - size / 2, center + size / 2], axis=1) * scale
     limits = np.array([width, height, width, height], dtype=np.float64)
     slack = _SLACK * scale
     counts["outside"] += int(((boxes < -slack) | (boxes > limits + slack)).any(axis=1).sum())
     boxes = np.clip(boxes, 0.0, limits)
-    annotations = [
-        {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": label, "iscrowd": 0}
-        for box, label in zip(boxes.tolist(), graphs.labels[rows].tolist(), strict=True)
-    ]
+    labels = graphs.labels[rows].tolist()
+    annotations = list(map(create_annotation, boxes.tolist(), labels))
     if graphs.attributes is not None:
         for annotation, row in zip(annotations, graphs.attributes[rows].tolist(), strict=True):
             annotation["attributes"] = [value - 1 for value in row if value > 0]
-    triplets = graphs.triplets[slice(*graphs.relations[number])].copy()
-    triplets[:, :2] -= graphs.boxes[number, 0]
+    triplets = graphs.triplets[slice(*graphs.relations[index])].copy()
+    triplets[:, :2] -= graphs.boxes[index, 0]
     relations = [tuple(triplet) for triplet in triplets.tolist() if triplet[0] != triplet[1]]
-    different = dict.fromkeys(relations)
+    unique = dict.fromkeys(relations)
     counts["reflexive"] += len(triplets) - len(relations)
-    counts["duplicates"] += len(relations) - len(different)
-    return {
-        "file_name": path,
-        "image_id": image["image_id"],
-        "height": height,
-        "width": width,
-        "annotations": annotations,
-        "relations": list(different) if merge_duplicates else relations,
-    }
+    counts["duplicates"] += len(relations) - len(unique)
+    relations = list(unique) if merge_duplicates else relations
+    return create_dataset_dict(path, image["image_id"], (height, width), annotations, relations)
 
 
 def _report(
@@ -241,9 +227,9 @@ def _report(
     logger.info(f"{h5_file}, {split}: {len(dicts)} images, {total} relations.")
     done = "merged" if merge_duplicates else "kept"
     for key, what in (
-        ("outside", f"boxes reach more than {_SLACK} pixels beyond their image and were clipped"),
+        ("outside", f"boxes extend more than {_SLACK} pixels beyond their image and were clipped"),
         ("duplicates", f"relations repeat another one of their image and were {done}"),
-        ("reflexive", "relations of a box to itself were left out"),
+        ("reflexive", "relations of a box to itself were skipped"),
     ):
         if counts[key]:
             logger.warning(f"{h5_file}, {split}: {counts[key]} {what}.")

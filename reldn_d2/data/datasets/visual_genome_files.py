@@ -1,6 +1,6 @@
-"""The files of Visual Genome's scene graphs, read and checked.
+"""Read and check the files of Visual Genome's scene graphs.
 
-Shorthand: N images, B boxes and R relations of the whole file.
+Shape shorthand: N images, B boxes and R relations in the whole file.
 """
 
 import importlib
@@ -29,45 +29,45 @@ _DATASETS = (*_PER_IMAGE, "boxes_1024", "labels", "predicates", "relationships")
 
 
 class Graphs(NamedTuple):
-    """The h5 file, checked; all numbers are 0-based."""
+    """Checked content of the h5 file; all indices and ids are 0-based."""
 
     split: np.ndarray  # (N,) TRAIN or TEST
-    boxes: np.ndarray  # (N, 2) first box of each image, and the one behind its last
-    relations: np.ndarray  # (N, 2) the same for relations
-    xywh: np.ndarray  # (B, 4) float64: centre, width, height in the 1024 frame
+    boxes: np.ndarray  # (N, 2) [start, end) range of boxes per image
+    relations: np.ndarray  # (N, 2) [start, end) range of relations per image
+    xywh: np.ndarray  # (B, 4) float64: center, width, height in the 1024 frame
     labels: np.ndarray  # (B,)
-    triplets: np.ndarray  # (R, 3): subject and object among the B boxes, predicate
-    attributes: np.ndarray | None  # (B, A): numbers from 1, 0 for none
+    triplets: np.ndarray  # (R, 3): subject and object as indices into the B boxes, predicate id
+    attributes: np.ndarray | None  # (B, A): ids from 1, 0 for none
 
 
 def read_vg_names(dicts_file: str) -> dict[str, list[str]]:
-    """Classes, predicates and, where there are any, attributes of ``VG-SGG-dicts.json``.
+    """Read classes, predicates and, if any, attributes from ``VG-SGG-dicts.json``.
 
     Returns:
         ``thing_classes``, ``predicate_classes``, ``attribute_classes``, in the order of their
-        numbers (1, 2, ... in the file).
+        ids (1, 2, ... in the file).
     """
     content = read_json(dicts_file, "The names of Visual Genome")
     names = {}
-    for field, key, needed in (
+    for field, key, required in (
         ("thing_classes", "label_to_idx", True),
         ("predicate_classes", "predicate_to_idx", True),
         ("attribute_classes", "attribute_to_idx", False),
     ):
         table = content.get(key) if isinstance(content, dict) else None
-        if table is None and not needed:
+        if table is None and not required:
             continue
         if not isinstance(table, dict) or not table:
             raise ValueError(
-                f'{dicts_file}: no table "{key}" from names to numbers; it has '
+                f'{dicts_file}: no object "{key}" from names to ids; it has '
                 f"{list(content)[:9]}. Expected VG-SGG-dicts.json of the split with 150 classes."
             )
         ordered = sorted(table.items(), key=lambda item: (str(type(item[1])), item[1]))
-        for number, (name, value) in enumerate(ordered, start=1):
-            if value != number or isinstance(value, bool):
+        for position, (name, value) in enumerate(ordered, start=1):
+            if value != position or isinstance(value, bool):
                 raise ValueError(
-                    f'{dicts_file}: "{key}" gives {name!r} the number {value!r}; expected the '
-                    f"numbers from 1 to {len(table)}, each once."
+                    f'{dicts_file}: "{key}" gives {name!r} the id {value!r}; expected the ids '
+                    f"from 1 to {len(table)}, each once."
                 )
         names[field] = [name for name, _ in ordered]
     return names
@@ -78,18 +78,18 @@ def check_names(path: str, key: str, names: Sequence[str], expected: Sequence[st
 
     Args:
         path: file that they were read from.
-        key: their table in it.
-        names: what was read.
-        expected: what it should be.
+        key: the object in the file that holds them.
+        names: names in the file.
+        expected: expected names.
 
     Raises:
         ValueError: with the first name that differs.
     """
-    for number, (name, wanted) in enumerate(zip(names, expected), start=1):
-        if name != wanted:
+    for identifier, (name, official) in enumerate(zip(names, expected), start=1):
+        if name != official:
             raise ValueError(
-                f'{path}: "{key}" has {name!r} as number {number}, expected {wanted!r}. Use the '
-                "file of the split with 150 classes and 50 predicates, or register with "
+                f'{path}: "{key}" has {name!r} with id {identifier}, expected {official!r}. Use '
+                "the file of the split with 150 classes and 50 predicates, or register with "
                 "read_vg_names(file)."
             )
     if len(names) != len(expected):
@@ -105,7 +105,7 @@ def read_graphs(h5_file: str, num_classes: int, num_predicates: int) -> Graphs:
     Raises:
         FileNotFoundError: if there is no such file.
         ImportError: if h5py is not installed.
-        ValueError: if a data set is missing or damaged, or a row is not as expected.
+        ValueError: if an HDF5 data set is missing or damaged, or a row is invalid.
     """
     arrays = _read_h5(h5_file)
     _check_lengths(h5_file, arrays)
@@ -115,10 +115,10 @@ def read_graphs(h5_file: str, num_classes: int, num_predicates: int) -> Graphs:
     ends, xywh = arrays["relationships"], arrays["boxes_1024"].astype(np.float64)
     image_of_box = _image_of_row(boxes, len(labels))
     image_of_relation = _image_of_row(relations, len(predicates))
-    first, behind = boxes[image_of_relation].T
+    first, end = boxes[image_of_relation].T
 
     problems = Problems()
-    for name, wrong, images, expected in (
+    for name, invalid, image_index, expected in (
         (
             "labels",
             (labels < 1) | (labels > num_classes),
@@ -129,7 +129,7 @@ def read_graphs(h5_file: str, num_classes: int, num_predicates: int) -> Graphs:
             "boxes_1024",
             ~((xywh[:, 2:] > 0).all(axis=1) & np.isfinite(xywh).all(axis=1)),
             image_of_box,
-            "x and y of the centre, and a width and a height above 0",
+            "x and y of the center, and a width and a height above 0",
         ),
         (
             "predicates",
@@ -139,17 +139,17 @@ def read_graphs(h5_file: str, num_classes: int, num_predicates: int) -> Graphs:
         ),
         (
             "relationships",
-            ((ends < first[:, None]) | (ends >= behind[:, None])).any(axis=1),
+            ((ends < first[:, None]) | (ends >= end[:, None])).any(axis=1),
             image_of_relation,
-            "two numbers of boxes of the same image",
+            "two indices of boxes of the same image",
         ),
     ):
-        # Rows of no image are never used.
-        for row in np.flatnonzero(wrong & (images >= 0)).tolist():
+        # Rows that belong to no image are never used.
+        for row in np.flatnonzero(invalid & (image_index >= 0)).tolist():
             problems.add(
-                f"{h5_file}: {name}[{row}] (image {images[row]} of the file) is "
-                f"{arrays[name][row].tolist()}; expected {expected}. Is it the official file, "
-                "complete?"
+                f"{h5_file}: {name}[{row}] (image {image_index[row]} of the file) is "
+                f"{arrays[name][row].tolist()}; expected {expected}. Is it the complete "
+                "official file?"
             )
     problems.raise_any()
     triplets = np.concatenate([ends, predicates[:, None] - 1], axis=1)
@@ -159,7 +159,7 @@ def read_graphs(h5_file: str, num_classes: int, num_predicates: int) -> Graphs:
 
 
 def _read_h5(h5_file: str) -> dict[str, np.ndarray]:
-    """The data sets of the file; those with one value a row as (rows, 1)."""
+    """Return the data sets of the file; those with one value per row have the shape (rows, 1)."""
     try:
         h5py = importlib.import_module("h5py")
     except ImportError as error:
@@ -183,8 +183,8 @@ def _read_h5(h5_file: str) -> dict[str, np.ndarray]:
             arrays = {name: np.asarray(file[name]) for name in names}
     except OSError as error:
         raise ValueError(
-            f"{h5_file}: cannot be read as HDF5 ({error}). The file is truncated, or it is "
-            "something else: download it again."
+            f"{h5_file}: cannot be read as HDF5 ({error}). The file is truncated or not "
+            "an HDF5 file: download it again."
         ) from error
     columns = {
         "boxes_1024": 4,
@@ -196,14 +196,14 @@ def _read_h5(h5_file: str) -> dict[str, np.ndarray]:
     for name, array in arrays.items():
         if name in columns:
             array = array[:, None] if array.ndim == 1 and columns[name] == 1 else array
-            expected = f"(rows, {columns[name] or 'numbers of attributes'})"
-            good = array.ndim == 2 and columns[name] in (None, array.shape[1])
+            expected = f"(rows, {columns[name] or 'attributes'})"
+            valid = array.ndim == 2 and columns[name] in (None, array.shape[1])
         else:
-            expected, good = "(images,)", array.ndim == 1
-        if not good or array.dtype.kind not in ("iuf" if name == "boxes_1024" else "iu"):
+            expected, valid = "(images,)", array.ndim == 1
+        if not valid or array.dtype.kind not in ("iuf" if name == "boxes_1024" else "iu"):
             raise ValueError(
                 f"{h5_file}: {name} has the shape {array.shape} and the type {array.dtype}; "
-                f"expected {expected} numbers. Is it VG-SGG.h5?"
+                f"expected numbers of the shape {expected}. Is it VG-SGG.h5?"
             )
         arrays[name] = array if array.dtype.kind == "f" else array.astype(np.int64)
     return arrays
@@ -220,17 +220,17 @@ def _check_lengths(h5_file: str, arrays: dict[str, np.ndarray]) -> None:
         if len(set(lengths.values())) > 1:
             found = ", ".join(f"{name} {length}" for name, length in lengths.items())
             raise ValueError(
-                f"{h5_file}: {', '.join(names)} should have one length, but have: {found}. "
+                f"{h5_file}: {', '.join(names)} should have the same length, but have: {found}. "
                 "The file is damaged: download it again."
             )
 
 
 def _row_ranges(h5_file: str, arrays: dict[str, np.ndarray], kind: str, count: int) -> np.ndarray:
-    """(N, 2) first row of each image and the one behind its last, both 0 where it has none."""
+    """Return (N, 2) [start, end) range of rows per image, [0, 0) if it has none."""
     first, last = arrays[f"img_to_first_{kind}"], arrays[f"img_to_last_{kind}"]
-    wrong = (first >= 0) & ((last < first) | (last >= count))
-    if wrong.any():
-        row = int(np.flatnonzero(wrong)[0])
+    invalid = (first >= 0) & ((last < first) | (last >= count))
+    if invalid.any():
+        row = int(np.flatnonzero(invalid)[0])
         raise ValueError(
             f"{h5_file}: image {row} of the file has the rows {first[row]} to {last[row]} "
             f"(img_to_first_{kind}, img_to_last_{kind}) of {count}; expected a first and a last "
@@ -240,7 +240,8 @@ def _row_ranges(h5_file: str, arrays: dict[str, np.ndarray], kind: str, count: i
 
 
 def _image_of_row(ranges: np.ndarray, count: int) -> np.ndarray:
-    """(count,) number of the image that a row belongs to, -1 for none."""
+    """Return (count,) index of the image that each row belongs to, -1 for none."""
+    # for image, (start, end) in enumerate(ranges): result[start:end] = image
     lengths = ranges[:, 1] - ranges[:, 0]
     images = np.repeat(np.arange(len(ranges)), lengths)
     offsets = np.arange(len(images)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
@@ -250,7 +251,7 @@ def _image_of_row(ranges: np.ndarray, count: int) -> np.ndarray:
 
 
 def read_image_data(path: str, count: int, h5_file: str) -> list[dict[str, int]]:
-    """Number, width and height of the images, in the order of the h5 file."""
+    """Return id, width and height of the images, in the order of the h5 file."""
     content = read_json(path, "The list of images of Visual Genome")
     if not isinstance(content, list):
         raise ValueError(
@@ -260,27 +261,27 @@ def read_image_data(path: str, count: int, h5_file: str) -> list[dict[str, int]]
     problems = Problems()
     seen: dict[int, int] = {}
     images = []
-    for number, record in enumerate(content):
-        known = record if isinstance(record, dict) else {}
-        values = [known.get(key) for key in ("image_id", "width", "height")]
+    for index, record in enumerate(content):
+        fields = record if isinstance(record, dict) else {}
+        values = [fields.get(key) for key in ("image_id", "width", "height")]
         if not all(isinstance(x, int) and not isinstance(x, bool) and x > 0 for x in values):
             problems.add(
-                f"{path}: image {number} is {record!r:.160}; expected image_id, width and height, "
-                "numbers above 0."
+                f"{path}: image {index} is {record!r:.160}; expected image_id, width and height, "
+                "integers above 0."
             )
             continue
         image_id = record["image_id"]
         if image_id in seen:
             problems.add(
-                f"{path}: image {number} has the image_id {image_id} of image {seen[image_id]}."
+                f"{path}: image {index} has the same image_id {image_id} as image {seen[image_id]}."
             )
-        seen[image_id] = number
+        seen[image_id] = index
         if image_id not in CORRUPT_IMAGES:
             images.append(record)
     problems.raise_any()
     if len(images) != count:
         raise ValueError(
-            f"{path}: {len(images)} images beside the {len(CORRUPT_IMAGES)} corrupt ones, but "
+            f"{path}: {len(images)} images besides the {len(CORRUPT_IMAGES)} corrupt ones, but "
             f"{h5_file} has {count}. They belong together: download both again."
         )
     return images

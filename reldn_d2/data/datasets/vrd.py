@@ -6,7 +6,7 @@ from typing import Any
 
 from .catalog import register_dataset
 from .io import read_json
-from .relation_json import load_relation_json, parse_relation_json
+from .relation_json import dicts_of, load_relation_json, parse_relation_json
 from .relationship_list import ImageAnnotations
 
 __all__ = ["VRD_CLASSES", "VRD_PREDICATES", "load_vrd", "parse_vrd_annotations", "register_vrd"]
@@ -38,41 +38,39 @@ VRD_PREDICATES = (
 )
 # fmt: on
 
+_FORMAT = {
+    "thing_classes": VRD_CLASSES,
+    "predicate_classes": VRD_PREDICATES,
+    "what": "VRD",
+    "one_based": True,
+}
+
 
 def load_vrd(
     json_file: str, image_root: str, merge_duplicates: bool = True
 ) -> list[dict[str, Any]]:
     """Load a split of VRD as Detectron2 dataset dicts with ``"relations"``.
 
-    Image sizes come from the image headers. ``objects.json`` and ``predicates.json`` beside
+    Image sizes come from the image headers. ``objects.json`` and ``predicates.json`` next to
     ``json_file`` are checked against :data:`VRD_CLASSES` and :data:`VRD_PREDICATES`.
 
     Args:
         json_file: ``annotations_train.json`` or ``annotations_test.json``.
-        image_root: folder of the images. An image that is there under another suffix only (the
-            official test set has a GIF annotated as JPG) is taken.
+        image_root: folder of the images. An image with another suffix than annotated is accepted
+            (the official test set has a GIF annotated as JPG).
         merge_duplicates: see :func:`parse_vrd_annotations`.
 
     Returns:
-        One dict an image, also for images without relations. ``image_id`` is the file name in the
+        One dict per image, also for images without relations. ``image_id`` is the file name in the
         annotations.
 
     Raises:
         FileNotFoundError: if a file, the folder or an image is missing.
         ValueError: if a file's content is not as expected.
     """
-    dicts = load_relation_json(
-        json_file,
-        image_root,
-        VRD_CLASSES,
-        VRD_PREDICATES,
-        what="VRD",
-        one_based=True,
-        merge_duplicates=merge_duplicates,
-    )
-    objects, predicates = _name_files(json_file)
-    _check_names(objects, VRD_CLASSES)
-    _check_names(predicates, VRD_PREDICATES)
+    dicts = load_relation_json(json_file, image_root, **_FORMAT, merge_duplicates=merge_duplicates)
+    for path, expected in zip(_name_files(json_file), (VRD_CLASSES, VRD_PREDICATES)):
+        _check_names(path, expected)
     return dicts
 
 
@@ -83,21 +81,13 @@ def register_vrd(
     merge_duplicates: bool = True,
     **metadata: Any,
 ) -> None:
-    """Register a split of VRD in Detectron2's catalogs. Reads no file before its first use.
+    """Register a split of VRD in Detectron2's catalogs. No file is read before its first use.
 
     Args:
         name: name of the data set, e.g. "vrd_train".
-        json_file: see :func:`load_vrd`.
-        image_root: see :func:`load_vrd`.
-        merge_duplicates: see :func:`load_vrd`.
+        json_file, image_root, merge_duplicates: see :func:`load_vrd`.
         metadata: further metadata, such as ``train_dataset``.
     """
-
-    def load_annotations() -> list[dict[str, Any]]:
-        """What needs no images, for scoring predictions again and for counting."""
-        images = parse_vrd_annotations(json_file, merge_duplicates)
-        return [{"image_id": name, **image._asdict()} for name, image in images.items()]
-
     register_dataset(
         name,
         load_vrd,
@@ -108,7 +98,7 @@ def register_vrd(
         evaluator_type="vrd",
         json_file=json_file,
         image_root=image_root,
-        load_annotations=load_annotations,
+        load_annotations=lambda: dicts_of(parse_vrd_annotations(json_file, merge_duplicates)),
         **metadata,
     )
 
@@ -116,24 +106,17 @@ def register_vrd(
 def parse_vrd_annotations(
     json_file: str, merge_duplicates: bool = True
 ) -> dict[str, ImageAnnotations]:
-    """Read the annotations alone; needs no images.
+    """Read only the annotations, which needs no images.
 
     Args:
         json_file: ``annotations_train.json`` or ``annotations_test.json``.
-        merge_duplicates: keep one of several equal relationships of an image. Right for training;
-            the published recall counts each of them, so the test split keeps them.
+        merge_duplicates: keep only one copy of equal relationships of an image. Use it for
+            training; the published recall counts every copy, so the test split keeps them.
 
     Returns:
         Annotations and relations by the image's file name.
     """
-    return parse_relation_json(
-        json_file,
-        VRD_CLASSES,
-        VRD_PREDICATES,
-        what="VRD",
-        one_based=True,
-        merge_duplicates=merge_duplicates,
-    )
+    return parse_relation_json(json_file, **_FORMAT, merge_duplicates=merge_duplicates)
 
 
 def _name_files(json_file: str) -> list[str]:
@@ -142,16 +125,16 @@ def _name_files(json_file: str) -> list[str]:
 
 
 def _check_names(path: str, expected: Sequence[str]) -> None:
-    """Raise if the names in a file are not the official ones, in their order."""
+    """Raise if the names in a file are not the official ones, in the official order."""
     names = read_json(path, "VRD names")
     if not isinstance(names, list) or len(names) != len(expected):
         found = f"{len(names)} names" if isinstance(names, list) else type(names).__name__
         raise ValueError(
             f"{path}: expected the list of VRD's {len(expected)} names, found {found}."
         )
-    for index, (name, wanted) in enumerate(zip(names, expected, strict=True)):
-        if name != wanted:
+    for index, (name, official) in enumerate(zip(names, expected, strict=True)):
+        if name != official:
             raise ValueError(
-                f"{path}: name {index} is {name!r}, but in VRD it is {wanted!r}. Use the official "
-                "file, or register a data set of your own (datasets/README.md)."
+                f"{path}: name {index} is {name!r}, but in VRD it is {official!r}. Use the "
+                "official file, or register your own data set (datasets/README.md)."
             )

@@ -1,4 +1,4 @@
-"""Good files are broken in one place; the message names file, place and what is expected."""
+"""Loaders report a file that is broken in one place: file, place and what is expected."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from bad_files import FORMATS, check, load_vg
+from bad_files import FORMATS, check_error, load_vg
 from data_files import (
     CLASSES,
     HEADER,
@@ -26,9 +26,9 @@ from data_files import (
 from reldn_d2.data.datasets import load_openimages_vrd, load_visual_genome
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-def test_good_files_are_read(tmp_path, kind):
-    write, load = FORMATS[kind]
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_load_good_files_has_relations(tmp_path, file_format):
+    write, load = FORMATS[file_format]
     assert sum(len(record["relations"]) for record in load(**write(tmp_path))) > 0
 
 
@@ -76,25 +76,25 @@ FILES = [
     ("own", "json_file", "relations.json"),
 ]
 DAMAGES = {
-    empty: r"empty|not valid JSON at line 1, column 1|no names in it",
+    empty: r"empty|not valid JSON at line 1, column 1|the file has no names",
     other_encoding: r"not UTF-8 text|cannot be read as HDF5",
     compressed: r"not UTF-8 text|cannot be read as HDF5",
     truncate: r"not valid JSON|values, expected 12|found .*; expected two values|"
     r"cannot be read as HDF5|1 values|Confidence",
-    folder: r": a folder, expected a file",
+    folder: r": expected a file .*, found a folder",
 }
 
 
 @pytest.mark.parametrize(
-    ("damage", "kind", "key", "name"),
+    ("damage", "file_format", "key", "name"),
     [
         (damage, *file)
         for damage in DAMAGES
         for file in FILES
-        if not (damage is other_encoding and "h5_file" in file)  # it is no text
+        if not (damage is other_encoding and "h5_file" in file)  # it is not text
     ],
 )
-def test_damaged_files(tmp_path, damage, kind, key, name):
+def test_load_damaged_file_raises(tmp_path, damage, file_format, key, name):
     def spoil(arguments):
         if damage is truncate and name.endswith(".csv"):  # in the middle of the last line
             path = Path(arguments[key])
@@ -103,28 +103,30 @@ def test_damaged_files(tmp_path, damage, kind, key, name):
         else:
             damage(arguments[key])
 
-    check(tmp_path, kind, spoil, ValueError, re.escape(name) + r".*(" + DAMAGES[damage] + ")")
+    check_error(
+        tmp_path, file_format, spoil, ValueError, re.escape(name) + r".*(" + DAMAGES[damage] + ")"
+    )
 
 
-@pytest.mark.parametrize(("kind", "key", "name"), FILES)
-def test_missing_files(tmp_path, kind, key, name):
+@pytest.mark.parametrize(("file_format", "key", "name"), FILES)
+def test_load_missing_file_raises(tmp_path, file_format, key, name):
     def spoil(arguments):
         remove(arguments[key])
 
     message = r"not found: .*" + re.escape(name) + r" does not exist.*README"
-    check(tmp_path, kind, spoil, FileNotFoundError, message)
+    check_error(tmp_path, file_format, spoil, FileNotFoundError, message)
 
 
 FIRST_IMAGE = {"openimages": "aa01.jpg", "vg": "1.jpg", "released": "a.jpg", "own": "a.jpg"}
 
 
-@pytest.mark.parametrize("kind", FIRST_IMAGE)
+@pytest.mark.parametrize("file_format", FIRST_IMAGE)
 @pytest.mark.parametrize("damage", ["removed", "emptied", "one image"])
-def test_folders_of_images(tmp_path, kind, damage):
+def test_load_image_folder_incomplete_raises(tmp_path, file_format, damage):
     def spoil(arguments):
         root = arguments["image_root"]
         if damage == "one image":
-            return remove(os.path.join(root, FIRST_IMAGE[kind]))
+            return remove(os.path.join(root, FIRST_IMAGE[file_format]))
         shutil.rmtree(root)
         if damage == "emptied":
             os.mkdir(root)
@@ -132,26 +134,38 @@ def test_folders_of_images(tmp_path, kind, damage):
     messages = {
         "removed": "The image folder of .* not found: .* does not exist",
         "emptied": "the image folder of .* is empty. Unpack",
-        "one image": f"image {FIRST_IMAGE[kind]} is annotated but not in",
+        "one image": f"image {FIRST_IMAGE[file_format]} is annotated but not in",
     }
-    check(tmp_path, kind, spoil, FileNotFoundError, messages[damage])
+    check_error(tmp_path, file_format, spoil, FileNotFoundError, messages[damage])
 
 
-@pytest.mark.parametrize("kind", ["openimages", "released"])
-def test_unreadable_image(tmp_path, kind):
-    """Formats that do not say the size of their images."""
+@pytest.mark.parametrize("file_format", ["openimages", "released"])
+def test_load_unreadable_image_raises(tmp_path, file_format):
+    """Only formats without image sizes read the images."""
 
     def spoil(arguments):
-        empty(os.path.join(arguments["image_root"], FIRST_IMAGE[kind]))
+        empty(os.path.join(arguments["image_root"], FIRST_IMAGE[file_format]))
 
-    check(tmp_path, kind, spoil, ValueError, rf"{FIRST_IMAGE[kind]}: cannot be read as an image")
+    check_error(
+        tmp_path,
+        file_format,
+        spoil,
+        ValueError,
+        rf"{FIRST_IMAGE[file_format]}: cannot be read as an image",
+    )
 
 
-def test_image_folder_is_a_file(tmp_path):
+def test_load_image_folder_is_file_raises(tmp_path):
     def spoil(arguments):
         arguments["image_root"] = arguments["classes_csv"]
 
-    check(tmp_path, "openimages", spoil, ValueError, "a file, expected the folder of the images")
+    check_error(
+        tmp_path,
+        "openimages",
+        spoil,
+        ValueError,
+        "expected the image folder of OpenImages, found a file",
+    )
 
 
 # ------------------------------------------------------------------------------------ OpenImages
@@ -178,18 +192,18 @@ def rows_with(line, column, value):
         (rows_with(4, "LabelName2", "/m/01"), r"vrd\.csv, line 4: attribute '/m/01' .*of the 2 in"),
         (rows_with(2, "RelationshipLabel", "eats"), r"vrd\.csv, line 2: predicate 'eats' .*of the"),
         ([row[:-1] for row in OPENIMAGES_ROWS], r"vrd\.csv, line 2: 11 values, expected 12"),
-        ([], r"vrd\.csv: no relationship in it"),
+        ([], r"vrd\.csv: the file has no relationship"),
     ],
 )
-def test_openimages_rows(tmp_path, rows, message):
+def test_openimages_invalid_row_raises(tmp_path, rows, message):
     def spoil(arguments):
         write_csv(Path(arguments["relations_csv"]), rows, HEADER)
 
-    check(tmp_path, "openimages", spoil, ValueError, message)
+    check_error(tmp_path, "openimages", spoil, ValueError, message)
 
 
 @pytest.mark.parametrize("column", ["ImageID", "LabelName2", "YMax2", "RelationshipLabel"])
-def test_openimages_column_missing(tmp_path, column):
+def test_openimages_missing_column_raises(tmp_path, column):
     keep = [i for i, name in enumerate(HEADER) if name != column]
 
     def spoil(arguments):
@@ -197,13 +211,13 @@ def test_openimages_column_missing(tmp_path, column):
         write_csv(Path(arguments["relations_csv"]), rows, [HEADER[i] for i in keep])
 
     message = rf"vrd\.csv, line 1: no column {column} .*the columns are.*Expected ImageID"
-    check(tmp_path, "openimages", spoil, ValueError, message)
+    check_error(tmp_path, "openimages", spoil, ValueError, message)
 
 
 @pytest.mark.parametrize(
     ("key", "rows", "message"),
     [
-        ("classes_csv", [*CLASSES, ("/m/01", "Guitar")], r"line 4: /m/01 was named before"),
+        ("classes_csv", [*CLASSES, ("/m/01", "Guitar")], r"line 4: /m/01 has a name already"),
         ("classes_csv", [("/m/01",)], r"line 1: found '/m/01'; expected two values"),
         ("attributes_csv", [("/m/11", "")], r"line 1: found '/m/11,'; expected two values"),
         (
@@ -220,54 +234,54 @@ def test_openimages_column_missing(tmp_path, column):
         ("labels_csv", [("ImageID", "Confidence")], r"labels\.csv, line 1: no column LabelName"),
     ],
 )
-def test_openimages_other_files(tmp_path, key, rows, message):
+def test_openimages_invalid_lists_raise(tmp_path, key, rows, message):
     def spoil(arguments):
         write_csv(Path(arguments[key]), rows)
 
-    check(tmp_path, "openimages", spoil, ValueError, message)
+    check_error(tmp_path, "openimages", spoil, ValueError, message)
 
 
-def test_column_that_stands_twice(tmp_path):
+def test_openimages_repeated_column_raises(tmp_path):
     def spoil(arguments):
         rows = [[*values, values[0]] for values in OPENIMAGES_ROWS]
         write_csv(Path(arguments["relations_csv"]), rows, [*HEADER, "ImageID"])
 
     message = r"vrd\.csv, line 1: 2 columns are called ImageID"
-    check(tmp_path, "openimages", spoil, ValueError, message)
+    check_error(tmp_path, "openimages", spoil, ValueError, message)
 
 
-def test_quotation_mark_that_is_not_closed(tmp_path):
+def test_openimages_unclosed_quote_raises(tmp_path):
     def spoil(arguments):
         Path(arguments["classes_csv"]).write_text('/m/01,Man\n"/m/02,Guitar\n/m/03,Chair\n')
 
-    check(tmp_path, "openimages", spoil, ValueError, r"vrd\.csv, line 3: not a CSV file")
+    check_error(tmp_path, "openimages", spoil, ValueError, r"vrd\.csv, line 3: not a CSV file")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"", r"list\.txt: no image in it"),
-        (b"aa01\nbb02\naa01\n", r"list\.txt, line 3: aa01 stands in line 1 already"),
-        (b"aa01\nbb02,cc03\n", r"list\.txt, line 2: .*not the identifier of an image"),
-        (b"aa01\n\xff\xfe\n", r"list\.txt, line 2: .*not the identifier of an image"),
+        (b"", r"list\.txt: the file lists no image"),
+        (b"aa01\nbb02\naa01\n", r"list\.txt, line 3: aa01 is in line 1 already"),
+        (b"aa01\nbb02,cc03\n", r"list\.txt, line 2: .*is not an image id"),
+        (b"aa01\n\xff\xfe\n", r"list\.txt, line 2: .*is not an image id"),
         (b"cc03\n", r"list\.txt: none of its 1 images has a relationship in .*another split"),
     ],
 )
-def test_openimages_list_of_images(tmp_path, text, message):
+def test_openimages_invalid_image_list_raises(tmp_path, text, message):
     def spoil(arguments):
         arguments["image_list"] = str(tmp_path / "list.txt")
         (tmp_path / "list.txt").write_bytes(text)
 
-    check(tmp_path, "openimages", spoil, ValueError, message)
+    check_error(tmp_path, "openimages", spoil, ValueError, message)
 
 
-def test_all_problems_of_a_file_are_gathered(tmp_path):
+def test_openimages_several_problems_are_collected(tmp_path):
     arguments = write_openimages(tmp_path)
     rows = rows_with(2, "XMin1", "x")
     rows[3][HEADER.index("YMin1")] = "y"
     rows[4][HEADER.index("LabelName1")] = "z"
     write_csv(Path(arguments["relations_csv"]), rows, HEADER)
-    with pytest.raises(ValueError, match="2 more problems were found") as caught:
+    with pytest.raises(ValueError, match="2 more problems;") as caught:
         load_openimages_vrd(**arguments)
     assert [re.search(r"line \d", text)[0] for text in caught.value.problems] == [
         "line 2",
@@ -312,43 +326,43 @@ def array_replaced(name, array):
         (array_with("img_to_last_box", 3, 99), r"image 3 of the file has the rows 6 to 99 .* of 9"),
         (array_with("img_to_first_rel", 2, 5), r"image 2 of the file has the rows 5 to 3"),
         (array_with("split", slice(0, 3), 2), r"no image for the split train; .*has 0 images"),
-        (array_replaced("labels", np.zeros((4, 1), int)), "should have one length"),
-        (array_replaced("split", np.zeros(4, int)), "should have one length"),
-        (array_replaced("predicates", np.zeros((4, 1), int)), "should have one length"),
+        (array_replaced("labels", np.zeros((4, 1), int)), "should have the same length"),
+        (array_replaced("split", np.zeros(4, int)), "should have the same length"),
+        (array_replaced("predicates", np.zeros((4, 1), int)), "should have the same length"),
         (array_replaced("boxes_1024", np.zeros((9, 5), int)), r"the shape \(9, 5\).*\(rows, 4\)"),
         (array_replaced("relationships", np.zeros((7, 2))), "the type float64"),
     ],
 )
-def test_vg_h5(tmp_path, arrays, message):
+def test_vg_invalid_h5_raises(tmp_path, arrays, message):
     def spoil(arguments):
         write_h5(Path(arguments["h5_file"]), arrays)
 
-    check(tmp_path, "vg", spoil, ValueError, message)
+    check_error(tmp_path, "vg", spoil, ValueError, message)
 
 
-def test_vg_h5_without_anything(tmp_path):
+def test_vg_empty_h5_raises(tmp_path):
     def spoil(arguments):
         h5py.File(arguments["h5_file"], "w").close()
 
-    check(tmp_path, "vg", spoil, ValueError, "no data set split, .*; it has none")
+    check_error(tmp_path, "vg", spoil, ValueError, "no data set split, .*; it has none")
 
 
-def test_vg_attributes_of_other_length(tmp_path):
+def test_vg_attributes_other_length_raises(tmp_path):
     def spoil(arguments):
         arrays = {**vg_arrays(True), "attributes": np.zeros((3, 10), int)}
         write_h5(Path(arguments["h5_file"]), arrays)
 
-    check(tmp_path, "vg_attributes", spoil, ValueError, "attributes 3")
+    check_error(tmp_path, "vg_attributes", spoil, ValueError, "attributes 3")
 
 
-def test_without_h5py(tmp_path, monkeypatch):
+def test_vg_without_h5py_raises(tmp_path, monkeypatch):
     arguments = write_visual_genome(tmp_path)
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(ImportError, match=r"VG-SGG\.h5 needs h5py.*reldn_d2\[vg\]"):
         load_vg(**arguments)
 
 
-def test_vg_unknown_split(tmp_path):
+def test_vg_unknown_split_raises(tmp_path):
     with pytest.raises(ValueError, match="no split 'testing'; use train, val or test"):
         load_visual_genome(**write_visual_genome(tmp_path), split="testing")
 
@@ -368,12 +382,12 @@ def dicts_without(key):
 @pytest.mark.parametrize(
     ("key", "content", "message"),
     [
-        ("dicts_file", dicts_without("label_to_idx"), r'dicts\.json: no table "label_to_idx"'),
-        ("dicts_file", dicts_without("predicate_to_idx"), 'no table "predicate_to_idx"'),
-        ("dicts_file", ["man"], 'no table "label_to_idx"'),
-        ("dicts_file", dicts_with(airplane=151), "'animal' the number 2; expected the numbers"),
-        ("dicts_file", dicts_with(animal="2"), r"gives .*expected the numbers from 1 to 150"),
-        ("dicts_file", dicts_with(airplane=2, animal=1), "has 'animal' as number 1, expected 'air"),
+        ("dicts_file", dicts_without("label_to_idx"), r'dicts\.json: no object "label_to_idx"'),
+        ("dicts_file", dicts_without("predicate_to_idx"), 'no object "predicate_to_idx"'),
+        ("dicts_file", ["man"], 'no object "label_to_idx"'),
+        ("dicts_file", dicts_with(airplane=151), "'animal' the id 2; expected the ids"),
+        ("dicts_file", dicts_with(animal="2"), r"gives .*expected the ids from 1 to 150"),
+        ("dicts_file", dicts_with(airplane=2, animal=1), "has 'animal' with id 1, expected 'air"),
         ("dicts_file", dicts_with(zoo=151), "has 151 names, expected 150"),
         ("image_data_file", {"images": []}, r"image_data\.json: expected a list of images"),
         ("image_data_file", [{"image_id": 1, "width": 0, "height": 4}], "image 0 is .*above 0"),
@@ -382,17 +396,17 @@ def dicts_without(key):
         (
             "image_data_file",
             [{"image_id": 1, "width": 60, "height": 40}] * 2,
-            "image 1 has the image_id 1 of image 0",
+            "image 1 has the same image_id 1 as image 0",
         ),
         (
             "image_data_file",
             [{"image_id": i, "width": 60, "height": 40} for i in (1, 2, 3, 4)],
-            r"4 images beside the 4 corrupt ones, but .*h5 has 5",
+            r"4 images besides the 4 corrupt ones, but .*h5 has 5",
         ),
     ],
 )
-def test_vg_json(tmp_path, key, content, message):
+def test_vg_invalid_json_raises(tmp_path, key, content, message):
     def spoil(arguments):
         write_json(Path(arguments[key]), content)
 
-    check(tmp_path, "vg", spoil, ValueError, message)
+    check_error(tmp_path, "vg", spoil, ValueError, message)

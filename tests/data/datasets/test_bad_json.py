@@ -1,10 +1,10 @@
-"""Good JSON files, the authors' and one's own, are broken in one place; see test_bad_files.py."""
+"""Loaders report JSON files that are broken in one place; see test_bad_files.py."""
 
 import json
 from pathlib import Path
 
 import pytest
-from bad_files import check
+from bad_files import check_error
 from data_files import coco_content, released_content, write_coco, write_json
 
 from reldn_d2.data.datasets import load_relation_instances
@@ -13,7 +13,7 @@ from reldn_d2.data.datasets import load_relation_instances
 
 
 def released_with(path, value):
-    content = json.loads(json.dumps(released_content()))  # nothing shared
+    content = json.loads(json.dumps(released_content()))  # a deep copy
     target = content["a.jpg"][1]
     for key in path[:-1]:
         target = target[key]
@@ -47,28 +47,30 @@ SECOND = r"annotations_train\.json: a\.jpg, relationship 1"
         ),
         ("json_file", [1, 2], r"expected an object \{file name"),
         ("objects_file", {"categories": []}, r"detections_train\.json: expected a list of names"),
-        ("objects_file", ["Man", "Man"], "'Man' stands there more than once"),
+        ("objects_file", ["Man", "Man"], "'Man' is listed more than once"),
         ("predicates_file", [1, 2], r"rel_9_predicates\.json: expected a list of names"),
         ("predicates_file", [], r"rel_9_predicates\.json: expected a list of names"),
     ],
 )
-def test_released_json(tmp_path, key, content, message):
+def test_released_invalid_json_raises(tmp_path, key, content, message):
     def spoil(arguments):
         write_json(Path(arguments[key]), content)
 
-    check(tmp_path, "released", spoil, ValueError, message)
+    check_error(tmp_path, "released", spoil, ValueError, message)
 
 
-def test_a_key_that_stands_twice(tmp_path):
+def test_read_json_repeated_key_raises(tmp_path):
     def spoil(arguments):
         Path(arguments["json_file"]).write_text('{"a.jpg": [], "b.jpg": [], "a.jpg": []}')
 
-    check(tmp_path, "released", spoil, ValueError, r"train\.json: the key 'a\.jpg' stands twice")
+    check_error(
+        tmp_path, "released", spoil, ValueError, r"train\.json: the key 'a\.jpg' occurs twice"
+    )
 
 
-def own_with(key, number, **changes):
+def own_with(key, index, **changes):
     content = coco_content()
-    entry = content[key][number]
+    entry = content[key][index]
     for name, value in changes.items():
         if value is None:
             del entry[name]
@@ -93,7 +95,7 @@ RELATION = r"relations\.json: images\[0\], relation 0 is .*: "
         *((own_without(key), f'no list "{key}"; it has') for key in ("images", "annotations")),
         *((own_without(key), f'no list "{key}"; it has') for key in ("categories", "predicates")),
         ([1], "expected an object with images, annotations"),
-        ({**coco_content(), "relations": [[101, 102, 5]]}, 'a list "relations" stands beside'),
+        ({**coco_content(), "relations": [[101, 102, 5]]}, 'found a list "relations" next to'),
         ({**coco_content(), "images": []}, "image_id is 7: no such image"),
         (own_with("images", 0, id=None), r"images\[0\]: expected id .*and file_name"),
         (own_with("images", 0, file_name=None), r"images\[0\]: expected id .*and file_name"),
@@ -141,15 +143,15 @@ RELATION = r"relations\.json: images\[0\], relation 0 is .*: "
             RELATION + "subject and object are annotations of different images",
         ),
         (own_with("categories", 0, id="9"), r"categories\[0\] is .*expected .\"id\": an integer"),
-        (own_with("categories", 0, id=3), r"categories\[1\] is .*stands there before"),
-        (own_with("predicates", 1, name="holds"), r"predicates\[1\] is .*stands there before"),
+        (own_with("categories", 0, id=3), r"categories\[1\] is .*is used before"),
+        (own_with("predicates", 1, name="holds"), r"predicates\[1\] is .*is used before"),
     ],
 )
-def test_own_json(tmp_path, content, message):
+def test_coco_invalid_record_raises(tmp_path, content, message):
     def spoil(arguments):
         Path(arguments["json_file"]).write_text(json.dumps(content))
 
-    check(tmp_path, "own", spoil, ValueError, message)
+    check_error(tmp_path, "own", spoil, ValueError, message)
 
 
 @pytest.mark.parametrize(
@@ -159,25 +161,25 @@ def test_own_json(tmp_path, content, message):
         ("[" + "1" * 5000 + "]", r"relations\.json: (cannot be read as JSON|expected an object)"),
     ],
 )
-def test_json_that_python_does_not_read(tmp_path, text, message):
+def test_read_json_beyond_python_limits_raises(tmp_path, text, message):
     def spoil(arguments):
         Path(arguments["json_file"]).write_text(text)
 
-    check(tmp_path, "own", spoil, ValueError, message)
+    check_error(tmp_path, "own", spoil, ValueError, message)
 
 
 @pytest.mark.parametrize(
     ("key", "changes"),
     [("images", {"height": 0}), ("annotations", {"bbox": [0, 0, -3, 4]})],
 )
-def test_a_record_with_a_problem_is_told_once(tmp_path, key, changes):
+def test_coco_invalid_record_is_reported_once(tmp_path, key, changes):
     arguments = write_coco(tmp_path, own_with(key, 0, **changes))
     with pytest.raises(ValueError) as caught:
         load_relation_instances(**arguments)
     assert len(caught.value.problems) == 1, "not also what refers to the record"
 
 
-def test_byte_order_mark_and_line_ends_of_windows(tmp_path):
+def test_coco_windows_text_loads(tmp_path):
     arguments = write_coco(tmp_path)
     good = load_relation_instances(**arguments)
     path = Path(arguments["json_file"])

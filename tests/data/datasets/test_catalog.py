@@ -1,5 +1,6 @@
-"""What all loaders have in common: names on demand, built-in splits, sizes of images, workers."""
+"""Shared by all loaders: names on first access, built-in splits, image sizes, workers."""
 
+import errno
 import json
 import os
 
@@ -18,6 +19,7 @@ from reldn_d2.data.datasets import (
     register_openimages_vrd,
     register_relation_instances,
 )
+from reldn_d2.data.datasets.catalog import UnknownDatasetError, require_dataset
 from reldn_d2.data.datasets.image_sizes import image_sizes
 
 from detectron2.config import get_cfg
@@ -28,10 +30,8 @@ from detectron2.data import (
     build_detection_train_loader,
 )
 
-# ------------------------------------------------------------------------------- what is common
 
-
-def test_names_are_asked_for_before_there_are_files(tmp_path, registered):
+def test_metadata_before_download_has_no_names(tmp_path, registered):
     name = registered("not_there_yet")
     register_openimages_vrd(
         name, str(tmp_path / "a.csv"), str(tmp_path), str(tmp_path / "classes.csv")
@@ -44,7 +44,7 @@ def test_names_are_asked_for_before_there_are_files(tmp_path, registered):
     assert len(metadata.predicate_classes) == 9
 
 
-def test_builtin_data_sets_need_no_files():
+def test_builtin_datasets_register_without_files():
     names = [
         *("vrd_train", "vrd_test", "visual_genome_val", "visual_genome_attributes_test"),
         *("openimages_vrd_train", "openimages_vrd_mini_val", "openimages_vrd_v6_test"),
@@ -58,7 +58,7 @@ def test_builtin_data_sets_need_no_files():
             assert metadata.train_dataset in DatasetCatalog.list()
 
 
-def test_image_sizes_are_read_once(tmp_path, monkeypatch):
+def test_image_sizes_cached_until_image_changes(tmp_path, monkeypatch):
     root = pictures(tmp_path / "images", ["a.png", "b.png"])
     paths = [os.path.join(root, name) for name in ("a.png", "b.png")]
     read = []
@@ -71,14 +71,14 @@ def test_image_sizes_are_read_once(tmp_path, monkeypatch):
     assert sorted(read) == paths, "each once"
     Image.new("RGB", (10, 20)).save(paths[1])
     assert image_sizes(root, paths, "test") == [(40, 60), (20, 10)]
-    assert len(read) == 3, "the changed one again"
+    assert len(read) == 3, "the changed image again"
     cache = tmp_path / "reldn_cache/images.sizes.json"
     for damage in ("", "{}", '{"version": 1, "sizes": {"a.png": "x"}}'):
         cache.write_text(damage)
         assert image_sizes(root, paths, "test") == [(40, 60), (20, 10)]
 
 
-def test_image_sizes_survive_an_interruption(tmp_path, monkeypatch):
+def test_image_sizes_interrupted_keeps_progress(tmp_path, monkeypatch):
     root = pictures(tmp_path / "images", [f"{i}.png" for i in range(5)])
     paths = [os.path.join(root, f"{i}.png") for i in range(5)]
     read = []
@@ -100,7 +100,32 @@ def test_image_sizes_survive_an_interruption(tmp_path, monkeypatch):
     assert sorted(read) == paths[3:]
 
 
-def test_read_only_folders_stay_as_they_are(tmp_path, monkeypatch):
+def test_image_sizes_disk_full_warns_and_leaves_no_file(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    root = pictures(tmp_path / "data/images", ["a.png"])
+
+    def disk_full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("reldn_d2.utils.file_io.os.fsync", disk_full)
+    with caplog.at_level("WARNING", "reldn_d2"):
+        assert image_sizes(root, [os.path.join(root, "a.png")], "test") == [(40, 60)]
+    assert "Could not cache the sizes of 1 images" in caplog.text
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["a.png"]
+
+
+@pytest.mark.parametrize("modules", [(), ("json",)])
+def test_require_dataset_unknown_name_raises(modules):
+    with pytest.raises(UnknownDatasetError) as caught:
+        require_dataset("vrd_trian", modules)
+    assert str(caught.value).startswith(
+        "No data set 'vrd_trian' is registered. Did you mean vrd_tr"
+    )
+    assert isinstance(caught.value, ValueError), "prints without the quotes of a KeyError"
+    require_dataset("vrd_train", modules)
+
+
+def test_image_sizes_read_only_folder_uses_cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
     root = pictures(tmp_path / "data/images", ["a.png"])
     os.chmod(tmp_path / "data", 0o555)
@@ -112,8 +137,8 @@ def test_read_only_folders_stay_as_they_are(tmp_path, monkeypatch):
         os.chmod(tmp_path / "data", 0o755)
 
 
-def test_workers_share_the_records(tmp_path, registered):
-    """The training loader keeps one serialised copy, and no list of Python objects."""
+def test_train_loader_serializes_records_once(tmp_path, registered):
+    """The training loader keeps one serialized copy, and no list of Python objects."""
     name = registered("shared_records")
     register_relation_instances(name, {}, **write_coco(tmp_path))
     cfg = get_cfg()
@@ -123,7 +148,7 @@ def test_workers_share_the_records(tmp_path, registered):
     loader = build_detection_train_loader(cfg, mapper=RelationDatasetMapper(cfg, True))
     lists, seen = [], set()
     queue = [loader]
-    while queue:  # what holds what, from the loader down
+    while queue:  # all references, from the loader down
         held = queue.pop()
         if id(held) in seen or isinstance(held, type):
             continue

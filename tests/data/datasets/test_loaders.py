@@ -1,4 +1,4 @@
-"""Loaders of OpenImages, Visual Genome, released and own files, on small ones made by hand."""
+"""Loaders of OpenImages, Visual Genome, released and own files, on small hand-made files."""
 
 import json
 import logging
@@ -53,7 +53,7 @@ def classes(record):
 # ------------------------------------------------------------------------------------- OpenImages
 
 
-def test_openimages(tmp_path, caplog):
+def test_load_openimages_records(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "reldn_d2"):
         first, second, third = load_openimages_vrd(**write_openimages(tmp_path))
     assert first == {
@@ -85,12 +85,12 @@ def test_openimages(tmp_path, caplog):
     assert "1 relationships repeat an earlier one" in caplog.text and "line 7" in caplog.text
 
 
-def test_openimages_keeps_duplicates_for_evaluation(tmp_path):
+def test_load_openimages_without_merging_keeps_duplicates(tmp_path):
     first = load_openimages_vrd(**write_openimages(tmp_path), merge_duplicates=False)[0]
     assert sorted(first["relations"]) == [(0, 1, 2), (0, 1, 3), (0, 1, 3)]
 
 
-def test_openimages_attributes_as_relations(tmp_path, registered):
+def test_load_openimages_attributes_as_relations(tmp_path, registered):
     arguments = write_openimages(tmp_path)
     name = registered("openimages_with_is")
     register_openimages_vrd(name, **arguments, attributes_as_relations=True)
@@ -105,8 +105,8 @@ def test_openimages_attributes_as_relations(tmp_path, registered):
     assert third["annotations"][0]["attributes"] == [0, 1]
 
 
-def test_openimages_list_of_images(tmp_path):
-    """Also images without relationships; in the order of the list, others are not needed."""
+def test_load_openimages_image_list(tmp_path):
+    """Loads exactly the listed images in their order, also those without relationships."""
     arguments = write_openimages(tmp_path, images=("bb02", "dd04"))
     (tmp_path / "list.txt").write_text("# mine\ndd04.jpg\n\nbb02\n")
     records = load_openimages_vrd(**arguments, image_list=str(tmp_path / "list.txt"))
@@ -114,7 +114,7 @@ def test_openimages_list_of_images(tmp_path):
     assert records[0]["annotations"] == [] and records[0]["relations"] == []
 
 
-def test_openimages_v6_has_more_classes_than_the_challenge(tmp_path, caplog):
+def test_load_openimages_only_known_skips_other_names(tmp_path, caplog):
     rows = [*OPENIMAGES_ROWS, row("aa01", "/m/77", "plays", "/m/02", "0101", "0101")]
     rows += [row("aa01", "/m/01", "ride", "/m/02", ("0", "1", "0", "1"), ("0", "1", "0", "1"))]
     arguments = write_openimages(tmp_path, rows)
@@ -123,19 +123,19 @@ def test_openimages_v6_has_more_classes_than_the_challenge(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "reldn_d2"):
         records = load_openimages_vrd(**arguments, only_known=True)
     assert records[0]["relations"] == [(0, 1, 3), (0, 1, 2)]
-    assert "2 rows of other classes or predicates were left out" in caplog.text
+    assert "2 rows with unlisted names were skipped" in caplog.text
     assert "line 10: class '/m/77'" in caplog.text
 
 
-def test_openimages_without_attributes_says_so(tmp_path, caplog):
+def test_load_openimages_without_attributes_warns(tmp_path, caplog):
     arguments = {**write_openimages(tmp_path), "attributes_csv": None}
     with caplog.at_level(logging.WARNING, "reldn_d2"):
         records = load_openimages_vrd(**arguments)
-    assert "4 rows with attributes ('is') were left out" in caplog.text
+    assert "4 rows with attributes ('is') were skipped" in caplog.text
     assert [record["image_id"] for record in records] == ["aa01", "bb02"]
 
 
-def test_openimages_boxes_are_clipped_and_empty_ones_told(tmp_path, caplog):
+def test_load_openimages_odd_boxes_clipped_with_warning(tmp_path, caplog):
     flat = ("-0.001", "1.002", "0.5", "0.5")
     rows = [row("aa01", "/m/01", "on", "/m/03", flat, ("0", "1", "0", "1"))]
     with caplog.at_level(logging.WARNING, "reldn_d2"):
@@ -144,14 +144,16 @@ def test_openimages_boxes_are_clipped_and_empty_ones_told(tmp_path, caplog):
     assert "1 boxes without area" in caplog.text and "line 2" in caplog.text
 
 
-def test_columns_may_stand_in_any_order(tmp_path):
+def test_load_openimages_columns_in_any_order(tmp_path):
     arguments = write_openimages(tmp_path)
     expected = load_openimages_vrd(**arguments)
     order = np.random.default_rng(0).permutation(len(HEADER))
     rows = [[values[i] for i in order] + ["x"] for values in OPENIMAGES_ROWS]
     path = tmp_path / "challenge-2018-train-vrd.csv"
     write_csv(path, rows, [HEADER[i] for i in order] + ["IsOccluded"])
-    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as some editors begin a file
+    path.write_bytes(
+        b"\xef\xbb\xbf" + path.read_bytes()
+    )  # byte order mark, as some editors write it
     assert load_openimages_vrd(**arguments) == expected
 
 
@@ -159,10 +161,10 @@ def test_columns_may_stand_in_any_order(tmp_path):
 
 
 @pytest.mark.parametrize("attributes", [False, True])
-def test_visual_genome(tmp_path, attributes):
+def test_load_visual_genome_records(tmp_path, attributes):
     arguments = write_visual_genome(tmp_path, attributes)
     first, second, third = load_visual_genome(**arguments, split="train", num_val_images=0)
-    assert [x["image_id"] for x in (first, second, third)] == [1, 2, 3], "corrupt ones left out"
+    assert [x["image_id"] for x in (first, second, third)] == [1, 2, 3], "corrupt ones are skipped"
     assert first["file_name"] == str(tmp_path / "VG_100K/1.jpg")
     assert (first["height"], first["width"]) == (40, 60)
     expected = [[0, 0, 30, 40], [35, 20, 55, 40], [5, 5, 15, 15]]
@@ -183,8 +185,8 @@ def test_visual_genome(tmp_path, attributes):
     assert len(load_visual_genome(**arguments, split="test")[0]["relations"]) == 2
 
 
-def test_visual_genome_validation_images(tmp_path):
-    """The first training images with relations; one without relations is not counted."""
+def test_load_visual_genome_validation_images(tmp_path):
+    """The first training images with relations; images without relations are not counted."""
     arguments = write_visual_genome(tmp_path)
     ids = lambda **options: [  # noqa: E731
         x["image_id"] for x in load_visual_genome(**arguments, **options)
@@ -196,7 +198,7 @@ def test_visual_genome_validation_images(tmp_path):
     assert ids(split="test", keep_images_without_relations=False) == [4]
 
 
-def test_visual_genome_image_data_without_corrupt_images(tmp_path):
+def test_load_visual_genome_without_corrupt_images(tmp_path):
     arguments = write_visual_genome(tmp_path)
     expected = load_visual_genome(**arguments, split="train", num_val_images=0)
     with open(arguments["image_data_file"]) as file:
@@ -206,7 +208,7 @@ def test_visual_genome_image_data_without_corrupt_images(tmp_path):
     assert load_visual_genome(**arguments, split="train", num_val_images=0) == expected
 
 
-def test_visual_genome_boxes_are_clipped_and_self_relations_told(tmp_path, caplog):
+def test_load_visual_genome_odd_records_fixed_with_warning(tmp_path, caplog):
     arguments = write_visual_genome(tmp_path)
     arrays = vg_arrays()
     arrays["boxes_1024"][0] = [1000, 300, 200, 100]
@@ -216,11 +218,11 @@ def test_visual_genome_boxes_are_clipped_and_self_relations_told(tmp_path, caplo
         first = load_visual_genome(**arguments, split="train", num_val_images=0)[0]
     assert boxes(first)[0][2] == 60.0
     assert first["relations"] == [(0, 1, 30)]
-    for text in ("1 boxes reach", "1 relations repeat", "1 relations of a box to itself"):
+    for text in ("1 boxes extend", "1 relations repeat", "1 relations of a box to itself"):
         assert text in caplog.text
 
 
-def test_visual_genome_metadata(tmp_path, registered):
+def test_register_visual_genome_metadata(tmp_path, registered):
     name = registered("vg_of_this_test")
     register_visual_genome(name, **write_visual_genome(tmp_path, True), split="test")
     metadata = MetadataCatalog.get(name)
@@ -236,19 +238,19 @@ def test_visual_genome_metadata(tmp_path, registered):
 # ------------------------------------------------------------------------ released and own files
 
 
-def test_released_files(tmp_path, registered):
+def test_register_relation_json_records(tmp_path, registered):
     name = registered("released_of_this_test")
     register_relation_json(name, **write_released(tmp_path), evaluator_type="openimages_vrd")
     metadata = MetadataCatalog.get(name)
     assert metadata.thing_classes == ["Man", "Guitar", "Chair"]
     assert metadata.predicate_classes == ["at", "on", "holds", "plays"]
     first, second = DatasetCatalog.get(name)
-    assert boxes(first) == [[0, 0, 30, 40], [15, 20, 30, 40]], "from 0, not inclusive"
+    assert boxes(first) == [[0, 0, 30, 40], [15, 20, 30, 40]], "0-based, not inclusive"
     assert first["relations"] == [(0, 1, 3), (1, 0, 0)]
     assert second["relations"] == []
 
 
-def test_odd_boxes_of_released_files_are_kept_and_told(tmp_path, caplog):
+def test_load_relation_json_odd_boxes_kept_with_warning(tmp_path, caplog):
     content = released_content()
     content["a.jpg"][0]["object"] = {"category": 2, "bbox": [-1, 5, 7, 7]}
     arguments = write_released(tmp_path)
@@ -258,10 +260,10 @@ def test_odd_boxes_of_released_files_are_kept_and_told(tmp_path, caplog):
             arguments["json_file"], arguments["image_root"], ["a", "b", "c"], ["p"] * 4
         )[0]
     assert boxes(first)[1] == [7, -1, 7, 5]
-    assert "1 boxes (XYXY) have no area" in caplog.text and "1 boxes (XYXY) reach" in caplog.text
+    assert "1 boxes (XYXY) have no area" in caplog.text and "1 boxes (XYXY) extend" in caplog.text
 
 
-def test_own_file(tmp_path, registered):
+def test_register_relation_instances_records(tmp_path, registered):
     name = registered("own_of_this_test")
     register_relation_instances(name, {"evaluator_type": "scene_graph"}, **write_coco(tmp_path))
     metadata = MetadataCatalog.get(name)
@@ -279,7 +281,7 @@ def test_own_file(tmp_path, registered):
     assert second["annotations"] == [] and second["relations"] == []
 
 
-def test_masks_and_keypoints_of_an_own_file(tmp_path):
+def test_load_relation_instances_masks_and_keypoints(tmp_path):
     content = coco_content()
     polygon = [[1.0, 1.0, 9.0, 1.0, 5.0, 9.0]]
     content["annotations"][0].update(segmentation=polygon, keypoints=[3, 4, 2])
@@ -295,14 +297,14 @@ def test_masks_and_keypoints_of_an_own_file(tmp_path):
     json.dumps(written)
 
 
-@pytest.mark.parametrize("kind", ["openimages", "visual_genome", "released"])
-def test_any_data_set_becomes_an_own_file(tmp_path, registered, kind):
-    """What is written is read again unchanged, attributes, labels and duplicates included."""
+@pytest.mark.parametrize("file_format", ["openimages", "visual_genome", "released"])
+def test_to_relation_instances_roundtrip(tmp_path, registered, file_format):
+    """Written data are read back unchanged, including attributes, labels and duplicates."""
     name = registered("before_conversion")
-    if kind == "openimages":
+    if file_format == "openimages":
         arguments = write_openimages(tmp_path)
         register_openimages_vrd(name, **arguments, merge_duplicates=False)
-    elif kind == "visual_genome":
+    elif file_format == "visual_genome":
         arguments = write_visual_genome(tmp_path, True)
         register_visual_genome(name, **arguments, split="test", merge_duplicates=False)
     else:
@@ -333,7 +335,7 @@ def test_any_data_set_becomes_an_own_file(tmp_path, registered, kind):
         assert attributes[0] == attributes[1]
 
 
-def test_lists_with_a_byte_order_mark(tmp_path):
+def test_load_openimages_image_list_byte_order_mark(tmp_path):
     arguments = write_openimages(tmp_path)
     (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbfaa01\r\nbb02\r\n")
     dicts = load_openimages_vrd(**arguments, image_list=str(tmp_path / "list.txt"))

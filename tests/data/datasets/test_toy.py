@@ -1,4 +1,4 @@
-"""The built-in data set: its pictures, the cues in them, and its folder of drawn files."""
+"""The toy data set: its images, their cues, and its folder of drawn files."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from reldn_d2.data.datasets.toy import dataset as toy_vrd
-from reldn_d2.data.datasets.toy.drawing import CLEAR_GAP, REACH_GAP, Scene, box_gap
+from reldn_d2.data.datasets.toy.drawing import CLEAR_GAP, REACH_GAP, ToyScene, box_gap
 from reldn_d2.data.datasets.toy.scenes import make_scene
 from reldn_d2.data.datasets.toy.shapes import HAND_RADIUS, Layer, render
 from reldn_d2.structures.relations import check_relation_triplets
@@ -34,7 +34,7 @@ def small_root(tmp_path):
     return tmp_path
 
 
-def related(scene: Scene, subject: int, object_: int):
+def related(scene: ToyScene, subject: int, object_: int):
     return {p for s, o, p in scene.relations if (s, o) == (subject, object_)}
 
 
@@ -51,7 +51,7 @@ def iou(a, b):
     return width * height / (both - width * height)
 
 
-def test_same_seed_gives_same_image_and_annotations():
+def test_draw_toy_image_same_seed_same_image():
     image, record = toy_vrd.draw_toy_image(3, 8)
     again, same_record = toy_vrd.draw_toy_image(3, 8)
     other, other_record = toy_vrd.draw_toy_image(3, 9)
@@ -61,7 +61,7 @@ def test_same_seed_gives_same_image_and_annotations():
     assert not np.array_equal(image, other) and record != other_record
 
 
-def test_boxes_are_tight_around_what_is_drawn(scenes):
+def test_toy_boxes_are_tight(scenes):
     blank = np.full((160, 160, 3), 120, np.uint8)
     seen = Counter()
     for scene in scenes[:60]:
@@ -74,7 +74,7 @@ def test_boxes_are_tight_around_what_is_drawn(scenes):
     assert set(seen) == set(CLASSES)
 
 
-def test_boxes_lie_in_the_image_and_do_not_coincide(scenes):
+def test_toy_boxes_inside_image_and_distinct(scenes):
     for scene in scenes:
         boxes = np.array([entity.box for entity in scene.entities])
         assert len(boxes) >= 2
@@ -86,7 +86,7 @@ def test_boxes_lie_in_the_image_and_do_not_coincide(scenes):
                     assert iou(one.box, other.box) <= 0.3
 
 
-def test_counts(scenes):
+def test_toy_class_and_predicate_counts(scenes):
     entities = Counter(e.category for scene in scenes for e in scene.entities)
     predicates = Counter(p for scene in scenes for _, _, p in scene.relations)
     assert 6 <= sum(entities.values()) / len(scenes) <= 12
@@ -97,7 +97,7 @@ def test_counts(scenes):
     assert 0.005 <= empty <= 0.05
 
 
-def test_relations_point_at_entities_once(scenes):
+def test_toy_relations_are_valid_and_unique(scenes):
     for scene in scenes:
         relations = [(s, o, PREDICATES.index(p)) for s, o, p in scene.relations]
         check_relation_triplets(relations, len(scene.entities), len(PREDICATES))
@@ -105,12 +105,12 @@ def test_relations_point_at_entities_once(scenes):
 
 
 @pytest.mark.parametrize("category", ["ball", "guitar", "drum"])
-def test_one_pair_of_classes_admits_two_predicates(scenes, category):
+def test_toy_class_pair_has_two_predicates(scenes, category):
     found = Counter(p for _, _, thing, _, p in triplets(scenes) if thing.category == category)
     assert min(found["holds"], found["plays"]) >= 15
 
 
-def test_hands_touch_what_is_held_and_nothing_else(scenes):
+def test_toy_hands_touch_only_related_things(scenes):
     reaches = touches = 0
     for scene in scenes:
         touched = set()
@@ -133,7 +133,7 @@ def test_hands_touch_what_is_held_and_nothing_else(scenes):
     assert reaches > 0.3 * touches > 0
 
 
-def test_union_box_contains_the_hand(scenes):
+def test_toy_union_box_contains_hand(scenes):
     for scene, person, thing, _, predicate in triplets(scenes):
         if predicate == "holds":
             low = np.minimum(person.box[:2], thing.box[:2])
@@ -143,22 +143,22 @@ def test_union_box_contains_the_hand(scenes):
 
 
 def offset(person, thing):
-    """Horizontal and vertical distance of a thing from a person's chest."""
+    """Return the horizontal and vertical distance of a thing from a person's chest."""
     return np.abs(np.subtract(thing.center, person.chest))
 
 
-@pytest.mark.parametrize("kinds, most", [(("cup", "ball"), 0.42), (("guitar", "drum"), 0.45)])
-def test_the_nearest_thing_is_seldom_the_held_one(scenes, kinds, most):
+@pytest.mark.parametrize("categories, most", [(("cup", "ball"), 0.42), (("guitar", "drum"), 0.45)])
+def test_toy_nearest_thing_is_seldom_related(scenes, categories, most):
     hits = []
     for scene, person, thing, _, _ in triplets(scenes):
         equal = [e for e in scene.entities if e.category == thing.category]
-        if thing.category in kinds and len(equal) > 1:
+        if thing.category in categories and len(equal) > 1:
             distances = [np.hypot(*offset(person, entity)) for entity in equal]
             hits.append(equal[int(np.argmin(distances))] is thing)
     assert len(hits) > 150 and np.mean(hits) < most
 
 
-def test_held_things_lie_where_free_ones_do(scenes):
+def test_toy_held_and_free_things_same_distribution(scenes):
     held, free = [], []
     for scene, person, thing, _, predicate in triplets(scenes):
         if predicate != "holds" or thing.category not in ("cup", "ball"):
@@ -174,7 +174,7 @@ def test_held_things_lie_where_free_ones_do(scenes):
     np.testing.assert_allclose(np.std(held, axis=0), np.std(free, axis=0), atol=2.5)
 
 
-def test_hats_are_worn_if_and_only_if_they_touch_the_head(scenes):
+def test_toy_hats_worn_iff_touching_head(scenes):
     worn = 0
     for scene in scenes:
         for subject, person in enumerate(scene.entities):
@@ -189,7 +189,7 @@ def test_hats_are_worn_if_and_only_if_they_touch_the_head(scenes):
     assert worn > 100
 
 
-def test_things_at_furniture_relate_unless_they_stand_off_or_in_front(scenes):
+def test_toy_furniture_look_alikes_do_not_relate(scenes):
     look_alikes = 0
     for scene in scenes:
         for object_, owner in enumerate(scene.entities):
@@ -204,17 +204,17 @@ def test_things_at_furniture_relate_unless_they_stand_off_or_in_front(scenes):
                 elif overlap > -1:
                     look_alikes += 1
                     assert layer == Layer.FRONT or thing.box[3] < owner.outlines[0][:, 1].max()
-                    assert layer == Layer.FRONT or _stands_off(thing, owner)
+                    assert layer == Layer.FRONT or _keeps_gap(thing, owner)
     assert look_alikes > 50
 
 
-def _stands_off(thing, seat_owner):
-    """Whether a thing over a chair's seat, beside its back, keeps a gap from the seat."""
+def _keeps_gap(thing, seat_owner):
+    """Return whether a thing over a chair's seat, next to its back, keeps a gap from the seat."""
     x0, y0, x1, y1 = seat_owner.box
     return seat_owner.category == "chair" and thing.box[3] < y0 + 0.52 * (y1 - y0) - 6 - 2
 
 
-def test_dataset_dicts(small_root):
+def test_load_toy_vrd_dataset_dicts(small_root):
     dicts = toy_vrd.load_toy_vrd(str(small_root), "test", num_images=6)
     assert [d["image_id"] for d in dicts] == [1, 2, 3, 4, 5, 6]
     for record in dicts:
@@ -230,18 +230,18 @@ def test_dataset_dicts(small_root):
     assert dicts[0]["relations"] == [tuple(relation) for relation in record["relations"]]
 
 
-def test_splits_differ(small_root):
+def test_load_toy_vrd_splits_differ(small_root):
     test = toy_vrd.load_toy_vrd(str(small_root), "test", num_images=6)
     train = toy_vrd.load_toy_vrd(str(small_root), "train", num_images=6)
     assert all(a["annotations"] != b["annotations"] for a, b in zip(test, train))
 
 
-def test_unknown_split(tmp_path):
+def test_load_toy_vrd_unknown_split_raises(tmp_path):
     with pytest.raises(ValueError, match="no split 'val'; use one of train, test"):
         toy_vrd.load_toy_vrd(str(tmp_path), "val")
 
 
-def test_builtin_names_are_registered():
+def test_toy_vrd_is_registered():
     for name in ("toy_vrd_train", "toy_vrd_test"):
         assert name in DatasetCatalog.list()
         metadata = MetadataCatalog.get(name)
@@ -250,8 +250,8 @@ def test_builtin_names_are_registered():
         assert metadata.evaluator_type == "relation"
 
 
-def _drawn_again(monkeypatch, root, **options):
-    """How many images a load draws."""
+def _count_drawn(monkeypatch, root, **options):
+    """Return how many images a load draws."""
     calls = []
     draw = toy_vrd.draw_toy_image
     monkeypatch.setattr(toy_vrd, "draw_toy_image", lambda *a: calls.append(a) or draw(*a))
@@ -260,14 +260,14 @@ def _drawn_again(monkeypatch, root, **options):
     return len(calls)
 
 
-def test_a_complete_folder_is_kept(small_root, monkeypatch):
-    assert _drawn_again(monkeypatch, small_root) == 0
+def test_load_toy_vrd_complete_folder_is_kept(small_root, monkeypatch):
+    assert _count_drawn(monkeypatch, small_root) == 0
 
 
 @pytest.mark.parametrize(
     "damage", ["image", "empty image", "annotations", "half", "version", "count"]
 )
-def test_a_stale_or_partial_folder_is_drawn_again(small_root, monkeypatch, damage):
+def test_load_toy_vrd_stale_folder_is_redrawn(small_root, monkeypatch, damage):
     folder = small_root / "toy_vrd" / "test"
     annotations = folder / "annotations.json"
     if damage == "image":
@@ -283,12 +283,12 @@ def test_a_stale_or_partial_folder_is_drawn_again(small_root, monkeypatch, damag
         content["manifest"]["generator_version"] -= 1
         annotations.write_text(json.dumps(content))
     count = 7 if damage == "count" else 6
-    assert _drawn_again(monkeypatch, small_root, num_images=count) == count
+    assert _count_drawn(monkeypatch, small_root, num_images=count) == count
     assert len(list(folder.glob("*.png"))) == count
     assert not list(folder.parent.glob(".test.*")), "temporary folders are left behind"
 
 
-def test_an_interrupted_run_leaves_the_old_folder(small_root, monkeypatch):
+def test_load_toy_vrd_interrupted_keeps_old_folder(small_root, monkeypatch):
     def stop(seed, index):
         raise KeyboardInterrupt
 
@@ -296,10 +296,10 @@ def test_an_interrupted_run_leaves_the_old_folder(small_root, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         toy_vrd.load_toy_vrd(str(small_root), "test", num_images=7)
     monkeypatch.undo()
-    assert _drawn_again(monkeypatch, small_root) == 0
+    assert _count_drawn(monkeypatch, small_root) == 0
 
 
-def test_concurrent_loads_draw_once(tmp_path, monkeypatch):
+def test_load_toy_vrd_concurrent_loads_draw_once(tmp_path, monkeypatch):
     calls = []
     draw = toy_vrd.draw_toy_image
     monkeypatch.setattr(toy_vrd, "draw_toy_image", lambda *a: calls.append(a) or draw(*a))
@@ -310,7 +310,7 @@ def test_concurrent_loads_draw_once(tmp_path, monkeypatch):
     assert all(result == results[0] for result in results)
 
 
-def test_the_registered_sets_are_kept_in_the_cache(tmp_path, monkeypatch):
+def test_toy_vrd_is_cached_in_fvcore_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
     monkeypatch.setattr(toy_vrd, "_SPLITS", {"test": (1, 2)})
     dicts = DatasetCatalog.get("toy_vrd_test")

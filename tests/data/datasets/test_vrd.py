@@ -1,4 +1,4 @@
-"""The VRD loader, on small files in the official layout, on broken ones, and on the real ones."""
+"""The VRD loader, on small files in the official layout, on broken files, and on the real ones."""
 
 import copy
 import json
@@ -57,7 +57,7 @@ def vrd(tmp_path):
     return write
 
 
-def test_records(vrd):
+def test_load_vrd_records(vrd):
     json_file, image_root = vrd()
     first, second = load_vrd(json_file, image_root)
     assert first == {
@@ -85,7 +85,7 @@ def test_records(vrd):
     assert second["annotations"] == [] and second["relations"] == []
 
 
-def test_entities_are_the_distinct_categories_and_boxes(vrd):
+def test_load_vrd_merges_equal_entities(vrd):
     statue = entity(43, PERSON["bbox"])  # another category in the same box
     content = {"a.jpg": [RIDES, relationship(statue, 18, HORSE), relationship(PERSON, 3, statue)]}
     (record,) = load_vrd(*vrd(content))
@@ -94,7 +94,7 @@ def test_entities_are_the_distinct_categories_and_boxes(vrd):
 
 
 @pytest.mark.parametrize("merge", [True, False])
-def test_duplicates(vrd, caplog, merge):
+def test_load_vrd_duplicates(vrd, caplog, merge):
     content = {"a.jpg": [RIDES, relationship(PERSON, 9, HORSE), RIDES]}
     with caplog.at_level(logging.WARNING, "reldn_d2"):
         (record,) = load_vrd(*vrd(content), merge_duplicates=merge)
@@ -109,8 +109,8 @@ def test_duplicates(vrd, caplog, merge):
     assert "a.jpg, relationship 2" in caplog.text
 
 
-def test_relation_of_an_entity_to_itself(vrd, caplog):
-    """Its object becomes one entity more, shared by all such relations of the entity."""
+def test_load_vrd_reflexive_relation_gets_second_entity(vrd, caplog):
+    """Its object becomes an additional entity, shared by all such relations of the entity."""
     content = {
         "a.jpg": [
             relationship(PERSON, 3, PERSON),
@@ -128,7 +128,7 @@ def test_relation_of_an_entity_to_itself(vrd, caplog):
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".png"])
-def test_image_under_another_suffix(vrd, suffix):
+def test_load_vrd_other_image_suffix_loads(vrd, suffix):
     json_file, image_root = vrd(images=("a" + suffix, "b.jpg"))
     record = load_vrd(json_file, image_root)[0]
     assert record["file_name"] == os.path.join(image_root, "a" + suffix)
@@ -137,7 +137,7 @@ def test_image_under_another_suffix(vrd, suffix):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_sizes_are_those_of_detectron2(vrd, orientation):
+def test_load_vrd_exif_orientation_matches_detectron2(vrd, orientation):
     json_file, image_root = vrd({"a.jpg": []}, images=())
     exif = Image.Exif()
     exif[274] = orientation
@@ -147,16 +147,16 @@ def test_sizes_are_those_of_detectron2(vrd, orientation):
     assert (record["width"] == 40) == (orientation >= 5)
 
 
-def test_boxes_beyond_the_image_are_kept_with_a_warning(vrd, caplog):
+def test_load_vrd_box_beyond_image_warns(vrd, caplog):
     outside = entity(1, [1, 41, 1, 60])
     with caplog.at_level(logging.WARNING, "reldn_d2"):
         (record,) = load_vrd(*vrd({"a.jpg": [relationship(PERSON, 3, outside)]}))
     assert record["annotations"][1]["bbox"] == [0, 0, 60, 41]
-    assert "1 boxes (XYXY) reach beyond their image" in caplog.text and "a.jpg" in caplog.text
+    assert "1 boxes (XYXY) extend beyond their image" in caplog.text and "a.jpg" in caplog.text
 
 
-def test_one_image_without_annotations_passes_detectron2(vrd):
-    """Detectron2 leaves images without annotations out by its default, and only then."""
+def test_load_vrd_empty_image_follows_filter_empty(vrd):
+    """Detectron2 skips images without annotations with its default settings, and only then."""
     json_file, image_root = vrd()
     register_vrd("vrd_of_this_test", json_file, image_root)
     try:
@@ -208,7 +208,7 @@ FIRST = r"annotations_train\.json: a\.jpg, relationship 1"
         ([RIDES], r"annotations_train\.json: expected an object .*found a list"),
     ],
 )
-def test_broken_records_are_named(vrd, content, message):
+def test_load_vrd_invalid_record_raises(vrd, content, message):
     with pytest.raises(ValueError, match=message):
         load_vrd(*vrd(content))
 
@@ -221,7 +221,7 @@ def test_broken_records_are_named(vrd, content, message):
         (lambda data: data.replace(b"a.jpg", b"\xe9.jpg"), "not UTF-8 text"),
     ],
 )
-def test_damaged_annotation_file(vrd, spoil, message):
+def test_load_vrd_damaged_file_raises(vrd, spoil, message):
     json_file, image_root = vrd()
     with open(json_file, "rb") as file:
         data = file.read()
@@ -231,26 +231,26 @@ def test_damaged_annotation_file(vrd, spoil, message):
         load_vrd(json_file, image_root)
 
 
-def test_other_names(vrd):
+def test_load_vrd_other_names_raise(vrd):
     names = list(VRD_CLASSES)
     names[7] = "stool"
     with pytest.raises(ValueError, match=r"objects\.json: name 7 is 'stool', but in VRD .*'chair'"):
         load_vrd(*vrd(names=names))
 
 
-def test_other_number_of_names(vrd):
+def test_load_vrd_missing_name_raises(vrd):
     with pytest.raises(ValueError, match=r"objects\.json: expected .* 100 names, found 99 names"):
         load_vrd(*vrd(names=VRD_CLASSES[:99]))
 
 
-def test_missing_image(vrd):
+def test_load_vrd_missing_image_raises(vrd):
     json_file, image_root = vrd(images=("a.jpg",))
     with pytest.raises(FileNotFoundError, match="image b.jpg is annotated but not in") as error:
         load_vrd(json_file, image_root)
     assert image_root in str(error.value) and "Unpack" in str(error.value)
 
 
-def test_unreadable_image(vrd):
+def test_load_vrd_unreadable_image_raises(vrd):
     json_file, image_root = vrd()
     with open(os.path.join(image_root, "b.jpg"), "wb") as file:
         file.write(b"<html>not found</html>")
@@ -259,7 +259,7 @@ def test_unreadable_image(vrd):
 
 
 @pytest.mark.parametrize("value", [None, "/some/where"])
-def test_missing_folder_names_variable_and_path(tmp_path, monkeypatch, value):
+def test_load_vrd_missing_folder_shows_variable_and_path(tmp_path, monkeypatch, value):
     if value is None:
         monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
     else:
@@ -274,14 +274,14 @@ def test_missing_folder_names_variable_and_path(tmp_path, monkeypatch, value):
     ) in message
 
 
-def test_missing_image_folder(vrd):
+def test_load_vrd_missing_image_folder_raises(vrd):
     json_file, image_root = vrd()
     with pytest.raises(FileNotFoundError, match="image folder of VRD not found: .*elsewhere"):
         load_vrd(json_file, image_root + "/elsewhere")
 
 
 @pytest.mark.parametrize("name", ["vrd_train", "vrd_test"])
-def test_metadata_needs_no_files(name):
+def test_vrd_metadata_needs_no_files(name):
     metadata = MetadataCatalog.get(name)
     assert len(metadata.thing_classes) == 100 and len(metadata.predicate_classes) == 70
     assert metadata.evaluator_type == "vrd"
@@ -290,7 +290,7 @@ def test_metadata_needs_no_files(name):
 
 @pytest.fixture
 def register_below():
-    """Registers the built-in splits below another folder for the time of a test."""
+    """Registers the built-in splits below another folder during a test."""
     names = ("vrd_train", "vrd_test")
     loaders = {name: DatasetCatalog.pop(name) for name in names}
     metadata = {name: MetadataCatalog.pop(name) for name in names}
@@ -302,7 +302,7 @@ def register_below():
 
 
 @pytest.mark.parametrize(("split", "count"), [("train", 1), ("test", 2)])
-def test_splits_of_the_official_layout(tmp_path, register_below, split, count):
+def test_vrd_official_layout_loads(tmp_path, register_below, split, count):
     """Equal relationships are merged for training, and counted for evaluation."""
     folder = tmp_path / "vrd"
     image_root = folder / f"sg_dataset/sg_{split}_images"
@@ -322,8 +322,8 @@ def test_splits_of_the_official_layout(tmp_path, register_below, split, count):
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_real_files(real_datasets, register_below, split):
-    """Against the JSON read by hand: every relationship, box and image size."""
+def test_load_vrd_real_files_match_json(real_datasets, register_below, split):
+    """Compare every relationship, box and image size with the raw JSON."""
     register_below(real_datasets)
     with open(real_datasets / f"vrd/json_dataset/annotations_{split}.json") as file:
         content = json.load(file)
@@ -353,7 +353,7 @@ def test_real_files(real_datasets, register_below, split):
         utils.check_image_size(record, utils.read_image(record["file_name"], "BGR"))
 
 
-def test_published_counts(full_vrd_annotations):
+def test_parse_vrd_annotations_published_counts(full_vrd_annotations):
     train = parse_vrd_annotations(str(full_vrd_annotations / "annotations_train.json"))
     test = parse_vrd_annotations(
         str(full_vrd_annotations / "annotations_test.json"), merge_duplicates=False

@@ -1,9 +1,8 @@
-"""The built-in data set: pictures of people and things, drawn by code from a seed.
+"""The built-in data set: images of people and things, drawn by code from a seed.
 
-``toy_vrd_train`` and ``toy_vrd_test`` need no download: they are drawn when they are first used,
-and kept as PNG files and one ``annotations.json`` in ``<root>/toy_vrd/<split>``. What relates is
-decided by small local cues (see :mod:`.toy_scenes`), so that boxes and classes alone do not give it
-away.
+``toy_vrd_train`` and ``toy_vrd_test`` need no download: they are drawn on first use and stored as
+PNG files and one ``annotations.json`` in ``<root>/toy_vrd/<split>``. Small local cues decide which
+entities are related (see :mod:`.scenes`), so boxes and classes alone are not enough to predict it.
 """
 
 import json
@@ -18,8 +17,8 @@ from iopath.common.file_io import file_lock, get_cache_dir
 from tqdm import tqdm
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.structures import BoxMode
 
+from ...dataset_dict import create_annotation, create_dataset_dict
 from .scenes import make_scene
 from .shapes import IMAGE_SIZE
 
@@ -34,7 +33,7 @@ __all__ = [
 TOY_CLASSES = ("person", "cup", "ball", "guitar", "drum", "hat", "chair", "table", "box")
 TOY_PREDICATES = ("holds", "plays", "wears", "on", "under", "inside of")
 
-# Raise it whenever the same seed gives other pictures or annotations than before.
+# Increment it when the same seed gives different images or annotations than before.
 _GENERATOR_VERSION = 3
 # split: (seed, number of images)
 _SPLITS = {"train": (2019, 2000), "test": (1906, 400)}
@@ -42,11 +41,11 @@ _ANNOTATIONS = "annotations.json"
 
 
 def draw_toy_image(seed: int, index: int) -> tuple[np.ndarray, dict[str, Any]]:
-    """Draw one picture; the same arguments give the same picture and annotations.
+    """Draw one image; the same arguments give the same image and annotations.
 
     Args:
-        seed: of the split.
-        index: of the image in the split.
+        seed: seed of the split.
+        index: index of the image in the split, from 1.
 
     Returns:
         The (160, 160, 3) uint8 BGR image, and its record: ``bboxes`` (absolute XYXY), ``classes``
@@ -68,12 +67,12 @@ def draw_toy_image(seed: int, index: int) -> tuple[np.ndarray, dict[str, Any]]:
 
 
 def load_toy_vrd(root: str, split: str, num_images: int | None = None) -> list[dict[str, Any]]:
-    """Load a split, after drawing it if it is missing, incomplete or of another version.
+    """Load a split; draw it first if it is missing, incomplete or of another version.
 
     Args:
-        root: folder that the drawn images are kept in, as ``<root>/toy_vrd/<split>``.
+        root: folder to store the drawn images in, as ``<root>/toy_vrd/<split>``.
         split: "train" or "test".
-        num_images: draw only that many; the split's full number when None.
+        num_images: draw only the first images; all images of the split when None.
 
     Returns:
         Dataset dicts in Detectron2's format, with ``relations``.
@@ -87,16 +86,16 @@ def load_toy_vrd(root: str, split: str, num_images: int | None = None) -> list[d
         with file_lock(folder):
             # Another process may have drawn it while this one waited for the lock.
             records = _read_records(folder, manifest) or _draw_split(folder, manifest)
-    return [_dataset_dict(folder, number, record) for number, record in enumerate(records, 1)]
+    return [_dataset_dict(folder, image_id, record) for image_id, record in enumerate(records, 1)]
 
 
 def register_toy_vrd(name: str, split: str, root: str | None = None) -> None:
-    """Register a split; nothing is drawn before it is used.
+    """Register a split; it is drawn on first use.
 
     Args:
-        name: under which it is registered, e.g. "toy_vrd_train".
+        name: name of the data set, e.g. "toy_vrd_train".
         split: "train" or "test".
-        root: as in :func:`load_toy_vrd`; Detectron2's cache folder (``$FVCORE_CACHE``) when None,
+        root: see :func:`load_toy_vrd`; Detectron2's cache folder (``$FVCORE_CACHE``) when None,
             because a folder of downloaded data sets may be shared or read-only.
     """
     DatasetCatalog.register(name, lambda: load_toy_vrd(root or get_cache_dir(), split))
@@ -116,27 +115,27 @@ def _manifest(split: str, num_images: int | None) -> dict[str, int]:
     }
 
 
-def _image_name(number: int) -> str:
-    return f"{number:05d}.png"
+def _image_name(image_id: int) -> str:
+    return f"{image_id:05d}.png"
 
 
 def _read_records(folder: str, manifest: dict[str, int]) -> list[dict[str, Any]] | None:
-    """Records of a folder, None if it is not complete or was drawn from another manifest."""
+    """Return the records of a folder, None if it is incomplete or has another manifest."""
     try:
         with open(os.path.join(folder, _ANNOTATIONS), encoding="utf-8") as file:
             content = json.load(file)
-        there = {entry.name for entry in os.scandir(folder) if entry.stat().st_size > 0}
+        files = {entry.name for entry in os.scandir(folder) if entry.stat().st_size > 0}
     except (OSError, ValueError):
         return None
     if not isinstance(content, dict) or content.get("manifest") != manifest:
         return None
-    if any(_image_name(number) not in there for number in range(1, manifest["num_images"] + 1)):
+    if any(_image_name(i) not in files for i in range(1, manifest["num_images"] + 1)):
         return None
     return content["images"]
 
 
 def _draw_split(folder: str, manifest: dict[str, int]) -> list[dict[str, Any]]:
-    """Draw all images into a folder of their own, then put it where ``folder`` is."""
+    """Draw all images into a temporary folder, then move it to ``folder``."""
     parent, split = os.path.split(folder)
     os.makedirs(parent, exist_ok=True)
     temporary = tempfile.mkdtemp(prefix=f".{split}.", dir=parent)
@@ -144,12 +143,13 @@ def _draw_split(folder: str, manifest: dict[str, int]) -> list[dict[str, Any]]:
         new = os.path.join(temporary, "new")
         os.mkdir(new)
         records = []
-        numbers = range(1, manifest["num_images"] + 1)
-        for number in tqdm(numbers, desc=f"Drawing toy_vrd_{split}", unit=" images", mininterval=1):
-            image, record = draw_toy_image(manifest["seed"], number)
-            path = os.path.join(new, _image_name(number))
+        image_ids = range(1, manifest["num_images"] + 1)
+        progress = dict(desc=f"Drawing toy_vrd_{split}", unit=" images", mininterval=1)
+        for image_id in tqdm(image_ids, **progress):
+            image, record = draw_toy_image(manifest["seed"], image_id)
+            path = os.path.join(new, _image_name(image_id))
             if not cv2.imwrite(path, image):
-                raise OSError(f"Cannot write {path}: is the disk full?")
+                raise OSError(f"Cannot write {path}. Is the disk full?")
             records.append(record)
         with open(os.path.join(new, _ANNOTATIONS), "w", encoding="utf-8") as file:
             json.dump({"manifest": manifest, "images": records}, file)
@@ -161,16 +161,11 @@ def _draw_split(folder: str, manifest: dict[str, int]) -> list[dict[str, Any]]:
     return records
 
 
-def _dataset_dict(folder: str, number: int, record: dict[str, Any]) -> dict[str, Any]:
-    annotations = [
-        {"bbox": list(bbox), "bbox_mode": BoxMode.XYXY_ABS, "category_id": category, "iscrowd": 0}
-        for bbox, category in zip(record["bboxes"], record["classes"])
-    ]
-    return {
-        "file_name": os.path.join(folder, _image_name(number)),
-        "image_id": number,
-        "height": IMAGE_SIZE,
-        "width": IMAGE_SIZE,
-        "annotations": annotations,
-        "relations": [tuple(relation) for relation in record["relations"]],
-    }
+def _dataset_dict(folder: str, image_id: int, record: dict[str, Any]) -> dict[str, Any]:
+    return create_dataset_dict(
+        os.path.join(folder, _image_name(image_id)),
+        image_id,
+        (IMAGE_SIZE, IMAGE_SIZE),
+        list(map(create_annotation, record["bboxes"], record["classes"])),
+        [tuple(relation) for relation in record["relations"]],
+    )

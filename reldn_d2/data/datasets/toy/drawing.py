@@ -1,8 +1,8 @@
-"""The scene under construction in the built-in data set: entities, relations, limbs and free space.
+"""A toy scene under construction: entities, relations, limbs and free space.
 
-Every way to put something into a scene goes through :class:`Scene`, which refuses whatever would
-make a picture ambiguous: a hand too close to a thing that it does not touch, two things that
-coincide, a thing that leaves the image.
+Everything is added to a scene through :class:`ToyScene`, which rejects what would make an image
+ambiguous: a hand too close to a thing that it does not touch, two things at the same place, a thing
+that extends beyond the image.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from .shapes import (
     IMAGE_SIZE,
     Box,
     Color,
-    Entity,
+    DrawnEntity,
     Layer,
     Person,
     Point,
@@ -25,51 +25,51 @@ from .shapes import (
     render,
 )
 
-# Gaps in pixels between the rim of a hand (or foot) and a thing's surface.
+# Gaps in pixels between the edge of a hand (or foot) and the surface of a thing.
 TOUCH_OVERLAP = (1.2, 2.4)
 REACH_GAP = (3.0, 5.0)
 CLEAR_GAP = 2.8
 
 
 def box_gap(a: Box, b: Box) -> float:
-    """Distance between two boxes along the axis that separates them more; negative: overlap."""
+    """Return the gap of two boxes along the axis that separates them more; negative: overlap."""
     return max(a[0] - b[2], b[0] - a[2], a[1] - b[3], b[1] - a[3])
 
 
-class Scene:
-    """Entities and relations of one image, and what is drawn besides them.
+class ToyScene:
+    """Entities and relations of one image, and other shapes that are drawn.
 
     Args:
         rng: source of every random choice.
-        quiet: a scene in which nothing relates; :meth:`yes` is then always False.
+        quiet: a scene without relations; :meth:`yes` then always returns False.
 
     Attributes:
-        entities: in the order of the annotations.
+        entities: entities in the order of the annotations.
         relations: (subject index, object index, predicate name).
-        hands: centres of all hands, and of all feet of legs that are stretched out.
+        hands: centers of all hands, and of all feet of kicking legs.
     """
 
     def __init__(self, rng: np.random.Generator, quiet: bool = False) -> None:
         self.rng = rng
         self.quiet = quiet
-        self.entities: list[Entity] = []
+        self.entities: list[DrawnEntity] = []
         self.relations: list[tuple[int, int, str]] = []
         self.hands: list[Point] = []
         self._extras: list[Shape] = []
         self._taken = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.uint8)
 
     def yes(self, probability: float) -> bool:
-        """Flip a coin for "does this relate?"."""
+        """Decide at random whether two entities are related."""
         return bool(self.rng.random() < probability) and not self.quiet
 
-    def add(self, entity: Entity) -> int:
+    def add(self, entity: DrawnEntity) -> int:
         """Add an entity and return its index."""
         self.entities.append(entity)
         self._occupy(entity.box)
         return len(self.entities) - 1
 
     def relate(self, subject: int, object_: int, predicate: str) -> None:
-        """Note that a relation holds."""
+        """Add a relation."""
         self.relations.append((subject, object_, predicate))
 
     def draw(self, shapes: Sequence[Shape]) -> None:
@@ -77,16 +77,16 @@ class Scene:
         self._extras.extend(shapes)
 
     def render(self) -> np.ndarray:
-        """Return the picture, (160, 160, 3) uint8 BGR."""
+        """Return the image, (160, 160, 3) uint8 BGR."""
         shapes = [shape for entity in self.entities for shape in entity.shapes]
         return render(shapes + self._extras, background(self.rng))
 
-    def fits(self, entity: Entity, gap: float, touching: Sequence[int] = ()) -> bool:
-        """Whether an entity lies inside the image and keeps ``gap`` from all boxes and hands.
+    def fits(self, entity: DrawnEntity, gap: float, touching: Sequence[int] = ()) -> bool:
+        """Return whether an entity is inside the image and keeps ``gap`` from boxes and hands.
 
         Args:
-            entity: not yet part of the scene.
-            gap: least distance to the boxes of the scene's entities (people: at least CLEAR_GAP).
+            entity: entity that is not part of the scene yet.
+            gap: min distance to the boxes of the scene's entities (people: at least CLEAR_GAP).
             touching: indices of entities that it may overlap.
         """
         box = entity.box
@@ -99,7 +99,7 @@ class Scene:
         ) and all(entity.distance(hand) - HAND_RADIUS >= CLEAR_GAP for hand in self.hands)
 
     def free_spot(self, width: float, height: float) -> Point | None:
-        """Draw the upper left corner of a free area of this size, None if there is none."""
+        """Return the top left corner of a random free area of this size, None if there is none."""
         w, h = int(np.ceil(width)) + 4, int(np.ceil(height)) + 4
         if max(w, h) >= IMAGE_SIZE - 2:
             return None
@@ -112,7 +112,7 @@ class Scene:
         return float(columns[pick]) + 3.0, float(rows[pick]) + 3.0
 
     def hand_is_clear(self, hand: Point, target: int | None = None) -> bool:
-        """Whether a hand is inside the image and far from everything but people and ``target``."""
+        """Return whether a hand is inside the image and away from all but people and ``target``."""
         low, high = HAND_RADIUS + 1, IMAGE_SIZE - HAND_RADIUS - 1
         if not (low <= hand[0] <= high and low <= hand[1] <= high):
             return False
@@ -126,16 +126,16 @@ class Scene:
         return all(thing.distance(hand) - HAND_RADIUS >= CLEAR_GAP for thing in things)
 
     def hand_at(self, target: int, start: Point, gap: float, part: int = 0) -> Point | None:
-        """Find where a hand that comes from ``start`` stops at a distance from a thing.
+        """Return where a hand that comes from ``start`` stops at a given distance from a thing.
 
         Args:
             target: index of the thing.
-            start: shoulder or hip from which the limb comes.
-            gap: distance between the hand's rim and the thing; negative: overlap.
-            part: which of the thing's outlines is approached.
+            start: shoulder or hip where the limb starts.
+            gap: distance between the edge of the hand and the thing; negative: overlap.
+            part: index of the outline that the hand approaches.
 
         Returns:
-            The centre of the hand, or None where it would get close to anything else.
+            The center of the hand, or None if it would be too close to something else.
         """
         entity = self.entities[target]
         outline = entity.outlines[part]
@@ -143,6 +143,7 @@ class Scene:
         center = (low + high) / 2.0
         turn = np.arctan2(start[1] - center[1], start[0] - center[0]) + self.rng.uniform(-0.6, 0.6)
         direction = np.array([np.cos(turn), np.sin(turn)])
+        # Bisect along the ray: at `near` the hand is too close, at `far` it is not.
         near, far = 0.0, float(np.hypot(*(high - low))) + HAND_RADIUS + 8.0
         for _ in range(14):
             middle = (near + far) / 2
@@ -151,7 +152,7 @@ class Scene:
             else:
                 far = middle
         hand = (float(center[0] + far * direction[0]), float(center[1] + far * direction[1]))
-        # Another part of the thing may lie across the way: the neck of a guitar, say.
+        # Another part of the thing may be in the way, e.g. the neck of a guitar.
         if abs(entity.distance(hand) - HAND_RADIUS - gap) > 0.1:
             return None
         return hand if self.hand_is_clear(hand, target) else None

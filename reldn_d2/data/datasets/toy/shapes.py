@@ -1,8 +1,8 @@
-"""Shapes and entities of the built-in data set: what a cup, a person or a drum looks like.
+"""Shapes and entities of the toy data set: the look of a cup, a person or a drum.
 
-All coordinates are continuous pixels of the finished image (x to the right, y down). An entity is
-a list of polygons and lines; its box follows from them exactly, so it is tight by construction.
-Limbs (arms, legs that are stretched out) are shapes without an entity: they belong to no box.
+All coordinates are continuous pixels of the final image (x to the right, y down). An entity is a
+list of polygons and lines; its box is computed from them, so it is tight by construction. Limbs
+(arms, kicking legs) are shapes without an entity: they belong to no box.
 """
 
 import colorsys
@@ -51,7 +51,7 @@ class Shape(NamedTuple):
     edge: bool = True
 
     def extent(self) -> Box:
-        """Return the box that the drawn shape fills."""
+        """Return the bounding box of the drawn shape."""
         margin = self.width / 2 + 0.25 if self.width else (0.75 if self.edge else 0.0)
         x0, y0 = self.points.min(axis=0) - margin
         x1, y1 = self.points.max(axis=0) + margin
@@ -59,13 +59,13 @@ class Shape(NamedTuple):
 
 
 @dataclass(eq=False)
-class Entity:
+class DrawnEntity:
     """One annotated thing.
 
     Attributes:
         category: one of the data set's ``thing_classes``.
-        shapes: what is drawn.
-        outlines: convex polygons that together are the surface which a hand can touch.
+        shapes: shapes to draw.
+        outlines: convex polygons whose union is the surface that a hand can touch.
         box: tight around ``shapes``.
     """
 
@@ -82,11 +82,11 @@ class Entity:
 
     @property
     def center(self) -> Point:
-        """The centre of the box."""
+        """The center of the box."""
         return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
 
     def distance(self, point: Point) -> float:
-        """Distance from ``point`` to the surface; negative inside."""
+        """Return the distance from ``point`` to the surface; negative inside."""
         return min(
             -cv2.pointPolygonTest(outline, (float(point[0]), float(point[1])), True)
             for outline in self.outlines
@@ -94,7 +94,7 @@ class Entity:
 
 
 @dataclass(eq=False)
-class Person(Entity):
+class Person(DrawnEntity):
     """A person: head, torso and standing legs. Arms and a kicking leg are drawn by the scene."""
 
     head: Point
@@ -127,7 +127,7 @@ def render(shapes: Sequence[Shape], background: np.ndarray) -> np.ndarray:
 
 
 def background(rng: np.random.Generator) -> np.ndarray:
-    """A pale tone with a gradient and light noise, as a BGR image."""
+    """Return a pale color with a gradient and light noise, as a BGR image."""
     tone = random_color(rng, saturation=(0.03, 0.25), value=(0.62, 0.95))
     slope = rng.uniform(-22, 22, size=2)
     ramp = np.linspace(-0.5, 0.5, IMAGE_SIZE)
@@ -144,7 +144,7 @@ def random_color(
     saturation: tuple[float, float] = (0.55, 0.95),
     value: tuple[float, float] = (0.45, 0.95),
 ) -> Color:
-    """Draw a BGR colour from ranges of hue, saturation and value."""
+    """Return a random BGR color from ranges of hue, saturation and value."""
     rgb = colorsys.hsv_to_rgb(rng.uniform(*hue), rng.uniform(*saturation), rng.uniform(*value))
     return rgb[2] * 255.0, rgb[1] * 255.0, rgb[0] * 255.0
 
@@ -158,7 +158,7 @@ def _mix(color: Color, other: Color, share: float) -> Color:
 
 
 def ellipse(x: float, y: float, rx: float, ry: float | None = None) -> np.ndarray:
-    """An ellipse as a polygon; a circle when ``ry`` is missing."""
+    """Return an ellipse as a polygon; a circle when ``ry`` is None."""
     return _CIRCLE * (rx, rx if ry is None else ry) + (x, y)
 
 
@@ -167,12 +167,12 @@ def _quad(x0: float, y0: float, x1: float, y1: float) -> np.ndarray:
 
 
 def shadow(x: float, y: float, width: float) -> Shape:
-    """The contact shadow of a thing that stands at (x, y)."""
+    """Create the contact shadow of a thing that stands at (x, y)."""
     return Shape(ellipse(x, y, width / 2 + 1.5, 1.6), _DARK, Layer.FURNITURE + 0.5, edge=False)
 
 
 def person(rng: np.random.Generator, x: float, top: float, kicking: int | None = None) -> Person:
-    """A standing person whose head begins at ``top``; the leg ``kicking`` (0, 1) is left out."""
+    """Create a standing person with the top of the head at ``top``, without leg ``kicking``."""
     s = rng.uniform(0.92, 1.08)
     skin = _SKINS[rng.integers(len(_SKINS))]
     shirt, trousers = random_color(rng), random_color(rng, value=(0.25, 0.5))
@@ -209,8 +209,8 @@ def person(rng: np.random.Generator, x: float, top: float, kicking: int | None =
     )
 
 
-def cup(rng: np.random.Generator, x: float, base: float, layer: float = Layer.THING) -> Entity:
-    """A cup that stands at (x, base)."""
+def cup(rng: np.random.Generator, x: float, base: float, layer: float = Layer.THING) -> DrawnEntity:
+    """Create a cup that stands at (x, base)."""
     w, h = rng.uniform(5.2, 6.6), rng.uniform(11.5, 14)
     color = random_color(rng, value=(0.6, 1.0))
     body = np.array([(-w, -h), (w, -h), (0.72 * w, 0), (-0.72 * w, 0)]) + (x, base)
@@ -218,11 +218,13 @@ def cup(rng: np.random.Generator, x: float, base: float, layer: float = Layer.TH
         Shape(body, color, layer),
         Shape(ellipse(x, base - h, w, 1.8), _mix(color, _DARK, 0.65), layer + 0.01),
     ]
-    return Entity("cup", shapes, [body])
+    return DrawnEntity("cup", shapes, [body])
 
 
-def ball(rng: np.random.Generator, x: float, base: float, layer: float = Layer.THING) -> Entity:
-    """A ball that lies at (x, base)."""
+def ball(
+    rng: np.random.Generator, x: float, base: float, layer: float = Layer.THING
+) -> DrawnEntity:
+    """Create a ball that lies at (x, base)."""
     r = rng.uniform(5.6, 7.2)
     color = random_color(rng, value=(0.7, 1.0))
     outline = ellipse(x, base - r, r)
@@ -235,11 +237,11 @@ def ball(rng: np.random.Generator, x: float, base: float, layer: float = Layer.T
         Shape(band, (245, 245, 245), layer + 0.01, width=1.5),
         Shape(shine, (255, 255, 255), layer + 0.02, edge=False),
     ]
-    return Entity("ball", shapes, [outline])
+    return DrawnEntity("ball", shapes, [outline])
 
 
-def hat(rng: np.random.Generator, x: float, base: float, layer: float = Layer.THING) -> Entity:
-    """A hat whose brim lies at (x, base)."""
+def hat(rng: np.random.Generator, x: float, base: float, layer: float = Layer.THING) -> DrawnEntity:
+    """Create a hat with its brim at (x, base)."""
     w, h = rng.uniform(8.5, 10), rng.uniform(7, 9)
     color = random_color(rng, value=(0.25, 0.75))
     lean = np.array([[1.0, 0.0], [rng.uniform(-0.16, 0.16), 1.0]]).T
@@ -252,11 +254,11 @@ def hat(rng: np.random.Generator, x: float, base: float, layer: float = Layer.TH
         Shape(crown, color, layer + 0.01),
         Shape(band, _mix(color, (255, 255, 255), 0.7), layer + 0.02, width=1.5),
     ]
-    return Entity("hat", shapes, [brim, crown])
+    return DrawnEntity("hat", shapes, [brim, crown])
 
 
-def guitar(rng: np.random.Generator, x: float, y: float) -> Entity:
-    """A guitar around (x, y), neck upwards; ``outlines`` are its body's two bouts and its neck."""
+def guitar(rng: np.random.Generator, x: float, y: float) -> DrawnEntity:
+    """Create a guitar around (x, y), neck up; outlines: lower body, upper body, neck, head."""
     s = rng.uniform(0.92, 1.08)
     lean = rng.choice((-1, 1)) * rng.uniform(0.2, 0.75)
     turn = np.array([[np.cos(lean), -np.sin(lean)], [np.sin(lean), np.cos(lean)]])
@@ -276,11 +278,11 @@ def guitar(rng: np.random.Generator, x: float, y: float) -> Entity:
         Shape(head, (40, 50, 70), layer + 0.04),
         Shape(place(ellipse(0, 4, 2.6)), (30, 34, 40), layer + 0.05, edge=False),
     ]
-    return Entity("guitar", shapes, [lower, upper, neck, head])
+    return DrawnEntity("guitar", shapes, [lower, upper, neck, head])
 
 
-def drum(rng: np.random.Generator, x: float, y: float) -> Entity:
-    """A drum around (x, y); its skin is an ellipse at the top."""
+def drum(rng: np.random.Generator, x: float, y: float) -> DrawnEntity:
+    """Create a drum around (x, y); its skin is an ellipse at the top."""
     w, h = rng.uniform(11.5, 13.5), rng.uniform(15, 19)
     color, layer = random_color(rng), Layer.THING
     top, base = y - h / 2, y + h / 2
@@ -293,11 +295,11 @@ def drum(rng: np.random.Generator, x: float, y: float) -> Entity:
         Shape(zigzag[1:-1], (235, 235, 235), layer + 0.01, width=1.0),
         Shape(ellipse(x, top, w, 3.6), (232, 238, 240), layer + 0.02),
     ]
-    return Entity("drum", shapes, [shell, ellipse(x, top, w, 3.6)])
+    return DrawnEntity("drum", shapes, [shell, ellipse(x, top, w, 3.6)])
 
 
-def table(rng: np.random.Generator, x: float, y: float, width: float, height: float) -> Entity:
-    """A table in the box (x, y, x + width, y + height); its surface is 9 px deep."""
+def table(rng: np.random.Generator, x: float, y: float, width: float, height: float) -> DrawnEntity:
+    """Create a table in the box (x, y, x + width, y + height); its surface is 9 px deep."""
     color, layer = _wood(rng), Layer.FURNITURE
     surface = np.array([(x + 5, y), (x + width - 5, y), (x + width, y + 9), (x, y + 9)])
     shapes = [
@@ -306,11 +308,11 @@ def table(rng: np.random.Generator, x: float, y: float, width: float, height: fl
         Shape(_quad(x, y + 9, x + width, y + 12.5), _mix(color, _DARK, 0.35), layer + 0.01),
         Shape(surface, _mix(color, (255, 255, 255), 0.25), layer + 0.02),
     ]
-    return Entity("table", shapes, [_quad(x, y, x + width, y + height)])
+    return DrawnEntity("table", shapes, [_quad(x, y, x + width, y + height)])
 
 
-def chair(rng: np.random.Generator, x: float, y: float, width: float, height: float) -> Entity:
-    """A chair in the box (x, y, x + width, y + height); back at the left, seat half way down."""
+def chair(rng: np.random.Generator, x: float, y: float, width: float, height: float) -> DrawnEntity:
+    """Create a chair in the box (x, y, x + width, y + height); back on the left, seat halfway."""
     color, layer = _wood(rng), Layer.FURNITURE
     color = _mix(color, random_color(rng), 0.25)
     seat, right = y + 0.52 * height, x + width
@@ -323,11 +325,13 @@ def chair(rng: np.random.Generator, x: float, y: float, width: float, height: fl
         ),
         Shape(_quad(x, seat, right, seat + 3), dark, layer + 0.01),
     ]
-    return Entity("chair", shapes, [_quad(x, y, right, y + height)])
+    return DrawnEntity("chair", shapes, [_quad(x, y, right, y + height)])
 
 
-def carton(rng: np.random.Generator, x: float, y: float, width: float, height: float) -> Entity:
-    """An open box in the box (x, y, x + width, y + height); its opening is 7 px deep."""
+def carton(
+    rng: np.random.Generator, x: float, y: float, width: float, height: float
+) -> DrawnEntity:
+    """Create an open box in the box (x, y, x + width, y + height); its opening is 7 px deep."""
     color = random_color(rng, hue=(0.07, 0.13), saturation=(0.3, 0.55), value=(0.6, 0.85))
     opening = np.array([(x + 4, y), (x + width - 4, y), (x + width, y + 7), (x, y + 7)])
     front = _quad(x, y + 7, x + width, y + height)
@@ -338,13 +342,13 @@ def carton(rng: np.random.Generator, x: float, y: float, width: float, height: f
         Shape(front, color, over),
         Shape(tape, _mix(color, (255, 255, 255), 0.35), over + 0.01, edge=False),
     ]
-    return Entity("box", shapes, [_quad(x, y, x + width, y + height)])
+    return DrawnEntity("box", shapes, [_quad(x, y, x + width, y + height)])
 
 
 def limb(
     start: Point, joint: Point, end: Point, color: Color, tip: Color, layer: float
 ) -> list[Shape]:
-    """An arm or leg in two straight parts that ends in a round hand or foot."""
+    """Create an arm or leg of two straight parts with a round hand or foot at the end."""
     line = np.array([start, joint, end], dtype=float)
     return [
         Shape(line, _mix(color, _DARK, 0.75), layer, width=4.0),
@@ -354,7 +358,7 @@ def limb(
 
 
 def stick(hand: Point, tip: Point) -> list[Shape]:
-    """A drumstick from a hand to its tip."""
+    """Create a drumstick from a hand to its tip."""
     line = np.array([hand, tip], dtype=float)
     return [
         Shape(line, _DARK, Layer.HAND - 0.3, width=2.5),
