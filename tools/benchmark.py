@@ -10,13 +10,7 @@ import importlib
 import sys
 from pathlib import Path
 
-BENCHMARKS = (
-    "data",
-    "detectors",
-    "evaluation",
-    "head",
-    "inference",
-    "losses",
+BENCHMARKS = ("data", "detectors", "evaluation", "head", "inference", "losses") + (
     "predicate_backbone",
 )
 

@@ -53,7 +53,7 @@ def config_with_bases(path: Path) -> list[Path]:
 
 
 def configuration_fingerprint(config: str, options: list[str], inputs: list[Path]) -> str:
-    """Hash what a training depends on: config and its bases, options, data set code, input files."""
+    """Hash what a training depends on: config and bases, options, data set code, input files."""
     digest = hashlib.sha256(json.dumps(options).encode())
     for path in config_with_bases(PROJECT / "configs" / "Toy" / f"{config}.yaml"):
         digest.update(path.read_bytes())
@@ -198,7 +198,7 @@ def read_results(output: Path, seeds: list[int]) -> dict[str, dict[str, list[dic
 
 
 def format_table(results: dict[str, dict[str, list[dict[str, float]]]]) -> str:
-    """Format the comparison as a Markdown table, with several seeds as mean ± standard deviation."""
+    """Format the comparison as a Markdown table; several seeds give mean ± standard deviation."""
     from statistics import mean, stdev
 
     from tabulate import tabulate

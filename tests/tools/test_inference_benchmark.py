@@ -46,14 +46,7 @@ def test_rank_all_pairs_ties_sorted_by_subject_object_predicate():
         return torch.full((len(subjects), 2), 0.5)
 
     for together in (False, True):
-        ranking = inference.rank_all_pairs(
-            score_pairs,
-            torch.ones(3),
-            predicates_per_pair=1,
-            topk=4,
-            chunk=2,
-            both_orders_together=together,
-        )
+        ranking = inference.rank_all_pairs(score_pairs, torch.ones(3), 1, 4, 2, together)
         assert ranking.pairs.tolist() == [[0, 1], [0, 2], [1, 0], [1, 2]]
         assert ranking.predicates.tolist() == [0, 0, 0, 0] and ranking.num_scored == 6
 

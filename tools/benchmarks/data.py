@@ -12,7 +12,7 @@ import csv
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -193,15 +193,17 @@ def write_openimages(folder: Path, num_images: int, num_rows: int) -> dict[str, 
                 object_ = subject
                 ends = [names[subject], attributes[len(rows) % num_attributes]], "is"
             rows.append([image_id, *ends[0], *boxes[subject], *boxes[object_], ends[1]])
-    return {
-        "image_root": _write_images(folder / "images", dicts),
-        "relations_csv": _write_csv(folder / "relations.csv", rows),
-        "classes_csv": _write_csv(folder / "classes.csv", [(x, f"class {x}") for x in labels]),
-        "attributes_csv": _write_csv(
-            folder / "attributes.csv", [(x, f"attribute {x}") for x in attributes]
-        ),
-        "labels_csv": _write_csv(folder / "labels.csv", verified),
+    names = {
+        "classes": [(label, f"class {label}") for label in labels],
+        "attributes": [(label, f"attribute {label}") for label in attributes],
     }
+    tables = {"relations": rows, "labels": verified, **names}
+    image_root = _write_images(folder / "images", dicts)
+    files = {f"{name}_csv": str(folder / f"{name}.csv") for name in tables}
+    for path, table in zip(files.values(), tables.values()):
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(table)
+    return {**files, "image_root": image_root}
 
 
 def write_visual_genome(folder: Path, dicts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -258,20 +260,11 @@ def write_coco(folder: Path, dicts: list[dict[str, Any]]) -> dict[str, Any]:
     """
     image_root = _write_images(folder / "images", dicts)
     content = to_relation_instances(dicts, VG_CLASSES, VG_PREDICATES, image_root="")
-    return {
-        "json_file": _write_json(folder / "relations.json", content),
-        "image_root": image_root,
-    }
+    return dict(json_file=_write_json(folder / "relations.json", content), image_root=image_root)
 
 
 def _write_json(path: Path, content: Any) -> str:
     path.write_text(json.dumps(content))
-    return str(path)
-
-
-def _write_csv(path: Path, rows: Iterable[Iterable]) -> str:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
     return str(path)
 
 

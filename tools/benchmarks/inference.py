@@ -61,18 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_shape_arguments(parser)
     # Detectron2's default, with which the published figures were measured.
     parser.set_defaults(pooler_resolution=14)
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        default=DEMO_CHECKPOINT,
-        help="RelDN trained on the built-in set (default: the demo's, %(default)s)",
-    )
+    help_ = "RelDN trained on the built-in set (default: the demo's, %(default)s)"
+    parser.add_argument("--checkpoint", type=Path, default=DEMO_CHECKPOINT, help=help_)
     parser.add_argument("--vrd-detections", type=Path, help="COCO results on VRD's test set")
     parser.add_argument("--vrd-annotations", type=Path, help="VRD's annotations_train.json")
     parser.add_argument("--detections", type=int, default=100, help="detections per image")
-    parser.add_argument(
-        "--images", type=int, default=3, help="timed images per case, evenly chosen"
-    )
+    parser.add_argument("--images", type=int, default=3, help="timed images, evenly chosen")
     parser.add_argument("--count-images", type=int, default=50, help="images whose pairs count")
     parser.add_argument("--repeats", type=int, default=2, help="rounds; the fastest counts")
     parser.add_argument("--topk", type=int, default=100, help="triplets kept per image")
@@ -178,25 +172,10 @@ def equal_detections(lowest: float, count: int, size: tuple[int, int]) -> Detect
     return Detections(torch.linspace(lowest, 1, count), boxes, probabilities)
 
 
-def rank_lazily(
-    score_pairs: Callable[[Tensor, Tensor], Tensor],
-    scores: Tensor,
-    num_predicates: int,
-    *,
-    predicates_per_pair: int,
-    topk: int,
-    chunk: int,
-) -> Ranking:
+def rank_lazily(score_pairs, scores: Tensor, num_predicates: int, k: int, topk: int) -> Ranking:
     """Rank with the package's own search."""
-    best = best_triplets(
-        score_pairs,
-        scores,
-        None,
-        num_predicates=num_predicates,
-        predicates_per_pair=[predicates_per_pair],
-        topk=topk,
-        chunk=chunk,
-    )
+    options = dict(num_predicates=num_predicates, predicates_per_pair=[k], topk=topk, chunk=CHUNK)
+    best = best_triplets(score_pairs, scores, None, **options)
     return Ranking(best.pairs, best.predicates, best.scores, best.num_scored)
 
 
@@ -207,14 +186,7 @@ def count_pairs(cases: dict[str, list[Detections]], topk: int) -> None:
         for k in (1, 2, 0):
             shares = torch.zeros(2, dtype=torch.float64)
             for scores, _, table in images:
-                best = rank_lazily(
-                    lambda s, o, table=table: table[s, o],
-                    scores,
-                    table.shape[-1],
-                    predicates_per_pair=k,
-                    topk=topk,
-                    chunk=CHUNK,
-                )
+                best = rank_lazily(lambda *x, t=table: t[x], scores, table.shape[-1], k, topk)
                 bounds = (scores[:, None] * scores).fill_diagonal_(-1)
                 needed = int((bounds >= best.scores[-1]).sum())
                 num_pairs = len(scores) * (len(scores) - 1)
@@ -226,35 +198,21 @@ def count_pairs(cases: dict[str, list[Detections]], topk: int) -> None:
 
 
 def prepare(
-    way: str,
-    image: Detections,
-    shapes: Shapes,
-    device: str,
-    topk: int,
-    k: int,
-    precision: str = "float32",
+    way: str, image: Detections, shapes: Shapes, device: str, topk: int, k: int, amp: bool = False
 ) -> Callable[[], Ranking]:
     """Return a call of the whole relation head on one image: encode entities, rank triplets.
 
-    Args:
-        way: one of ``WAYS``.
-        image: its detections.
-        shapes: of the head.
-        device: cpu or cuda.
-        topk: triplets kept.
-        k: predicates per pair; 0 means all.
-        precision: float32 or amp.
+    ``way`` is one of ``WAYS``; k predicates per pair (0: all) and ``topk`` triplets are kept.
     """
     scores, boxes, table = (x.to(device) for x in image)
     maps = feature_maps(shapes, device, seed=1)
     head = build_head(shapes, device, num_predicates=table.shape[-1]).eval()
     classes = torch.zeros(len(scores), dtype=torch.int64, device=device)
     amp_type = torch.float16 if device.startswith("cuda") else torch.bfloat16
-    limits = dict(predicates_per_pair=k, topk=topk, chunk=CHUNK)
 
     @torch.no_grad()
     def call() -> Ranking:
-        with torch.autocast(device.split(":")[0], amp_type, enabled=precision == "amp"):
+        with torch.autocast(device.split(":")[0], amp_type, enabled=amp):
             entities = head.encode_entities(maps, [Boxes(boxes)], [classes], [shapes.size])
 
             def score_pairs(subjects: Tensor, objects: Tensor) -> Tensor:
@@ -265,9 +223,8 @@ def prepare(
                 return table[subjects, objects] + 0.0 * logits.float().softmax(dim=1)[:, :-1]
 
             if way == WAYS[2]:
-                return rank_lazily(score_pairs, scores, table.shape[-1], **limits)
-            together = way == WAYS[1]
-            return rank_all_pairs(score_pairs, scores, **limits, both_orders_together=together)
+                return rank_lazily(score_pairs, scores, table.shape[-1], k, topk)
+            return rank_all_pairs(score_pairs, scores, k, topk, CHUNK, way == WAYS[1])
 
     return call
 
@@ -287,11 +244,11 @@ def plain_logits(head, maps, entities, subjects: Tensor, objects: Tensor) -> Ten
 def time_ways(cases: dict[str, list[Detections]], args: argparse.Namespace) -> None:
     """Print seconds and peak memory of the relation head for each way."""
     rows = []
-    for precision in ["float32"] + ["amp"] * args.device.startswith("cuda"):
+    for amp in (False, True) if args.device.startswith("cuda") else (False,):
         for name, images in cases.items():
             images = images[:: max(len(images) // args.images, 1)][: args.images]
             for k in (1, 0) if not name.startswith("all scores") else (1,):
-                options = (Shapes.from_args(args), args.device, args.topk, k, precision)
+                options = (Shapes.from_args(args), args.device, args.topk, k, amp)
                 total = {way: torch.zeros(2) for way in WAYS}
                 for image in images:
                     calls = {way: prepare(way, image, *options) for way in WAYS}
@@ -305,7 +262,17 @@ def time_ways(cases: dict[str, list[Detections]], args: argparse.Namespace) -> N
                     seconds = [f"{x:.3f}" for x in (total[way] / len(images)).tolist()]
                     ratios = [(total[plain] / total[way]).tolist() for plain in WAYS[:2]]
                     faster = [f"{wall:.2f} x, {cpu:.2f} x" for wall, cpu in ratios]
-                    rows.append([name, precision, k or "all", way, *seconds, memory, *faster])
+                    rows.append(
+                        [
+                            name,
+                            "amp" if amp else "float32",
+                            k or "all",
+                            way,
+                            *seconds,
+                            memory,
+                            *faster,
+                        ]
+                    )
     headers = ["scores", "precision", "k", "way", "s per image", "CPU s", "peak memory"]
     headers += ["faster than plain: wall, CPU", "than sharing: wall, CPU"]
     print_table(rows, headers, f"Relation head, best {args.topk} triplets")

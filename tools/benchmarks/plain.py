@@ -21,11 +21,7 @@ from reldn_d2.modeling.relation_head.predictors import spatial_features
 from detectron2.structures import Boxes
 
 __all__ = [
-    "Ranking",
-    "losses_in_loops",
-    "pair_logits",
-    "plain_head_losses",
-    "rank_all_pairs",
+    *("Ranking", "losses_in_loops", "pair_logits", "plain_head_losses", "rank_all_pairs"),
     "recalls_in_loops",
 ]
 
@@ -181,8 +177,7 @@ class Ranking(NamedTuple):
 def rank_all_pairs(
     score_pairs: Callable[[Tensor, Tensor], Tensor],
     scores: Tensor,
-    *,
-    predicates_per_pair: int,
+    k: int,
     topk: int,
     chunk: int,
     both_orders_together: bool = False,
@@ -194,7 +189,7 @@ def rank_all_pairs(
     Args:
         score_pairs: from (P,) subjects and (P,) objects to (P, C) probabilities.
         scores: (R,) of the entities.
-        predicates_per_pair: k; 0 means all.
+        k: predicates per pair; 0 means all.
         topk: K.
         chunk: pairs scored at once; an even number.
         both_orders_together: score (i, j) and (j, i) in one chunk, so that they can share a union
@@ -209,9 +204,9 @@ def rank_all_pairs(
     # Back into the order by subject and object, which stable sorting keeps for equal scores.
     probabilities = probabilities[(pairs[:, 0] * len(scores) + pairs[:, 1]).argsort()]
     of_triplet = probabilities * (scores[ordered[:, 0]] * scores[ordered[:, 1]])[:, None]
-    if predicates_per_pair:
+    if k:
         by_probability = probabilities.argsort(dim=1, descending=True, stable=True)
-        of_triplet.scatter_(1, by_probability[:, predicates_per_pair:], -1.0)
+        of_triplet.scatter_(1, by_probability[:, k:], -1.0)
     best = of_triplet.flatten().argsort(descending=True, stable=True)
     best = best[of_triplet.flatten()[best] >= 0][:topk]
     row = torch.div(best, probabilities.shape[1], rounding_mode="floor")
