@@ -11,7 +11,7 @@ from usage_utils import write_checkpoint
 from detectron2.structures import Boxes
 
 SIZE, COUNT = (64, 96), 12
-SHAPES = synthetic.Shapes(SIZE, channels=4, pooler_resolution=14, fc_dim=1024)
+SHAPES = synthetic.Shapes(SIZE, channels=4, pooler_resolution=14, fc_dim=32)
 
 
 def test_plain_logits_random_head_equals_pair_logits():
@@ -66,7 +66,7 @@ def test_benchmark_inference_all_cases_prints_tables(tmp_path, capsys):
     arguments = ["--vrd-detections", tmp_path / "detections.json", "--images", 1, "--repeats", 1]
     arguments += ["--vrd-annotations", tmp_path / "annotations.json", "--no-memory", "--topk", 5]
     arguments += ["--checkpoint", write_checkpoint(tmp_path), "--count-images", 2, "--threads", 1]
-    arguments += ["--detections", COUNT, "--size", *SIZE, "--channels", 4]
+    arguments += ["--detections", COUNT, "--size", *SIZE, "--channels", 4, "--fc-dim", 32]
     benchmark.main(["inference", *map(str, arguments)])
     printed = capsys.readouterr().out
     assert "pairs computed" in printed and "| all scores equal" in printed
