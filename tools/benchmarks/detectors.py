@@ -7,18 +7,20 @@ the relations per task.
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
+import reldn_d2
 from reldn_d2.engine.defaults import RelDNTrainer
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from .measure import print_table
-from .training import PROJECT, load_config, read_metrics, train
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "load_config", "read_metrics", "run", "train"]
 
+PROJECT = Path(__file__).resolve().parents[2]
 KINDS = (
     *("faster_rcnn_FPN", "mask_rcnn_FPN", "cascade_rcnn_FPN", "retinanet_FPN"),
     *("faster_rcnn_VGG16", "faster_rcnn_C4", "precomputed"),
@@ -37,6 +39,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=PROJECT / "output/toy/detectors")
     parser.add_argument("--reuse", action="store_true", help="reuse the detectors in --output")
     parser.add_argument("--options", nargs="*", default=[], help="KEY VALUE of the RelDN trainings")
+
+
+def load_config(name: str, *options) -> CfgNode:
+    """Load ``configs/NAME.yaml`` with ``KEY VALUE`` options on the CPU."""
+    cfg = get_cfg()
+    reldn_d2.add_reldn_config(cfg)
+    options = ("MODEL.DEVICE", "cpu", *options)
+    reldn_d2.merge_config(cfg, str(PROJECT / "configs" / f"{name}.yaml"), list(options))
+    return cfg
+
+
+def train(cfg: CfgNode) -> None:
+    """Train from ``MODEL.WEIGHTS`` in an emptied ``OUTPUT_DIR``, and evaluate at the end."""
+    shutil.rmtree(cfg.OUTPUT_DIR, ignore_errors=True)
+    Path(cfg.OUTPUT_DIR).mkdir(parents=True)
+    trainer = RelDNTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+
+
+def read_metrics(folder: Path, task: str) -> dict[str, float]:
+    """Read all metrics of ``results_TASK.json``."""
+    results = json.loads((folder / f"results_{task}.json").read_text())
+    return {name: value for block in results.values() for name, value in block.items()}
 
 
 def load_kind(kind: str, *options) -> CfgNode:

@@ -18,8 +18,8 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
+from .detectors import load_config, read_metrics, train
 from .measure import peak_memory, print_table, time_calls
-from .training import load_config, read_metrics, train
 
 __all__ = ["add_arguments", "run"]
 
