@@ -3,8 +3,13 @@
 import benchmark
 import pytest
 import torch
-from benchmarks import head, losses, plain, synthetic
+from benchmarks import data, head, losses, plain, synthetic
 
+from reldn_d2.data.datasets import (
+    load_openimages_vrd,
+    load_relation_instances,
+    load_visual_genome,
+)
 from reldn_d2.modeling.losses import contrastive_losses
 from reldn_d2.modeling.relation_head import RelDNHead
 
@@ -70,3 +75,23 @@ def test_draw_dataset_sizes_match():
         assert 2 <= count < 6 and record["relations"]
         for subject, object_, predicate in record["relations"]:
             assert subject != object_ and max(subject, object_) < count and predicate < 3
+
+
+def test_data_writers_small_data_set_loads_completely(tmp_path):
+    dicts = synthetic.draw_dataset(30, 90, 150, 50, boxes_per_image=(2, 6))
+    num_boxes = sum(len(x["annotations"]) for x in dicts)
+    genome = data.write_visual_genome(tmp_path / "vg", dicts)
+    coco = data.write_coco(tmp_path / "coco", dicts)
+    for records in (
+        [
+            record
+            for split in ("train", "val", "test")
+            for record in load_visual_genome(**genome, split=split, merge_duplicates=False)
+        ],
+        load_relation_instances(**coco),
+    ):
+        assert sum(len(x["annotations"]) for x in records) == num_boxes
+        assert sum(len(x["relations"]) for x in records) == 90
+    openimages = load_openimages_vrd(**data.write_openimages(tmp_path / "openimages", 20, 100))
+    assert len(openimages) == 20
+    assert any("attributes" in a for x in openimages for a in x["annotations"])
