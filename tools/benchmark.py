@@ -1,4 +1,4 @@
-"""Time and memory of the package beside plain formulations of the same thing, in the same run.
+"""Measure time and memory of the package against plain formulations of the same thing, in one run.
 
 Examples:
     python tools/benchmark.py losses
@@ -10,28 +10,38 @@ import importlib
 import sys
 from pathlib import Path
 
-_FOLDER = Path(__file__).resolve().parent / "benchmarks"
-BENCHMARKS = sorted(
-    path.stem for path in _FOLDER.glob("[a-z]*.py") if path.stem not in ("measure", "plain")
+BENCHMARKS = ("data", "detectors", "evaluation", "head", "inference", "losses") + (
+    "predicate_backbone",
 )
 
 
-def main(arguments=None) -> None:
-    """Run one benchmark, each a module of tools/benchmarks with ``add_arguments`` and ``run``."""
+def main(arguments: list[str] | None = None) -> None:
+    """Run one benchmark: a module of tools/benchmarks with ``add_arguments`` and ``run``.
+
+    ``run(args)`` prints tables. Every benchmark has ``--threads``, which is applied here.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
-    modules = {}
-    for name in BENCHMARKS:
-        modules[name] = importlib.import_module(f"benchmarks.{name}")
-        summary = modules[name].__doc__.strip().splitlines()[0]
-        command = commands.add_parser(name, help=summary, description=modules[name].__doc__)
-        modules[name].add_arguments(command)
+    modules = {name: importlib.import_module(f"benchmarks.{name}") for name in BENCHMARKS}
+    for name, module in modules.items():
+        command = commands.add_parser(
+            name,
+            help=module.__doc__.strip().splitlines()[0],
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_argument(
+            "--threads", type=int, default=2, help="CPU threads of torch (default: %(default)s)"
+        )
+        module.add_arguments(command)
     args = parser.parse_args(arguments)
+    measure = importlib.import_module("benchmarks.measure")
+    measure.set_up(getattr(args, "device", "cpu"), args.threads)
     modules[args.benchmark].run(args)
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(_FOLDER.parent))
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
     main()

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Train, evaluate and draw RelDN on the built-in data set, on a laptop's CPU.
 
-One detector, then RelDN twice on top of it: with cross entropy alone (L0) and with the graphical
-contrastive losses as well. What has been trained already is used again.
+Trains one detector, then RelDN twice on top of it: with cross entropy alone (L0), and with the
+graphical contrastive losses as well. Finished trainings are reused.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 MODELS = {"L0": "reldn_l0", "L0 + L1 + L2 + L3": "reldn"}  # name in the table: config
 TASKS = ("sgdet", "prdcls")
-METRICS = {  # key in the results: head of the column
+METRICS = {  # key in the results: name in the table
     "R@n": "R@n",
     "mAP": "mAP",
     "AP-holds": "AP holds",
@@ -37,27 +37,27 @@ _print_lock = threading.Lock()
 
 
 class StageFailed(Exception):
-    """A training or evaluation ended with an error; the message says where its log is."""
+    """A training or evaluation failed; the message names its log."""
 
 
 def say(text: str) -> None:
-    """Print a line at once, whole, whichever thread says it."""
+    """Print and flush a line; lines of different threads are never mixed."""
     with _print_lock:
         print(text, flush=True)
 
 
 def config_with_bases(path: Path) -> list[Path]:
-    """A config file and those that it builds on."""
+    """List a config file and all files that it is based on."""
     base = re.search(r'^_BASE_: "(.+)"', path.read_text(), re.MULTILINE)
     return [path] + (config_with_bases(path.parent / base.group(1)) if base else [])
 
 
 def configuration_fingerprint(config: str, options: list[str], inputs: list[Path]) -> str:
-    """Changes when the config, its bases, the options or a file that the run starts from do."""
+    """Hash what a training depends on: config and bases, options, data set code, input files."""
     digest = hashlib.sha256(json.dumps(options).encode())
     for path in config_with_bases(PROJECT / "configs" / "Toy" / f"{config}.yaml"):
         digest.update(path.read_bytes())
-    for path in sorted((PROJECT / "reldn_d2" / "data" / "datasets").glob("toy_*.py")):
+    for path in sorted((PROJECT / "reldn_d2" / "data" / "datasets").glob("toy/*.py")):
         digest.update(path.read_bytes())
     for path in inputs:
         digest.update(f"{path.stat().st_size} {path.stat().st_mtime_ns}".encode())
@@ -65,16 +65,16 @@ def configuration_fingerprint(config: str, options: list[str], inputs: list[Path
 
 
 def run_train_net(name: str, config: str, output: Path, options: list[str]) -> None:
-    """Run ``train_net.py`` in a process of its own, passing on its progress, shortened.
+    """Run ``train_net.py`` in a new process and print its progress in short lines.
 
     Raises:
-        StageFailed: it ended with an error.
+        StageFailed: the process failed.
     """
     command = [sys.executable, "-W", "ignore", str(PROJECT / "train_net.py")]
     command += ["--config-file", str(PROJECT / "configs" / "Toy" / f"{config}.yaml")]
     command += [*options, "OUTPUT_DIR", str(output)]
     output.mkdir(parents=True, exist_ok=True)
-    # One thread each: two trainings side by side are faster than two threads for one.
+    # One thread per training: two trainings in parallel are faster than one with two threads.
     environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
     log = output / ("demo_prdcls.log" if "--eval-only" in options else "demo.log")
     with (
@@ -92,7 +92,7 @@ def run_train_net(name: str, config: str, output: Path, options: list[str]) -> N
                 say(f"  {name}: evaluating, {line.split('Inference done ')[1].split('.')[0]}")
     if process.returncode:
         tail = "".join(log.read_text().splitlines(keepends=True)[-15:])
-        raise StageFailed(f"{name} stopped with an error. The end of {log}:\n{tail}")
+        raise StageFailed(f"{name} failed. The last lines of {log}:\n{tail}")
 
 
 def stage(
@@ -103,30 +103,30 @@ def stage(
     inputs: list[Path],
     retrain: bool = False,
 ) -> Path:
-    """Train (evaluating SGDET at the end) and evaluate PRDCLS, unless that has been done.
+    """Train (which evaluates SGDET at the end) and evaluate PRDCLS, unless that is done already.
 
     Args:
-        name: for the progress lines.
+        name: shown in the progress lines.
         config: file under ``configs/Toy``, without its suffix.
         output: folder of the training; it is emptied first.
         options: ``KEY VALUE`` config options.
         inputs: files that the training starts from.
-        retrain: train anew even if it has been done.
+        retrain: train even if that is done already.
 
     Returns:
-        The trained model's file.
+        The file of the trained model.
 
     Raises:
-        StageFailed: it ended with an error, or the folder holds something else's model.
+        StageFailed: a process failed, or the folder has a model that the demo did not train.
     """
     stamp, model = output / "demo_stamp.txt", output / "model_final.pth"
     fingerprint = configuration_fingerprint(config, options, inputs)
     if stamp.exists() and model.exists() and stamp.read_text() == fingerprint and not retrain:
-        say(f"  {name}: already trained, in {output}")
+        say(f"  {name}: already trained, see {output}")
         return model
     if model.exists() and not stamp.exists():
         raise StageFailed(
-            f"{output} holds a model that is not the demo's: choose another --output."
+            f"{output} has a model that this demo did not train; choose another --output."
         )
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
@@ -137,12 +137,12 @@ def stage(
         task = ["TEST.RELATIONS.TASK", "prdcls", "MODEL.WEIGHTS", str(model)]
         run_train_net(f"{name}, PRDCLS", config, output, ["--eval-only", *options, *task])
     stamp.write_text(fingerprint)
-    say(f"  {name}: done in {time.time() - started:.0f} s")
+    say(f"  {name}: finished in {time.time() - started:.0f} s")
     return model
 
 
 def draw_data_set() -> str:
-    """Draw the images of the data set where they are not there yet; the folder of the test set."""
+    """Draw the data set's images that do not exist yet; return the folder of the test set."""
     code = (
         "import os, reldn_d2; from detectron2.data import DatasetCatalog as c;"
         "train, test = [c.get(n) for n in ('toy_vrd_train', 'toy_vrd_test')];"
@@ -151,7 +151,7 @@ def draw_data_set() -> str:
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, check=True, cwd=PROJECT, stdout=subprocess.PIPE, text=True)
     train, test, folder = done.stdout.strip().splitlines()[-1].split(" ", 2)
-    print(f"  {train} images in toy_vrd_train, {test} in toy_vrd_test, these in {folder}")
+    print(f"  {train} images in toy_vrd_train; {test} images in toy_vrd_test, in {folder}")
     return folder
 
 
@@ -163,7 +163,7 @@ def train_relations(
     jobs: int,
     retrain: bool = False,
 ) -> None:
-    """Train both models for every seed, ``jobs`` at a time."""
+    """Train both models with each seed, ``jobs`` trainings at a time."""
     with ThreadPoolExecutor(jobs) as pool:
         futures = []
         for seed in seeds:
@@ -183,22 +183,22 @@ def train_relations(
 
 
 def read_results(output: Path, seeds: list[int]) -> dict[str, dict[str, list[dict[str, float]]]]:
-    """Metrics by task, then model: one dict a seed."""
+    """Read the metrics by task and model: a list with one dict per seed."""
     results: dict[str, dict[str, list[dict[str, float]]]] = {}
     for task in TASKS:
         for name, config in MODELS.items():
             files = [output / f"seed_{s}" / config / f"results_{task}.json" for s in seeds]
-            found = [json.loads(path.read_text()).get(f"relations_{task}") for path in files]
-            if None in found:
+            runs = [json.loads(path.read_text()).get(f"relations_{task}") for path in files]
+            if None in runs:
                 raise StageFailed(
-                    f"{files[0]} has no results for {task}: leave TEST.RELATIONS as it is."
+                    f"{files[0]} has no results for {task}; do not override TEST.RELATIONS."
                 )
-            results.setdefault(task, {})[name] = found
+            results.setdefault(task, {})[name] = runs
     return results
 
 
 def format_table(results: dict[str, dict[str, list[dict[str, float]]]]) -> str:
-    """The comparison as a Markdown table; with several seeds mean and standard deviation."""
+    """Format the comparison as a Markdown table; several seeds give mean ± standard deviation."""
     from statistics import mean, stdev
 
     from tabulate import tabulate
@@ -217,39 +217,41 @@ def format_table(results: dict[str, dict[str, list[dict[str, float]]]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run all five steps; returns the exit status."""
+    """Run all five steps and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("output/toy"), help="folder of it all")
-    parser.add_argument("--retrain", action="store_true", help="train anew what is there already")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="one run of each a seed")
-    parser.add_argument("--jobs", type=int, default=2, help="trainings side by side")
-    parser.add_argument("--pictures", type=int, default=6, help="test images drawn; 0 draws none")
+    parser.add_argument(
+        "--output", type=Path, default=Path("output/toy"), help="folder for all results"
+    )
+    parser.add_argument("--retrain", action="store_true", help="retrain from scratch")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="train once per seed")
+    parser.add_argument("--jobs", type=int, default=2, help="trainings run in parallel")
+    parser.add_argument("--pictures", type=int, default=6, help="test images to draw; 0: none")
     parser.add_argument(
         "opts", nargs=argparse.REMAINDER, help="KEY VALUE config options of the RelDN trainings"
     )
     args = parser.parse_args(arguments)
     output, started = args.output.resolve(), time.time()
     try:
-        say("[1/5] the data set")
+        say("[1/5] drawing the data set")
         images = draw_data_set()
         say("[2/5] training and evaluating the detector")
         detector = stage(
             "detector", "detector", output / "detector", ["SEED", "1"], [], args.retrain
         )
-        say("[3/5] training and evaluating RelDN with L0 alone and with all four losses")
+        say("[3/5] training and evaluating RelDN, with L0 alone and with all four losses")
         train_relations(output, detector, args.seeds, args.opts, args.jobs, args.retrain)
-        say("[4/5] the table")
+        say("[4/5] making the table")
         table = format_table(read_results(output, args.seeds))
     except KeyboardInterrupt:
-        print("\nInterrupted. The same command goes on; a stage that was cut off starts anew.")
+        print("\nInterrupted. Run the same command to continue; an unfinished stage is run again.")
         return 130
     except (StageFailed, subprocess.CalledProcessError) as error:
-        print(f"\n{error}\nRun the same command again when it is mended.", file=sys.stderr)
+        print(f"\n{error}\nFix this, then run the same command again.", file=sys.stderr)
         return 1
     (output / "table.md").write_text(table + "\n")
     print(f"\n{table}\n\n{EXPLANATION}\n")
     if args.pictures:
-        say("[5/5] the pictures")
+        say("[5/5] drawing pictures")
         from toy_pictures import draw_pictures
 
         folders = {
@@ -257,7 +259,7 @@ def main(arguments: list[str] | None = None) -> int:
         }
         for path in draw_pictures(folders, output / "pictures", args.pictures):
             print(f"  {path}")
-    say(f"Done in {time.time() - started:.0f} s; everything is in {output}")
+    say(f"Done in {time.time() - started:.0f} s; all results are in {output}")
     checkpoint = output / f"seed_{args.seeds[0]}" / list(MODELS.values())[-1] / "model_final.pth"
     print(
         "To try the model on other images:\n"
@@ -269,10 +271,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 EXPLANATION = """\
 SGDET: everything is predicted. PRDCLS: boxes and classes are given.
-R@n: share of the true relations among the n best triplets of their image, n being its number of
-true relations.
-Instance accuracy: is the related one of several entities of a class ranked first?
-Pairing accuracy: is the true pairing ranked above the swapped ones of neighbouring pairs?"""
+R@n: share of an image's ground-truth relations among its top n predicted triplets, n being the
+number of its ground-truth relations.
+Instance accuracy: how often the related one of several entities of the same class is ranked first.
+Pairing accuracy: how often the true pairing is ranked above swapped ones of neighboring pairs."""
 
 if __name__ == "__main__":
     sys.exit(main())

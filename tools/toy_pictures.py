@@ -1,4 +1,4 @@
-"""Pictures of the demo: ground truth and both models' best triplets, from their predictions."""
+"""Draw the demo's pictures: ground truth and both models' best triplets, from prediction files."""
 
 from pathlib import Path
 from typing import Any
@@ -21,24 +21,24 @@ TASK = "prdcls"
 
 
 def count_found(dataset_dict: dict[str, Any], predicted: SceneGraph) -> int:
-    """How many true relations are among as many best triplets."""
+    """Count the ground-truth relations among the top n triplets, n being their number."""
     truth = SceneGraph.from_dataset_dict(dataset_dict)
     return sum(find_hits(predicted.best(len(truth.pairs)), truth)[1])
 
 
-def draw_pictures(folders: dict[str, Path], output: Path, number: int) -> list[Path]:
+def draw_pictures(folders: dict[str, Path], output: Path, count: int) -> list[Path]:
     """Draw the test images in which two models differ most, in both directions.
 
-    Two thirds are images where the second model finds more than the first, one third images where
-    it finds less, if there are such.
+    In two thirds of the images the second model finds more relations than the first; in one third
+    it finds fewer, if there are such images.
 
     Args:
-        folders: two models' output folders by name.
-        output: folder for the pictures; PNG files that are in it go.
-        number: how many.
+        folders: output folders of the two models, by name.
+        output: folder for the pictures; all PNG files in it are removed first.
+        count: number of images to draw.
 
     Returns:
-        The files.
+        The files written.
     """
     records = DatasetCatalog.get(DATASET)
     dicts = {x["image_id"]: x for x in records}
@@ -53,8 +53,8 @@ def draw_pictures(folders: dict[str, Path], output: Path, number: int) -> list[P
         for image_id, x in dicts.items()
     }
     order = sorted(gains, key=lambda image_id: gains[image_id])
-    worse = [x for x in order[: number // 3] if gains[x] < 0]
-    chosen = order[::-1][: number - len(worse)] + worse
+    worse = [x for x in order[: count // 3] if gains[x] < 0]
+    chosen = order[::-1][: count - len(worse)] + worse
 
     output.mkdir(parents=True, exist_ok=True)
     for old in output.glob("*.png"):

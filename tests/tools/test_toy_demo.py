@@ -1,18 +1,14 @@
-"""The demo's own logic: what is trained again, how a failure reads, the table."""
+"""Tests of the demo's own logic: what is retrained, failures, interruption and the table."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
-import toy_demo  # noqa: E402
+import toy_demo
 
 
 @pytest.fixture
 def trainings(monkeypatch):
-    """Replaces ``train_net.py`` by a stand-in that writes its files; lists what was run."""
+    """Replace ``train_net.py`` by a stand-in that writes its files; return the list of its runs."""
     runs = []
 
     def run(name, config, output, options):
@@ -33,7 +29,7 @@ def _demo(tmp_path, *arguments):
     return toy_demo.main(["--output", str(tmp_path), "--pictures", "0", *arguments])
 
 
-def test_a_second_run_trains_nothing(tmp_path, trainings, capsys):
+def test_toy_demo_second_run_trains_nothing(tmp_path, trainings, capsys):
     assert _demo(tmp_path) == 0
     relations = [(config, False) for config in ("reldn", "reldn_l0")]
     expected = [("detector", False)] + relations + [(config, True) for config, _ in relations]
@@ -43,14 +39,14 @@ def test_a_second_run_trains_nothing(tmp_path, trainings, capsys):
     assert "already trained" in capsys.readouterr().out
 
 
-def test_retrain_trains_all_again(tmp_path, trainings):
+def test_toy_demo_retrain_trains_everything_again(tmp_path, trainings):
     _demo(tmp_path)
     before = len(trainings)
     _demo(tmp_path, "--retrain")
     assert len(trainings) == 2 * before
 
 
-def test_other_options_train_relations_only(tmp_path, trainings):
+def test_toy_demo_other_options_keep_detector(tmp_path, trainings):
     _demo(tmp_path)
     before = len(trainings)
     _demo(tmp_path, "SOLVER.MAX_ITER", "7")
@@ -58,7 +54,7 @@ def test_other_options_train_relations_only(tmp_path, trainings):
     assert len(trainings) == before + 4
 
 
-def test_a_half_done_training_is_not_taken_as_done(tmp_path, trainings):
+def test_toy_demo_unfinished_training_runs_again(tmp_path, trainings):
     _demo(tmp_path)
     before = len(trainings)
     (tmp_path / "seed_1" / "reldn" / "demo_stamp.txt").write_text("not finished")
@@ -66,7 +62,7 @@ def test_a_half_done_training_is_not_taken_as_done(tmp_path, trainings):
     assert trainings[before:] == [("reldn", False), ("reldn", True)]
 
 
-def test_table_shows_mean_and_spread(tmp_path, trainings):
+def test_toy_demo_several_seeds_table_has_mean_and_deviation(tmp_path, trainings):
     _demo(tmp_path, "--seeds", "1", "2")
     table = (tmp_path / "table.md").read_text()
     assert table.splitlines()[0].count("|") == 6
@@ -74,7 +70,7 @@ def test_table_shows_mean_and_spread(tmp_path, trainings):
     assert " ± " in table
 
 
-def test_a_failed_training_says_where_its_log_is(tmp_path, monkeypatch, capsys):
+def test_toy_demo_failed_training_names_log(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(toy_demo, "draw_data_set", lambda: None)
     monkeypatch.setattr(toy_demo, "PROJECT", tmp_path)
     configs = tmp_path / "configs" / "Toy"
@@ -86,10 +82,33 @@ def test_a_failed_training_says_where_its_log_is(tmp_path, monkeypatch, capsys):
     assert "the disk is full" in message and "demo.log" in message and "again" in message
 
 
-def test_a_model_of_someone_else_is_left_alone(tmp_path, trainings, capsys):
+def test_toy_demo_foreign_model_is_kept(tmp_path, trainings, capsys):
     other = tmp_path / "detector" / "model_final.pth"
     other.parent.mkdir()
     other.write_text("precious")
     assert _demo(tmp_path, "--retrain") == 1
     assert other.read_text() == "precious" and not trainings
     assert "--output" in capsys.readouterr().err
+
+
+def test_toy_demo_keyboard_interrupt_exits_130(tmp_path, trainings, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(toy_demo, "run_train_net", interrupt)
+    assert _demo(tmp_path) == 130
+    assert "Run the same command to continue" in capsys.readouterr().out
+    assert (tmp_path / "detector" / "demo_stamp.txt").read_text() == "not finished"
+
+
+def test_configuration_fingerprint_data_set_code_changed_differs(tmp_path, monkeypatch):
+    code = tmp_path / "reldn_d2" / "data" / "datasets" / "toy" / "scenes.py"
+    config = tmp_path / "configs" / "Toy" / "reldn.yaml"
+    assert (toy_demo.PROJECT / code.relative_to(tmp_path)).is_file()
+    monkeypatch.setattr(toy_demo, "PROJECT", tmp_path)
+    for path in (code, config):
+        path.parent.mkdir(parents=True)
+        path.write_text("")
+    before = toy_demo.configuration_fingerprint("reldn", [], [])
+    code.write_text("changed = True")
+    assert toy_demo.configuration_fingerprint("reldn", [], []) != before

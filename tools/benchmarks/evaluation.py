@@ -1,231 +1,131 @@
-"""Visual Genome's metrics at the size of its test set, beside a plain loop over images.
+"""Compute Visual Genome's metrics at the size of its test set, against a plain loop over images.
 
 The data is generated: 26,446 images with 180,000 relations of 150 classes and 50 predicates, and
-100 predicted triplets an image, some of which are right. The plain formulation of the same rule
-(protocol ``motifs``) takes image by image with numpy, as papers' code does.
+100 predicted triplets per image, some of which are right. The plain formulation of the same rule
+(protocol ``motifs``) is that of tools/benchmarks/plain.py: image by image with numpy.
 """
 
 import argparse
-import logging
-import resource
-import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from reldn_d2.evaluation import SceneGraphEvaluator
-from reldn_d2.evaluation.ground_truth import ImagePair
-from reldn_d2.evaluation.matching import pairwise_iou
 from reldn_d2.evaluation.predictions_io import read_predictions, write_predictions
 from reldn_d2.evaluation.scores import Settings
 from reldn_d2.evaluation.sgg import recall_metrics
 from reldn_d2.structures.scene_graph import SceneGraph
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.structures import BoxMode
 
-from .measure import describe, print_table
+from .measure import print_table, resident_peak, time_once
+from .plain import recalls_in_loops
+from .synthetic import draw_dataset, long_tail
 
-NAME = "benchmark_of_visual_genomes_size"
+__all__ = ["add_arguments", "run"]
+
+NAME = "benchmark_evaluation"
 NUM_CLASSES, NUM_PREDICATES = 150, 50
-TOPK, KS = (20, 50, 100), (1, 0)
+TOPK, KS = (20, 50, 100), (1, 0)  # n of R@n; predicates per pair, 0: all
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Sizes."""
+    """Add the options of this benchmark."""
+    parser.set_defaults(threads=1)
     parser.add_argument("--images", type=int, default=26446)
     parser.add_argument("--relations", type=int, default=180000, help="of all images together")
-    parser.add_argument("--triplets", type=int, default=100, help="predicted, an image")
+    parser.add_argument("--triplets", type=int, default=100, help="predicted per image")
     parser.add_argument(
         "--plain-images", type=int, default=2000, help="images of the plain loop; 0: all"
     )
 
 
-def skewed(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
-    """Numbers below ``count`` with the long tail of real labels."""
-    weights = 1.0 / np.arange(1, count + 1)
-    return rng.choice(count, size, p=weights / weights.sum())
-
-
-def dataset_dicts(num_images: int, num_relations: int) -> list[dict[str, Any]]:
-    """Dicts in the data sets' format; the relations are spread at random over the images."""
-    rng = np.random.default_rng(0)
-    owner = np.sort(rng.integers(0, num_images, num_relations))
-    counts = np.bincount(owner, minlength=num_images)
-    dicts = []
-    for image in range(num_images):
-        size = int(rng.integers(4, 24))
-        low = rng.uniform(0, 400, (size, 2))
-        boxes = np.concatenate([low, low + rng.uniform(10, 300, (size, 2))], axis=1).tolist()
-        annotations = [
-            {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": c, "iscrowd": 0}
-            for box, c in zip(boxes, skewed(rng, NUM_CLASSES, size).tolist())
-        ]
-        subjects = rng.integers(0, size, counts[image])
-        objects = (subjects + rng.integers(1, size, counts[image])) % size
-        predicates = skewed(rng, NUM_PREDICATES, counts[image])
-        relations = list(zip(subjects.tolist(), objects.tolist(), predicates.tolist()))
-        dicts.append({"image_id": image, "annotations": annotations, "relations": relations})
-    return dicts
-
-
-def predictions(dicts: Sequence[dict[str, Any]], triplets: int) -> Iterator[SceneGraph]:
-    """Detections near the annotations and others; triplets that are right and others."""
+def draw_predictions(dicts: Sequence[dict[str, Any]], num_triplets: int) -> Iterator[SceneGraph]:
+    """Draw detections near the annotations and others; triplets that are right and others."""
     rng = np.random.default_rng(1)
     for record in dicts:
         boxes = np.array([a["bbox"] for a in record["annotations"]])
         classes = np.array([a["category_id"] for a in record["annotations"]])
-        size = len(boxes)
-        source = np.concatenate([np.arange(size), rng.integers(0, size, 50)])
-        found = np.sort(boxes[source].reshape(-1, 2, 2) + rng.normal(0, 6, (size + 50, 2, 2)), 1)
-        wrong = rng.random(len(source)) < 0.2
-        labels = np.where(wrong, skewed(rng, NUM_CLASSES, len(source)), classes[source])
-        pairs = rng.integers(0, len(source), (triplets, 2))
-        pairs[:, 1] = np.where(pairs[:, 0] == pairs[:, 1], pairs[:, 0] - 1, pairs[:, 1])
-        pairs[pairs < 0] = len(source) - 1
-        predicates = skewed(rng, NUM_PREDICATES, triplets)
-        true = np.array(record["relations"], dtype=np.int64).reshape(-1, 3)
-        hits = rng.permutation(triplets)[: len(true)]
-        true = true[: len(hits)]
-        pairs[hits], predicates[hits] = true[:, :2], true[:, 2]
-        scores = rng.random(triplets)
-        again = hits[: triplets - 1]  # a second predicate of the same pair
-        pairs[(again + 1) % triplets] = pairs[again]
+        source = np.concatenate([np.arange(len(boxes)), rng.integers(0, len(boxes), 50)])
+        count = len(source)
+        noise = rng.normal(0, 6, (count, 2, 2))
+        detected = np.sort(boxes[source].reshape(-1, 2, 2) + noise, axis=1).reshape(-1, 4)
+        is_wrong = rng.random(count) < 0.2
+        labels = np.where(is_wrong, long_tail(rng, NUM_CLASSES, count), classes[source])
+        subjects = rng.integers(0, count, num_triplets)
+        pairs = np.stack([subjects, (subjects + rng.integers(1, count, num_triplets)) % count], 1)
+        predicates = long_tail(rng, NUM_PREDICATES, num_triplets)
+        hits = rng.permutation(num_triplets)[: len(record["relations"])]
+        truth = np.array(record["relations"], dtype=np.int64).reshape(-1, 3)[: len(hits)]
+        pairs[hits], predicates[hits] = truth[:, :2], truth[:, 2]
+        again = hits[: num_triplets - 1]  # a second predicate of the same pair
+        pairs[(again + 1) % num_triplets] = pairs[again]
+        box_scores, scores = rng.random(count), rng.random(num_triplets)
         yield SceneGraph.from_arrays(
-            record["image_id"],
-            found.reshape(-1, 4),
-            labels,
-            rng.random(len(source)),
-            pairs,
-            predicates,
-            scores,
+            record["image_id"], detected, labels, box_scores, pairs, predicates, scores
         )
 
 
-def plain_metrics(images: Sequence[ImagePair], seen: np.ndarray) -> dict[tuple[int, str], float]:
-    """R@n, mR@n and zR@n with and without graph constraint, image by image."""
-    known = {tuple(x) for x in seen.tolist()}
-    recalls: dict[tuple, list] = {}
-    for truth, prediction in images:
-        if len(truth.relations) == 0:
-            continue
-        gt_labels, gt_pairs = truth.labels, truth.pairs
-        unseen = [i for i, x in enumerate(gt_labels.tolist()) if tuple(x) not in known]
-        for k in KS:
-            kept, times = [], {}
-            for i, pair in enumerate(map(tuple, prediction.pairs.tolist())):
-                times[pair] = times.get(pair, 0) + 1
-                if k == 0 or times[pair] <= k:
-                    kept.append(i)
-            best = prediction.select(np.array(kept, dtype=np.int64)[: max(TOPK)])
-            equal = (gt_labels[:, None] == best.labels[None]).all(-1)
-            finds: list[list[int]] = [[] for _ in best.scores]
-            for g in np.flatnonzero(equal.any(1)):
-                rows = np.flatnonzero(equal[g])
-                sides = [
-                    pairwise_iou(
-                        truth.boxes[gt_pairs[g, side]][None], best.boxes[best.pairs[rows, side]]
-                    )[0]
-                    for side in (0, 1)
-                ]
-                for row in rows[(sides[0] >= 0.5) & (sides[1] >= 0.5)]:
-                    finds[row].append(int(g))
-            for n in TOPK:
-                found = set().union(*finds[:n]) if finds else set()
-                recalls.setdefault((k, "R", n), []).append(len(found) / len(gt_labels))
-                for p in set(gt_labels[:, 1].tolist()):
-                    own = np.flatnonzero(gt_labels[:, 1] == p).tolist()
-                    share = len(found.intersection(own)) / len(own)
-                    recalls.setdefault((k, "mR", n, p), []).append(share)
-                if unseen:
-                    share = len(found.intersection(unseen)) / len(unseen)
-                    recalls.setdefault((k, "zR", n), []).append(share)
-    means = {key: 100 * float(np.mean(values)) for key, values in recalls.items()}
-    result = {(key[0], f"{key[1]}@{key[2]}"): means[key] for key in means if len(key) == 3}
-    for k in KS:
-        for n in TOPK:
-            of_predicates = [v for key, v in means.items() if key[:3] == (k, "mR", n)]
-            result[k, f"mR@{n}"] = float(np.mean(of_predicates))
-    return result
-
-
-def largest_memory() -> str:
-    """The process's largest resident set so far."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB"
-
-
 def run(args: argparse.Namespace) -> None:
-    """Evaluate, then the plain loop; they have to agree."""
-    logging.getLogger("reldn_d2").setLevel(logging.ERROR)
-    dicts = dataset_dicts(args.images, args.relations)
+    """Evaluate, then run the plain loop.
+
+    Raises:
+        AssertionError: their metrics differ.
+    """
+    dicts = draw_dataset(args.images, args.relations, NUM_CLASSES, NUM_PREDICATES)
     DatasetCatalog.register(NAME, lambda: dicts)
     MetadataCatalog.get(NAME).set(
         thing_classes=[f"class {c}" for c in range(NUM_CLASSES)],
         predicate_classes=[f"predicate {p}" for p in range(NUM_PREDICATES)],
         evaluator_type="scene_graph",
     )
-    seen = _some_triplets(dicts)
+    labels = {
+        (record["annotations"][s]["category_id"], p, record["annotations"][o]["category_id"])
+        for record in dicts
+        for s, o, p in record["relations"]
+    }
+    seen = np.array(sorted(labels))[::2]  # as if the training set had half of the triplets
     rows = []
 
-    def timed(name: str, function, *arguments: Any) -> Any:
-        started = time.perf_counter()
-        result = function(*arguments)
-        rows.append([name, f"{time.perf_counter() - started:.1f} s", largest_memory()])
-        return result
+    def timed(name: str, function, *arguments: Any) -> tuple[Any, float]:
+        result, seconds = time_once(function, *arguments)
+        rows.append([name, f"{seconds.wall:.1f} s", f"{resident_peak() / 2**30:.2f} GiB"])
+        return result, seconds.wall
 
     with tempfile.TemporaryDirectory() as folder:
         file = f"{folder}/relation_predictions.json"
-        timed(
-            "generate, write the file", write_predictions, predictions(dicts, args.triplets), file
-        )
+        drawn = draw_predictions(dicts, args.triplets)
+        timed("generate and write the file", write_predictions, drawn, file)
         evaluator = SceneGraphEvaluator(NAME, folder, seen_triplets=seen, keep_predictions=False)
 
         def read() -> None:
             for prediction in read_predictions(file, NUM_CLASSES, NUM_PREDICATES):
                 evaluator.add(prediction)
 
-        timed("read the file (not needed in a model's evaluation)", read)
-        timed("annotations as arrays", lambda: evaluator.ground_truth)
-        results = timed("evaluate: R, mR, zR, AP, confusions, tables, plots", evaluator.evaluate)
+        timed("read the file (not needed when a model is evaluated)", read)
+        timed("convert annotations to arrays", lambda: evaluator.ground_truth)
+        results, _ = timed("R, mR, zR, AP, confusions, tables, plots", evaluator.evaluate)
         images = evaluator.joined()
-    settings = Settings(
-        evaluator.settings.predicate_names, "sgdet", KS, TOPK, 100, seen_triplets=seen
-    )
-    fast = timed("of which R, mR and zR", recall_metrics, images, settings)
-    seconds = float(rows[-1][1].split()[0])
+    names = evaluator.settings.predicate_names
+    settings = Settings(names, "sgdet", KS, TOPK, 100, seen_triplets=seen)
+    metrics, seconds = timed("R, mR and zR alone", recall_metrics, images, settings)
     part = images[: args.plain_images or len(images)]
-    started = time.perf_counter()
-    plain = plain_metrics(part, seen)
-    plain_seconds = (time.perf_counter() - started) * len(images) / len(part)
+    plain, spent = time_once(recalls_in_loops, part, seen, KS, TOPK)
+    plain_seconds = spent.wall * len(images) / len(part)
     scaled = "" if len(part) == len(images) else ", scaled"
     rows.append([f"R, mR and zR in a loop ({len(part)} images{scaled})", f"{plain_seconds:.0f} s"])
     same = recall_metrics(part, settings)
     for (k, name), value in plain.items():
         if not np.isclose(same[k][name], value, rtol=1e-9):
             raise AssertionError(f"{name}, k={k}: {same[k][name]} and {value} in the plain loop")
-    title = (
-        f"{len(images)} images, {args.relations} relations, {args.triplets} triplets an image; "
-        + describe("cpu", 1)
-    )
-    print_table(rows, ["", "time", "largest memory so far"], title)
+    assert results["motifs_sgdet_no_constraint"]["R@50"] == metrics[0]["R@50"]
+    title = f"{len(images)} images, {args.relations} relations, {args.triplets} triplets per image"
+    print_table(rows, ["", "time", "peak memory so far"], title)
     print(f"\nThe loop takes {plain_seconds / seconds:.0f} times as long, with equal results.")
-    names = [f"{kind}@{n}" for kind in ("R", "mR", "zR") for n in TOPK]
-    table = [[k or "all", *(f"{fast[k][name]:.2f}" for name in names)] for k in KS]
-    print_table(table, ["predicates a pair", *names])
-    assert results["motifs_sgdet_no_constraint"]["R@50"] == fast[0]["R@50"]
+    columns = [f"{kind}@{n}" for kind in ("R", "mR", "zR") for n in TOPK]
+    table = [[k or "all", *(f"{metrics[k][name]:.2f}" for name in columns)] for k in KS]
+    print_table(table, ["predicates per pair", *columns])
     DatasetCatalog.remove(NAME)
     MetadataCatalog.remove(NAME)
-
-
-def _some_triplets(dicts: Sequence[dict[str, Any]]) -> np.ndarray:
-    """Half of the distinct triplets, as if the training set had them."""
-    labels = {
-        (r["annotations"][s]["category_id"], p, r["annotations"][o]["category_id"])
-        for r in dicts
-        for s, o, p in r["relations"]
-    }
-    return np.array(sorted(labels), dtype=np.int64).reshape(-1, 3)[::2]

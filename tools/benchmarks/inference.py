@@ -1,19 +1,19 @@
-"""Inference: the best 100 triplets lazily against exhaustively, and images per second.
+"""Find the best 100 triplets of an image lazily against exhaustively: pairs, time and memory.
 
-100 detections an image; the relation head has the shapes of X-101-64x4d-FPN at 800x1333 (1024
-numbers a vector, 256 channels, strides 4 to 32) and random weights. Which pairs are needed is
-decided by scores: those of
+100 detections per image; the relation head has the shapes of X-101-64x4d-FPN at 800x1333 (vectors
+of 1024, 256 channels, strides 4 to 32) and random weights. Which pairs are needed depends on the
+scores, which are those of
 
-* the built-in set: detections and predicate probabilities of a trained model (--checkpoint, which
-  `make demo` makes), its 100 best detections of any score;
+* the built-in set: detections and predicate probabilities of a trained model (--checkpoint, by
+  default that of `make demo`), its 100 best detections of any score;
 * VRD: published detections of the test set (--vrd-detections, a COCO results file), padded to 100,
   with the frequencies of predicates in the training annotations (--vrd-annotations) as
   probabilities;
 * all scores equal, and all within 0.9 and 1: the worst cases.
 
-The big head does its full work for every pair asked for; its probabilities are then replaced by
-those above, because an untrained head's say nothing. "Every ordered pair" is the plain way;
-"every pair, union boxes once" shares what both orders of a pair have in common but leaves none out.
+The head does its full work for every pair asked for; its probabilities are then replaced by those
+above, because those of an untrained head mean nothing. "every ordered pair" is the plain way;
+"every pair, union boxes once" shares what both orders of a pair have in common but skips none.
 
 Example:
     python tools/benchmark.py inference --vrd-detections test_detections_rcnn.json \
@@ -21,317 +21,258 @@ Example:
 """
 
 import argparse
-import os
-import time
+import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from benchmarks._inference_cases import (
-    IMAGE_SIZE,
-    NUMBER,
-    Detections,
-    alike_detections,
-    toy_detections,
-    vrd_detections,
-)
-from benchmarks.measure import (
-    add_device_arguments,
-    describe,
-    peak_memory,
-    print_table,
-    seconds,
-)
 from torch import Tensor
 
-import reldn_d2
-from reldn_d2.modeling.relation_head import RelDNHead, build_relation_head
-from reldn_d2.modeling.relation_head.pairs import union_boxes
-from reldn_d2.modeling.relation_head.predictors import spatial_features
-from reldn_d2.modeling.relation_head.topk import (
-    TopTriplets,
-    best_of_chunks,
-    best_triplets,
-    exhaustive_triplets,
-    pairs_by_bound,
-)
+from reldn_d2.data.datasets.vrd import VRD_CLASSES, VRD_PREDICATES, parse_vrd_annotations
+from reldn_d2.data.frequency import count_predicates, log_frequencies
+from reldn_d2.modeling.relation_head.topk import best_triplets
+from reldn_d2.predictor import RelationPredictor
 
-from detectron2.config import get_cfg
-from detectron2.layers import ShapeSpec
+from detectron2.data import DatasetCatalog
 from detectron2.structures import Boxes
 
-STRIDES, CHANNELS = (4, 8, 16, 32), 256
-DEMO_CHECKPOINT = Path("output/toy/seed_1/reldn/model_final.pth")  # of `make demo`
+from .measure import peak_memory, print_table, time_calls
+from .plain import Ranking, pair_logits, rank_all_pairs
+from .synthetic import Shapes, add_shape_arguments, build_head, feature_maps
+
+__all__ = ["Detections", "WAYS", "add_arguments", "equal_detections", "prepare", "run"]
+
 WAYS = ("every ordered pair", "every pair, union boxes once", "lazily")
+DEMO_CHECKPOINT = Path("output/toy/seed_1/reldn/model_final.pth")  # of `make demo`
+CHUNK = 2048  # pairs
+
+
+class Detections(NamedTuple):
+    """Detections of one image."""
+
+    scores: Tensor  # (R,)
+    boxes: Tensor  # (R, 4) in pixels of the network's input
+    probabilities: Tensor  # (R, R, C) of the predicates of each ordered pair
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of this benchmark."""
-    add_device_arguments(parser)
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        help=f"RelDN trained on the built-in set; default: the demo's, {DEMO_CHECKPOINT}",
-    )
+    """Add the options of this benchmark."""
+    add_shape_arguments(parser)
+    # Detectron2's default, with which the published figures were measured.
+    parser.set_defaults(pooler_resolution=14)
+    help_ = "RelDN trained on the built-in set (default: the demo's, %(default)s)"
+    parser.add_argument("--checkpoint", type=Path, default=DEMO_CHECKPOINT, help=help_)
     parser.add_argument("--vrd-detections", type=Path, help="COCO results on VRD's test set")
     parser.add_argument("--vrd-annotations", type=Path, help="VRD's annotations_train.json")
-    parser.add_argument(
-        "--images", type=int, default=3, help="timed images of each case, evenly chosen"
-    )
-    parser.add_argument(
-        "--count-images", type=int, default=50, help="images over which pairs are counted"
-    )
-    parser.add_argument("--repeats", type=int, default=2, help="the fastest of so many counts")
-    parser.add_argument("--topk", type=int, default=100, help="triplets kept of an image")
-    parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory")
-    parser.add_argument(
-        "--model", help="also: images per second of this RelDN config, random weights"
-    )
+    parser.add_argument("--detections", type=int, default=100, help="detections per image")
+    parser.add_argument("--images", type=int, default=3, help="timed images, evenly chosen")
+    parser.add_argument("--count-images", type=int, default=50, help="images whose pairs count")
+    parser.add_argument("--repeats", type=int, default=2, help="rounds; the fastest counts")
+    parser.add_argument("--topk", type=int, default=100, help="triplets kept per image")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
 
 
 def run(args: argparse.Namespace) -> None:
     """Print the tables."""
-    print(describe(args.device, args.threads))
     cases = find_cases(args)
     count_pairs(cases, args.topk)
     time_ways(cases, args)
-    if args.model:
-        images_per_second(args)
 
 
 def find_cases(args: argparse.Namespace) -> dict[str, list[Detections]]:
-    """Detections by name of the case; what is left out, and how to have it, is printed."""
+    """Return the detections of each case; print which cases are skipped and what they need."""
     cases: dict[str, list[Detections]] = {}
-    checkpoint = args.checkpoint or (DEMO_CHECKPOINT if DEMO_CHECKPOINT.is_file() else None)
-    if checkpoint:
-        cases["built-in set, trained model"] = toy_detections(checkpoint, args.count_images)
+    if args.checkpoint.is_file():
+        cases["built-in set, trained model"] = toy_detections(args)
     else:
-        print(f"Left out, the built-in set: no {DEMO_CHECKPOINT} (make demo) and no --checkpoint.")
+        print(f"Skipped the built-in set: no {args.checkpoint} (see --checkpoint and make demo).")
     if args.vrd_detections and args.vrd_annotations:
         for name, lowest in (("0.05", True), ("falling from its lowest to 0.05", False)):
-            cases[f"VRD, padded with scores {name}"] = vrd_detections(
-                args.vrd_detections, args.vrd_annotations, args.count_images, lowest
-            )
+            cases[f"VRD, padded with scores {name}"] = vrd_detections(args, lowest)
     else:
-        print("Left out, VRD: it needs --vrd-detections and --vrd-annotations.")
-    cases["all scores equal"] = [alike_detections(1.0)]
-    cases["all scores within 0.9 and 1"] = [alike_detections(0.9)]
+        print("Skipped VRD: it needs --vrd-detections and --vrd-annotations.")
+    cases["all scores equal"] = [equal_detections(1.0, args.detections, args.size)]
+    cases["all scores within 0.9 and 1"] = [equal_detections(0.9, args.detections, args.size)]
     return cases
 
 
-def big_head(device: str, num_predicates: int) -> RelDNHead:
-    """The relation head of X-101-64x4d-FPN, with random weights."""
-    torch.manual_seed(0)
-    cfg = get_cfg()
-    reldn_d2.add_reldn_config(cfg)
-    cfg.MODEL.ROI_HEADS.IN_FEATURES = [f"p{i}" for i in range(2, 6)]
-    cfg.MODEL.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"
-    cfg.MODEL.ROI_BOX_HEAD.NUM_FC = 2
-    cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 1024
-    cfg.MODEL.ROI_RELATION_HEAD.NUM_PREDICATES = num_predicates
-    cfg.MODEL.ROI_RELATION_HEAD.OVERLAP_FILTER = False
-    shape = {
-        f"p{i + 2}": ShapeSpec(channels=CHANNELS, stride=stride) for i, stride in enumerate(STRIDES)
-    }
-    return build_relation_head(cfg, shape, shape).eval().to(device)
+def toy_detections(args: argparse.Namespace) -> list[Detections]:
+    """Collect the detections of a model trained on the built-in set in its test images."""
+    options = ["TEST.DETECTIONS_PER_IMAGE", args.detections, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0]
+    predictor = RelationPredictor.from_checkpoint(args.checkpoint, device="cpu", opts=options)
+    detected = []
+
+    def keep(head, inputs) -> None:
+        features, predicate_features, (instances,) = inputs
+        boxes, count, (height, width) = instances.pred_boxes, len(instances), instances.image_size
+        entities = head.encode_entities(
+            features, [boxes], [instances.pred_classes], [instances.image_size]
+        )
+        subjects, objects = torch.ones(count, count).nonzero().unbind(1)
+        logits = head.pair_logits(entities, predicate_features, subjects, objects)
+        probabilities = logits.softmax(dim=1)[:, :-1].reshape(count, count, -1)
+        scale = torch.tensor([args.size[1] / width, args.size[0] / height]).repeat(2)
+        detected.append(Detections(instances.scores, boxes.tensor * scale, probabilities))
+
+    predictor.model.relation_head.register_forward_pre_hook(keep)
+    for record in DatasetCatalog.get("toy_vrd_test")[: args.count_images]:
+        predictor(record["file_name"])
+    return detected
 
 
-def feature_maps(device: str) -> dict[str, Tensor]:
-    """Random FPN maps of one image padded to a multiple of 32."""
-    torch.manual_seed(1)
-    height, width = (-(-side // 32) * 32 for side in IMAGE_SIZE)
-    return {
-        f"p{i + 2}": torch.randn(1, CHANNELS, height // stride, width // stride, device=device)
-        for i, stride in enumerate(STRIDES)
-    }
+def random_boxes(count: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Draw (count, 4) boxes in an image of this height and width."""
+    size = torch.tensor([size[1], size[0]])
+    low = torch.rand((count, 2), generator=generator) * size * 0.6
+    sides = 8 + torch.rand((count, 2), generator=generator) * size * 0.35
+    return torch.cat([low, low + sides], dim=1)
+
+
+def vrd_detections(args: argparse.Namespace, lowest: bool) -> list[Detections]:
+    """Pad published detections, with the predicate frequencies of the training annotations.
+
+    Args:
+        args: --vrd-detections has ``category_id`` as in VRD's objects.json.
+        lowest: pad with scores of 0.05, the least that a detector reports; otherwise with scores
+            that fall in equal ratios from the image's lowest one to 0.05.
+    """
+    generator = torch.Generator().manual_seed(0)
+    annotations = parse_vrd_annotations(str(args.vrd_annotations), merge_duplicates=False)
+    dicts = [image._asdict() for image in annotations.values()]
+    counts = count_predicates(dicts, len(VRD_CLASSES), len(VRD_PREDICATES), overlap_filter=False)
+    table = log_frequencies(counts).softmax(dim=-1)[..., :-1]
+    by_image: dict[str, list[dict[str, Any]]] = {}
+    records = json.loads(args.vrd_detections.read_text())
+    for record in records:
+        by_image.setdefault(record["image_id"], []).append(record)
+    all_classes = torch.tensor([record["category_id"] for record in records])
+    result = []
+    for own in list(by_image.values())[: args.count_images]:
+        boxes = torch.tensor([x["bbox"] for x in own])
+        boxes[:, 2:] += boxes[:, :2]
+        boxes = boxes * min(args.size) / boxes.max()
+        scores = torch.tensor([x["score"] for x in own])
+        missing = args.detections - len(own)
+        least = 0.05 if lowest else float(scores.min())
+        padding = least * (0.05 / least) ** torch.linspace(0, 1, missing + 1)[1:]
+        drawn = all_classes[torch.randint(len(all_classes), (missing,), generator=generator)]
+        classes = torch.cat([torch.tensor([x["category_id"] for x in own]), drawn])
+        boxes = torch.cat([boxes, random_boxes(missing, args.size, generator)])
+        probabilities = table[classes[:, None], classes[None]]
+        result.append(Detections(torch.cat([scores, padding]), boxes, probabilities))
+    return result
+
+
+def equal_detections(lowest: float, count: int, size: tuple[int, int]) -> Detections:
+    """Draw the worst case: scores from ``lowest`` to 1, so that the bounds hardly differ."""
+    generator = torch.Generator().manual_seed(0)
+    boxes = random_boxes(count, size, generator)
+    probabilities = torch.rand((count, count, 9), generator=generator) / 9
+    return Detections(torch.linspace(lowest, 1, count), boxes, probabilities)
+
+
+def rank_lazily(score_pairs, scores: Tensor, num_predicates: int, k: int, topk: int) -> Ranking:
+    """Rank with the package's own search."""
+    options = dict(num_predicates=num_predicates, predicates_per_pair=[k], topk=topk, chunk=CHUNK)
+    best = best_triplets(score_pairs, scores, None, **options)
+    return Ranking(best.pairs, best.predicates, best.scores, best.num_scored)
 
 
 def count_pairs(cases: dict[str, list[Detections]], topk: int) -> None:
-    """Share of the ordered pairs that is computed, by the number k of predicates a pair."""
+    """Print the share of the ordered pairs that is computed, per k predicates per pair."""
     rows = []
     for name, images in cases.items():
         for k in (1, 2, 0):
-            shares, needed = [], []
-            for image in images:
-                best = best_triplets(
-                    lambda s, o, table=image.probabilities: table[s, o],
-                    image.scores,
-                    None,
-                    num_predicates=image.probabilities.shape[-1],
-                    predicates_per_pair=[k],
-                    topk=topk,
-                    chunk=2048,
-                )
-                pairs = len(image.scores) * (len(image.scores) - 1)
-                bounds = image.scores[:, None] * image.scores
-                bounds.fill_diagonal_(-1)
-                shares.append(best.num_scored / pairs)
-                needed.append(float((bounds >= best.scores[-1]).sum() / pairs))
-            mean = [100 * sum(x) / len(x) for x in (shares, needed)]
-            rows.append([name, k or "all", len(images), f"{mean[0]:.1f} %", f"{mean[1]:.1f} %"])
+            shares = torch.zeros(2, dtype=torch.float64)
+            for scores, _, table in images:
+                best = rank_lazily(lambda *x, t=table: t[x], scores, table.shape[-1], k, topk)
+                bounds = (scores[:, None] * scores).fill_diagonal_(-1)
+                needed = int((bounds >= best.scores[-1]).sum())
+                num_pairs = len(scores) * (len(scores) - 1)
+                shares += torch.tensor([best.num_scored, needed]) / num_pairs
+            means = [f"{x:.1f} %" for x in (100 * shares / len(images)).tolist()]
+            rows.append([name, k or "all", len(images), *means])
     headers = ["scores", "k", "images", "pairs computed", "pairs with bound >= K-th score"]
-    print_table(rows, headers, f"Pairs computed for the best {topk} of {NUMBER} detections")
+    print_table(rows, headers, f"Pairs computed for the best {topk} triplets")
 
 
 def prepare(
-    way: str, image: Detections, device: str, topk: int, k: int, precision: str = "float32"
-) -> Callable[[], Any]:
-    """A call of the whole relation head on one image: entities encoded, triplets ranked.
+    way: str, image: Detections, shapes: Shapes, device: str, topk: int, k: int, amp: bool = False
+) -> Callable[[], Ranking]:
+    """Return a call of the whole relation head on one image: encode entities, rank triplets.
 
-    Args:
-        way: one of ``WAYS``.
-        image: its detections.
-        device: cpu or cuda.
-        topk: triplets kept.
-        k: predicates a pair; 0: all.
-        precision: float32 or amp.
+    ``way`` is one of ``WAYS``; k predicates per pair (0: all) and ``topk`` triplets are kept.
     """
-    table = image.probabilities.to(device)
-    head, maps = big_head(device, table.shape[-1]), feature_maps(device)
-    scores, boxes = image.scores.to(device), image.boxes.to(device)
+    scores, boxes, table = (x.to(device) for x in image)
+    maps = feature_maps(shapes, device, seed=1)
+    head = build_head(shapes, device, num_predicates=table.shape[-1]).eval()
     classes = torch.zeros(len(scores), dtype=torch.int64, device=device)
-    rank = {WAYS[0]: exhaustive_triplets, WAYS[1]: sharing_triplets, WAYS[2]: best_triplets}[way]
     amp_type = torch.float16 if device.startswith("cuda") else torch.bfloat16
 
     @torch.no_grad()
-    def call():
-        with torch.autocast(device.split(":")[0], amp_type, enabled=precision == "amp"):
-            entities = head.encode_entities(maps, [Boxes(boxes)], [classes], [IMAGE_SIZE])
+    def call() -> Ranking:
+        with torch.autocast(device.split(":")[0], amp_type, enabled=amp):
+            entities = head.encode_entities(maps, [Boxes(boxes)], [classes], [shapes.size])
 
             def score_pairs(subjects: Tensor, objects: Tensor) -> Tensor:
                 if way == WAYS[0]:
-                    logits = plain_pair_logits(head, entities, maps, subjects, objects)
+                    logits = plain_logits(head, maps, entities, subjects, objects)
                 else:
                     logits = head.pair_logits(entities, maps, subjects, objects)
-                probabilities = logits.float().softmax(dim=1)[:, :-1]
-                return table[subjects, objects] + 0.0 * probabilities
+                return table[subjects, objects] + 0.0 * logits.float().softmax(dim=1)[:, :-1]
 
-            return rank(
-                score_pairs,
-                scores,
-                None,
-                num_predicates=table.shape[-1],
-                predicates_per_pair=[k],
-                topk=topk,
-                chunk=2048,
-            )
+            if way == WAYS[2]:
+                return rank_lazily(score_pairs, scores, table.shape[-1], k, topk)
+            return rank_all_pairs(score_pairs, scores, k, topk, CHUNK, way == WAYS[1])
 
     return call
 
 
-def plain_pair_logits(head, entities, maps, subjects: Tensor, objects: Tensor) -> Tensor:
-    """As the head's own, but each ordered pair has its union box pooled for itself."""
-    boxes = entities.boxes
-    logits = head.semantic(entities.classes[subjects], entities.classes[objects])
-    sizes = entities.image_sizes[entities.image[subjects]]
-    logits = logits + head.spatial(spatial_features(boxes[subjects], boxes[objects], sizes))
-    unions = [Boxes(union_boxes(boxes[subjects], boxes[objects]))]
-    pooled = head.predicate_pooler([maps[name] for name in head.in_features], unions)
-    return logits + head.visual(
-        entities.subject_vectors,
-        entities.object_vectors,
-        head.predicate_box_head(pooled),
-        subjects,
-        objects,
-        torch.arange(len(subjects), device=subjects.device),
-    )
+def plain_logits(head, maps, entities, subjects: Tensor, objects: Tensor) -> Tensor:
+    """Compute the head's logits, pooling a union box for each ordered pair."""
 
+    def visual(unions: Tensor) -> Tensor:
+        vectors = entities.subject_vectors, entities.object_vectors
+        return head.visual(*vectors, unions, subjects, objects, None)
 
-def sharing_triplets(
-    score_pairs, scores, boxes, *, num_predicates, predicates_per_pair, topk, chunk
-):
-    """Every pair, both orders in one chunk, so that their union box is pooled once."""
-    best = TopTriplets(predicates_per_pair, topk, num_predicates)
-    chunks = pairs_by_bound(scores.cpu(), boxes, chunk, first_chunk=chunk)
-    return best_of_chunks(chunks, best, score_pairs, scores)
+    (image_size,) = entities.image_sizes.tolist()
+    data = (entities.boxes, entities.classes, image_size)
+    return pair_logits(head, maps, data, subjects, objects, visual)
 
 
 def time_ways(cases: dict[str, list[Detections]], args: argparse.Namespace) -> None:
-    """Seconds and peak memory of the relation head, lazily and exhaustively, in one run."""
-    torch.set_num_threads(args.threads)
-    cuda = args.device.startswith("cuda")
+    """Print seconds and peak memory of the relation head for each way."""
     rows = []
-    for precision in ("float32", "amp") if cuda else ("float32",):
+    for amp in (False, True) if args.device.startswith("cuda") else (False,):
         for name, images in cases.items():
             images = images[:: max(len(images) // args.images, 1)][: args.images]
             for k in (1, 0) if not name.startswith("all scores") else (1,):
-                times = {way: [0.0, 0.0] for way in WAYS}
+                options = (Shapes.from_args(args), args.device, args.topk, k, amp)
+                total = {way: torch.zeros(2) for way in WAYS}
                 for image in images:
-                    arguments = (image, args.device, args.topk, k, precision)
-                    calls = {way: prepare(way, *arguments) for way in WAYS}
-                    for way, took in _time_in_turns(calls, args.repeats, cuda).items():
-                        times[way] = [a + b / len(images) for a, b in zip(times[way], took)]
+                    calls = {way: prepare(way, image, *options) for way in WAYS}
+                    for way, seconds in time_calls(calls, 0, args.repeats).items():
+                        total[way] += torch.tensor(seconds)
                 for way in WAYS:
                     memory = "-"
                     if not args.no_memory and k == 1:
-                        used = peak_memory(
-                            prepare,
-                            *(way, images[0], args.device, args.topk, k, precision),
-                            device=args.device,
-                            threads=args.threads,
-                        )
-                        memory = f"{used / 2**20:.0f} MiB"
-                    wall, cpu = times[way]
-                    speed = [
-                        f"{times[plain][0] / wall:.2f}x, {times[plain][1] / cpu:.2f}x"
-                        for plain in WAYS[:2]
-                    ]
-                    numbers = [f"{wall:.3f}", f"{cpu:.3f}", memory, *speed]
-                    rows.append([name, precision, k or "all", way, *numbers])
-    headers = ["scores", "precision", "k", "way", "s an image", "CPU s", "peak memory"]
+                        used = peak_memory(prepare, way, images[0], *options, device=args.device)
+                        memory = f"{used:.0f} MiB"
+                    seconds = [f"{x:.3f}" for x in (total[way] / len(images)).tolist()]
+                    ratios = [(total[plain] / total[way]).tolist() for plain in WAYS[:2]]
+                    faster = [f"{wall:.2f} x, {cpu:.2f} x" for wall, cpu in ratios]
+                    rows.append(
+                        [
+                            name,
+                            "amp" if amp else "float32",
+                            k or "all",
+                            way,
+                            *seconds,
+                            memory,
+                            *faster,
+                        ]
+                    )
+    headers = ["scores", "precision", "k", "way", "s per image", "CPU s", "peak memory"]
     headers += ["faster than plain: wall, CPU", "than sharing: wall, CPU"]
-    print_table(rows, headers, f"Relation head, best {args.topk} of {NUMBER} detections")
-
-
-def _time_in_turns(
-    calls: dict[str, Callable[[], Any]], repeats: int, cuda: bool
-) -> dict[str, list[float]]:
-    """Least wall and CPU seconds of each call, taken in turns so that other load meets them all."""
-    calls[WAYS[-1]]()  # warm
-    least = {name: [float("inf"), float("inf")] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            if cuda:
-                torch.cuda.synchronize()
-            wall, cpu = time.perf_counter(), time.process_time()
-            call()
-            if cuda:
-                torch.cuda.synchronize()
-            took = (time.perf_counter() - wall, time.process_time() - cpu)
-            least[name] = [min(pair) for pair in zip(least[name], took)]
-    return least
-
-
-def images_per_second(args: argparse.Namespace) -> None:
-    """Detector alone, and detector with predicate backbone and relation head."""
-    from detectron2.modeling import build_model
-
-    cfg = get_cfg()
-    reldn_d2.add_reldn_config(cfg)
-    reldn_d2.merge_config(cfg, args.model, ["MODEL.DEVICE", args.device, "MODEL.WEIGHTS", ""])
-    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = (
-        0.0  # an untrained detector: 100 detections all the same
-    )
-    model = build_model(cfg).eval()
-    inputs = [{"image": torch.randint(0, 256, (3, *IMAGE_SIZE), dtype=torch.uint8)}]
-
-    def detector() -> Any:
-        images = model.detector.preprocess(inputs)
-        return model.detector.detect(inputs, images, model.detector.extract_features(images))
-
-    rows = []
-    kind = args.device.split(":")[0]
-    amp_type = torch.float16 if kind == "cuda" else torch.bfloat16
-    for precision in ("float32", "amp"):
-        for name, call in (("detector", detector), ("detector + RelDN", lambda: model(inputs))):
-
-            @torch.no_grad()
-            def timed(call=call, precision=precision):
-                with torch.autocast(kind, amp_type, enabled=precision == "amp"):
-                    return call()
-
-            took = seconds(timed, args.threads)
-            rows.append([os.path.basename(args.model), precision, name, f"{1 / took:.2f}"])
-    headers = ["config", "precision", "what", "images/s"]
-    print_table(rows, headers, f"Images per second at {IMAGE_SIZE[0]}x{IMAGE_SIZE[1]}")
+    print_table(rows, headers, f"Relation head, best {args.topk} triplets")

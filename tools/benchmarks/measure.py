@@ -1,149 +1,169 @@
-"""How the benchmarks measure: seconds, peak memory, and the table that they print."""
+"""How every benchmark measures time and memory, and prints its tables."""
 
-import argparse
 import ctypes
 import gc
+import logging
 import multiprocessing
 import os
 import platform
+import resource
+import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tabulate import tabulate
-from torch.utils import benchmark
 
 __all__ = [
-    "add_device_arguments",
-    "describe",
-    "least_seconds",
-    "peak_memory",
-    "print_table",
-    "seconds",
+    *("Seconds", "in_fresh_process", "peak_memory", "print_table", "resident_peak", "set_up"),
+    *("time_calls", "time_once"),
 ]
 
-
-def add_device_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add ``--device`` and ``--threads``."""
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
+_STATUS = Path("/proc/self/status")
 
 
-def describe(device: str, threads: int) -> str:
-    """What the figures were measured on, in a line."""
+class Seconds(NamedTuple):
+    """Wall seconds, and CPU seconds of all threads of this process."""
+
+    wall: float
+    cpu: float
+
+
+def set_up(device: str, threads: int) -> None:
+    """Set torch's CPU threads, silence the package's log and print what is measured on."""
+    torch.set_num_threads(threads)
+    logging.getLogger("reldn_d2").setLevel(logging.ERROR)
     where = torch.cuda.get_device_name() if device.startswith("cuda") else platform.machine()
-    return f"torch {torch.__version__}, {where}, {threads} threads of {os.cpu_count()} CPUs"
+    print(f"torch {torch.__version__}, {where}, {threads} threads of {os.cpu_count()} CPUs")
 
 
-def seconds(function: Callable[[], Any], threads: int = 2, at_least: float = 1.0) -> float:
-    """Median seconds of one call, the device's queue emptied, after a warm-up.
-
-    Args:
-        function: takes no argument.
-        threads: CPU threads of torch.
-        at_least: seconds that all calls together take at least.
-    """
-    timer = benchmark.Timer("f()", globals={"f": function}, num_threads=threads)
-    return timer.blocked_autorange(min_run_time=at_least).median
+def time_once(function: Callable[..., Any], *arguments: Any) -> tuple[Any, Seconds]:
+    """Call a function; return its result and its seconds, including work queued on the GPU."""
+    synchronize = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
+    synchronize()
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = function(*arguments)
+    synchronize()
+    return result, Seconds(time.perf_counter() - wall, time.process_time() - cpu)
 
 
-def least_seconds(
-    functions: dict[Any, Callable[[], Any]], threads: int = 2, at_least: float = 1.0
-) -> dict[Any, float]:
-    """Seconds of one call of each function, in the round that was disturbed least.
+def time_calls(
+    calls: dict[str, Callable[[], Any]], at_least: float = 2.0, rounds: int = 3
+) -> dict[str, Seconds]:
+    """Measure the least wall and CPU seconds of each call over several rounds, after a warm-up.
 
-    The functions take turns, so that whatever else the machine does meets all of them.
+    The calls take turns, so that other load on the machine affects all of them alike.
 
     Args:
-        functions: by name; they take no argument.
-        threads: CPU threads of torch.
-        at_least: seconds that each function is called for, after a warm-up.
+        calls: functions without arguments, by name.
+        at_least: seconds spent in each function altogether.
+        rounds: minimum number of rounds.
     """
-    timers = {
-        name: benchmark.Timer("f()", globals={"f": function}, num_threads=threads)
-        for name, function in functions.items()
+
+    def repeat(call: Callable[[], Any], count: int) -> None:
+        for _ in range(count):
+            call()
+
+    # A round lasts a twentieth of ``at_least`` or more: single calls may be too short to time.
+    counts = {}
+    for name, call in calls.items():
+        call()
+        once = time_once(call)[1].wall if at_least else 1.0
+        counts[name] = max(1, round(at_least / 20 / max(once, 1e-6)))
+    spent: dict[str, list[Seconds]] = {name: [] for name in calls}
+    while any(len(x) < rounds or sum(y.wall for y in x) < at_least for x in spent.values()):
+        for name, call in calls.items():
+            spent[name].append(time_once(repeat, call, counts[name])[1])
+    return {
+        name: Seconds(*(min(x) / counts[name] for x in zip(*times)))
+        for name, times in spent.items()
     }
-    numbers = {
-        name: max(1, round(at_least / 20 / max(timer.timeit(1).mean, 1e-6)))
-        for name, timer in timers.items()
-    }
-    found: dict[Any, list[float]] = {name: [] for name in timers}
-    while any(sum(found[name]) * numbers[name] < at_least for name in timers):
-        for name, timer in timers.items():
-            found[name].append(timer.timeit(numbers[name]).mean)
-    return {name: min(times) for name, times in found.items()}
 
 
 def _resident(field: str) -> int:
-    """Bytes of a field of /proc/self/status: VmRSS now, VmHWM at its largest."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    """Read a field of /proc/self/status in bytes: VmRSS is the current size, VmHWM the peak."""
+    for line in _STATUS.read_text().splitlines() if _STATUS.exists() else ():
         if line.startswith(field):
             return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}: memory is measured on Linux only.")
+    raise RuntimeError(f"{_STATUS} has no {field}: this memory can only be measured on Linux.")
 
 
-def _child(connection, prepare, arguments, threads: int) -> None:
+def resident_peak() -> int:
+    """Return the largest resident set of this process so far, in bytes."""
+    if _STATUS.exists():  # getrusage reports the parent's peak if that was larger
+        return _resident("VmHWM")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _child(connection: Any, function: Callable[..., Any], arguments: Any, threads: int) -> None:
+    torch.set_num_threads(threads)
+    logging.getLogger("reldn_d2").setLevel(logging.ERROR)
     try:
-        torch.set_num_threads(threads)
-        call = prepare(*arguments)
-        call()  # loads libraries, fills what stays
-        gc.collect()
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-        before = _resident("VmRSS")
-        call()
-        connection.send(_resident("VmHWM") - before)
+        connection.send(function(*arguments))
     finally:
         connection.close()
 
 
-def peak_memory(
-    prepare: Callable[..., Callable[[], Any]],
-    *arguments: Any,
-    device: str = "cpu",
-    threads: int = 2,
-) -> int:
-    """Bytes that a call needs at its peak beyond what stays from the call before.
-
-    On the CPU it is run in a process of its own, by the growth of its resident set (Linux
-    only); on a GPU by the allocator's peak.
-
-    Args:
-        prepare: a function of a module, called with ``arguments``; returns the call to measure.
-        arguments: picklable.
-        device: cpu or cuda.
-        threads: CPU threads of torch.
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a function of a module returns in a new process, which needs picklable arguments.
 
     Raises:
-        RuntimeError: the process failed; its error stands above.
+        RuntimeError: the process failed; it has printed its error.
     """
-    if device.startswith("cuda"):
-        call = prepare(*arguments)
-        call()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
     receiver, sender = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("spawn").Process(
-        target=_child, args=(sender, prepare, arguments, threads)
+        target=_child, args=(sender, function, arguments, torch.get_num_threads())
     )
     process.start()
     sender.close()
     try:
-        grown = receiver.recv()
+        return receiver.recv()
     except EOFError:
-        raise RuntimeError(f"{prepare.__name__}{arguments} failed in its process.") from None
+        message = f"{function.__name__}{arguments} failed in its process; see its error above."
+        raise RuntimeError(message) from None
     finally:
         process.join()
-    return grown
+
+
+def _growth(prepare: Callable[..., Callable[[], Any]], arguments: Any) -> int:
+    """Measure by how many bytes the resident set of this process grows during a call."""
+    call = prepare(*arguments)
+    call()  # loads libraries and allocates what is kept between calls
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    before = _resident("VmRSS")
+    call()
+    return _resident("VmHWM") - before
+
+
+def peak_memory(
+    prepare: Callable[..., Callable[[], Any]], *arguments: Any, device: str = "cpu"
+) -> float:
+    """Measure how many MiB a call needs at its peak, beyond what is kept between calls.
+
+    On the CPU this is the growth of the resident set of a new process (Linux only); on a GPU the
+    allocator's peak.
+
+    Args:
+        prepare: a function of a module that returns the call to measure.
+        arguments: of ``prepare``, picklable.
+        device: cpu or cuda.
+    """
+    if not device.startswith("cuda"):
+        return in_fresh_process(_growth, prepare, arguments) / 2**20
+    call = prepare(*arguments)
+    time_once(call)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    time_once(call)
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def print_table(rows: Sequence[Sequence[Any]], headers: Sequence[str], title: str = "") -> None:
-    """Print a table, its title above."""
-    if title:
-        print(f"\n{title}")
-    print(tabulate(rows, headers=headers, tablefmt="pipe"), flush=True)
+    """Print a table below its title."""
+    print(f"\n{title}\n" if title else "")
+    print(tabulate(rows, headers=headers, tablefmt="pipe", floatfmt=".2f"), flush=True)
