@@ -47,15 +47,15 @@ from torch import Tensor
 
 import reldn_d2
 from reldn_d2.modeling.relation_head import RelDNHead, build_relation_head
-from reldn_d2.modeling.relation_head.pairs import union_boxes
+from reldn_d2.modeling.relation_head.pairs import candidate_pairs
 from reldn_d2.modeling.relation_head.predictors import spatial_features
 from reldn_d2.modeling.relation_head.topk import (
     TopTriplets,
     best_of_chunks,
     best_triplets,
-    exhaustive_triplets,
     pairs_by_bound,
 )
+from reldn_d2.structures.box_ops import union_boxes
 
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
@@ -154,10 +154,11 @@ def count_pairs(cases: dict[str, list[Detections]], topk: int) -> None:
         for k in (1, 2, 0):
             shares, needed = [], []
             for image in images:
-                best = best_triplets(
+                best, num_scored = best_triplets(
                     lambda s, o, table=image.probabilities: table[s, o],
                     image.scores,
                     None,
+                    IMAGE_SIZE,
                     num_predicates=image.probabilities.shape[-1],
                     predicates_per_pair=[k],
                     topk=topk,
@@ -166,7 +167,7 @@ def count_pairs(cases: dict[str, list[Detections]], topk: int) -> None:
                 pairs = len(image.scores) * (len(image.scores) - 1)
                 bounds = image.scores[:, None] * image.scores
                 bounds.fill_diagonal_(-1)
-                shares.append(best.num_scored / pairs)
+                shares.append(num_scored / pairs)
                 needed.append(float((bounds >= best.scores[-1]).sum() / pairs))
             mean = [100 * sum(x) / len(x) for x in (shares, needed)]
             rows.append([name, k or "all", len(images), f"{mean[0]:.1f} %", f"{mean[1]:.1f} %"])
@@ -211,6 +212,7 @@ def prepare(
                 score_pairs,
                 scores,
                 None,
+                IMAGE_SIZE,
                 num_predicates=table.shape[-1],
                 predicates_per_pair=[k],
                 topk=topk,
@@ -238,13 +240,23 @@ def plain_pair_logits(head, entities, maps, subjects: Tensor, objects: Tensor) -
     )
 
 
+def exhaustive_triplets(
+    score_pairs, scores, boxes, image_size, *, num_predicates, predicates_per_pair, topk, chunk
+):
+    """Score every ordered pair by itself; arguments and result as of best_triplets."""
+    pairs = candidate_pairs(scores.new_zeros((len(scores), 4)), False).nonzero()
+    best = TopTriplets(predicates_per_pair, topk, num_predicates)
+    chunks = (x.unbind(1) for x in pairs.split(chunk) if len(x))
+    return best_of_chunks(chunks, best, score_pairs, scores, image_size)
+
+
 def sharing_triplets(
-    score_pairs, scores, boxes, *, num_predicates, predicates_per_pair, topk, chunk
+    score_pairs, scores, boxes, image_size, *, num_predicates, predicates_per_pair, topk, chunk
 ):
     """Every pair, both orders in one chunk, so that their union box is pooled once."""
     best = TopTriplets(predicates_per_pair, topk, num_predicates)
     chunks = pairs_by_bound(scores.cpu(), boxes, chunk, first_chunk=chunk)
-    return best_of_chunks(chunks, best, score_pairs, scores)
+    return best_of_chunks(chunks, best, score_pairs, scores, image_size)
 
 
 def time_ways(cases: dict[str, list[Detections]], args: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .pairs import union_boxes
+from ...structures.box_ops import union_boxes
 
 __all__ = [
     "SPATIAL_FEATURE_SIZE",

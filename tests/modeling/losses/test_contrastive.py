@@ -20,6 +20,7 @@ from reldn_d2.modeling.losses import (
 from reldn_d2.modeling.losses.contrastive import NORMALIZATIONS
 
 ALPHAS = (0.2, 0.35, 0.5)
+WEIGHTS = torch.tensor([1.0, 0.5, 0.1])
 RANDOM_CASES = 1500  # for each normalisation
 
 
@@ -358,7 +359,7 @@ def test_a_hinge_at_its_corner_pulls_nothing():
 
 def test_shapes_that_do_not_fit_are_named():
     case = make_case([3], [1, 0], 2, 2)
-    with pytest.raises(ValueError, match=r"\(6, 4\) and labels of shape \(6, 2\) do not fit"):
+    with pytest.raises(ValueError, match=r"\(6, 4\) and labels of shape \(6, 2\) do not match"):
         run(case, torch.zeros(6, 4))
 
 
@@ -380,6 +381,25 @@ def test_gradients_are_those_of_finite_differences(normalization):
     logits = torch.randn(18, 3, dtype=torch.float64, requires_grad=True)
     assert all(float(loss) > 0.01 for loss in run(case, logits))
     assert torch.autograd.gradcheck(lambda x: run(case, x, normalization=normalization), logits)
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_contrastive_losses_compiled_equal_eager(normalization):
+    """torch.compile traces values and gradients into one graph; no C++ compiler is needed here."""
+    generator = torch.Generator().manual_seed(3)
+    case = make_case([4, 3], [1, 0, 2, 0, 3, 0, 0], 2, 2, [0, 1, 1])
+    logits = torch.randn(18, 3, dtype=torch.float64, generator=generator, requires_grad=True)
+
+    def total(x):
+        return torch.stack(run(case, x, normalization=normalization)).mul(WEIGHTS).sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(total, backend="aot_eager", fullgraph=True)(logits)
+    eager = total(logits)
+    assert float(eager) > 0.01 and torch.equal(compiled, eager)
+    (gradient,) = torch.autograd.grad(compiled, logits)
+    (expected,) = torch.autograd.grad(eager, logits)
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-12)
 
 
 def test_unknown_normalization_is_named():

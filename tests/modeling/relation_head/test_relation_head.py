@@ -160,7 +160,7 @@ def test_ranking_equals_an_exhaustive_search(pairs, predicates, ks, topk, ties, 
         probabilities, pair_scores = (2 * probabilities).round() / 2, (2 * pair_scores).round() / 2
     best = TopTriplets(ks, topk, predicates)
     best.update(probabilities, pair_scores, torch.arange(pairs))
-    ranked = best.result(1, pairs)
+    ranked = best.relations(1, (10, 10))
     pair, predicate, score = ranked.pairs[:, 0], ranked.predicates, ranked.scores
     triplets = list(zip(pair.tolist(), predicate.tolist()))
     assert len(set(triplets)) == len(triplets)
