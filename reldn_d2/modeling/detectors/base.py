@@ -173,7 +173,7 @@ def classify_by_overlap(
 def label_entities(
     proposals: list[Boxes], targets: list[Instances], *, iou_threshold: float, max_entities: int
 ) -> list[Instances]:
-    """Choose the training entities: boxes that match a ground-truth box, with its class (section 5).
+    """Choose training entities: boxes that match a ground-truth box, with its class (section 5).
 
     The ground-truth boxes are appended to the proposals; up to ``max_entities`` of the boxes that
     match are drawn at random.

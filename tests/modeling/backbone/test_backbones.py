@@ -356,14 +356,14 @@ def test_checkpointer_matching_only_loads_fitting_layers(tmp_path, caplog):
     assert torch.equal(found, source.detector.box_head.fc1.weight)
 
 
-def test_file_of_something_else_loads_nothing_and_says_so(tmp_path):
+def test_checkpointer_unrelated_file_raises(tmp_path):
     torch.save({"layer.weight": torch.ones(2)}, tmp_path / "other.pth")
     detector = small_model().detector.model
     with pytest.raises(ValueError, match="None of the 1 weights.*other.pth fits this model"):
         DetectorCheckpointer(detector).load(str(tmp_path / "other.pth"))
 
 
-def test_detector_to_be_evaluated_must_be_complete(tmp_path):
+def test_detector_checkpointer_incomplete_file_raises(tmp_path):
     detector = small_model().detector.model
     state = {n: x for n, x in detector.state_dict().items() if n.startswith("backbone.")}
     torch.save({"model": state}, tmp_path / "backbone.pth")
