@@ -113,7 +113,8 @@ def contrastive_in_loops(
     """Compute L1, L2 and L3, each the mean over images of the sum of both sides.
 
     Args:
-        case: result of :func:`all_pairs`, and ``labels`` (P, C), ``classes`` (A,), ``sampled`` (2, P).
+        case: result of :func:`all_pairs` with ``labels`` (P, C), ``classes`` (A,) and ``sampled``
+            (2, P).
         logits: (P, C + 1).
         alphas: required margins.
         normalization: "paper" or "released_code".
