@@ -1,4 +1,7 @@
-"""Eq 1 to 7 in plain loops, one anchor, one group, one pair at a time."""
+"""Loop oracle of the contrastive losses: Eq 1 to 7, one anchor, one group, one pair at a time.
+
+Shapes: A entities of the batch, P pairs, C predicates.
+"""
 
 from collections.abc import Sequence
 
@@ -11,7 +14,7 @@ SIDES = ("subject", "object")
 
 
 def all_pairs(sizes: Sequence[int]) -> dict:
-    """The ordered pairs of images with these numbers of entities; both sides take all of them.
+    """Build the ordered pairs of images of given sizes.
 
     Args:
         sizes: number of entities of each image.
@@ -38,31 +41,35 @@ def all_pairs(sizes: Sequence[int]) -> dict:
 
 
 def anchor_sides(case: dict) -> AnchorSides:
-    """The case as ``contrastive_losses`` wants it, from ``classes`` (A,) and ``sampled`` (2, P)."""
+    """Build the sides of a case from its ``classes`` (A,) and ``sampled`` (2, P)."""
     ends = torch.stack([case["subjects"], case["objects"]])
     return AnchorSides(case["sampled"], ends, case["classes"][ends.flip(0)])
 
 
-def _smallest(pairs: list[int], value: list[float]) -> int:
-    """The first of equal ones."""
-    best = pairs[0]
+def _lowest(pairs: list[int], phi: list[float]) -> int:
+    """Return the pair with the smallest affinity; of equal ones the first."""
+    lowest = pairs[0]
     for p in pairs[1:]:
-        if value[p] < value[best]:
-            best = p
-    return best
+        if phi[p] < phi[lowest]:
+            lowest = p
+    return lowest
 
 
-def _largest(pairs: list[int], value: list[float]) -> int:
-    """The last of equal ones."""
-    best = pairs[0]
+def _highest(pairs: list[int], phi: list[float]) -> int:
+    """Return the pair with the largest affinity; of equal ones the last."""
+    highest = pairs[0]
     for p in pairs[1:]:
-        if value[p] >= value[best]:
-            best = p
-    return best
+        if phi[p] >= phi[highest]:
+            highest = p
+    return highest
 
 
 def groups_in_loops(case: dict, logits: Tensor, side: str, image: int) -> list[dict[int, list]]:
-    """For L1, L2, L3: anchor -> its groups with a positive, each as (positives, negatives)."""
+    """Find the groups that have a positive, per anchor, for L1, L2 and L3.
+
+    Returns:
+        For each loss a dict from anchor to its groups, each as (positives, negatives).
+    """
     labels = [{e for e, on in enumerate(row) if on} for row in case["labels"].tolist()]
     predicted = [max(range(len(row) - 1), key=lambda e, row=row: row[e]) for row in logits.tolist()]
     anchors, others = case["subjects"].tolist(), case["objects"].tolist()
@@ -103,12 +110,13 @@ def contrastive_in_loops(
     alphas: Sequence[float] = (0.2, 0.2, 0.2),
     normalization: str = "paper",
 ) -> list[Tensor]:
-    """L1, L2, L3: the mean over images of the sum of both sides.
+    """Compute L1, L2 and L3, each the mean over images of the sum of both sides.
 
     Args:
-        case: what :func:`all_pairs` gives, ``labels`` (P, C), ``classes`` (A,), ``sampled`` (2, P).
+        case: result of :func:`all_pairs` with ``labels`` (P, C), ``classes`` (A,) and ``sampled``
+            (2, P).
         logits: (P, C + 1).
-        alphas: margins asked for.
+        alphas: required margins.
         normalization: "paper" or "released_code".
     """
     phi = 1 - logits.softmax(dim=1)[:, -1]  # Eq 1
@@ -123,8 +131,10 @@ def contrastive_in_loops(
                         if not negative:
                             continue
                         num_margins += 1
-                        low, high = _smallest(positive, value), _largest(negative, value)
-                        slack = alphas[i] - (phi[low] - phi[high])  # Eq 2, 4, 6
+                        lowest_positive = _lowest(positive, value)
+                        hardest_negative = _highest(negative, value)
+                        margin = phi[lowest_positive] - phi[hardest_negative]  # Eq 2, 4, 6
+                        slack = alphas[i] - margin
                         if slack > 0:  # Eq 3, 5, 7
                             total = total + slack / (len(groups) if normalization == "paper" else 1)
                 count = max(len(groups_of), 1) if normalization == "paper" else num_margins + 1

@@ -1,4 +1,4 @@
-"""Small models, images and data sets for the tests of the model."""
+"""Small models, images and data sets for tests of the model."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +39,7 @@ TINY = (
 
 
 def small_config(*options, config: str = "configs/Toy/reldn.yaml") -> CfgNode:
-    """A config of the repository with a tiny network, on the CPU.
+    """Load a config of the repository with a tiny network, on the CPU.
 
     Args:
         options: key, value, key, value, ... merged last.
@@ -52,14 +52,14 @@ def small_config(*options, config: str = "configs/Toy/reldn.yaml") -> CfgNode:
 
 
 def small_model(*options, seed: int = 0, config: str = "configs/Toy/reldn.yaml"):
-    """A model of :func:`small_config` with random weights from a seed."""
+    """Build the model of :func:`small_config` with random weights from a seed."""
     torch.manual_seed(seed)
     model = build_model(small_config(*options, config=config))
     return model
 
 
 def give_distinct_statistics(module: torch.nn.Module, seed: int = 0) -> None:
-    """Fill weights and BatchNorm statistics with numbers that no initialisation would give."""
+    """Fill weights and BatchNorm statistics with values that no initialization gives."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in module.state_dict().items():
@@ -77,7 +77,7 @@ def item(
     seed: int = 0,
     **extra,
 ) -> dict:
-    """One mapped image: random pixels, and this ground truth in their frame."""
+    """Build one mapped image with random pixels and the given ground truth."""
     generator = torch.Generator().manual_seed(seed)
     instances = Instances(SIZE)
     instances.gt_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
@@ -92,7 +92,7 @@ def item(
 
 
 def busy_item(seed: int = 0, **extra) -> dict:
-    """A person, two cups (one held) and a table they stand on; a pair with two predicates."""
+    """Build a person, two cups (one held) and a table below; one pair has two predicates."""
     boxes = [[10, 5, 40, 60], [30, 20, 45, 35], [60, 25, 75, 40], [25, 30, 90, 62]]
     relations = [(0, 1, 0), (0, 1, 1), (1, 3, 3), (2, 3, 3), (3, 2, 4)]
     return item(boxes, [0, 1, 1, 7], relations, seed, **extra)
@@ -111,7 +111,7 @@ def empty_item(seed: int = 3) -> dict:
 
 
 def write_dataset(folder: Path, count: int = 4) -> list:
-    """Dataset dicts of drawn images in ``folder``; the last has no annotation, if there are 4."""
+    """Write random images to ``folder`` and return dicts; the fourth has no annotations."""
     dicts = []
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
@@ -144,7 +144,7 @@ def write_dataset(folder: Path, count: int = 4) -> list:
 
 
 def register_dataset(name: str, folder: Path, count: int = 4) -> None:
-    """Register :func:`write_dataset`; take it away again with :func:`unregister_dataset`."""
+    """Register :func:`write_dataset`; undo it with :func:`unregister_dataset`."""
     dicts = write_dataset(folder, count)
     DatasetCatalog.register(name, lambda: dicts)
     MetadataCatalog.get(name).set(

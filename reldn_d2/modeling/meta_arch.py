@@ -46,22 +46,22 @@ class RelDN(nn.Module):
         Args:
             detector: the frozen detector.
             relation_head: see :class:`reldn_d2.modeling.relation_head.RelDNHead`.
-            predicate_backbone: gives the feature maps of union boxes; None if the head does not
-                need any. With ``shared_stages`` it takes these maps of the detector, not images.
-            predicate_weights: where the predicate backbone starts: None: from the detector's
-                weights; a file or URL; or an empty string: from random weights.
-            task: ``"sgdet"`` (everything predicted), ``"sgcls"`` (ground-truth boxes given, classes
-                predicted) or ``"prdcls"`` (boxes and classes given), at test time.
+            predicate_backbone: computes the feature maps of union boxes; None if the head needs
+                none. With ``shared_stages`` its input is these maps of the detector, not images.
+            predicate_weights: initial weights of the predicate backbone: a file or URL; None means
+                the detector's weights, an empty string random ones.
+            task: at test time, ``"sgdet"`` (predict everything), ``"sgcls"`` (ground-truth boxes
+                are given, predict classes) or ``"prdcls"`` (boxes and classes are given).
             train_entities: ``"proposals"`` or ``"ground_truth"``.
-            entity_iou_threshold, entities_per_image: see :func:`.detector.label_entities`.
+            entity_iou_threshold, entities_per_image: see :func:`.detectors.label_entities`.
         """
         super().__init__()
-        for value, known, key in (
+        for value, choices, key in (
             (task, TASKS, "TEST.RELATIONS.TASK"),
             (train_entities, TRAIN_ENTITIES, "MODEL.RELDN.TRAIN_ENTITIES"),
         ):
-            if value not in known:
-                raise ValueError(f"{key} is '{value}'; known: {', '.join(known)}")
+            if value not in choices:
+                raise ValueError(f"{key} is '{value}'; known: {', '.join(choices)}")
         self.detector = detector
         self.predicate_backbone = predicate_backbone
         self.predicate_weights = predicate_weights
@@ -93,22 +93,24 @@ class RelDN(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Return the device of the weights."""
         return next(self.detector.parameters()).device
 
     def forward(self, batched_inputs: list[dict]):
-        """Losses in training, predictions otherwise.
+        """Compute losses in training, predictions otherwise.
 
         Args:
-            batched_inputs: mapped dicts, one an image:
+            batched_inputs: mapped dicts, one per image:
 
                 * ``image``: (3, H, W) tensor.
                 * ``instances``: ground truth ``gt_boxes``, ``gt_classes``, in pixels of ``image``;
                   for training and for the tasks SGCLS and PRDCLS.
                 * ``relations``: ground truth ``gt_pairs``, ``gt_predicates``; for training.
-                * ``height``, ``width``: size that the output refers to; of ``image`` by default.
+                * ``height``, ``width``: size that the output refers to; by default that of
+                  ``image``.
 
         Returns:
-            In training a dict of losses. Otherwise one dict an image with ``instances``
+            In training a dict of losses. Otherwise one dict per image with ``instances``
             (``pred_boxes``, ``scores``, ``pred_classes``) and ``relations`` (see
             :mod:`reldn_d2.structures.relations`), in the frame of ``height`` and ``width``.
         """
@@ -127,7 +129,7 @@ class RelDN(nn.Module):
                 proposals,
                 instances,
                 iou_threshold=self.entity_iou_threshold,
-                most=self.entities_per_image,
+                max_entities=self.entities_per_image,
             )
         return self.relation_head(
             features,
@@ -140,8 +142,9 @@ class RelDN(nn.Module):
         """Predict; arguments and result as in :meth:`forward`.
 
         Args:
-            do_postprocess: scale to ``height`` and ``width``; otherwise boxes stay in pixels of
-                the network's input.
+            batched_inputs: see :meth:`forward`.
+            do_postprocess: scale boxes to ``height`` and ``width``; otherwise they stay in pixels
+                of the network's input.
         """
         assert not self.training
         images = self.detector.preprocess(batched_inputs)
@@ -158,34 +161,36 @@ class RelDN(nn.Module):
         return results
 
     def feature_maps(self, images: ImageList) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-        """The feature maps of the detector and of the predicate backbone, (N, c, h, w) each."""
+        """Compute the detector's and the predicate backbone's feature maps, (N, c, h, w) each."""
         features, stages = self._detector_features(images)
         return features, self._predicate_features(images, stages)
 
     def _detector_features(self, images: ImageList):
-        """The detector's feature maps, and the stages that the predicate backbone shares."""
+        """Compute the detector's feature maps, and those that the predicate backbone shares."""
         names = getattr(self.predicate_backbone, "shared_stages", ())
         with record_stages(self.detector.backbone, names) as stages:
             return self.detector.extract_features(images), stages
 
     def _predicate_features(self, images: ImageList, stages: dict[str, Tensor]):
+        """Compute the predicate backbone's feature maps; None without one."""
         if self.predicate_backbone is None:
             return None
         shared = getattr(self.predicate_backbone, "shared_stages", ())
         return self.predicate_backbone(stages if shared else images.tensor)
 
     def _ground_truth(self, batched_inputs: list[dict], purpose: str) -> list[Instances]:
+        """Return the ground-truth instances on the model's device; raise if any are missing."""
         for x in batched_inputs:
             if "instances" not in x or (self.training and "relations" not in x):
                 raise ValueError(
                     f"{purpose} needs ground truth, but image {x.get('image_id', '?')} "
-                    f"({x.get('file_name', 'no file name')}) came without 'instances' or "
+                    f"({x.get('file_name', 'no file name')}) has no 'instances' or no "
                     "'relations'. Use reldn_d2.data.RelationDatasetMapper on an annotated data set."
                 )
         return [x["instances"].to(self.device) for x in batched_inputs]
 
     def _entities(self, batched_inputs, images, features) -> list[Instances]:
-        """Detections (SGDET) or ground-truth boxes in their place (SGCLS, PRDCLS)."""
+        """Return detections (SGDET) or ground-truth boxes in their place (SGCLS, PRDCLS)."""
         if self.task == "sgdet":
             return self.detector.detect(batched_inputs, images, features)
         given = self._ground_truth(batched_inputs, f"task {self.task}")
@@ -208,15 +213,15 @@ class RelDN(nn.Module):
 
 
 def predicts_relations(cfg: CfgNode) -> bool:
-    """Whether the configured meta-architecture is RelDN or a subclass; if not, it is a detector."""
-    kind = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
-    return isinstance(kind, type) and issubclass(kind, RelDN)
+    """Tell whether the config's meta-architecture is RelDN or a subclass, not just a detector."""
+    meta_arch = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    return isinstance(meta_arch, type) and issubclass(meta_arch, RelDN)
 
 
 def postprocess_relations(
     instances: Instances, relations: Instances, height: int, width: int
 ) -> tuple[Instances, Instances]:
-    """Scale an image's result to its output size; boxes that become empty take relations along.
+    """Scale an image's result to its output size; drop empty boxes and their relations.
 
     Args:
         instances: R entities in pixels of the network's input.
@@ -226,12 +231,13 @@ def postprocess_relations(
     Returns:
         Instances and relations in the frame of ``height`` and ``width``.
     """
-    numbered = Instances(instances.image_size, **instances.get_fields())
-    numbered.pred_boxes = instances.pred_boxes.clone()  # detector_postprocess scales in place
-    numbered.set("entity_number", torch.arange(len(instances), device=relations.pairs.device))
-    scaled = detector_postprocess(numbered, height, width)
-    number: Tensor = scaled.get("entity_number")
-    scaled.remove("entity_number")
-    kept = torch.zeros(len(instances), dtype=torch.bool, device=number.device)
-    kept[number] = True
+    # detector_postprocess drops empty boxes without saying which: carry each entity's index along.
+    indexed = Instances(instances.image_size, **instances.get_fields())
+    indexed.pred_boxes = instances.pred_boxes.clone()  # detector_postprocess scales in place
+    indexed.set("entity_index", torch.arange(len(instances), device=relations.pairs.device))
+    scaled = detector_postprocess(indexed, height, width)
+    index: Tensor = scaled.get("entity_index")
+    scaled.remove("entity_index")
+    kept = torch.zeros(len(instances), dtype=torch.bool, device=index.device)
+    kept[index] = True
     return scaled, remap_relations(relations, kept, (height, width))

@@ -1,4 +1,4 @@
-"""Uniform sampling without replacement, on the device of its input."""
+"""Uniform sampling without replacement, on the device of the input."""
 
 import torch
 from torch import Tensor
@@ -8,33 +8,34 @@ __all__ = ["random_keys", "sample_mask"]
 
 def sample_mask(
     candidates: Tensor,
-    number: int | Tensor,
-    most: int,
+    count: int | Tensor,
+    max_count: int,
     preferred: Tensor | None = None,
     keys: Tensor | None = None,
 ) -> Tensor:
     """Draw candidates uniformly without replacement, without a transfer to the host.
 
+    Each candidate gets a random key, and the ``count`` largest keys are drawn.
+
     Args:
         candidates: bool tensor of any shape.
-        number: how many to draw (all, if there are fewer); may be a tensor on the device.
-        most: upper bound of ``number`` known on the host.
+        count: how many to draw (all, if there are fewer); may be a tensor on the device.
+        max_count: upper bound of ``count`` known on the host.
         preferred: bool tensor of the same shape; these candidates are drawn before any other.
-        keys: float tensor of the same shape, uniform in ``[0, 1)``; the candidates with the largest
-            are drawn. By default fresh ones.
+        keys: float tensor of the same shape, uniform in ``[0, 1)``; None draws new ones.
 
     Returns:
-        Bool tensor of the same shape, True for what was drawn.
+        Bool tensor of the same shape, True for the drawn candidates.
     """
     flat = candidates.flatten()
     keys = random_keys(flat) if keys is None else keys.flatten()
     if preferred is not None:
         keys = keys + preferred.flatten()
-    best, index = keys.masked_fill(~flat, -1.0).topk(min(most, len(keys)))
-    drawn = (best >= 0) & (torch.arange(len(best), device=flat.device) < number)
+    largest, index = keys.masked_fill(~flat, -1.0).topk(min(max_count, len(keys)))
+    drawn = (largest >= 0) & (torch.arange(len(largest), device=flat.device) < count)
     return torch.zeros_like(flat).scatter(0, index, drawn).view_as(candidates)
 
 
 def random_keys(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Uniform float64 numbers in ``[0, 1)``, as many as ``like`` has entries, on its device."""
+    """Draw uniform float64 values in ``[0, 1)``, in the shape of ``like`` and on its device."""
     return torch.rand(like.shape, device=like.device, generator=generator, dtype=torch.float64)

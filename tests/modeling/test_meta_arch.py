@@ -79,7 +79,7 @@ def check_output(results, batch):
 
 @pytest.mark.parametrize("entities", ["ground_truth", "proposals"])
 @pytest.mark.parametrize("kind", BATCHES)
-def test_any_batch_gives_finite_losses_and_every_parameter_a_gradient(kind, entities):
+def test_training_step_any_batch_gives_finite_losses_and_all_gradients(kind, entities):
     """The latter is what distributed training asks for."""
     model = small_model("MODEL.RELDN.TRAIN_ENTITIES", entities)
     losses = train_step(model, BATCHES[kind])
@@ -100,7 +100,7 @@ def test_any_batch_gives_finite_losses_and_every_parameter_a_gradient(kind, enti
 
 @pytest.mark.parametrize("kind", ["all kinds", "no annotation"])
 @pytest.mark.parametrize("off", SWITCHES)
-def test_each_module_switched_off_alone(off, kind):
+def test_reldn_one_module_off_trains_and_predicts(off, kind):
     model = small_model(SWITCHES[off], False, "TEST.RELATIONS.TASK", "prdcls")
     head, visual = model.relation_head, model.relation_head.visual
     there = {
@@ -123,7 +123,7 @@ def test_each_module_switched_off_alone(off, kind):
 
 
 @pytest.mark.parametrize("on", SWITCHES)
-def test_each_module_alone(on):
+def test_reldn_one_module_on_trains_and_predicts(on):
     options = [part for name, key in SWITCHES.items() for part in (key, name == on)]
     model = small_model(*options)
     train_step(model, BATCHES["all kinds"])
@@ -133,13 +133,13 @@ def test_each_module_alone(on):
     assert len(model.relation_head.box_heads) == {"SPO": 3, "S skip": 1, "O skip": 1}.get(on, 0)
 
 
-def test_all_modules_off_is_an_error():
+def test_reldn_all_modules_off_raises():
     options = [part for key in SWITCHES.values() for part in (key, False)]
     with pytest.raises(ValueError, match="no module left.*SEMANTIC.ENABLED"):
         small_model(*options)
 
 
-def test_frozen_semantic_table_does_not_learn():
+def test_semantic_module_frozen_table_gets_no_gradient():
     model = small_model(f"{HEAD}.SEMANTIC.FREEZE", True)
     train_step(model, BATCHES["normal"])
     assert model.relation_head.semantic.table.weight.grad is None
@@ -149,7 +149,7 @@ def test_frozen_semantic_table_does_not_learn():
 @pytest.mark.parametrize(
     "lambdas", [x for x in itertools.product([0.0, 0.7], repeat=3) if x != (0.7, 0.7, 0.7)]
 )
-def test_losses_whose_lambda_is_zero_are_off(lambdas):
+def test_losses_zero_lambda_switches_loss_off(lambdas):
     options = [part for i in range(3) for part in (f"{HEAD}.LOSS.LAMBDA_{i + 1}", lambdas[i])]
     model = small_model(*options)
     losses = train_step(model, BATCHES["all kinds"])
@@ -175,7 +175,7 @@ def changed(module, before):
 
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
 @pytest.mark.parametrize("entities", ["ground_truth", "proposals"])
-def test_frozen_means_frozen(entities, optimizer):
+def test_detector_training_steps_leave_it_unchanged(entities, optimizer):
     options = ("MODEL.RELDN.TRAIN_ENTITIES", entities, "SOLVER.OPTIMIZER", optimizer)
     cfg, model = small_config(*options), small_model(*options)
     give_distinct_statistics(model.detector.model.backbone)
@@ -199,7 +199,7 @@ def test_frozen_means_frozen(entities, optimizer):
     assert model.relation_head.training and model.training
 
 
-def test_eval_and_train_modes():
+def test_reldn_train_mode_keeps_detector_in_eval():
     model = small_model()
     model.eval()
     assert not model.predicate_backbone.training and not model.relation_head.training
@@ -217,7 +217,7 @@ def rates(optimizer):
     }
 
 
-def test_parameter_groups():
+def test_build_optimizer_parameter_groups_have_expected_rates():
     cfg = small_config(
         *("SOLVER.BASE_LR", 0.01, "SOLVER.BACKBONE_MULTIPLIER", 0.1, "SOLVER.OPTIMIZER", "SGD"),
         *("SOLVER.BIAS_LR_FACTOR", 2.0, "SOLVER.WEIGHT_DECAY_BIAS", 0.0),
@@ -246,24 +246,24 @@ def test_parameter_groups():
     assert len(kinds) == 4
 
 
-def test_unknown_optimizer_is_named():
+def test_build_optimizer_unknown_name_raises():
     with pytest.raises(ValueError, match="SOLVER.OPTIMIZER is 'Adagrad'; known: SGD, AdamW"):
         build_optimizer(small_config("SOLVER.OPTIMIZER", "Adagrad"), small_model())
 
 
 @pytest.mark.parametrize("key", ["TEST.RELATIONS.TASK", "MODEL.RELDN.TRAIN_ENTITIES"])
-def test_unknown_choice_is_named(key):
+def test_reldn_unknown_choice_raises(key):
     with pytest.raises(ValueError, match=f"{key} is 'nonsense'; known: "):
         small_model(key, "nonsense")
 
 
-def test_unknown_detector_is_named():
+def test_reldn_unknown_detector_raises():
     with pytest.raises(KeyError, match="NoSuchDetector"):
         small_model("MODEL.RELDN.DETECTOR", "NoSuchDetector")
 
 
 @pytest.mark.parametrize("task", ["sgdet", "sgcls", "prdcls"])
-def test_each_task_gives_the_output_contract(task):
+def test_reldn_each_task_output_contract_holds(task):
     model = small_model("TEST.RELATIONS.TASK", task, "TEST.RELATIONS.TOPK", 30)
     batch = [{**x, "height": 128, "width": 96} for x in BATCHES["all kinds"]]
     results = predict(model, batch)
@@ -287,7 +287,7 @@ def test_each_task_gives_the_output_contract(task):
         assert ((found.scores > 1 / 10) & (found.scores < 1)).all()
 
 
-def test_sgcls_takes_the_best_class_of_the_detector_and_never_background():
+def test_reldn_sgcls_takes_best_class_but_not_background():
     model = small_model("TEST.RELATIONS.TASK", "sgcls")
     shares = torch.tensor([1.0, 1, 1, 1, 1, 1, 5, 1, 1, 7]) / 20  # the last one is background
     classifier = model.detector.model.roi_heads.box_predictor.cls_score
@@ -301,7 +301,7 @@ def test_sgcls_takes_the_best_class_of_the_detector_and_never_background():
     torch.testing.assert_close(relations.scores, relations.predicate_scores / 16)
 
 
-def test_input_is_left_as_it_was_and_predicting_again_gives_the_same():
+def test_reldn_predicting_twice_leaves_input_and_result_unchanged():
     model = small_model("TEST.RELATIONS.TASK", "prdcls")
     batch = [busy_item(0, height=128, width=192)]
     boxes = batch[0]["instances"].gt_boxes.tensor.clone()
@@ -312,7 +312,7 @@ def test_input_is_left_as_it_was_and_predicting_again_gives_the_same():
         assert torch.equal(value, again[0]["relations"].get(name))
 
 
-def test_a_batch_gives_what_its_images_give_alone():
+def test_reldn_batch_equals_single_images():
     model = small_model("TEST.RELATIONS.TASK", "prdcls")
     batch = [busy_item(0), empty_item(), unrelated_item()]
     for together, x in zip(predict(model, batch), batch):
@@ -321,7 +321,7 @@ def test_a_batch_gives_what_its_images_give_alone():
         torch.testing.assert_close(together["relations"].scores, alone["relations"].scores)
 
 
-def test_chunks_of_pairs_do_not_change_the_result():
+def test_reldn_pair_chunk_does_not_change_result():
     whole, chunked = (
         predict(small_model("TEST.RELATIONS.TASK", "prdcls", *options), [busy_item(0)])[0]
         for options in ((), ("TEST.RELATIONS.PAIR_CHUNK", 5))
@@ -330,7 +330,7 @@ def test_chunks_of_pairs_do_not_change_the_result():
     torch.testing.assert_close(whole["relations"].scores, chunked["relations"].scores)
 
 
-def test_an_image_alone_is_enough_for_detection():
+def test_reldn_image_without_size_or_ground_truth_predicts():
     """No ground truth, no size: the output refers to the image as given."""
     model = small_model()
     image = {"image": busy_item(0)["image"]}
@@ -341,7 +341,7 @@ def test_an_image_alone_is_enough_for_detection():
 
 
 @pytest.mark.parametrize("task", ["sgcls", "prdcls", None])
-def test_missing_ground_truth_is_named(task):
+def test_reldn_missing_ground_truth_raises(task):
     model = small_model(*(("TEST.RELATIONS.TASK", task) if task else ()))
     model.train(task is None)
     purpose = f"task {task}" if task else "training"
@@ -350,7 +350,7 @@ def test_missing_ground_truth_is_named(task):
         model([x])
 
 
-def test_postprocessing_takes_relations_of_empty_boxes_along():
+def test_postprocess_relations_empty_box_drops_its_relations():
     """The second box lies outside the image: it is clipped to nothing."""
     instances = Instances((100, 100))
     instances.pred_boxes = Boxes(

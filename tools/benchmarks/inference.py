@@ -175,8 +175,8 @@ def equal_detections(lowest: float, count: int, size: tuple[int, int]) -> Detect
 def rank_lazily(score_pairs, scores: Tensor, num_predicates: int, k: int, topk: int) -> Ranking:
     """Rank with the package's own search."""
     options = dict(num_predicates=num_predicates, predicates_per_pair=[k], topk=topk, chunk=CHUNK)
-    best = best_triplets(score_pairs, scores, None, **options)
-    return Ranking(best.pairs, best.predicates, best.scores, best.num_scored)
+    best, num_scored = best_triplets(score_pairs, scores, None, (1, 1), **options)
+    return Ranking(best.pairs, best.predicates, best.scores, num_scored)
 
 
 def count_pairs(cases: dict[str, list[Detections]], topk: int) -> None:

@@ -15,8 +15,9 @@ from torch import Tensor
 from reldn_d2.modeling.losses import AnchorSides, draw_predicate_targets
 from reldn_d2.modeling.losses.contrastive import LOSS_NAMES
 from reldn_d2.modeling.relation_head.pair_sampling import sample_pairs
-from reldn_d2.modeling.relation_head.pairs import match_pairs, union_boxes
+from reldn_d2.modeling.relation_head.pairs import match_pairs
 from reldn_d2.modeling.relation_head.predictors import spatial_features
+from reldn_d2.structures.box_ops import union_boxes
 
 from detectron2.structures import Boxes
 

@@ -1,5 +1,7 @@
-"""The predicate backbone (``conv_body_rel``): a copy of the detector's, its later stages alone, or
+"""The predicate backbone (``conv_body_rel``): a copy of the detector's, only its later stages, or
 another backbone.
+
+Shapes: N images; a feature map is (N, c, h, w).
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,14 +27,14 @@ KINDS = ("same", "shared", "other")
 class LaterStages(Backbone):
     """The stages of a ResNet or VGG16 that follow those shared with the detector.
 
-    Weights keep their names, so that the detector's fit.
+    Weights keep their names, so that the detector's weights can be loaded.
     """
 
     def __init__(self, body: nn.Module, shared_stages: Sequence[str]):
         """
         Args:
             body: has ``stage_names`` and a module of each name.
-            shared_stages: the first of these names; the others are taken over.
+            shared_stages: the first of these names; this module takes over the others.
         """
         super().__init__()
         self.shared_stages = tuple(shared_stages)
@@ -46,16 +48,17 @@ class LaterStages(Backbone):
 
     @property
     def size_divisibility(self) -> int:
-        """As the whole backbone's."""
+        """Return the value of the whole backbone."""
         return self._size_divisibility
 
     def forward(self, stages: dict[str, Tensor]) -> dict[str, Tensor]:
-        """
+        """Compute the remaining stages.
+
         Args:
             stages: the detector's maps by the names in ``shared_stages``.
 
         Returns:
-            The maps that the whole backbone would put out.
+            The maps that the whole backbone would return.
         """
         maps = {name: x for name, x in stages.items() if name in self._out_features}
         x = stages[self.shared_stages[-1]]
@@ -67,17 +70,17 @@ class LaterStages(Backbone):
 
 
 def share_first_stages(backbone: nn.Module, until: str) -> nn.Module:
-    """Take the first stages out of a backbone; its input is then a dict of the detector's maps.
+    """Remove the first stages of a backbone; its input is then a dict of the detector's maps.
 
     Args:
         backbone: of the detector's structure; changed in place.
         until: the last stage that the detector computes for both.
 
     Returns:
-        The backbone, whose ``shared_stages`` names the maps that it takes.
+        The backbone; its ``shared_stages`` names its input maps.
 
     Raises:
-        ValueError: it has no such stage, or nothing would be left of it.
+        ValueError: if it has no such stage, or no stage would be left.
     """
     body = getattr(backbone, "bottom_up", backbone)
     names = list(getattr(body, "stage_names", ()))
@@ -97,27 +100,27 @@ def share_first_stages(backbone: nn.Module, until: str) -> nn.Module:
 
 @contextmanager
 def record_stages(backbone: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Collect what the named stages of a backbone put out while the block runs."""
-    body, kept = getattr(backbone, "bottom_up", backbone), {}
+    """Collect the outputs of the named stages of a backbone while the block runs."""
+    body, outputs = getattr(backbone, "bottom_up", backbone), {}
 
     def keep(name):
-        return lambda module, inputs, output: kept.__setitem__(name, output)
+        return lambda module, inputs, output: outputs.__setitem__(name, output)
 
     handles = [getattr(body, name).register_forward_hook(keep(name)) for name in names]
     try:
-        yield kept
+        yield outputs
     finally:
         for handle in handles:
             handle.remove()
 
 
 def freeze_unused(backbone: nn.Module, wanted: Sequence[str]) -> None:
-    """Take those parts of an FPN out of training that no wanted map depends on.
+    """Freeze the parts of an FPN that no used map depends on.
 
-    They would never get a gradient, which distributed training takes for an error.
+    They would never get a gradient, which distributed training treats as an error.
 
     Args:
-        backbone: anything but an FPN is left as it is.
+        backbone: left unchanged if it is not an FPN.
         wanted: names of the maps that are used.
     """
     if not isinstance(backbone, FPN):
@@ -140,14 +143,14 @@ def freeze_unused(backbone: nn.Module, wanted: Sequence[str]) -> None:
 
 
 def build_predicate_backbone(cfg: CfgNode) -> nn.Module:
-    """Build what ``MODEL.RELDN.PREDICATE_BACKBONE.KIND`` names.
+    """Build the backbone named by ``MODEL.RELDN.PREDICATE_BACKBONE.KIND``.
 
-    ``"same"``: the detector's structure. ``"shared"``: what follows ``SHARE_UNTIL`` in it; the maps
-    up to there are the detector's, frozen. ``"other"``: the backbone that ``cfg`` with ``OPTIONS``
-    describes; it gets images normalised as the detector's.
+    ``"same"``: the detector's structure. ``"shared"``: its stages after ``SHARE_UNTIL``; the maps
+    up to there are the detector's, frozen. ``"other"``: the backbone described by ``cfg`` with
+    ``OPTIONS``; its images are normalized like the detector's.
 
     Raises:
-        ValueError: an unknown kind, or another backbone without the maps that the head pools from.
+        ValueError: if the kind is unknown, or the backbone lacks maps that the head pools from.
     """
     keys = cfg.MODEL.RELDN.PREDICATE_BACKBONE
     if keys.KIND not in KINDS:

@@ -11,8 +11,9 @@ __all__ = ["build_small_resnet_fpn_backbone"]
 
 @BACKBONE_REGISTRY.register()
 def build_small_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """One BasicBlock a stage, as many stages as ``MODEL.RESNETS.OUT_FEATURES`` needs, then FPN
-    without an extra level on top.
+    """Build an FPN without an extra top level on a ResNet with one BasicBlock per stage.
+
+    It has as many stages as ``MODEL.RESNETS.OUT_FEATURES`` needs.
 
     ``MODEL.RESNETS.STEM_OUT_CHANNELS`` is the width of the stem; stages are 1, 2, 3, 4 times as
     wide. ``MODEL.RESNETS.NORM``, ``MODEL.BACKBONE.FREEZE_AT`` and ``MODEL.FPN`` act as in
@@ -23,13 +24,13 @@ def build_small_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN
     stem = BasicStem(input_shape.channels, width, norm=norm)
     stages, in_channels = [], width
     last = max(int(name[len("res") :]) for name in resnets.OUT_FEATURES)
-    for number in range(2, last + 1):
-        out_channels = width * (number - 1)
+    for stage in range(2, last + 1):
+        out_channels = width * (stage - 1)
         stages.append(
             ResNet.make_stage(
                 BasicBlock,
                 1,
-                stride_per_block=[1 if number == 2 else 2],
+                stride_per_block=[1 if stage == 2 else 2],
                 in_channels=in_channels,
                 out_channels=out_channels,
                 norm=norm,

@@ -1,6 +1,6 @@
 """VGG16 as a backbone and as a box head, in Detectron2's registries.
 
-Shapes: N images, R boxes, d numbers an ROI vector.
+Shapes: N images, R boxes, C channels, H x W pixels or cells, d values per ROI vector.
 """
 
 from collections import OrderedDict
@@ -20,13 +20,13 @@ _FACTORS = (1, 2, 4, 8, 8)  # width of each block, in widths of the first
 
 
 def _torchvision_names() -> dict[str, str]:
-    """From the layers of torchvision's VGG16 to those of a detector on VGG16."""
+    """Map the layer names of torchvision's VGG16 to those of a detector on VGG16."""
     names, index = {}, 0
     for block, count in enumerate(_CONVOLUTIONS, 1):
         for layer in range(1, count + 1):
             names[f"features.{index}"] = f"backbone.conv{block}.conv{block}_{layer}"
-            index += 2  # a convolution, its ReLU
-        index += 1  # pooling
+            index += 2  # a convolution and its ReLU
+        index += 1  # the pooling layer
     names["classifier.0"] = "roi_heads.box_head.fc6"
     names["classifier.3"] = "roi_heads.box_head.fc7"
     return names
@@ -42,8 +42,8 @@ class VGG16(Backbone):
     As in Faster R-CNN the pooling after the fifth block is left out.
 
     Attributes:
-        stage_names: ``conv1`` to ``conv5``, or to the last block that is put out; also the names of
-            the maps.
+        stage_names: ``conv1`` to ``conv5``, or to the last block in ``out_features``; also the
+            names of the maps.
     """
 
     def __init__(
@@ -56,13 +56,13 @@ class VGG16(Backbone):
     ):
         """
         Args:
-            in_channels: of the image.
-            width: channels of the first block; 64 is VGG16.
-            out_features: maps to put out.
-            freeze_at: so many blocks, from the first, are not trained.
+            in_channels: channels of the image.
+            width: channels of the first block; 64 in VGG16.
+            out_features: names of the maps to return.
+            freeze_at: number of first blocks that are not trained.
         """
         super().__init__()
-        names = [f"conv{number}" for number in range(1, 6)]
+        names = [f"conv{block}" for block in range(1, 6)]
         unknown = set(out_features) - set(names)
         if unknown or not out_features:
             raise ValueError(
@@ -72,23 +72,24 @@ class VGG16(Backbone):
         self._out_features = list(out_features)
         self._out_feature_channels, self._out_feature_strides = {}, {}
         blocks = zip(self.stage_names, _CONVOLUTIONS, _FACTORS)
-        for number, (name, count, factor) in enumerate(blocks, 1):
+        for block, (name, count, factor) in enumerate(blocks, 1):
             channels = width * factor
-            layers = OrderedDict() if number == 1 else OrderedDict(pool=nn.MaxPool2d(2, 2))
+            layers = OrderedDict() if block == 1 else OrderedDict(pool=nn.MaxPool2d(2, 2))
             for layer in range(1, count + 1):
                 convolution = nn.Conv2d(in_channels, channels, 3, padding=1)
                 weight_init.c2_msra_fill(convolution)
                 layers[f"{name}_{layer}"] = convolution
-                layers[f"relu{number}_{layer}"] = nn.ReLU(inplace=True)
+                layers[f"relu{block}_{layer}"] = nn.ReLU(inplace=True)
                 in_channels = channels
             self.add_module(name, nn.Sequential(layers))
             self._out_feature_channels[name] = channels
-            self._out_feature_strides[name] = 2 ** (number - 1)
-            if number <= freeze_at:
+            self._out_feature_strides[name] = 2 ** (block - 1)
+            if block <= freeze_at:
                 getattr(self, name).requires_grad_(False)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """
+        """Compute the feature maps.
+
         Args:
             x: (N, C, H, W).
 
@@ -105,7 +106,7 @@ class VGG16(Backbone):
 
 @BACKBONE_REGISTRY.register()
 def build_vgg16_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> VGG16:
-    """VGG16 with the keys of ``MODEL.VGG``; ``MODEL.BACKBONE.FREEZE_AT`` counts blocks."""
+    """Build VGG16 from the keys of ``MODEL.VGG``; ``MODEL.BACKBONE.FREEZE_AT`` counts blocks."""
     return VGG16(
         input_shape.channels,
         width=cfg.MODEL.VGG.WIDTH,
@@ -143,5 +144,5 @@ class VGG16BoxHead(nn.Sequential):
 
     @property
     def output_shape(self) -> ShapeSpec:
-        """Shape of a vector: its d channels."""
+        """Return the shape of a vector: its d channels."""
         return ShapeSpec(channels=self.fc7.out_features)

@@ -1,10 +1,10 @@
-"""What RelDN needs from a detector: the interface, its registry, and the training entities.
+"""The interface between RelDN and a detector, its registry, and the training entities.
 
 Shapes: N images, R boxes of one image, K entity classes, Q predictions of one image. Boxes are XYXY
 in pixels of the network's input.
 
-A new kind of detector plugs in as a subclass of :class:`EntityDetector` in
-:data:`ENTITY_DETECTOR_REGISTRY`; the rest of the package knows this interface only.
+A new type of detector plugs in as a subclass of :class:`EntityDetector` in
+:data:`ENTITY_DETECTOR_REGISTRY`; no other part of the package depends on the detector.
 """
 
 from abc import ABC, abstractmethod
@@ -29,10 +29,10 @@ __all__ = [
 
 ENTITY_DETECTOR_REGISTRY = Registry("ENTITY_DETECTOR")
 ENTITY_DETECTOR_REGISTRY.__doc__ = """
-Registry for adapters from a kind of detector to :class:`EntityDetector`.
+Registry for adapters from a type of detector to :class:`EntityDetector`.
 
-The registered object is called with ``obj(cfg)``. With ``MODEL.RELDN.DETECTOR: "auto"`` the last
-registered one whose ``accepts(cfg)`` is true is taken.
+The registered object is called with ``obj(cfg)``. ``MODEL.RELDN.DETECTOR: "auto"`` selects the last
+registered one whose ``accepts(cfg)`` is true.
 """
 
 
@@ -41,8 +41,8 @@ class EntityDetector(nn.Module, ABC):
 
     Attributes:
         model: the detector itself, a Detectron2 meta-architecture; checkpoints load into it.
-        num_classes_key: the config key that K is read from, for messages.
-        backbone_only_hint: what to do where a checkpoint has a backbone but not the rest.
+        num_classes_key: config key for the number of classes, used in error messages.
+        backbone_only_hint: advice for a checkpoint that has only a backbone, for error messages.
     """
 
     num_classes_key = "MODEL.ROI_HEADS.NUM_CLASSES"
@@ -56,62 +56,62 @@ class EntityDetector(nn.Module, ABC):
 
     @classmethod
     def accepts(cls, cfg: CfgNode) -> bool:
-        """Whether the config describes this kind of detector; asked for the choice "auto"."""
+        """Tell whether the config describes this type of detector; used for "auto"."""
         del cfg
         return False
 
     def train(self, mode: bool = True):
-        """Stay in eval mode whatever ``mode`` is: no statistics move, no dropout acts."""
+        """Stay in eval mode whatever ``mode`` is: no statistics update, no dropout."""
         del mode
         return super().train(False)
 
     @property
     @abstractmethod
     def num_classes(self) -> int:
-        """K."""
+        """Return K."""
 
     @property
     def backbone(self) -> nn.Module:
-        """The backbone; its weights initialise the predicate backbone."""
+        """Return the backbone; its weights initialize the predicate backbone."""
         return self.model.backbone
 
     @property
     def box_head(self) -> nn.Module | None:
-        """The head whose weights initialise the relation box heads; None if there is none."""
+        """Return the head whose weights initialize the relation box heads; None if none."""
         return None
 
     def relation_config(self, cfg: CfgNode) -> CfgNode:
-        """The config for the relation head, with what this detector's own config leaves open.
+        """Return the config for the relation head, with keys that this detector does not set.
 
-        The relation head reads ``MODEL.ROI_HEADS.IN_FEATURES``, ``MODEL.ROI_BOX_HEAD`` (its
-        box heads are of the detector's kind) and ``MODEL.ROI_RELATION_HEAD``; K is
+        The relation head reads ``MODEL.ROI_HEADS.IN_FEATURES``, ``MODEL.ROI_BOX_HEAD`` (its box
+        heads are of the detector's type) and ``MODEL.ROI_RELATION_HEAD``; K is
         :attr:`num_classes`.
         """
         return cfg
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        """Shapes of the feature maps."""
+        """Return the shapes of the feature maps."""
         return self.backbone.output_shape()
 
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
-        """Normalise, pad and batch the images of mapped dicts."""
+        """Normalize, pad and batch the images of mapped dicts."""
         return self.model.preprocess_image(batched_inputs)
 
     def extract_features(self, images: ImageList) -> dict[str, Tensor]:
-        """Feature maps, (N, c, h, w) each."""
+        """Compute the feature maps, (N, c, h, w) each."""
         return self.backbone(images.tensor)
 
     @abstractmethod
     def propose(
         self, batched_inputs: list[dict], images: ImageList, features: dict[str, Tensor]
     ) -> list[Boxes]:
-        """Candidate boxes of each image, of no class; training entities are chosen among them."""
+        """Propose class-agnostic boxes per image, from which training entities are chosen."""
 
     @abstractmethod
     def detect(
         self, batched_inputs: list[dict], images: ImageList, features: dict[str, Tensor]
     ) -> list[Instances]:
-        """Detections of each image: ``pred_boxes``, ``scores``, ``pred_classes``."""
+        """Detect entities per image: ``pred_boxes``, ``scores``, ``pred_classes``."""
 
     @abstractmethod
     def classify(
@@ -121,14 +121,14 @@ class EntityDetector(nn.Module, ABC):
         features: dict[str, Tensor],
         boxes: list[Boxes],
     ) -> list[Tensor]:
-        """Class probabilities (R, K) of given boxes of each image (task SGCLS)."""
+        """Compute (R, K) class probabilities of given boxes per image (task SGCLS)."""
 
 
 def build_entity_detector(cfg: CfgNode) -> EntityDetector:
-    """Build the adapter that ``cfg.MODEL.RELDN.DETECTOR`` names, with its detector.
+    """Build the adapter named by ``cfg.MODEL.RELDN.DETECTOR``, with its detector.
 
     Raises:
-        ValueError: the choice is left to "auto" and no adapter knows the config's detector.
+        ValueError: if it is "auto" and no adapter accepts the config's detector.
     """
     name = cfg.MODEL.RELDN.DETECTOR
     if name != "auto":
@@ -145,45 +145,47 @@ def build_entity_detector(cfg: CfgNode) -> EntityDetector:
 
 
 def classify_by_overlap(
-    boxes: Boxes, candidates: Boxes, probabilities: Tensor, most: int = 50
+    boxes: Boxes, candidates: Boxes, probabilities: Tensor, max_candidates: int = 50
 ) -> Tensor:
-    """Class probabilities of given boxes from predictions that were made for other boxes.
+    """Estimate class probabilities of given boxes from predictions for other boxes.
 
     The probability of a class is the highest product of class probability and IoU over the
-    predictions; 0 where none overlaps. Rows do not sum to 1.
+    predictions; 0 if none overlaps. Rows do not sum to 1.
 
     Args:
         boxes: the R given boxes.
         candidates: the Q predicted boxes.
         probabilities: (Q, K).
-        most: so many of the best overlapping predictions are looked at, for each given box.
+        max_candidates: number of best overlapping predictions considered per given box.
 
     Returns:
         (R, K).
     """
     if len(candidates) == 0 or len(boxes) == 0:
         return probabilities.new_zeros((len(boxes), probabilities.shape[1]))
-    overlap, index = pairwise_iou(boxes, candidates).topk(min(most, len(candidates)), dim=1)
+    overlap, index = pairwise_iou(boxes, candidates).topk(
+        min(max_candidates, len(candidates)), dim=1
+    )
     return (probabilities[index] * overlap[:, :, None]).amax(dim=1)
 
 
 @torch.no_grad()
 def label_entities(
-    proposals: list[Boxes], targets: list[Instances], *, iou_threshold: float, most: int
+    proposals: list[Boxes], targets: list[Instances], *, iou_threshold: float, max_entities: int
 ) -> list[Instances]:
-    """The training entities: boxes that match a ground-truth box, with its class (section 5).
+    """Choose training entities: boxes that match a ground-truth box, with its class (section 5).
 
-    The ground-truth boxes are appended to the proposals; of those that match, up to ``most`` are
-    drawn at random.
+    The ground-truth boxes are appended to the proposals; up to ``max_entities`` of the boxes that
+    match are drawn at random.
 
     Args:
         proposals: candidate boxes of each image; may be empty.
         targets: ``gt_boxes`` and ``gt_classes`` of each image.
-        iou_threshold: from which IoU on a box matches.
-        most: at most so many an image.
+        iou_threshold: minimum IoU between a box and the ground-truth box that it matches.
+        max_entities: max entities per image.
 
     Returns:
-        Of each image ``proposal_boxes`` and ``gt_classes``.
+        ``proposal_boxes`` and ``gt_classes`` of each image.
     """
     entities = []
     for boxes, target in zip(proposals, targets):
@@ -194,7 +196,7 @@ def label_entities(
             matched = chosen
         else:
             overlap, matched = pairwise_iou(target.gt_boxes, boxes).max(dim=0)
-            drawn = sample_mask(overlap >= iou_threshold, most, most)
+            drawn = sample_mask(overlap >= iou_threshold, max_entities, max_entities)
             chosen = drawn.nonzero().squeeze(1)
         result.proposal_boxes = boxes[chosen]
         result.gt_classes = target.gt_classes[matched[chosen]]

@@ -1,6 +1,7 @@
-"""Detections from a file, of any detector at all; the features come from a backbone of Detectron2.
+"""Detections of any detector, read from a file; a backbone of Detectron2 computes the features.
 
-Shapes: R boxes of one image, K entity classes, Q detections of one image.
+Shapes: R boxes of one image, K entity classes, Q detections of one image. Boxes are XYXY in pixels
+of the network's input.
 """
 
 import torch
@@ -19,7 +20,7 @@ __all__ = ["FeatureExtractor", "PrecomputedDetector"]
 
 
 class FeatureExtractor(nn.Module):
-    """The parts of a ``GeneralizedRCNN`` that give features, under the names they have there."""
+    """The parts of a ``GeneralizedRCNN`` that compute features, under their names there."""
 
     def __init__(
         self,
@@ -30,9 +31,9 @@ class FeatureExtractor(nn.Module):
     ):
         """
         Args:
-            backbone: gives the feature maps.
-            box_head: the relation box heads start from it; None if there is none.
-            pixel_mean, pixel_std: the images are normalised with them.
+            backbone: computes the feature maps.
+            box_head: initializes the relation box heads; None if there is none.
+            pixel_mean, pixel_std: for normalizing images.
         """
         super().__init__()
         self.backbone = backbone
@@ -43,6 +44,7 @@ class FeatureExtractor(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
 
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
+        """Normalize, pad and batch the images of mapped dicts."""
         images = [x["image"].to(self.pixel_mean.device) for x in batched_inputs]
         images = [(x - self.pixel_mean) / self.pixel_std for x in images]
         return ImageList.from_tensors(images, self.backbone.size_divisibility)
@@ -50,12 +52,12 @@ class FeatureExtractor(nn.Module):
 
 @ENTITY_DETECTOR_REGISTRY.register()
 class PrecomputedDetector(EntityDetector):
-    """Reads each image's ``"detections"``, which the data loaders take from files.
+    """Reads the ``"detections"`` of each image, which the data loaders load from files.
 
-    See ``DATASETS.DETECTION_FILES_TRAIN`` and ``DETECTION_FILES_TEST``. The checkpoint gives the
-    backbone and, with ``MODEL.RELDN.PRECOMPUTED_BOX_HEAD``, the box head; the rest of a detector's
-    checkpoint has no part in it. Given boxes (SGCLS) are classified by the detections that overlap
-    them, see :func:`.base.classify_by_overlap`.
+    See ``DATASETS.DETECTION_FILES_TRAIN`` and ``DETECTION_FILES_TEST``. The checkpoint provides the
+    backbone and, with ``MODEL.RELDN.PRECOMPUTED_BOX_HEAD``, the box head; other weights of a
+    detector's checkpoint are not used. Given boxes (SGCLS) are classified by the detections that
+    overlap them, see :func:`.base.classify_by_overlap`.
     """
 
     backbone_only_hint = (
@@ -70,19 +72,19 @@ class PrecomputedDetector(EntityDetector):
         num_classes: int,
         *,
         score_threshold: float = 0.05,
-        most: int = 100,
+        max_detections: int = 100,
     ):
         """
         Args:
-            model: gives the features.
+            model: computes the features.
             num_classes: K.
-            score_threshold: detections below are left out at test time.
-            most: detections an image at test time, those of the highest scores.
+            score_threshold: only detections with a higher score are kept at test time.
+            max_detections: max detections per image at test time, those with the highest scores.
         """
         super().__init__(model)
         self._num_classes = num_classes
         self.score_threshold = score_threshold
-        self.most = most
+        self.max_detections = max_detections
 
     @classmethod
     def from_config(cls, cfg: CfgNode):
@@ -97,7 +99,7 @@ class PrecomputedDetector(EntityDetector):
             ),
             "num_classes": cfg.MODEL.ROI_HEADS.NUM_CLASSES,
             "score_threshold": cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST,
-            "most": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
         }
 
     @property
@@ -109,6 +111,7 @@ class PrecomputedDetector(EntityDetector):
         return getattr(self.model.roi_heads, "box_head", None)
 
     def _read(self, batched_inputs: list[dict], device: torch.device) -> list[Instances]:
+        """Return the detections of each image; raise if any image has none attached."""
         for x in batched_inputs:
             if "detections" not in x:
                 raise ValueError(
@@ -126,7 +129,7 @@ class PrecomputedDetector(EntityDetector):
         results = []
         for found in self._read(batched_inputs, images.device):
             found = found[found.scores > self.score_threshold]
-            best = found.scores.argsort(descending=True, stable=True)[: self.most]
+            best = found.scores.argsort(descending=True, stable=True)[: self.max_detections]
             results.append(found[best])
         return results
 

@@ -1,6 +1,7 @@
 """Two-stage detectors: Faster and Mask R-CNN with FPN or VGG16, Cascade R-CNN, Faster R-CNN C4.
 
-Shapes: R boxes of one image, K entity classes.
+Shapes: R boxes of one image, K entity classes, d values per ROI vector, c channels, h x w cells.
+Boxes are XYXY in pixels of the network's input.
 """
 
 from torch import Tensor, nn
@@ -21,9 +22,9 @@ __all__ = ["C4RCNNDetector", "CascadeRCNNDetector", "GeneralizedRCNNDetector", "
 class GeneralizedRCNNDetector(EntityDetector):
     """``GeneralizedRCNN`` with ``StandardROIHeads``: Faster and Mask R-CNN."""
 
-    roi_heads: type[nn.Module] = StandardROIHeads  # the kind that this adapter works with
+    roi_heads: type[nn.Module] = StandardROIHeads  # the class that this adapter supports
     parts: tuple[str, ...] = ("box_pooler", "box_head", "box_predictor", "box_in_features")
-    one_stage_only = True  # several box heads, one after another, need another adapter
+    one_stage_only = True  # a cascade of box heads needs another adapter
 
     @configurable
     def __init__(self, model: nn.Module):
@@ -32,7 +33,7 @@ class GeneralizedRCNNDetector(EntityDetector):
             model: a built ``GeneralizedRCNN``.
 
         Raises:
-            TypeError: its ROI heads lack parts that this adapter uses.
+            TypeError: if its ROI heads lack parts that this adapter uses.
         """
         missing = [name for name in self.parts if not hasattr(model.roi_heads, name)]
         stages = isinstance(getattr(model.roi_heads, "box_head", None), nn.ModuleList)
@@ -50,8 +51,8 @@ class GeneralizedRCNNDetector(EntityDetector):
 
     @classmethod
     def accepts(cls, cfg: CfgNode) -> bool:
-        kind = ROI_HEADS_REGISTRY.get(cfg.MODEL.ROI_HEADS.NAME)
-        return isinstance(kind, type) and issubclass(kind, cls.roi_heads)
+        roi_heads = ROI_HEADS_REGISTRY.get(cfg.MODEL.ROI_HEADS.NAME)
+        return isinstance(roi_heads, type) and issubclass(roi_heads, cls.roi_heads)
 
     @property
     def num_classes(self) -> int:
@@ -84,8 +85,8 @@ class GeneralizedRCNNDetector(EntityDetector):
 class CascadeRCNNDetector(GeneralizedRCNNDetector):
     """``GeneralizedRCNN`` with ``CascadeROIHeads``.
 
-    The relation box heads start from the first stage's, which was trained on the kind of boxes that
-    RelDN trains on (IoU from 0.5). Given boxes are classified by all stages, averaged.
+    The relation box heads start from the first stage's head, which was trained on boxes like
+    RelDN's (IoU of at least 0.5). Given boxes are classified by the average over all stages.
     """
 
     roi_heads = CascadeROIHeads
@@ -137,10 +138,11 @@ class Res5BoxHead(nn.Module):
 
     @property
     def output_shape(self) -> ShapeSpec:
-        """Shape of a vector: its d channels."""
+        """Return the shape of a vector: its d channels."""
         return ShapeSpec(channels=self.res5[-1].out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Encode (R, c, h, w) pooled ROIs as (R, d) vectors."""
         return self.res5(x).mean(dim=(2, 3))
 
 
@@ -156,7 +158,7 @@ class C4RCNNDetector(GeneralizedRCNNDetector):
         return Res5BoxHead(self.model.roi_heads.res5)
 
     def relation_config(self, cfg: CfgNode) -> CfgNode:
-        """Box heads of the detector's kind; they end in a sum of residuals, not in fc7's ReLU."""
+        """Use box heads of the detector's type, which end in a sum of residuals, not in a ReLU."""
         cfg = cfg.clone()
         cfg.defrost()
         cfg.MODEL.ROI_BOX_HEAD.NAME = "Res5BoxHead"

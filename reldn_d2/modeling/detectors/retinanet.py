@@ -16,7 +16,7 @@ from .base import ENTITY_DETECTOR_REGISTRY, EntityDetector, classify_by_overlap
 
 __all__ = ["RetinaNetDetector"]
 
-_NUM_PROPOSALS = 300
+_NUM_PROPOSALS = 300  # per image
 
 
 @ENTITY_DETECTOR_REGISTRY.register()
@@ -24,10 +24,10 @@ class RetinaNetDetector(EntityDetector):
     """Detectron2's ``RetinaNet``.
 
     There is no box head to copy: the relation box heads (by default two fully connected layers, as
-    of an FPN detector) start from random weights and learn at the full rate. They pool from the
+    in an FPN detector) start from random weights and learn at the full rate. They pool from the
     feature maps up to stride 32. Given boxes (SGCLS) are classified by the dense head's predictions
-    that overlap them, see :func:`.base.classify_by_overlap`: the head has no way to look at a given
-    box.
+    that overlap them, see :func:`.base.classify_by_overlap`, because a dense head cannot classify a
+    given box.
     """
 
     num_classes_key = "MODEL.RETINANET.NUM_CLASSES"
@@ -62,7 +62,7 @@ class RetinaNetDetector(EntityDetector):
         return cfg
 
     def _dense(self, features) -> tuple[list[Tensor], list[Tensor]]:
-        """Of each image the (Q, 4) predicted boxes and their (Q, K) class probabilities."""
+        """Predict (Q, 4) boxes and their (Q, K) class probabilities for each image."""
         maps = [features[name] for name in self.model.head_in_features]
         anchors = Boxes.cat(self.model.anchor_generator(maps)).tensor
         logits, deltas = self.model.head(maps)
@@ -72,7 +72,7 @@ class RetinaNetDetector(EntityDetector):
         return boxes, list(logits.float().sigmoid())
 
     def propose(self, batched_inputs, images, features) -> list[Boxes]:
-        """The predictions of the highest class probability, before suppression."""
+        """Return the predictions with the highest class probability, before suppression."""
         proposals = []
         for boxes, probabilities, size in zip(*self._dense(features), images.image_sizes):
             best = probabilities.amax(dim=1).topk(min(_NUM_PROPOSALS, len(boxes))).indices
@@ -85,7 +85,7 @@ class RetinaNetDetector(EntityDetector):
         maps = [features[name] for name in self.model.head_in_features]
         found = self.model.forward_inference(images, maps, self.model.head(maps))
         for x in found:
-            x.pred_boxes.clip(x.image_size)  # Detectron2 does so when it scales the result
+            x.pred_boxes.clip(x.image_size)  # Detectron2 does this when it scales the result
         return [x[x.pred_boxes.nonempty()] for x in found]
 
     def classify(self, batched_inputs, images, features, boxes) -> list[Tensor]:

@@ -1,27 +1,27 @@
 """The graphical contrastive losses L1, L2, L3 (section 3, Eq 1-7).
 
-Shapes: P pairs, C predicates, K entity classes, N images, A entities of the batch. Each entity is
-an anchor once a side, subject or object, so that there are B = S * A anchors of S sides. The last
-of C + 1 logits is "no relationship".
+Shapes: N images, A entities of the batch, P pairs, C predicates, K entity classes, S sides. Each
+entity is an anchor once per side, as subject and as object, so S is 2 and there are S * A anchors.
+The last of C + 1 logits is "no relationship".
 
-All three losses are one thing: an anchor's pairs fall into groups, a group's margin is its smallest
-positive affinity less its largest negative one, and an anchor's loss is the mean hinge over its
-groups:
+All three losses have the same form. The pairs of an anchor fall into groups. A group's margin is
+its *lowest positive* minus its *hardest negative*: the smallest affinity of its positive members
+minus the largest affinity of its negative members (Eq 2, 4, 6). An anchor's loss is the mean hinge
+``max(0, alpha - margin)`` over its groups (Eq 3, 5, 7):
 
 ====  ====================  ===========================  ==========================================
-loss  group of an anchor    positive members             negative members
+loss  groups of an anchor   positive members             negative members
 ====  ====================  ===========================  ==========================================
 L1    one                   pairs with a predicate       pairs without
-L2    class of the other    the same                     the same
-      end
-L3    predicate e           pairs labelled e             pairs without a predicate, whose highest
+L2    one per class of the  the same                     the same
+      other end
+L3    one per predicate e   pairs labelled e             pairs without a predicate whose highest
                                                          real predicate is e
 ====  ====================  ===========================  ==========================================
 
-Subjects and objects as anchors differ only in which end of a pair is called the anchor: both sides
-pass through together. Pairs are put in order of their affinity once; a group's smallest and largest
-members are then its first and last ones in that order, found for all groups at once by a scatter.
-Nothing is moved to the host.
+Subjects and objects as anchors differ only in which end of a pair is the anchor, so both sides go
+through the same code together. Nothing is moved to the host. ``tests/loss_oracle.py`` has the same
+losses as plain loops over anchors, groups and pairs.
 """
 
 from collections.abc import Sequence
@@ -46,10 +46,10 @@ NORMALIZATIONS = ("paper", "released_code")
 
 
 def affinity(logits: Tensor) -> Tensor:
-    """Eq 1: ``1 - p(no relationship | s, o)``, in float32 or wider.
+    """Compute Eq 1, ``1 - p(no relationship | s, o)``, in float32 or wider.
 
-    Computed as the sum of the other probabilities, which keeps its precision where the subtraction
-    from 1 would lose it.
+    Computed as the sum of the other probabilities, because the subtraction from 1 would lose the
+    precision of small values.
 
     Args:
         logits: (P, C + 1).
@@ -63,7 +63,7 @@ def affinity(logits: Tensor) -> Tensor:
 
 @dataclass
 class AnchorSides:
-    """Which pairs serve each side of L1-L3, and which end of each is the anchor there.
+    """Pairs of each side of L1-L3, and which end of each pair is the anchor.
 
     Attributes:
         sampled: (S, P) bool, the pairs that take part.
@@ -80,27 +80,33 @@ class AnchorSides:
 class ContrastiveGroups:
     """The groups of L1, L2 and L3, in this order along the first dimension.
 
-    A group that has a margin is represented by its largest negative member, since each negative
-    pair is in just one group of each loss and side. The tensors are inference tensors: to be read,
-    not to be differentiated through.
+    Each negative pair is in exactly one group per loss and side, so a group that has a margin is
+    stored at the place of its hardest negative.
 
     Attributes:
-        valid: (3, S, P) bool, where the pair represents a group.
-        positive: (3, S, P) int64, the pair with the smallest affinity among the positive members of
-            the group that the pair represents; any pair where ``valid`` is False.
-        groups_of: (3, S, A) float, number of each anchor's groups that have positive members.
+        is_hardest_negative: (3, S, P) bool, whether the pair is the hardest negative of a group
+            that has positive members too.
+        lowest_positive: (3, S, P) int64, the pair with the smallest affinity among the positive
+            members of that group; any pair where ``is_hardest_negative`` is False.
+        num_positive_groups: (3, S, A) float, number of each anchor's groups with positive members.
     """
 
-    valid: Tensor
-    positive: Tensor
-    groups_of: Tensor
+    is_hardest_negative: Tensor
+    lowest_positive: Tensor
+    num_positive_groups: Tensor
 
     def margins(self, phi: Tensor) -> Tensor:
-        """(3, S, P): ``m`` of Eq 2, 4 and 6, where ``valid``, from the (P,) affinities."""
-        return phi.gather(0, self.positive.flatten()).view_as(self.positive) - phi
+        """Compute ``m`` of Eq 2, 4 and 6 from the (P,) affinities.
+
+        Returns:
+            (3, S, P), to be read where ``is_hardest_negative``.
+        """
+        min_positive = phi.gather(0, self.lowest_positive.flatten()).view_as(self.lowest_positive)
+        max_negative = phi  # each pair is the hardest negative of its own group
+        return min_positive - max_negative
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def find_groups(
     phi: Tensor,
     predicted: Tensor,
@@ -109,7 +115,10 @@ def find_groups(
     num_anchors: int,
     num_classes: int,
 ) -> ContrastiveGroups:
-    """Smallest positive and largest negative member of all groups of L1, L2 and L3.
+    """Find the lowest positive and the hardest negative of all groups of L1, L2 and L3.
+
+    The minimum and maximum over a group are taken over ranks instead of affinities: ranks are
+    unique, so they also tell *which* pair is the lowest or the hardest.
 
     Args:
         phi: (P,) affinities, P > 0. Of equal ones the first counts as the smallest.
@@ -119,52 +128,87 @@ def find_groups(
         num_anchors: A.
         num_classes: K.
     """
-    num_sides, num_pairs = sides.sampled.shape
-    num_predicates, num_rows = labels.shape[1], num_sides * num_anchors
-    order = phi.argsort(stable=True)
-    place = torch.arange(num_pairs, device=phi.device)
-    place = torch.empty_like(order).scatter_(0, order, place)
-    from_behind = num_pairs - 1 - place
+    (num_sides, num_pairs), num_predicates = sides.sampled.shape, labels.shape[1]
+    num_rows = num_sides * num_anchors  # one row per anchor and side
     is_positive = labels.sum(dim=1) > 0
 
-    # Groups are numbered through, those of L1, of L2, of L3; positives have numbers of their own.
-    anchor = sides.anchor + torch.arange(0, num_rows, num_anchors, device=phi.device)[:, None]
-    by_class = anchor * num_classes + (sides.other_class + num_rows)
-    by_predicted = anchor * num_predicates + predicted
-    groups = torch.stack([anchor, by_class, by_predicted + num_rows * (1 + num_classes)])
-    num_groups = num_rows * (1 + num_classes + num_predicates)
+    # Rank 0 is the pair with the smallest affinity. The lowest positive has the largest reversed
+    # rank, so that both extremes are a maximum, and -1 can stand for "no such member".
+    by_affinity = phi.argsort(stable=True)
+    rank = torch.empty_like(by_affinity)
+    rank.scatter_(0, by_affinity, torch.arange(num_pairs, device=phi.device))
+    reversed_rank = num_pairs - 1 - rank
+    negative_rank = torch.where(sides.sampled & ~is_positive, rank, -1)
+    positive_rank = torch.where(sides.sampled & is_positive, reversed_rank, -1)
 
-    # The best member of a group is its last negative, and the last positive from behind; -1 stands
-    # for none. (That of the positives by their predicted predicate is of no use.)
-    member = torch.where(is_positive, from_behind, place)
-    member = torch.where(sides.sampled, member, -1).expand_as(groups).reshape(-1)
-    index = (groups + is_positive * num_groups).view(-1)
-    best = place.new_full((2 * num_groups,), -1).scatter_reduce_(0, index, member, "amax")
-    is_best = ((best.gather(0, index) == member) & (member >= 0)).view_as(groups)
+    # Group ids: first one group per row (L1), then K per row (L2), then C per row (L3).
+    row = sides.anchor + torch.arange(0, num_rows, num_anchors, device=phi.device)[:, None]
+    num_groups = [num_rows, num_rows * num_classes, num_rows * num_predicates]
+    by_class = num_groups[0] + row * num_classes + sides.other_class
+    by_predicted = num_groups[0] + num_groups[1] + row * num_predicates + predicted
+    group = torch.stack([row, by_class, by_predicted])  # (3, S, P)
 
-    # A pair with several labels is a member of several groups of L3, so a table of (P, C) is
-    # scattered row by row: in float32, for which torch does that fastest, and which tells 2 ** 24
-    # places apart.
-    table = from_behind.float()[:, None].where(labels, -1.0)
-    of_label = table.new_full((num_rows + 1, num_predicates), -1.0)
-    for rows in torch.where(sides.sampled, anchor, num_rows):  # two sides
-        of_label.scatter_reduce_(0, rows[:, None].expand_as(table), table, "amax")
-    of_label = of_label[:-1]
-
-    groups_of = phi.new_zeros((2, num_rows)).scatter_add_(
-        1, anchor.view(1, -1).expand(2, -1), (is_best & is_positive)[:2].to(phi.dtype).view(2, -1)
+    # for pair in pairs:
+    #     hardest_negative[group[pair]] = max(hardest_negative[group[pair]], negative_rank[pair])
+    hardest_negative = _max_per_group(group, negative_rank, sum(num_groups))
+    lowest_positive = torch.cat(
+        [
+            _max_per_group(group[:2], positive_rank, num_groups[0] + num_groups[1]),
+            _lowest_positive_per_label(labels, reversed_rank, sides.sampled, row, num_rows),
+        ]
     )
-    labels_of = (of_label >= 0).sum(dim=1, dtype=phi.dtype)
-    of_label = of_label.reshape(-1).gather(0, by_predicted.view(-1)).long()
-    of_pair = torch.cat([best[num_groups:].gather(0, groups[:2].view(-1)), of_label])
+
+    has_positive = (lowest_positive >= 0).split(num_groups)
+    num_positive_groups = torch.stack(
+        [x.view(num_rows, -1).sum(dim=1, dtype=phi.dtype) for x in has_positive]
+    )
+    is_hardest = (hardest_negative[group] == negative_rank) & (negative_rank >= 0)
+    lowest_rank = lowest_positive[group]  # of the pair's group, in reversed ranks
     return ContrastiveGroups(
-        valid=is_best & ~is_positive & (of_pair >= 0).view_as(groups),
-        positive=order.flip(0).gather(0, of_pair.clamp(min=0)).view_as(groups),
-        groups_of=torch.cat([groups_of, labels_of[None]]).view(3, num_sides, num_anchors),
+        is_hardest_negative=is_hardest & (lowest_rank >= 0),
+        lowest_positive=by_affinity.flip(0)[lowest_rank.clamp(min=0)],
+        num_positive_groups=num_positive_groups.view(3, num_sides, num_anchors),
     )
 
 
-@torch.inference_mode()
+def _max_per_group(group: Tensor, rank: Tensor, num_groups: int) -> Tensor:
+    """Compute each group's largest rank; -1 for a group without members.
+
+    Args:
+        group: (L, S, P) int64 in ``[0, num_groups)``.
+        rank: (S, P) int64; -1 for a pair that is no member.
+        num_groups: number of groups.
+    """
+    largest = rank.new_full((num_groups,), -1)
+    return largest.scatter_reduce_(0, group.flatten(), rank.expand_as(group).flatten(), "amax")
+
+
+def _lowest_positive_per_label(
+    labels: Tensor, reversed_rank: Tensor, sampled: Tensor, row: Tensor, num_rows: int
+) -> Tensor:
+    """Find the lowest positives of the groups of L3, where a pair has a group per label.
+
+    Args:
+        labels: (P, C) bool.
+        reversed_rank: (P,) int64.
+        sampled: (S, P) bool.
+        row: (S, P) int64 in ``[0, num_rows)``.
+        num_rows: number of anchors of all sides.
+
+    Returns:
+        (num_rows * C,) int64, the largest reversed rank of each group; -1 for one without members.
+    """
+    # float32 has the fastest scatter by rows, and tells 2 ** 24 ranks apart.
+    rank_of_label = reversed_rank.float()[:, None].where(labels, -1.0)  # (P, C)
+    lowest = rank_of_label.new_full((num_rows + 1, labels.shape[1]), -1.0)
+    # for pair, e in labels:
+    #     lowest[row[pair], e] = max(lowest[row[pair], e], reversed_rank[pair])
+    for rows in torch.where(sampled, row, num_rows):  # per side; the last row is a dump
+        lowest.scatter_reduce_(0, rows[:, None].expand_as(rank_of_label), rank_of_label, "amax")
+    return lowest[:-1].flatten().long()
+
+
+@torch.no_grad()
 def group_weights(
     groups: ContrastiveGroups,
     anchor: Tensor,
@@ -172,36 +216,38 @@ def group_weights(
     num_images: int,
     normalization: str,
 ) -> Tensor:
-    """Share of each group in the loss of one side of one image (Eq 3, 5, 7).
+    """Compute the share of each group in the loss of one side of one image (Eq 3, 5, 7).
 
     With ``normalization="paper"`` that loss is ``1/N sum_i 1/G_i sum_g max(0, alpha - m)``, where N
-    counts the image's anchors with a positive pair and G_i the groups of anchor i with a positive
-    pair; groups without a negative count there and add nothing. With ``"released_code"`` it is the
-    plain mean over all margins and one zero.
+    is the number of anchors of the image with a positive pair and G_i the number of groups of
+    anchor i with a positive pair; a group without a negative counts there but has no margin and
+    adds nothing. With ``"released_code"`` it is the plain mean over all margins and one zero.
 
     Args:
-        groups: what :func:`find_groups` gives.
+        groups: result of :func:`find_groups`.
         anchor: (S, P) int64 in ``[0, A)``, the anchor of each pair.
         anchor_image: (A,) int64 in ``[0, num_images)``.
         num_images: N.
         normalization: one of :data:`NORMALIZATIONS`.
 
     Returns:
-        (3, S, P) float; 0 where a pair represents no group.
+        (3, S, P) float; 0 where a pair is not the hardest negative of a group with a margin.
     """
+    num_groups, num_sides = groups.num_positive_groups, len(anchor)
     if normalization == "paper":
-        image = anchor_image.expand(len(anchor), -1)  # (S, A)
-        anchors_of = groups.groups_of.new_zeros((len(anchor), num_images))
-        anchors_of.scatter_add_(1, image, groups.groups_of[0])  # 0 or 1 in L1
-        share = 1.0 / (groups.groups_of * anchors_of.gather(1, image)).clamp(min=1.0)
+        image = anchor_image.expand(num_sides, -1)  # (S, A)
+        num_anchors = num_groups.new_zeros((num_sides, num_images))
+        num_anchors.scatter_add_(1, image, num_groups[0])  # L1 has 0 or 1 group per anchor
+        share = 1.0 / (num_groups * num_anchors.gather(1, image)).clamp(min=1.0)  # (3, S, A)
         index = anchor
     else:
-        index = anchor_image.gather(0, anchor.view(-1)).view_as(anchor)
-        margins_of = groups.groups_of.new_zeros((3, len(anchor), num_images))
-        valid = groups.valid.to(margins_of.dtype)
-        margins_of.scatter_add_(2, index.expand_as(valid), valid)
-        share = 1.0 / (margins_of + 1.0)
-    return share.gather(2, index.expand_as(groups.valid)) * groups.valid
+        index = anchor_image.gather(0, anchor.view(-1)).view_as(anchor)  # the pair's image
+        num_margins = num_groups.new_zeros((3, num_sides, num_images))
+        has_margin = groups.is_hardest_negative.to(num_margins.dtype)
+        num_margins.scatter_add_(2, index.expand_as(has_margin), has_margin)
+        share = 1.0 / (num_margins + 1.0)  # (3, S, N)
+    share_of_pair = share.gather(2, index.expand_as(groups.is_hardest_negative))
+    return share_of_pair * groups.is_hardest_negative
 
 
 def contrastive_losses(
@@ -215,10 +261,10 @@ def contrastive_losses(
     alphas: Tensor | Sequence[float] = (0.2, 0.2, 0.2),
     normalization: str = "paper",
 ) -> tuple[tuple[Tensor, Tensor, Tensor], ContrastiveGroups | None]:
-    """L1, L2 and L3 of all images of a batch, the sum of their sides.
+    """Compute L1, L2 and L3 of a batch, each the sum of its sides.
 
-    Losses are averaged within an image first and then over the images, so that a batch on one
-    device is equal to the same images spread over several devices.
+    Losses are averaged within each image first and then over the images, so that a batch on one
+    device gives the same loss as the same images spread over several devices.
 
     Args:
         logits: (P, C + 1).
@@ -227,21 +273,21 @@ def contrastive_losses(
         anchor_image: (A,) int64 in ``[0, num_images)``: the image of each entity of the batch.
         num_images: N, images with or without pairs.
         num_classes: K.
-        alphas: the margins asked for, alpha_1 to alpha_3; a tensor on the device of the logits
-            saves a transfer.
+        alphas: required margins alpha_1 to alpha_3; a tensor on the device of the logits saves a
+            transfer.
         normalization: see :func:`group_weights`.
 
     Returns:
-        The three losses, scalars without their lambdas in float32 (float64 where the logits are),
-        and the groups they are made of; None where there is no pair.
+        The three losses, scalars without their lambdas in float32 (float64 if the logits are), and
+        the groups they are made of; None instead of groups if there is no pair.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown normalisation.
+        ValueError: if the shapes do not match or the normalization is unknown.
     """
     if labels.shape != (len(logits), logits.shape[1] - 1):
         raise ValueError(
             f"logits of shape {tuple(logits.shape)} and labels of shape {tuple(labels.shape)} do "
-            "not fit: expected (P, C + 1) and (P, C)."
+            "not match: expected (P, C + 1) and (P, C)."
         )
     if normalization not in NORMALIZATIONS:
         raise ValueError(f"normalization is '{normalization}'; known: {', '.join(NORMALIZATIONS)}")
@@ -252,14 +298,17 @@ def contrastive_losses(
     predicted = logits.detach()[:, :-1].max(dim=1).indices
     values = phi.detach()
     groups = find_groups(values, predicted, labels, sides, len(anchor_image), num_classes)
-    with torch.inference_mode():
-        weights = group_weights(groups, sides.anchor, anchor_image, num_images, normalization)
-        alphas = torch.as_tensor(alphas, dtype=phi.dtype, device=phi.device)
-        active = groups.margins(values) < alphas[:, None, None]
-        weights = (weights * active).flatten(1) / num_images
-        slopes = weights.view_as(groups.positive).sum(dim=1)
-        slopes = slopes.scatter_add_(1, groups.positive.flatten(1), -weights)
-        constants = weights.sum(dim=1) * alphas
-    # The losses are linear in the affinities between the corners of the hinges. (A matrix product
-    # would be rounded under autocast, and inference tensors cannot be kept for the backward pass.)
-    return (constants.clone() + (slopes.clone() * phi).sum(dim=1)).unbind(), groups
+    weights = group_weights(groups, sides.anchor, anchor_image, num_images, normalization)
+    alphas = torch.as_tensor(alphas, dtype=phi.dtype, device=phi.device)
+
+    # Each loss is the sum over its groups of
+    #     weight * max(0, alpha - (phi[lowest_positive] - phi[hardest_negative])) / N.
+    # With the groups whose hinge is positive fixed, this is linear in the affinities, so collect
+    # the constant and the slope of each affinity: the backward pass is then one product. (Not a
+    # matrix product: autocast would round it.)
+    is_violated = groups.margins(values) < alphas[:, None, None]
+    weights = (weights * is_violated).flatten(1) / num_images  # (3, S * P)
+    constants = weights.sum(dim=1) * alphas
+    slopes = weights.view_as(groups.lowest_positive).sum(dim=1)  # (3, P): + for hardest negatives
+    slopes = slopes.scatter_add(1, groups.lowest_positive.flatten(1), -weights)
+    return (constants + (slopes * phi).sum(dim=1)).unbind(), groups

@@ -1,11 +1,11 @@
-"""Sampling of training pairs (section 5), on the device of its input.
+"""Sampling of training pairs (section 5), on the device of the input.
 
 Shapes: R entities of one image, Q sampled pairs, C predicates.
 
 Pairs are drawn as masks over the (R, R) grid of an image, so that no pair is drawn twice and the
-pairs of all losses can be joined: each distinct pair passes through the head once. Each pair gets
-one random number, by which all draws go. So each draw is uniform over its candidates, as if it
-were made alone, and the draws have as many pairs in common as they can.
+pairs of all losses can be joined: each distinct pair passes through the head once. All draws use
+the same random key per pair. So each draw is uniform over its candidates, as if it were the only
+one, and the draws share as many pairs as possible.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ __all__ = ["SampledPairs", "sample_pairs"]
 
 @dataclass
 class SampledPairs:
-    """The distinct sampled pairs of one image and the losses they serve.
+    """Distinct sampled pairs of one image, and the losses that use each of them.
 
     Attributes:
         subjects, objects: (Q,) int64, indices into the image's R entities.
@@ -39,7 +39,7 @@ class SampledPairs:
 
     @classmethod
     def cat(cls, batch: list["SampledPairs"], sizes: list[int]) -> "SampledPairs":
-        """Join images; indices then point into the entities of the whole batch.
+        """Concatenate images; indices then point into the entities of the whole batch.
 
         Args:
             batch: pairs of each image.
@@ -75,7 +75,7 @@ def sample_pairs(
     ``num_anchor_negative`` negative ones whose subject matches a ground-truth subject, those first
     whose object matches a ground-truth object; with objects as anchors the other way round.
 
-    The number of drawn pairs is read on the host, once; the rest stays on the device.
+    The number of drawn pairs is read on the host, once; everything else stays on the device.
 
     Args:
         grid: the image's pairs.
@@ -86,8 +86,8 @@ def sample_pairs(
     keys = random_keys(positive, generator)
     num_positive = min(num_positive, num_pairs)
     chosen = sample_mask(positive, num_positive, num_positive, keys=keys)
-    left = num_pairs - chosen.sum()
-    for_predicate = chosen | sample_mask(negative, left, num_pairs, keys=keys)
+    num_negative = num_pairs - chosen.sum()
+    for_predicate = chosen | sample_mask(negative, num_negative, num_pairs, keys=keys)
     related = sample_mask(positive, num_anchor_positive, num_anchor_positive, keys=keys)
 
     def for_anchors(is_anchor: Tensor, is_other: Tensor) -> Tensor:

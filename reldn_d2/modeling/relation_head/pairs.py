@@ -1,6 +1,7 @@
-"""Pairs of entities: which there are, which ground-truth relations they match, their boxes.
+"""Pairs of entities: which ones exist, which ground truth they match, and their union boxes.
 
-Shapes: R entities of one image, M ground-truth relations, Q pairs, C predicates.
+Shapes: N images, R entities of one image (of the batch in :class:`EntityBatch`), M ground-truth
+relations, Q pairs, U union boxes, C predicates, d values per ROI vector.
 Boxes are XYXY in absolute pixels; all boxes of one call share one coordinate frame.
 """
 
@@ -11,81 +12,69 @@ from torch import Tensor
 
 from detectron2.structures import Boxes, pairwise_iou
 
-__all__ = [
-    "EntityBatch",
-    "PairGrid",
-    "candidate_pairs",
-    "distinct_unions",
-    "match_pairs",
-    "union_boxes",
-]
+from ...structures.box_ops import boxes_overlap
+
+__all__ = ["EntityBatch", "PairGrid", "candidate_pairs", "distinct_unions", "match_pairs"]
 
 
-def candidate_pairs(boxes: Boxes, overlap_filter: bool) -> Tensor:
-    """All ordered pairs (i, j), i != j, that a relation may hold between.
+def candidate_pairs(boxes: Tensor, overlap_filter: bool) -> Tensor:
+    """Find all ordered pairs (i, j), i != j, that a relation may hold between.
+
+    Under tracing the number of entities is not written into the graph.
 
     Args:
-        boxes: R boxes.
+        boxes: (R, 4).
         overlap_filter: leave out pairs whose boxes do not overlap (IoU > 0).
 
     Returns:
         (R, R) bool; row: subject, column: object.
     """
-    size = (len(boxes), len(boxes))
-    candidates = torch.ones(size, dtype=torch.bool, device=boxes.device)
-    candidates.fill_diagonal_(False)
+    index = torch.arange(boxes.shape[0], device=boxes.device)
+    candidates = index[:, None] != index[None]
     if overlap_filter:
-        candidates &= pairwise_iou(boxes, boxes) > 0
+        candidates = candidates & boxes_overlap(boxes[:, None], boxes[None])
     return candidates
-
-
-def union_boxes(subject_boxes: Tensor, object_boxes: Tensor) -> Tensor:
-    """The tightest box around both boxes of each pair: (Q, 4) from two (Q, 4)."""
-    low = torch.minimum(subject_boxes[:, :2], object_boxes[:, :2])
-    high = torch.maximum(subject_boxes[:, 2:], object_boxes[:, 2:])
-    return torch.cat([low, high], dim=1)
 
 
 def distinct_unions(
     subjects: Tensor, objects: Tensor, image: Tensor, num_entities: int, num_images: int
 ) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """The distinct union boxes of pairs: (i, j) and (j, i) have the same one.
+    """Find the distinct union boxes of pairs: (i, j) and (j, i) have the same one.
 
-    Their number a image is read on the host, in one transfer.
+    The number of union boxes per image is read on the host, in one transfer.
 
     Args:
-        subjects, objects: (Q,) int64 in ``[0, num_entities)``, numbered over the batch.
+        subjects, objects: (Q,) int64 in ``[0, num_entities)``, indices over the whole batch.
         image: (num_entities,) int64, non-decreasing: the image of each entity.
         num_entities, num_images: of the batch.
 
     Returns:
         (U,) and (U,) indices of both entities of each union box, image by image; (Q,) the index of
-        each pair's union box; number of union boxes of each image.
+        each pair's union box; the number of union boxes of each image.
     """
+    # torch.unique would do, but it synchronizes with the device once more. So: sort the ids of the
+    # unordered pairs; each id that differs from the one before it is a new union box.
     low, high = torch.minimum(subjects, objects), torch.maximum(subjects, objects)
-    keys, order = (low * num_entities + high).sort()
-    is_new = torch.ones_like(keys, dtype=torch.bool)
-    is_new[1:] = keys[1:] != keys[:-1]
-    rank = is_new.cumsum(0) - 1
-    images = image[torch.div(keys, max(num_entities, 1), rounding_mode="floor")]
-    sizes = images.new_zeros(num_images).scatter_add_(0, images, is_new.long()).tolist()
-    distinct = keys.new_empty(sum(sizes)).scatter_(0, rank, keys)
+    ids, order = (low * num_entities + high).sort()
+    is_new = torch.ones_like(ids, dtype=torch.bool)
+    is_new[1:] = ids[1:] != ids[:-1]
+    sorted_union = is_new.cumsum(0) - 1  # of each pair, in the order of the ids
+    images = image[torch.div(ids, max(num_entities, 1), rounding_mode="floor")]
+    counts = images.new_zeros(num_images).scatter_add_(0, images, is_new.long()).tolist()
+    distinct = ids.new_empty(sum(counts)).scatter_(0, sorted_union, ids)
     first = torch.div(distinct, max(num_entities, 1), rounding_mode="floor")
-    return (
-        first,
-        distinct - first * num_entities,
-        torch.empty_like(rank).scatter_(0, order, rank),
-        sizes,
-    )
+    second = distinct - first * num_entities
+    union_of_pair = torch.empty_like(sorted_union).scatter_(0, order, sorted_union)
+    return first, second, union_of_pair, counts
 
 
 @dataclass
 class PairGrid:
-    """What each ordered pair of an image's entities is, as dense (R, R) tables.
+    """Candidates and labels of each ordered pair of an image's entities, as dense (R, R) tables.
 
     Attributes:
         candidates: (R, R) bool, pairs that may be sampled.
-        match: (R, R) int64, row of ``label_sets`` of each pair; M for a negative pair.
+        match: (R, R) int64, each pair's row in ``label_sets``; M for a negative pair.
         label_sets: (M + 1, C) bool; row m is the label set of the ground-truth pair of relation m,
             the last row is empty.
         is_subject: (R,) bool, the entity matches a ground-truth subject.
@@ -100,17 +89,17 @@ class PairGrid:
 
     @property
     def positive(self) -> Tensor:
-        """(R, R) bool: candidates that match a ground-truth relation."""
+        """Return the candidates that match a ground-truth relation, (R, R) bool."""
         return self.candidates & (self.match < len(self.label_sets) - 1)
 
     @property
     def negative(self) -> Tensor:
-        """(R, R) bool: candidates that match none."""
+        """Return the candidates that match no ground-truth relation, (R, R) bool."""
         return self.candidates & (self.match == len(self.label_sets) - 1)
 
 
 def _label_sets(gt_pairs: Tensor, gt_predicates: Tensor, num_predicates: int) -> Tensor:
-    """(M + 1, C) bool: for each relation all predicates of its pair; the last row is empty."""
+    """Collect all predicates of each relation's pair: (M + 1, C) bool; the last row is empty."""
     same_pair = (gt_pairs[:, None] == gt_pairs[None]).all(dim=2)
     one_hot = gt_pairs.new_zeros((len(gt_pairs), num_predicates), dtype=torch.float32)
     one_hot.scatter_(1, gt_predicates[:, None], 1.0)
@@ -131,8 +120,8 @@ def match_pairs(
     """Match every pair of entities with the ground-truth relations (section 4 of the paper).
 
     A pair's overlap with a relation is ``min(IoU(subject, gt subject), IoU(object, gt object))``,
-    and 0 where a class differs. The pair is positive from ``iou_threshold`` on; its label set is
-    all predicates of the best matching ground-truth pair.
+    and 0 if a class differs. The pair is positive if its highest overlap is at least
+    ``iou_threshold``; its label set is all predicates of the best matching ground-truth pair.
 
     Args:
         entities: R boxes and (R,) classes.
@@ -141,10 +130,10 @@ def match_pairs(
         gt_predicates: (M,) predicates.
         num_predicates: C.
         overlap_filter: see :func:`candidate_pairs`.
-        iou_threshold: from which overlap on a pair is positive.
+        iou_threshold: minimum overlap of a positive pair.
     """
     boxes, classes = entities
-    candidates = candidate_pairs(boxes, overlap_filter)
+    candidates = candidate_pairs(boxes.tensor, overlap_filter)
     sets = _label_sets(gt_pairs, gt_predicates, num_predicates)
     num_entities, num_relations = len(boxes), len(gt_pairs)
     if num_relations == 0 or num_entities == 0:
@@ -167,7 +156,7 @@ def match_pairs(
 
 @dataclass
 class EntityBatch:
-    """The entities of all images, one after another, each encoded once.
+    """Entities of all images of a batch, concatenated; each is encoded once.
 
     Attributes:
         boxes: (R, 4).
@@ -175,7 +164,7 @@ class EntityBatch:
         image: (R,) int64, index of the entity's image.
         image_sizes: (N, 2) height and width.
         sizes: number of entities of each of the N images.
-        subject_vectors, object_vectors: (R, d), or None where nothing reads them.
+        subject_vectors, object_vectors: (R, d), or None if no module reads them.
     """
 
     boxes: Tensor
@@ -195,10 +184,10 @@ class EntityBatch:
         subject_vectors: Tensor | None = None,
         object_vectors: Tensor | None = None,
     ) -> "EntityBatch":
-        """Join images.
+        """Concatenate the entities of all images.
 
         Args:
-            boxes, classes, image_sizes: of each image; sizes are (height, width).
+            boxes, classes, image_sizes: one per image; image sizes are (height, width).
             subject_vectors, object_vectors: of all entities, in the same order.
         """
         sizes = [len(x) for x in boxes]

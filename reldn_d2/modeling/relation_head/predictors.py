@@ -1,13 +1,14 @@
-"""Visual module: what the pair looks like (section 4).
+"""The three modules that score the predicates of pairs: visual, semantic, spatial (section 4).
 
-Shapes: R entities, U union boxes, P pairs, d numbers an ROI vector, C predicates.
+Shapes: R entities, U union boxes, P pairs, d values per ROI vector, K entity classes, C predicates.
+Boxes are XYXY in pixels of the network's input.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .pairs import union_boxes
+from ...structures.box_ops import union_boxes
 
 __all__ = [
     "SPATIAL_FEATURE_SIZE",
@@ -22,8 +23,8 @@ __all__ = [
 class VisualModule(nn.Module):
     """MLP 3d - 3d/2 - d - (C + 1) on <subject, predicate, object>, and two linear skips.
 
-    The first layer is linear in its three parts, so these are applied once an entity and once a
-    union box rather than once a pair; the same holds for the skips.
+    The first layer is linear in its three parts, so each part is applied once per entity or union
+    box instead of once per pair; the same holds for the skips.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class VisualModule(nn.Module):
         Args:
             vector_size: d.
             num_predicates: C.
-            spo, subject_skip, object_skip: which of the three summands there are.
+            spo, subject_skip, object_skip: which of the three summands to use.
         """
         super().__init__()
         num_logits = num_predicates + 1
@@ -67,14 +68,15 @@ class VisualModule(nn.Module):
         objects: Tensor,
         union: Tensor | None,
     ) -> Tensor:
-        """
+        """Score the pairs.
+
         Args:
-            subject_vectors, object_vectors: (R, d), each entity in that role; None where no
-                enabled part reads it.
+            subject_vectors, object_vectors: (R, d), each entity in that role; None if no enabled
+                part reads it.
             union_vectors: (U, d), of the distinct union boxes; None without SPO.
-            subjects, objects: (P,) int64, the pairs, as indices into the R entities.
-            union: (P,) int64, each pair's union box; None where U = P and they are in the order of
-                the pairs, and without SPO.
+            subjects, objects: (P,) int64 indices into the R entities.
+            union: (P,) int64, each pair's union box; None without SPO, or if U = P and the union
+                boxes are in the order of the pairs.
 
         Returns:
             (P, C + 1) logits.
@@ -84,6 +86,7 @@ class VisualModule(nn.Module):
             from_subject, from_predicate, from_object = self.first.weight.split(
                 self.vector_size, dim=1
             )
+            # first(cat([s, u, o])) = W_u u + b + W_s s + W_o o
             hidden = F.linear(union_vectors, from_predicate, self.first.bias)
             hidden = hidden if union is None else hidden[union]
             hidden = hidden + F.linear(subject_vectors, from_subject)[subjects]
@@ -97,10 +100,10 @@ class VisualModule(nn.Module):
 
 
 def without_last_relu(box_head: nn.Sequential) -> nn.Sequential:
-    """Replace the ReLU that ends a box head by the identity (the released ``NO_FC7_RELU``).
+    """Replace the ReLU at the end of a box head by the identity (the released ``NO_FC7_RELU``).
 
     Raises:
-        ValueError: the head does not end in a ReLU.
+        ValueError: if the head does not end in a ReLU.
     """
     name, last = list(box_head.named_children())[-1]
     if not isinstance(last, nn.ReLU):
@@ -116,7 +119,7 @@ class SemanticModule(nn.Module):
     """Log-frequencies of predicates given subject and object class, as an embedding.
 
     The table is counted from the training annotations once (:meth:`set_log_frequencies`) and then
-    lives in the checkpoint; ``counted`` tells whether that has happened.
+    saved in the checkpoint; the buffer ``counted`` is True from then on.
     """
 
     def __init__(self, num_classes: int, num_predicates: int, freeze: bool = False):
@@ -124,7 +127,7 @@ class SemanticModule(nn.Module):
         Args:
             num_classes: K.
             num_predicates: C.
-            freeze: keep the table as counted instead of training it on.
+            freeze: keep the table as counted instead of training it further.
         """
         super().__init__()
         self.num_classes = num_classes
@@ -142,7 +145,7 @@ class SemanticModule(nn.Module):
             log_frequencies: (K, K, C + 1), see :func:`reldn_d2.data.frequency.log_frequencies`.
 
         Raises:
-            ValueError: the shape is another.
+            ValueError: if the shape differs.
         """
         expected = (self.num_classes, self.num_classes, self.num_predicates + 1)
         if tuple(log_frequencies.shape) != expected:
@@ -155,7 +158,8 @@ class SemanticModule(nn.Module):
         self.counted.fill_(True)
 
     def forward(self, subject_classes: Tensor, object_classes: Tensor) -> Tensor:
-        """
+        """Look up the logits of the pairs' classes.
+
         Args:
             subject_classes, object_classes: (P,) int64 in ``[0, K)``.
 
@@ -166,11 +170,11 @@ class SemanticModule(nn.Module):
 
 
 SPATIAL_FEATURE_SIZE = 28
-_SMALLEST_SIDE = 1.0  # pixels; a box is taken as at least so wide and high where it divides
+_SMALLEST_SIDE = 1.0  # pixels; minimum width and height of a box in a denominator
 
 
 def _box_delta(first: Tensor, second: Tensor) -> Tensor:
-    """Eq 9 between box centres, and the two offsets seen from the other box: (P, 6)."""
+    """Compute Eq 9 between box centres, and the offsets seen from the other box: (P, 6)."""
     size1 = (first[:, 2:] - first[:, :2]).clamp(min=_SMALLEST_SIDE)
     size2 = (second[:, 2:] - second[:, :2]).clamp(min=_SMALLEST_SIDE)
     offset = (first[:, :2] + first[:, 2:] - second[:, :2] - second[:, 2:]) / 2
@@ -178,17 +182,17 @@ def _box_delta(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _box_position(boxes: Tensor, image_sizes: Tensor) -> Tensor:
-    """Eq 10: corners and area as shares of the image: (P, 5)."""
+    """Compute Eq 10, corners and area as shares of the image: (P, 5)."""
     relative = boxes / image_sizes.flip(1).repeat(1, 2)
     area = (relative[:, 2:] - relative[:, :2]).prod(dim=1, keepdim=True)
     return torch.cat([relative, area], dim=1)
 
 
 def spatial_features(subject_boxes: Tensor, object_boxes: Tensor, image_sizes: Tensor) -> Tensor:
-    """Eq 11 in its 28-d form ``[D(s, o), D(s, u), D(u, o), c(s), c(o)]``.
+    """Compute Eq 11 in its 28-d form ``[D(s, o), D(s, u), D(u, o), c(s), c(o)]``.
 
-    ``D`` are the four numbers of Eq 9, its offsets taken between box centres, followed by the two
-    offsets in units of the first box's size; ``u`` is the union box.
+    ``D`` is the four values of Eq 9, with offsets between box centres, followed by the two offsets
+    in units of the first box's size; ``c`` is Eq 10 and ``u`` the union box.
 
     Args:
         subject_boxes, object_boxes: (P, 4).

@@ -1,66 +1,41 @@
-"""The relation head of RelDN: entities and feature maps in, losses or ranked triplets out.
+"""Relation head of RelDN: from entities and feature maps to losses or ranked triplets.
 
-Shapes: N images, R entities of the whole batch, P pairs of the whole batch, C predicates, d numbers
-an ROI vector. Boxes are XYXY in pixels of the network's input.
+Shapes: N images, R entities of the batch, P pairs of the batch, C predicates, d values per ROI
+vector. Boxes are XYXY in pixels of the network's input.
 """
 
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
-from detectron2.modeling.poolers import ROIPooler
-from detectron2.modeling.roi_heads.box_head import build_box_head
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import get_event_storage
 from detectron2.utils.logger import log_first_n
-from detectron2.utils.registry import Registry
 
-from ...structures.relations import predicted_relations
+from ...structures.box_ops import union_boxes
 from ...utils.protocols import predicates_per_pair
-from ..losses import AnchorSides, contrastive_losses, draw_predicate_targets, predicate_loss
-from ..losses.contrastive import LOSS_NAMES, NORMALIZATIONS
+from ..losses.contrastive import NORMALIZATIONS
+from .build import ROI_RELATION_HEAD_REGISTRY, build_visual_parts
+from .head_losses import relation_losses
 from .pair_sampling import SampledPairs, sample_pairs
-from .pairs import EntityBatch, distinct_unions, match_pairs, union_boxes
-from .predictors import (
-    SemanticModule,
-    SpatialModule,
-    VisualModule,
-    spatial_features,
-    without_last_relu,
-)
+from .pairs import EntityBatch, distinct_unions, match_pairs
+from .predictors import SemanticModule, SpatialModule, VisualModule, spatial_features
 from .topk import best_triplets
-from .training_metrics import training_statistics
+from .training_metrics import training_metrics
 
-__all__ = ["ROI_RELATION_HEAD_REGISTRY", "RelDNHead", "build_relation_head"]
-
-
-ROI_RELATION_HEAD_REGISTRY = Registry("ROI_RELATION_HEAD")
-ROI_RELATION_HEAD_REGISTRY.__doc__ = """
-Registry for relation heads, which predict the predicates of pairs of entities.
-
-The registered object is called with ``obj(cfg, entity_shape, predicate_shape)``: the output shapes
-of the detector's and of the predicate backbone, as dicts from feature name to ShapeSpec. Its calls
-are those of :class:`reldn_d2.modeling.relation_head.RelDNHead`.
-"""
-
-
-def build_relation_head(
-    cfg: CfgNode, entity_shape: dict[str, ShapeSpec], predicate_shape: dict[str, ShapeSpec]
-) -> nn.Module:
-    """Build the head that ``cfg.MODEL.ROI_RELATION_HEAD.NAME`` names."""
-    name = cfg.MODEL.ROI_RELATION_HEAD.NAME
-    return ROI_RELATION_HEAD_REGISTRY.get(name)(cfg, entity_shape, predicate_shape)
+__all__ = ["RelDNHead"]
 
 
 @ROI_RELATION_HEAD_REGISTRY.register()
 class RelDNHead(nn.Module):
-    """Semantic, spatial and visual module, their fusion, the losses and the ranking.
+    """Fuses the semantic, spatial and visual module; computes the losses and ranks triplets.
 
-    Each entity's subject vector and object vector is computed once an image, each distinct union
-    box once, shared by all losses.
+    The subject and the object vector of each entity and the vector of each distinct union box are
+    computed once per batch and shared by all losses.
     """
 
     @configurable
@@ -85,7 +60,7 @@ class RelDNHead(nn.Module):
         alphas: tuple[float, float, float] = (0.2, 0.2, 0.2),
         normalization: str = "paper",
         topk: int = 100,
-        predicates_per_pair: tuple[int, ...] = (1,),
+        predicates_per_pair: tuple[int | None, ...] = (1,),
         pair_chunk: int = 2048,
         statistics_period: int = 20,
     ):
@@ -93,20 +68,24 @@ class RelDNHead(nn.Module):
         Args:
             num_classes: number of entity classes.
             num_predicates: C.
-            in_features: names of the feature maps that the poolers take.
+            in_features: names of the feature maps that both poolers read.
             entity_pooler, predicate_pooler: ROI poolers on the detector's and on the predicate
-                backbone's feature maps; None where the visual module does not need them.
-            subject_box_head, object_box_head, predicate_box_head: (K, c, h, w) to (K, d); likewise.
+                backbone's feature maps; None if the visual module does not need them.
+            subject_box_head, object_box_head, predicate_box_head: (R, c, h, w) to (R, d); likewise.
             semantic, spatial, visual: the three modules; None switches one off.
-            overlap_filter: only pairs whose boxes overlap.
-            pair_iou_threshold: from which overlap on a pair matches a ground-truth relation.
+            overlap_filter: use only pairs whose boxes overlap.
+            pair_iou_threshold: minimum overlap of a pair with a ground-truth relation that it
+                matches.
             sampling: keyword arguments of :func:`.pair_sampling.sample_pairs`.
             lambdas: weights of L1 to L3; all zero switches them off.
             alphas: margins of L1 to L3.
             normalization: of L1 to L3, see :func:`..losses.contrastive.group_weights`.
             topk, predicates_per_pair: see :class:`.topk.TopTriplets`.
-            pair_chunk: most pairs scored at once at test time.
-            statistics_period: iterations from one entry of training statistics to the next.
+            pair_chunk: max pairs scored at once at test time.
+            statistics_period: log training metrics every so many iterations.
+
+        Raises:
+            ValueError: if all modules are off or an option has an invalid value.
         """
         super().__init__()
         if semantic is None and spatial is None and visual is None:
@@ -115,20 +94,7 @@ class RelDNHead(nn.Module):
                 "SPATIAL.ENABLED, VISUAL.SPO, VISUAL.SUBJECT_SKIP, VISUAL.OBJECT_SKIP under "
                 "MODEL.ROI_RELATION_HEAD."
             )
-        if normalization not in NORMALIZATIONS:
-            raise ValueError(
-                f"MODEL.ROI_RELATION_HEAD.LOSS.NORMALIZATION is '{normalization}'; known: "
-                f"{', '.join(NORMALIZATIONS)}"
-            )
-        if len(predicates_per_pair) == 0 or min(predicates_per_pair) < 0:
-            raise ValueError(
-                f"TEST.RELATIONS.PREDICATES_PER_PAIR is {list(predicates_per_pair)}; expected one "
-                "or several numbers of predicates, 0 for all of them."
-            )
-        if pair_chunk < 1:
-            raise ValueError(
-                f"TEST.RELATIONS.PAIR_CHUNK is {pair_chunk}; expected 1 or more pairs."
-            )
+        _check_options(normalization, predicates_per_pair, pair_chunk)
         self.num_classes = num_classes
         self.num_predicates = num_predicates
         self.in_features = list(in_features)
@@ -160,7 +126,7 @@ class RelDNHead(nn.Module):
         cfg: CfgNode,
         entity_shape: dict[str, ShapeSpec],
         predicate_shape: dict[str, ShapeSpec],
-    ):
+    ) -> dict[str, Any]:
         head = cfg.MODEL.ROI_RELATION_HEAD
         in_features = list(head.IN_FEATURES or cfg.MODEL.ROI_HEADS.IN_FEATURES)
         num_classes, num_predicates = cfg.MODEL.ROI_HEADS.NUM_CLASSES, head.NUM_PREDICATES
@@ -187,57 +153,18 @@ class RelDNHead(nn.Module):
             ret["semantic"] = SemanticModule(num_classes, num_predicates, head.SEMANTIC.FREEZE)
         if head.SPATIAL.ENABLED:
             ret["spatial"] = SpatialModule(num_predicates, head.SPATIAL.HIDDEN_DIM)
-        ret.update(cls._init_visual(cfg, in_features, entity_shape, predicate_shape))
-        return ret
-
-    @classmethod
-    def _init_visual(cls, cfg, in_features, entity_shape, predicate_shape):
-        head, switch = cfg.MODEL.ROI_RELATION_HEAD, cfg.MODEL.ROI_RELATION_HEAD.VISUAL
-        resolution = head.POOLER_RESOLUTION or cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION
-        if not (switch.SPO or switch.SUBJECT_SKIP or switch.OBJECT_SKIP):
-            return {}
-
-        def pooler(shape):
-            return ROIPooler(
-                output_size=resolution,
-                scales=tuple(1.0 / shape[name].stride for name in in_features),
-                sampling_ratio=head.POOLER_SAMPLING_RATIO,
-                pooler_type=head.POOLER_TYPE,
-            )
-
-        def box_head(shape):
-            channels = shape[in_features[0]].channels
-            pooled = ShapeSpec(channels=channels, height=resolution, width=resolution)
-            built = build_box_head(cfg, pooled)
-            return without_last_relu(built) if head.NO_FC7_RELU else built
-
-        ret = {"entity_pooler": pooler(entity_shape)}
-        if switch.SPO or switch.SUBJECT_SKIP:
-            ret["subject_box_head"] = box_head(entity_shape)
-        if switch.SPO or switch.OBJECT_SKIP:
-            ret["object_box_head"] = box_head(entity_shape)
-        if switch.SPO:
-            ret["predicate_pooler"] = pooler(predicate_shape)
-            ret["predicate_box_head"] = box_head(predicate_shape)
-        some_head = next(head for name, head in ret.items() if name.endswith("box_head"))
-        ret["visual"] = VisualModule(
-            some_head.output_shape.channels,
-            head.NUM_PREDICATES,
-            spo=switch.SPO,
-            subject_skip=switch.SUBJECT_SKIP,
-            object_skip=switch.OBJECT_SKIP,
-        )
+        ret.update(build_visual_parts(cfg, in_features, entity_shape, predicate_shape))
         return ret
 
     @property
     def box_heads(self) -> list[nn.Module]:
-        """The box heads there are, of subject, object and predicate."""
+        """Return the box heads of subject, object and predicate, without those that are off."""
         heads = (self.subject_box_head, self.object_box_head, self.predicate_box_head)
         return [head for head in heads if head is not None]
 
     @property
     def needs_predicate_features(self) -> bool:
-        """Whether the predicate backbone is read at all."""
+        """Whether any part of the head reads the predicate backbone's feature maps."""
         return self.predicate_box_head is not None
 
     def encode_entities(
@@ -248,13 +175,13 @@ class RelDNHead(nn.Module):
         image_sizes: list[tuple[int, int]],
         chunk: int | None = None,
     ) -> EntityBatch:
-        """Encode each entity once in either role.
+        """Encode each entity once as a subject and once as an object.
 
         Args:
             features: the detector's feature maps, (N, c, h, w) each.
-            boxes, classes: of each image.
-            image_sizes: (height, width) of each image.
-            chunk: most boxes pooled at once, for one image; None pools all.
+            boxes, classes: one per image.
+            image_sizes: (height, width) per image.
+            chunk: max boxes pooled at once, for a batch of one image; None pools all.
         """
         subject_vectors = object_vectors = None
         if self.entity_pooler is not None:
@@ -278,7 +205,7 @@ class RelDNHead(nn.Module):
         subjects: Tensor,
         objects: Tensor,
     ) -> Tensor:
-        """Eq 12 before the softmax: the sum of the modules' logits.
+        """Compute Eq 12 before the softmax: the sum of the modules' logits.
 
         Args:
             entities: the R encoded entities.
@@ -291,28 +218,45 @@ class RelDNHead(nn.Module):
         logits = 0
         if self.semantic is not None:
             logits = self.semantic(entities.classes[subjects], entities.classes[objects])
-        subject_boxes, object_boxes = entities.boxes[subjects], entities.boxes[objects]
         if self.spatial is not None:
             sizes = entities.image_sizes[entities.image[subjects]]
-            logits = logits + self.spatial(spatial_features(subject_boxes, object_boxes, sizes))
+            features = spatial_features(entities.boxes[subjects], entities.boxes[objects], sizes)
+            logits = logits + self.spatial(features)
         if self.visual is not None:
             vectors = union = None
             if self.predicate_box_head is not None:
-                if torch.jit.is_tracing():  # one image; no number of pairs is to be written down
-                    boxes = [union_boxes(subject_boxes, object_boxes)]
-                else:
-                    first, second, union, sizes = distinct_unions(
-                        subjects, objects, entities.image, len(entities.boxes), len(entities.sizes)
-                    )
-                    boxes = union_boxes(entities.boxes[first], entities.boxes[second]).split(sizes)
-                maps = [predicate_features[name] for name in self.in_features]
-                vectors = self.predicate_box_head(
-                    self.predicate_pooler(maps, [Boxes(x) for x in boxes])
+                vectors, union = self._encode_unions(
+                    entities, predicate_features, subjects, objects
                 )
             logits = logits + self.visual(
                 entities.subject_vectors, entities.object_vectors, vectors, subjects, objects, union
             )
         return logits
+
+    def _encode_unions(
+        self,
+        entities: EntityBatch,
+        predicate_features: dict[str, Tensor],
+        subjects: Tensor,
+        objects: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Encode each distinct union box of the pairs once.
+
+        Returns:
+            (U, d) vectors, and (P,) int64, each pair's union box; None if U = P, pair by pair.
+        """
+        union = None
+        if torch.jit.is_tracing():
+            # One image. Finding distinct boxes would write their number into the graph.
+            boxes = [union_boxes(entities.boxes[subjects], entities.boxes[objects])]
+        else:
+            first, second, union, counts = distinct_unions(
+                subjects, objects, entities.image, len(entities.boxes), len(entities.sizes)
+            )
+            boxes = union_boxes(entities.boxes[first], entities.boxes[second]).split(counts)
+        maps = [predicate_features[name] for name in self.in_features]
+        pooled = self.predicate_pooler(maps, [Boxes(x) for x in boxes])
+        return self.predicate_box_head(pooled), union
 
     def forward(
         self,
@@ -321,14 +265,15 @@ class RelDNHead(nn.Module):
         entities: list[Instances],
         targets: list[tuple[Instances, Instances]] | None = None,
     ):
-        """
+        """Compute losses in training, and the best relations otherwise.
+
         Args:
-            features: the detector's feature maps.
+            features: the detector's feature maps, (N, c, h, w) each.
             predicate_features: the predicate backbone's feature maps; None if not needed.
-            entities: of each image; in training with ``proposal_boxes`` and ``gt_classes``, at
-                test time with ``pred_boxes``, ``pred_classes`` and ``scores``.
-            targets: in training, of each image the ground-truth ``instances`` (``gt_boxes``,
-                ``gt_classes``) and ``relations`` (``gt_pairs``, ``gt_predicates``).
+            entities: one per image; in training with ``proposal_boxes`` and ``gt_classes``, at test
+                time with ``pred_boxes``, ``pred_classes`` and ``scores``.
+            targets: in training, the ground-truth ``instances`` (``gt_boxes``, ``gt_classes``) and
+                ``relations`` (``gt_pairs``, ``gt_predicates``) of each image.
 
         Returns:
             In training a dict of losses, weighted by their lambdas. Otherwise the relations of each
@@ -345,7 +290,14 @@ class RelDNHead(nn.Module):
             for i, instances in enumerate(entities)
         ]
 
-    def _losses(self, features, predicate_features, proposals, targets) -> dict[str, Tensor]:
+    def _losses(
+        self,
+        features: dict[str, Tensor],
+        predicate_features: dict[str, Tensor] | None,
+        proposals: list[Instances],
+        targets: list[tuple[Instances, Instances]],
+    ) -> dict[str, Tensor]:
+        """Sample pairs, score them and compute the losses; arguments as in :meth:`forward`."""
         boxes, classes = [x.proposal_boxes for x in proposals], [x.gt_classes for x in proposals]
         entities = self.encode_entities(features, boxes, classes, [x.image_size for x in proposals])
         samples = []
@@ -362,55 +314,36 @@ class RelDNHead(nn.Module):
             samples.append(sample_pairs(grid, **self.sampling))
         pairs = SampledPairs.cat(samples, entities.sizes)
         logits = self.pair_logits(entities, predicate_features, pairs.subjects, pairs.objects)
-        return self._sum_losses(logits, pairs, entities)
-
-    def _sum_losses(self, logits, pairs: SampledPairs, entities: EntityBatch) -> dict[str, Tensor]:
-        """L0 and, where a lambda is not zero, L1 to L3 of both sides."""
-        num_images = len(entities.sizes)
-        image = entities.image[pairs.subjects]
-        chosen = pairs.for_predicate.float()
-        in_image = chosen.new_zeros(num_images).index_add(0, image, chosen)
-        weights = chosen / in_image.clamp(min=1.0)[image] / num_images
-        targets = draw_predicate_targets(pairs.labels)
-        losses = {"loss_predicate": predicate_loss(logits, targets, weights)}
-
-        groups = None
-        if any(self.lambdas):
-            ends = torch.stack([pairs.subjects, pairs.objects])
-            sides = AnchorSides(
-                sampled=torch.stack([pairs.for_subjects, pairs.for_objects]),
-                anchor=ends,
-                other_class=entities.classes[ends.flip(0)],
-            )
-            contrastive, groups = contrastive_losses(
-                logits,
-                pairs.labels,
-                sides,
-                entities.image,
-                num_images=num_images,
-                num_classes=self.num_classes,
-                alphas=self._alphas,
-                normalization=self.normalization,
-            )
-            for name, loss, weight in zip(LOSS_NAMES, contrastive, self.lambdas):
-                if weight:
-                    losses[f"loss_{name}"] = weight * loss
+        result = relation_losses(
+            logits,
+            pairs,
+            entities,
+            num_classes=self.num_classes,
+            lambdas=self.lambdas,
+            alphas=self._alphas,
+            normalization=self.normalization,
+        )
         storage = get_event_storage()
         if (storage.iter + 1) % self.statistics_period == 0:  # when the trainer's writers write
-            statistics = training_statistics(logits, targets, pairs, groups, self.alphas)
-            storage.put_scalars(smoothing_hint=False, **statistics)
+            metrics = training_metrics(logits, result.targets, pairs, result.groups, self.alphas)
+            storage.put_scalars(smoothing_hint=False, **metrics)
             if len(pairs) == 0:
                 log_first_n(
                     logging.WARNING,
-                    f"Iteration {storage.iter}: no pair to train on in {num_images} images. "
-                    + "With MODEL.ROI_RELATION_HEAD.OVERLAP_FILTER on, pairs whose boxes do not "
-                    + "overlap are left out; images with fewer than two annotations have none.",
+                    f"Iteration {storage.iter}: no pair to train on in {len(proposals)} images. "
+                    "With MODEL.ROI_RELATION_HEAD.OVERLAP_FILTER on, pairs whose boxes do not "
+                    "overlap are left out; images with fewer than two annotations have none.",
                     n=3,
                 )
-        return losses
+        return result.losses
 
-    def _predict(self, features, predicate_features, instances: Instances) -> Instances:
-        """Ranked triplets of one image; the memory is bounded by ``pair_chunk``."""
+    def _predict(
+        self,
+        features: dict[str, Tensor],
+        predicate_features: dict[str, Tensor] | None,
+        instances: Instances,
+    ) -> Instances:
+        """Rank the triplets of one image; memory is bounded by ``pair_chunk``."""
         entities = self.encode_entities(
             features,
             [instances.pred_boxes],
@@ -423,15 +356,32 @@ class RelDNHead(nn.Module):
             logits = self.pair_logits(entities, predicate_features, subjects, objects)
             return logits.float().softmax(dim=1)[:, :-1]
 
-        best = best_triplets(
+        relations, _ = best_triplets(
             score_pairs,
             instances.scores,
             instances.pred_boxes.tensor if self.overlap_filter else None,
+            instances.image_size,
             num_predicates=self.num_predicates,
             predicates_per_pair=self.predicates_per_pair,
             topk=self.topk,
             chunk=self.pair_chunk,
         )
-        return predicted_relations(
-            instances.image_size, best.pairs, best.predicates, best.scores, best.predicate_scores
+        return relations
+
+
+def _check_options(
+    normalization: str, predicates_per_pair: tuple[int | None, ...], pair_chunk: int
+) -> None:
+    """Raise a ValueError that names the config key of an invalid option."""
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(
+            f"MODEL.ROI_RELATION_HEAD.LOSS.NORMALIZATION is '{normalization}'; known: "
+            f"{', '.join(NORMALIZATIONS)}"
         )
+    if len(predicates_per_pair) == 0 or any(k is not None and k < 0 for k in predicates_per_pair):
+        raise ValueError(
+            f"TEST.RELATIONS.PREDICATES_PER_PAIR is {list(predicates_per_pair)}; expected at least "
+            "one limit per pair, 0 or more; 0 means no limit."
+        )
+    if pair_chunk < 1:
+        raise ValueError(f"TEST.RELATIONS.PAIR_CHUNK is {pair_chunk}; expected 1 or more pairs.")

@@ -1,269 +1,244 @@
-"""The best triplets of an image at test time (section 5), without computing every pair.
+"""The exact best triplets of an image at test time (section 5), without scoring every pair.
+
+Shapes: R entities of one image, P pairs, C predicates, K kept triplets (``topk``).
 
 A triplet scores ``p_det(s) * p(pred | s, o) * p_det(o)``, so no triplet of a pair scores more than
-the pair's bound ``p_det(s) * p_det(o)``. Pairs are visited in descending order of this bound; once
-the worst of the best triplets found beats the bound of the pairs that remain, none of these can
-come in, and their union boxes are never pooled.
+the pair's bound ``p_det(s) * p_det(o)``. Pairs are scored in descending order of this bound. Once
+the K-th best triplet so far scores more than the bound of every remaining pair, none of those pairs
+can contribute, and their union boxes are never pooled.
 
-(s, o) and (o, s) have one bound and one union box: they are visited together, the box is pooled
-once. No tighter bound is used: what the semantic and the spatial module say of a pair bounds
-nothing as long as the logits of its union box are not known.
-
-Shapes: R entities of one image, P pairs, C predicates, K kept triplets.
+(s, o) and (o, s) have the same bound and the same union box, so they are scored together and the
+box is pooled once. No tighter bound is used: what the semantic and the spatial module say about a
+pair bounds nothing as long as the visual logits of its union box are unknown.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = [
-    "RankedTriplets",
-    "TopTriplets",
-    "best_of_chunks",
-    "best_triplets",
-    "exhaustive_triplets",
-    "pairs_by_bound",
-]
+from detectron2.structures import Instances
 
-FIRST_CHUNK, GROWTH = 256, 1.5  # pairs, and the factor from chunk to chunk up to the limit
-# The bound is worked out in float64, a score rounds in float32: never trust the last bits.
+from ...structures.box_ops import boxes_overlap
+from ...structures.relations import predicted_relations
+
+__all__ = ["TopTriplets", "best_of_chunks", "best_triplets", "pairs_by_bound"]
+
+# Pairs in the first chunk, and growth from chunk to chunk up to the limit. A small first chunk
+# suffices for most images; growing chunks keep the device busy when many pairs are needed.
+FIRST_CHUNK, GROWTH = 256, 1.5
+
+# Pairs (i < j) sorted at once. All pairs of up to 256 entities are sorted in one go; beyond that
+# they are sorted in blocks, so that no table of R x R is ever made.
+SORTED_PAIRS = 2**16
+
+# Bounds are float64 and scores float32, so allow for rounding.
 _ROUNDING = 1.0 + 2.0**-20
-_SMALLEST = 2.0**-126  # below it float32 has fewer digits, and the above does not hold
+# Below this float32 is denormal: it has fewer digits, and _ROUNDING is no longer enough.
+_SMALLEST_NORMAL = 2.0**-126
 
 ScorePairs = Callable[[Tensor, Tensor], Tensor]
 """From (P,) subjects and (P,) objects to the (P, C) probabilities of their predicates."""
 
-
-@dataclass
-class RankedTriplets:
-    """K triplets in descending order of score; equal ones by subject, object and predicate.
-
-    Attributes:
-        pairs: (K, 2) int64, subject and object.
-        predicates: (K,) int64.
-        scores: (K,), ``p_det(s) * p(pred | s, o) * p_det(o)``.
-        predicate_scores: (K,), ``p(pred | s, o)``.
-        num_scored: of how many pairs the predicates were computed.
-    """
-
-    pairs: Tensor
-    predicates: Tensor
-    scores: Tensor
-    predicate_scores: Tensor
-    num_scored: int
+_Ranked = tuple[Tensor, Tensor, Tensor]
+"""(K,) scores, (K,) triplet ids and (K,) predicate probabilities, best triplet first."""
 
 
 class TopTriplets:
-    """For each number k of predicates a pair, the K best triplets among the pairs seen so far."""
+    """The K best triplets among the pairs seen so far, for each limit of predicates per pair.
 
-    def __init__(self, predicates_per_pair: Sequence[int], topk: int, num_predicates: int):
+    A triplet's id is ``pair_id * C + predicate``. Equal scores rank by id, so that the result does
+    not depend on the order in which pairs are scored.
+    """
+
+    def __init__(self, predicates_per_pair: Sequence[int | None], topk: int, num_predicates: int):
         """
         Args:
             predicates_per_pair: for each value k the exact ``topk`` best triplets are kept among
-                those whose predicate is one of the k best of its pair; 0 stands for all predicates.
-            topk: K.
+                those whose predicate is one of the k best of its pair; None (or 0) means no limit.
+            topk: K, number of triplets kept.
             num_predicates: C.
         """
-        # Numbers of predicates beyond C ask for the same triplets as all of them.
-        self.ks = sorted({min(k or num_predicates, num_predicates) for k in predicates_per_pair})
+        # A limit of C or more predicates is no limit.
+        self.limits = sorted(
+            {min(k or num_predicates, num_predicates) for k in predicates_per_pair}
+        )
         self.topk = topk
         self.num_predicates = num_predicates
-        self._best: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._best: dict[int, _Ranked] = {}  # by limit
 
-    def update(self, probabilities: Tensor, pair_scores: Tensor, pair_numbers: Tensor) -> None:
-        """Take in P further pairs.
+    def update(self, probabilities: Tensor, pair_scores: Tensor, pair_ids: Tensor) -> None:
+        """Add the triplets of P further pairs.
 
         Args:
             probabilities: (P, C), without "no relationship".
             pair_scores: (P,), ``p_det(s) * p_det(o)``.
-            pair_numbers: (P,) int64, different for different pairs; ties go to the smaller one.
+            pair_ids: (P,) int64, different for different pairs; the smaller id wins ties.
         """
         best_first = None
-        for k in self.ks:
+        for k in self.limits:
             if k == self.num_predicates:
                 predicates = torch.arange(k, device=probabilities.device).expand_as(probabilities)
-                of_pair = probabilities
+                kept = probabilities
             else:
-                if best_first is None:
+                if best_first is None:  # sorted once for all limits
                     best_first = probabilities.argsort(dim=1, descending=True, stable=True)
                 predicates = best_first[:, :k]
-                of_pair = probabilities.gather(1, predicates)
-            scores = of_pair * pair_scores[:, None]
-            keys = pair_numbers[:, None] * self.num_predicates + predicates
-            self._merge(k, scores.flatten(), keys.flatten(), of_pair.flatten())
+                kept = probabilities.gather(1, predicates)
+            scores = kept * pair_scores[:, None]
+            triplet_ids = pair_ids[:, None] * self.num_predicates + predicates
+            self._merge(k, (scores.flatten(), triplet_ids.flatten(), kept.flatten()))
 
-    def _merge(self, k: int, scores: Tensor, keys: Tensor, probabilities: Tensor) -> None:
-        """Keep the best of the new triplets and the old; NaN, which compares to nothing, stays."""
-        found = (scores, keys, probabilities)
-        least = self._least(k)
-        if least is None and len(scores) > self.topk > 0:
-            least = scores.topk(self.topk).values[-1]
-        if least is not None:  # few are left to be sorted
-            able = ~(scores < least)
-            found = tuple(x[able] for x in found)
+    def _merge(self, k: int, new: _Ranked) -> None:
+        """Merge new triplets, in any order, into the K best of limit k.
+
+        NaN scores are kept, so that whoever looks at the result notices them: ``~(scores < x)`` is
+        true for NaN, unlike ``scores >= x``, and a descending sort puts NaN first.
+        """
+        scores = new[0]
+        lowest_kept = self._lowest_kept(k)
+        if lowest_kept is None and len(scores) > self.topk > 0:
+            lowest_kept = scores.topk(self.topk).values[-1]
+        if lowest_kept is not None:  # drop most triplets before sorting
+            can_enter = ~(scores < lowest_kept)
+            new = tuple(x[can_enter] for x in new)
         if k in self._best:
-            found = tuple(torch.cat(pair) for pair in zip(self._best[k], found))
-        scores, keys, probabilities = found
-        order = keys.argsort()
-        order = order[scores[order].argsort(descending=True, stable=True)][: self.topk]
-        self._best[k] = (scores[order], keys[order], probabilities[order])
+            new = tuple(torch.cat(old_and_new) for old_and_new in zip(self._best[k], new))
+        scores, triplet_ids, probabilities = new
+        order = _by_score_then_id(scores, triplet_ids)[: self.topk]
+        self._best[k] = (scores[order], triplet_ids[order], probabilities[order])
 
-    def _least(self, k: int) -> Tensor | None:
-        """The score that a further triplet has to reach; None as long as any is welcome."""
-        if k not in self._best or len(self._best[k][0]) < self.topk:
+    def _lowest_kept(self, k: int) -> Tensor | None:
+        """Return the K-th best score of limit k; None while fewer than K triplets are kept."""
+        if k not in self._best or len(self._best[k][0]) < self.topk or self.topk == 0:
             return None
-        return self._best[k][0][-1] if self.topk else None
+        return self._best[k][0][-1]
 
     def threshold(self) -> float:
-        """The score below which a further triplet changes nothing, whichever k; 0 if there is none.
+        """Return the score below which a further triplet changes nothing for any limit; 0 if none.
 
-        This fetches a number from the device.
+        This transfers one value from the device.
         """
         if self.topk == 0:
             return float("inf")
-        least = [self._least(k) for k in self.ks]
-        if not least or any(x is None for x in least):
+        lowest_kept = [self._lowest_kept(k) for k in self.limits]
+        if not lowest_kept or any(x is None for x in lowest_kept):
             return 0.0
-        lowest = float(torch.stack(least).min())
-        return lowest if lowest >= _SMALLEST else 0.0  # not if it is NaN
+        lowest = float(torch.stack(lowest_kept).min())
+        return lowest if lowest >= _SMALLEST_NORMAL else 0.0  # NaN gives 0 too
 
-    def result(self, num_entities: int, num_scored: int) -> RankedTriplets:
-        """The triplets of all k together, their pairs numbered ``subject * R + object``."""
-        scores, keys, probabilities = (torch.cat(x) for x in zip(*self._best.values()))
-        order = keys.argsort()
-        keys = keys[order]
-        first = torch.ones_like(keys, dtype=torch.bool)
-        first[1:] = keys[1:] != keys[:-1]
-        order, keys = order[first], keys[first]
+    def relations(self, num_entities: int, image_size: tuple[int, int]) -> Instances:
+        """Return the triplets kept for any limit, best first; each triplet occurs once.
+
+        Args:
+            num_entities: R; the pair (s, o) has the id ``s * R + o``.
+            image_size: (height, width) of the image that the entities' boxes refer to.
+
+        Returns:
+            Fields as in :func:`reldn_d2.structures.relations.predicted_relations`.
+        """
+        scores, triplet_ids, probabilities = (torch.cat(x) for x in zip(*self._best.values()))
+        order = triplet_ids.argsort()
+        triplet_ids = triplet_ids[order]
+        is_new = torch.ones_like(triplet_ids, dtype=torch.bool)
+        is_new[1:] = triplet_ids[1:] != triplet_ids[:-1]
+        order, triplet_ids = order[is_new], triplet_ids[is_new]
         best_first = scores[order].argsort(descending=True, stable=True)
-        order, keys = order[best_first], keys[best_first]
-        numbers = torch.div(keys, self.num_predicates, rounding_mode="floor")
-        subjects = torch.div(numbers, max(num_entities, 1), rounding_mode="floor")
-        pairs = torch.stack([subjects, numbers - subjects * num_entities], dim=1)
-        predicates = keys - numbers * self.num_predicates
-        return RankedTriplets(pairs, predicates, scores[order], probabilities[order], num_scored)
+        order, triplet_ids = order[best_first], triplet_ids[best_first]
+
+        pair_ids = torch.div(triplet_ids, self.num_predicates, rounding_mode="floor")
+        subjects = torch.div(pair_ids, max(num_entities, 1), rounding_mode="floor")
+        return predicted_relations(
+            image_size,
+            pairs=torch.stack([subjects, pair_ids - subjects * num_entities], dim=1),
+            predicates=triplet_ids - pair_ids * self.num_predicates,
+            scores=scores[order],
+            predicate_scores=probabilities[order],
+        )
 
 
-class _Bands:
-    """All pairs i < j of R descending scores, cut into bands of descending products.
-
-    The memory is that of R numbers.
-    """
-
-    def __init__(self, scores: np.ndarray):
-        """
-        Args:
-            scores: (R,) float64 in descending order, not negative. Products of two numbers that
-                were float32 are exact in it.
-        """
-        self.scores = scores
-        self.done = np.arange(1, len(scores) + 1)  # where each first's next band begins
-        self.low = float("inf")  # no remaining pair's product is above it
-
-    def _reach(self, low: float) -> np.ndarray:
-        """(R,) where the seconds end whose product with each first is ``low`` or more."""
-        if low <= 0:
-            return np.full(len(self.scores), len(self.scores))
-        with np.errstate(divide="ignore"):
-            needed = low / self.scores
-        # Both steps are monotonous in ``low``, so each pair falls into one band, whatever rounds.
-        return np.maximum(np.searchsorted(-self.scores, -needed, side="right"), self.done)
-
-    def next(self, number: int, floor: float) -> tuple[np.ndarray, np.ndarray]:
-        """Of each first, the range of seconds in the next band: begin (R,), end (R,).
-
-        Args:
-            number: pairs in the band at most. It has more only where equal products are more; then
-                it has nothing but these.
-            floor: leave out pairs whose product is below; all are left out from then on.
-        """
-        start, done = self.done, self.done.sum()
-        if self.low == float("inf"):
-            self.low = float(self.scores[0] ** 2)
-        low, end = floor, self._reach(floor)
-        if end.sum() - done > number:
-            # Bisect, in steps of equal ratio, between too many pairs and too few.
-            many, few = max(low, 1e-12 * self.low), self.low
-            for _ in range(40):
-                middle = float(np.sqrt(many * few))
-                count = self._reach(middle).sum() - done
-                if count > number:
-                    many = middle
-                    continue
-                few = middle
-                if count > number // 2:
-                    break
-            low, end = few, self._reach(few)
-            if end.sum() == done:  # none but equal products, or ones far below all so far
-                low, end = many, self._reach(many)
-        self.low, self.done = low, end
-        return start, end
+def _by_score_then_id(scores: Tensor, triplet_ids: Tensor) -> Tensor:
+    """Return the order of descending scores, equal ones by ascending id."""
+    by_id = triplet_ids.argsort()
+    return by_id[scores[by_id].argsort(descending=True, stable=True)]
 
 
 def pairs_by_bound(
     scores: Tensor,
     boxes: Tensor | None,
     chunk: int,
-    floor: Callable[[], float] = lambda: 0.0,
+    threshold: Callable[[], float] = lambda: 0.0,
     first_chunk: int = FIRST_CHUNK,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Ordered pairs (i, j), i != j, in chunks, roughly in descending order of ``p(i) * p(j)``.
+    """Yield ordered pairs (i, j), i != j, in chunks of descending ``p_det(i) * p_det(j)``.
 
-    (i, j) and (j, i) come in one chunk, unless chunks have one pair. Nothing of size R x R is
-    made: the memory is that of R numbers and of a chunk.
+    (i, j) and (j, i) are in one chunk, unless chunks have one pair. With more than 256 entities the
+    order is only roughly descending: pairs are sorted in blocks of ``SORTED_PAIRS``, first all
+    pairs of the entities with the highest scores. The pairs that are left out are the same.
 
     Args:
         scores: (R,) float32 on the CPU.
-        boxes: (R, 4) on the CPU to leave out pairs whose boxes do not overlap; None takes all.
-        chunk: most pairs at once.
-        floor: asked before each band of pairs; those whose product is certainly below it are left
-            out.
-        first_chunk: pairs of the first chunk at most; the next are ``GROWTH`` times as large. More
-            pairs of equal products than that are visited in whole chunks, for no triplet of theirs
-            can end the visit.
+        boxes: (R, 4) on the CPU to leave out pairs whose boxes do not overlap; None yields all.
+        chunk: max pairs per chunk.
+        threshold: called before each chunk; from then on, pairs whose bound is certainly below its
+            result are left out.
+        first_chunk: max pairs of the first chunk; each further one is ``GROWTH`` times as large. If
+            all pairs of a chunk have the same bound, it is filled up to ``chunk`` with others of
+            that bound, because none of them can end the search.
 
     Yields:
         (P,) subjects and (P,) objects, int64, P > 0.
     """
-    values = np.abs(np.nan_to_num(scores.double().numpy(), nan=1.0)).clip(max=1e30)
-    order = np.argsort(-values, kind="stable")
-    bands = _Bands(values[order])
-    size, found, looked_at = min(first_chunk, chunk), 0, 0
-    while len(values) and bands.low > 0:
-        limit = floor() / _ROUNDING
-        if limit >= bands.low:
-            return
-        share = max(found / looked_at, 1 / 16) if looked_at else 1.0
-        wanted = int(max(size // 2, 1) / share)  # each pair comes in both orders
-        start, end = bands.next(wanted, limit)
-        ends = (end - start).cumsum()
-        if ends[-1] > wanted:
-            wanted = int(max(chunk // 2, 1) / share)
-        for begin in range(0, int(ends[-1]), wanted):
-            number = np.arange(begin, min(begin + wanted, int(ends[-1])))
-            first = np.searchsorted(ends, number, side="right")
-            second = end[first] - (ends[first] - number)
-            pairs = torch.from_numpy(np.stack([order[first], order[second]], axis=1))
-            if boxes is not None:
-                pairs = pairs[_overlap(boxes[pairs[:, 0]], boxes[pairs[:, 1]])]
-            found, looked_at = found + len(pairs), looked_at + len(number)
-            for part in pairs.split(max(chunk // 2, 1)):
-                both = torch.stack([part, part.flip(1)], dim=1).reshape(-1, 2)
-                for ordered in both.split(chunk):
-                    if len(ordered):
-                        yield ordered[:, 0], ordered[:, 1]
-        size = min(math.ceil(GROWTH * size), chunk)
+    # NaN counts as 1, so that entities with such a score are looked at.
+    bounds_of = np.abs(np.nan_to_num(scores.double().numpy(), nan=1.0)).clip(max=1e30)
+    best_first = np.argsort(-bounds_of, kind="stable")
+    sorted_scores = bounds_of[best_first]
+    sorted_boxes = None if boxes is None else boxes.numpy()[best_first]
+    max_size, size = max(chunk // 2, 1), max(min(first_chunk, chunk) // 2, 1)
+    num_entities = len(sorted_scores)
+    num_rows = max(SORTED_PAIRS // max(num_entities, 1), 1)
+    for row in range(0, num_entities - 1, num_rows):
+        limit = threshold() / _ROUNDING
+        if sorted_scores[row] * sorted_scores[row + 1] < limit:
+            return  # no later pair has a larger bound
+        pairs, bounds = _sorted_pairs(sorted_scores, sorted_boxes, row, num_rows)
+        ascending = -bounds  # the order that searchsorted needs
+        start = 0
+        while start < (end := np.searchsorted(ascending, -limit, side="right")):
+            num_equal = np.searchsorted(ascending, ascending[start], side="right") - start
+            stop = min(start + min(max(size, num_equal), max_size), end)
+            unordered = torch.from_numpy(best_first[pairs[start:stop]])
+            both_orders = torch.stack([unordered, unordered.flip(1)], dim=1).view(-1, 2)
+            for ordered in both_orders.split(chunk):
+                yield ordered[:, 0], ordered[:, 1]
+            start, size = stop, min(math.ceil(GROWTH * size), max_size)
+            limit = threshold() / _ROUNDING
 
 
-def _overlap(first: Tensor, second: Tensor) -> Tensor:
-    """(P,) bool: two (P, 4) boxes have an area in common."""
-    low = torch.maximum(first[:, :2], second[:, :2])
-    high = torch.minimum(first[:, 2:], second[:, 2:])
-    return ((high - low).clamp(min=0).prod(dim=1)) > 0
+def _sorted_pairs(
+    scores: np.ndarray, boxes: np.ndarray | None, row: int, num_rows: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sort the pairs i < j with ``row <= i < row + num_rows`` by ``scores[i] * scores[j]``.
+
+    Args:
+        scores: (R,) float64, descending. Products of two values that were float32 are exact.
+        boxes: (R, 4) to leave out pairs whose boxes do not overlap; None takes all pairs.
+        row, num_rows: range of i.
+
+    Returns:
+        (P, 2) int64 pairs and (P,) products in descending order.
+    """
+    num_left = len(scores) - row
+    first, second = np.triu_indices(min(num_rows, num_left), 1, num_left)
+    first, second = first + row, second + row
+    if boxes is not None:
+        overlapping = boxes_overlap(boxes[first], boxes[second])
+        first, second = first[overlapping], second[overlapping]
+    bounds = scores[first] * scores[second]
+    order = np.argsort(-bounds, kind="stable")
+    return np.stack([first[order], second[order]], axis=1), bounds[order]
 
 
 def best_of_chunks(
@@ -271,54 +246,61 @@ def best_of_chunks(
     best: TopTriplets,
     score_pairs: ScorePairs,
     scores: Tensor,
-) -> RankedTriplets:
-    """Score chunks of pairs, one after the other, and keep the best triplets.
+    image_size: tuple[int, int],
+) -> tuple[Instances, int]:
+    """Score pairs chunk by chunk and keep the best triplets.
 
     Args:
-        chunks: (P,) subjects and (P,) objects each; no pair comes twice.
-        best: takes the triplets in.
-        score_pairs: called for chunk after chunk.
+        chunks: (P,) subjects and (P,) objects each; no pair may occur twice.
+        best: collects the triplets.
+        score_pairs: called once per chunk.
         scores: (R,) float32 of the entities.
+        image_size: (height, width).
+
+    Returns:
+        The relations, see :func:`reldn_d2.structures.relations.predicted_relations`, and the number
+        of pairs that were scored.
     """
     device, num_entities, num_scored = scores.device, len(scores), 0
-    nothing = scores.new_zeros(0)
-    best.update(
-        nothing.reshape(0, best.num_predicates),
-        nothing,
-        torch.zeros(0, dtype=torch.int64, device=device),
-    )
+    no_pair = torch.zeros(0, dtype=torch.int64, device=device)
+    best.update(scores.new_zeros((0, best.num_predicates)), scores.new_zeros(0), no_pair)
     for subjects, objects in chunks:
         subjects, objects = subjects.to(device), objects.to(device)
-        # Softmax may exceed 1 by a rounding; the bound counts on that it does not.
+        # Rounding can push a softmax above 1, and then a score above the pair's bound.
         probabilities = score_pairs(subjects, objects).clamp(max=1.0)
         pair_scores = scores[subjects] * scores[objects]
         best.update(probabilities, pair_scores, subjects * num_entities + objects)
         num_scored += len(subjects)
-    return best.result(num_entities, num_scored)
+    return best.relations(num_entities, image_size), num_scored
 
 
 def best_triplets(
     score_pairs: ScorePairs,
     scores: Tensor,
     boxes: Tensor | None,
+    image_size: tuple[int, int],
     *,
     num_predicates: int,
-    predicates_per_pair: Sequence[int],
+    predicates_per_pair: Sequence[int | None],
     topk: int,
     chunk: int,
-) -> RankedTriplets:
-    """The exact best triplets of an image, computing only the pairs that can take part.
+) -> tuple[Instances, int]:
+    """Find the exact best triplets of an image, scoring only the pairs that can contribute.
 
-    The result equals that of :func:`exhaustive_triplets`, ties included, as long as no number is
-    NaN; the memory is that of a chunk. There is one synchronisation with the device a chunk.
+    The result equals that of scoring every pair, ties included, as long as no value is NaN. The
+    memory is that of one chunk and of ``SORTED_PAIRS``. The device is synchronized once per chunk.
 
     Args:
-        score_pairs: the costly part, called for chunk after chunk.
+        score_pairs: the costly part, called once per chunk.
         scores: (R,) of the entities.
         boxes: (R, 4) to leave out pairs whose boxes do not overlap; None takes all pairs.
+        image_size: (height, width).
         num_predicates: C.
         predicates_per_pair, topk: see :class:`TopTriplets`.
-        chunk: most pairs scored at once.
+        chunk: max pairs scored at once.
+
+    Returns:
+        The relations, best first, and the number of pairs that were scored.
     """
     scores = scores.float()
     best = TopTriplets(predicates_per_pair, topk, num_predicates)
@@ -326,29 +308,6 @@ def best_triplets(
         scores.detach().cpu(),
         None if boxes is None else boxes.detach().cpu(),
         chunk,
-        floor=best.threshold,
+        threshold=best.threshold,
     )
-    return best_of_chunks(chunks, best, score_pairs, scores)
-
-
-def exhaustive_triplets(
-    score_pairs: ScorePairs,
-    scores: Tensor,
-    boxes: Tensor | None,
-    *,
-    num_predicates: int,
-    predicates_per_pair: Sequence[int],
-    topk: int,
-    chunk: int,
-) -> RankedTriplets:
-    """As :func:`best_triplets`, computing every pair in the order of its number."""
-    scores = scores.float()
-    device, num_entities = scores.device, len(scores)
-    candidates = ~torch.eye(num_entities, dtype=torch.bool, device=device)
-    subjects, objects = candidates.nonzero(as_tuple=True)
-    if boxes is not None:
-        overlapping = _overlap(boxes[subjects], boxes[objects])
-        subjects, objects = subjects[overlapping], objects[overlapping]
-    best = TopTriplets(predicates_per_pair, topk, num_predicates)
-    chunks = (x for x in zip(subjects.split(chunk), objects.split(chunk)) if len(x[0]))
-    return best_of_chunks(chunks, best, score_pairs, scores)
+    return best_of_chunks(chunks, best, score_pairs, scores, image_size)

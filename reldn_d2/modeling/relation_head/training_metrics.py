@@ -1,4 +1,7 @@
-"""What can be watched while the relation head trains."""
+"""Metrics that show how the relation head trains.
+
+Shapes: P sampled pairs of the batch, C predicates; the last of C + 1 logits is "no relationship".
+"""
 
 import torch
 from torch import Tensor
@@ -6,56 +9,57 @@ from torch import Tensor
 from ..losses.contrastive import LOSS_NAMES, ContrastiveGroups, affinity
 from .pair_sampling import SampledPairs
 
-__all__ = ["training_statistics"]
+__all__ = ["training_metrics"]
 
 
 def _mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of ``values`` where ``mask``; 0 over nothing."""
+    """Compute the mean of ``values`` where ``mask``; 0 if ``mask`` is False everywhere."""
     return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
 @torch.no_grad()
-def training_statistics(
+def training_metrics(
     logits: Tensor,
     targets: Tensor,
     pairs: SampledPairs,
     groups: ContrastiveGroups | None,
     alphas: tuple[float, float, float],
 ) -> dict[str, float]:
-    """Scalars for the event storage, fetched from the device in one transfer.
+    """Compute scalars for the event storage, with one transfer from the device.
 
     Args:
         logits: (P, C + 1) of all sampled pairs.
-        targets: (P,) class that L0 asked for; C is "no relationship".
+        targets: (P,) class that L0 asks for; C is "no relationship".
         pairs: the sampled pairs.
-        groups: of L1 to L3, both sides; None where these losses are off or there is no pair.
-        alphas: margins that L1 to L3 ask for.
+        groups: of L1 to L3, both sides; None if these losses are off or there is no pair.
+        alphas: required margins of L1 to L3.
 
     Returns:
-        Under ``reldn/``: ``num_positive_pairs`` and ``num_negative_pairs`` of L0,
-        ``predicate_accuracy`` on its positives, the mean affinities ``affinity_positive`` and
-        ``affinity_negative`` of L0's pairs and ``affinity_hardest_negative`` of those that set the
-        margins of L1, and for each contrastive loss its number of margins ``NAME_groups``, their
-        mean ``NAME_margin`` and the share ``NAME_violated`` of them below alpha.
+        Under ``reldn/``: ``num_positive_pairs`` and ``num_negative_pairs`` of L0;
+        ``predicate_accuracy`` on its positives; the mean affinities ``affinity_positive`` and
+        ``affinity_negative`` of L0's pairs, and ``affinity_hardest_negative`` of the pairs that set
+        the margins of L1; for each contrastive loss the number of margins ``NAME_groups``, their
+        mean ``NAME_margin`` and the share ``NAME_violated`` of margins below alpha.
     """
     positive = pairs.for_predicate & pairs.labels.any(dim=1)
     negative = pairs.for_predicate & ~positive
     phi = affinity(logits)
-    right = logits[:, :-1].argmax(dim=1) == targets if len(logits) else targets.bool()
-    values = {
+    is_correct = logits[:, :-1].argmax(dim=1) == targets if len(logits) else targets.bool()
+    metrics = {
         "num_positive_pairs": positive.sum(),
         "num_negative_pairs": negative.sum(),
-        "predicate_accuracy": _mean(right.float(), positive),
+        "predicate_accuracy": _mean(is_correct.float(), positive),
         "affinity_positive": _mean(phi, positive),
         "affinity_negative": _mean(phi, negative),
     }
     if groups is not None:
-        values["affinity_hardest_negative"] = _mean(phi.expand_as(groups.valid[0]), groups.valid[0])
-        for name, alpha, margin, valid in zip(
-            LOSS_NAMES, alphas, groups.margins(phi), groups.valid
+        is_hardest = groups.is_hardest_negative
+        metrics["affinity_hardest_negative"] = _mean(phi.expand_as(is_hardest[0]), is_hardest[0])
+        for name, alpha, margin, has_margin in zip(
+            LOSS_NAMES, alphas, groups.margins(phi), is_hardest
         ):
-            values[f"{name}_groups"] = valid.sum()
-            values[f"{name}_margin"] = _mean(margin, valid)
-            values[f"{name}_violated"] = _mean((margin < alpha).float(), valid)
-    numbers = torch.stack([value.float() for value in values.values()]).tolist()
-    return {f"reldn/{name}": number for name, number in zip(values, numbers)}
+            metrics[f"{name}_groups"] = has_margin.sum()
+            metrics[f"{name}_margin"] = _mean(margin, has_margin)
+            metrics[f"{name}_violated"] = _mean((margin < alpha).float(), has_margin)
+    values = torch.stack([value.float() for value in metrics.values()]).tolist()
+    return {f"reldn/{name}": value for name, value in zip(metrics, values)}

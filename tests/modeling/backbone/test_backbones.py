@@ -68,7 +68,7 @@ def vgg_options():
     )
 
 
-def test_vgg16_calculates_what_torchvisions_does(torchvision_state):
+def test_vgg16_outputs_equal_torchvision(torchvision_state):
     """Features, and fc6 and fc7 with the same flattening."""
     backbone, head = VGG16(3, width=4), VGG16BoxHead(
         ShapeSpec(channels=32, height=7, width=7), fc_dim=256
@@ -99,7 +99,7 @@ def test_vgg16_calculates_what_torchvisions_does(torchvision_state):
     assert backbone.output_shape()["conv5"] == ShapeSpec(channels=32, stride=16)
 
 
-def test_vgg16_is_the_real_one_by_default():
+def test_vgg16_default_shapes_equal_torchvision():
     with torch.device("meta"):
         backbone = VGG16(3, freeze_at=2)
         theirs = torchvision.models.vgg16()
@@ -112,7 +112,7 @@ def test_vgg16_is_the_real_one_by_default():
         VGG16(3, out_features=("conv6",))
 
 
-def test_torchvision_file_starts_a_detector(tmp_path, torchvision_state, caplog):
+def test_torchvision_checkpoint_initializes_detector(tmp_path, torchvision_state, caplog):
     torch.save(torchvision_state, tmp_path / "vgg16.pth")
     detector = build_model(
         detector_config(
@@ -155,7 +155,7 @@ def losses(model, seed=0):
 
 
 @pytest.mark.parametrize("until", ["res2", "res3", "res4"])
-def test_shared_stages_give_what_a_copy_of_them_gives(until):
+def test_share_first_stages_equals_copied_stages(until):
     same = loaded().eval()
     shared = loaded(f"{PREDICATE}.KIND", "shared", f"{PREDICATE}.SHARE_UNTIL", until).eval()
     shared.relation_head.load_state_dict(same.relation_head.state_dict())
@@ -171,7 +171,7 @@ def test_shared_stages_give_what_a_copy_of_them_gives(until):
     assert all(p.grad is None for p in shared.detector.parameters())
 
 
-def test_sharing_the_frozen_stages_changes_nothing_in_training_either():
+def test_share_first_stages_frozen_stages_train_like_copies():
     """With frozen BatchNorm, stages that are not trained are the detector's anyway."""
     frozen = ("MODEL.RESNETS.NORM", "FrozenBN", "MODEL.BACKBONE.FREEZE_AT", 2)
     same = loaded(*frozen).train()
@@ -184,7 +184,7 @@ def test_sharing_the_frozen_stages_changes_nothing_in_training_either():
 
 
 @pytest.mark.parametrize("kind", ["faster_rcnn_C4", "faster_rcnn_VGG16", "retinanet_FPN"])
-def test_other_backbones_can_be_shared_too(kind):
+def test_share_first_stages_other_backbones_train(kind):
     until = {"faster_rcnn_VGG16": "conv2"}.get(kind, "res2")
     model = model_of(kind, f"{PREDICATE}.KIND", "shared", f"{PREDICATE}.SHARE_UNTIL", until)
     initialize_relation_branch(model)
@@ -194,7 +194,7 @@ def test_other_backbones_can_be_shared_too(kind):
     assert all(p.grad is not None for p in model.predicate_backbone.parameters() if p.requires_grad)
 
 
-def test_stage_that_cannot_be_shared_names_those_that_can():
+def test_share_first_stages_unknown_stage_raises():
     with pytest.raises(ValueError, match="SHARE_UNTIL is 'res9'.*res2, res3, res4"):
         small_model(f"{PREDICATE}.KIND", "shared", f"{PREDICATE}.SHARE_UNTIL", "res9")
     with pytest.raises(ValueError, match="'conv5'.*conv1, conv2, conv3, conv4.$"):
@@ -208,7 +208,7 @@ def other(*options):
     return small_model(f"{PREDICATE}.KIND", "other", f"{PREDICATE}.OPTIONS", wider, *options)
 
 
-def test_another_predicate_backbone(tmp_path, caplog):
+def test_predicate_backbone_other_kind_loads_its_own_weights(tmp_path, caplog):
     """Wider, from weights of its own; the box head of its vectors cannot be the detector's."""
     source = small_model(
         "MODEL.RESNETS.STEM_OUT_CHANNELS", 12, "MODEL.FPN.OUT_CHANNELS", 16, seed=8
@@ -240,7 +240,7 @@ def test_another_predicate_backbone(tmp_path, caplog):
         )
 
 
-def test_predicate_backbone_learns_more_slowly_only_if_it_starts_from_weights(tmp_path):
+def test_predicate_backbone_without_weights_learns_at_full_rate(tmp_path):
     cfg = small_config("SOLVER.OPTIMIZER", "SGD", "SOLVER.BACKBONE_MULTIPLIER", 0.1)
     for weights, factor in (("", 1.0), ("file.pth", 0.1)):
         model = other(f"{PREDICATE}.WEIGHTS", weights)
@@ -250,7 +250,7 @@ def test_predicate_backbone_learns_more_slowly_only_if_it_starts_from_weights(tm
         assert rates[id(weight)] == pytest.approx(cfg.SOLVER.BASE_LR * factor)
 
 
-def test_every_trained_weight_of_retinanets_pyramid_gets_a_gradient():
+def test_freeze_unused_retinanet_fpn_trains_only_used_maps():
     """p6 and p7, and maps that are not pooled from, would have none: they are not trained."""
     narrow = (
         *("MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone"),
@@ -270,7 +270,7 @@ def test_every_trained_weight_of_retinanets_pyramid_gets_a_gradient():
         assert "top_block" in frozen and ("fpn_output5" in frozen) == bool(more)
 
 
-def test_backbone_without_a_box_head_for_detections_from_files(tmp_path):
+def test_precomputed_detector_without_box_head_loads_backbone(tmp_path):
     source = small_model(seed=4).detector.model.backbone
     state = {f"backbone.{name}": value for name, value in source.state_dict().items()}
     torch.save({"model": state}, tmp_path / "backbone.pth")
@@ -292,7 +292,7 @@ class Evil:
 
 
 @pytest.mark.parametrize("suffix", ["pth", "pkl", "pyth"])
-def test_files_with_code_in_them_are_not_run(tmp_path, suffix):
+def test_checkpointer_file_with_code_is_not_executed(tmp_path, suffix):
     made = tmp_path / "made by the file"
     content = {"model": {}, "__author__": "x", "evil": Evil(made)}
     path = tmp_path / f"evil.{suffix}"
@@ -307,7 +307,7 @@ def test_files_with_code_in_them_are_not_run(tmp_path, suffix):
     assert made.exists()
 
 
-def test_unpickling_can_be_allowed(tmp_path):
+def test_checkpointer_allow_pickle_loads_objects(tmp_path):
     model = small_model(seed=1)
     content = {
         "model": model.state_dict(),
@@ -323,7 +323,7 @@ def test_unpickling_can_be_allowed(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["pth", "pkl"])
-def test_broken_file_is_named(tmp_path, suffix):
+def test_checkpointer_truncated_file_raises(tmp_path, suffix):
     torch.save({"model": small_model().state_dict()}, tmp_path / "whole.pth")
     half = (tmp_path / "whole.pth").read_bytes()[:5000]
     (tmp_path / f"half.{suffix}").write_bytes(half)
@@ -331,7 +331,7 @@ def test_broken_file_is_named(tmp_path, suffix):
         RelDNCheckpointer(small_model()).load(str(tmp_path / f"half.{suffix}"))
 
 
-def test_matching_layers_only(tmp_path, caplog):
+def test_checkpointer_matching_only_loads_fitting_layers(tmp_path, caplog):
     """Another number of predicates: an error, or with the key what fits."""
     source = small_model(seed=1)
     source.relation_head.semantic.set_log_frequencies(torch.randn(9, 9, 7))
@@ -356,14 +356,14 @@ def test_matching_layers_only(tmp_path, caplog):
     assert torch.equal(found, source.detector.box_head.fc1.weight)
 
 
-def test_file_of_something_else_loads_nothing_and_says_so(tmp_path):
+def test_checkpointer_unrelated_file_raises(tmp_path):
     torch.save({"layer.weight": torch.ones(2)}, tmp_path / "other.pth")
     detector = small_model().detector.model
     with pytest.raises(ValueError, match="None of the 1 weights.*other.pth fits this model"):
         DetectorCheckpointer(detector).load(str(tmp_path / "other.pth"))
 
 
-def test_detector_to_be_evaluated_must_be_complete(tmp_path):
+def test_detector_checkpointer_incomplete_file_raises(tmp_path):
     detector = small_model().detector.model
     state = {n: x for n, x in detector.state_dict().items() if n.startswith("backbone.")}
     torch.save({"model": state}, tmp_path / "backbone.pth")

@@ -96,7 +96,7 @@ def files_options(files):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_relations_are_trained_and_evaluated_on_the_built_in_set(tmp_path, toy, kind):
+def test_each_detector_trains_and_evaluates_on_toy_data(tmp_path, toy, kind):
     detector = build_model(detector_config(kind, "MODEL.META_ARCHITECTURE", _architecture(kind)))
     DetectorCheckpointer(detector, str(tmp_path)).save("detector")
     options = [
@@ -132,7 +132,7 @@ def _architecture(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_given_boxes_are_classified_and_paired_all_with_all(kind):
+def test_each_detector_given_boxes_are_classified_and_all_paired(kind):
     model = model_of(kind, "TEST.RELATIONS.TOPK", 10_000).eval()
     batch = [{**busy_item(0), "detections": detections()}, {**empty_item(), "detections": none()}]
     images = model.detector.preprocess(batch)
@@ -168,7 +168,7 @@ def none():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_relation_branch_starts_from_the_detector(kind):
+def test_initialize_relation_branch_copies_detector_weights(kind):
     model = model_of(kind)
     initialize_relation_branch(model)
     source = model.detector.backbone.state_dict()
@@ -191,7 +191,7 @@ def test_relation_branch_starts_from_the_detector(kind):
     assert rates[id(weight)] == pytest.approx(0.001 * (0.1 if copied else 1.0))
 
 
-def test_probability_of_a_class_is_the_best_product_of_score_and_overlap():
+def test_classify_by_overlap_takes_best_product_of_score_and_iou():
     given = Boxes(torch.tensor([[0.0, 0, 10, 10], [50, 50, 60, 60]]))
     found = Boxes(torch.tensor([[0.0, 0, 10, 5], [0, 0, 10, 10], [100, 100, 110, 110]]))
     scores = torch.tensor([[0.9, 0.1], [0.3, 0.0], [1.0, 1.0]])
@@ -201,19 +201,19 @@ def test_probability_of_a_class_is_the_best_product_of_score_and_overlap():
     assert classify_by_overlap(given[:0], found, scores).shape == (0, 2)
 
 
-def test_precomputed_detections_are_thresholded_and_cut_and_must_be_there():
+def test_precomputed_detector_filters_detections_and_missing_raise():
     model = model_of("precomputed", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.6)
     item = {**busy_item(0), "detections": detections()}
     images = model.detector.preprocess([item])
     (found,) = model.detector.detect([item], images, {})
     assert found.scores.tolist() == pytest.approx([0.8])
-    model.detector.score_threshold, model.detector.most = 0.0, 1
+    model.detector.score_threshold, model.detector.max_detections = 0.0, 1
     assert model.detector.detect([item], images, {})[0].scores.tolist() == pytest.approx([0.8])
     with pytest.raises(ValueError, match="image-0.*without 'detections'.*DETECTION_FILES_TRAIN"):
         model.detector.detect([busy_item(0)], images, {})
 
 
-def test_new_kind_of_detector_plugs_in_from_outside():
+def test_registered_detector_is_selected_and_trains():
     @ENTITY_DETECTOR_REGISTRY.register()
     class FixedDetector(EntityDetector):
         """Always the same box; six methods are all that a new kind has to provide."""
@@ -256,21 +256,21 @@ def test_new_kind_of_detector_plugs_in_from_outside():
         del ENTITY_DETECTOR_REGISTRY._obj_map["FixedDetector"]
 
 
-def test_unknown_roi_heads_name_the_adapters(monkeypatch):
+def test_build_entity_detector_no_adapter_raises(monkeypatch):
     for adapter in dict(ENTITY_DETECTOR_REGISTRY).values():
         monkeypatch.setattr(adapter, "accepts", classmethod(lambda cls, cfg: False))
     with pytest.raises(ValueError, match="no adapter knows.*StandardROIHeads.*RetinaNetDetector"):
         model_of("faster_rcnn_FPN")
 
 
-def test_wrong_adapter_is_refused():
+def test_detector_wrong_adapter_raises():
     with pytest.raises(TypeError, match="CascadeRCNNDetector works with CascadeROIHeads.*Standard"):
         model_of("faster_rcnn_FPN", "MODEL.RELDN.DETECTOR", "CascadeRCNNDetector")
     with pytest.raises(TypeError, match="works with StandardROIHeads, but these are Cascade"):
         model_of("cascade_rcnn_FPN", "MODEL.RELDN.DETECTOR", "GeneralizedRCNNDetector")
 
 
-def test_detector_configs_exist_for_every_kind():
+def test_detector_configs_cover_every_adapter():
     files = {path.stem for path in (ROOT / "configs/Toy/Detectors").glob("*.yaml")}
     assert files == set(KINDS) - {"faster_rcnn_FPN"}
     assert reldn_d2.__version__ and issubclass(PrecomputedDetector, EntityDetector)
@@ -278,7 +278,7 @@ def test_detector_configs_exist_for_every_kind():
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize("kind", KINDS)
-def test_exported_models_find_the_same(kind, tmp_path):
+def test_export_each_detector_equals_eager(kind, tmp_path):
     model = model_of(kind).eval()
     images = [torch.as_tensor(picture(64, 96, seed).transpose(2, 0, 1).copy()) for seed in (1, 2)]
     example, other = (image.float() for image in images)

@@ -20,6 +20,7 @@ from reldn_d2.modeling.losses import (
 from reldn_d2.modeling.losses.contrastive import NORMALIZATIONS
 
 ALPHAS = (0.2, 0.35, 0.5)
+WEIGHTS = torch.tensor([1.0, 0.5, 0.1])
 RANDOM_CASES = 1500  # for each normalisation
 
 
@@ -131,7 +132,7 @@ def check_against_loops(case, logits, normalization):
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
-def test_losses_and_gradients_equal_plain_loops(normalization):
+def test_contrastive_losses_random_cases_equal_plain_loops(normalization):
     seen = Counter()
 
     @settings(deadline=None, max_examples=RANDOM_CASES, suppress_health_check=list(HealthCheck))
@@ -158,7 +159,7 @@ def test_losses_and_gradients_equal_plain_loops(normalization):
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
-def test_thousands_of_pairs_equal_plain_loops(normalization):
+def test_contrastive_losses_thousands_of_pairs_equal_plain_loops(normalization):
     generator = torch.Generator().manual_seed(5)
     bits = torch.randint(0, 60, (997,), generator=generator)  # some 7 of 60 bit sets are labels
     case = make_case(
@@ -174,7 +175,7 @@ def test_thousands_of_pairs_equal_plain_loops(normalization):
     check_against_loops(case, logits, normalization)
 
 
-def test_nothing_to_compare_is_a_zero_with_a_zero_gradient():
+def test_contrastive_losses_nothing_to_compare_give_zero_loss_and_gradient():
     """No positive, no negative, one pair; each alone and beside others."""
     for sizes, bits in (([3], [0]), ([3], [1, 3]), ([2, 1, 0], [1]), ([2], [1, 0])):
         case = make_case(sizes, bits, 2, 2)
@@ -191,7 +192,7 @@ def logits_of(phi, predicate=None, num_predicates=2):
     return torch.cat([phi * shares / shares.sum(), torch.tensor([1 - phi])]).double().log()
 
 
-def test_golden_values_by_hand():
+def test_contrastive_losses_small_case_equal_hand_computed_values():
     """Subject 0 and objects 1 to 4: classes 0, 0, 1, 1; 1 is held, 3 is held and on; subject 5
     has a positive only.
     """
@@ -224,7 +225,7 @@ def test_golden_values_by_hand():
     assert [float(x) for x in losses] == pytest.approx(expected, abs=1e-7)
 
 
-def test_sides_add_up():
+def test_contrastive_losses_two_sides_add_up():
     """Subjects as anchors and objects as anchors, each alone, give both together."""
     case = make_case([4, 3], [1, 0, 2, 0, 0], 2, 2, [0, 1, 1], ((True, True, False), (True,)))
     logits = torch.randn(18, 3).double()
@@ -238,7 +239,7 @@ def test_sides_add_up():
         assert float(both) == pytest.approx(float(one + other))
 
 
-def test_an_image_without_pairs_counts_in_the_mean_over_images():
+def test_contrastive_losses_image_without_pairs_counts_in_mean():
     case, logits = make_case([3], [1, 0], 2, 2), torch.randn(6, 3).double()
     alone = run(case, logits)
     with_empty = run({**case, "num_images": 2}, logits)
@@ -247,7 +248,7 @@ def test_an_image_without_pairs_counts_in_the_mean_over_images():
     assert float(alone[0]) > 0
 
 
-def test_loss_of_a_batch_is_the_mean_of_its_images():
+def test_contrastive_losses_batch_equals_mean_of_images():
     """So that one device with two images does what two devices with one image do."""
     torch.manual_seed(0)
     first = make_case([4], [1, 0, 2, 0, 0], 2, 2, [0, 1, 1])
@@ -268,7 +269,7 @@ def test_loss_of_a_batch_is_the_mean_of_its_images():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1e4, -1e4])
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
-def test_extreme_logits_stay_finite(dtype, scale, normalization):
+def test_losses_extreme_logits_stay_finite(dtype, scale, normalization):
     case = make_case([3, 2], [1, 0, 2], 2, 2, [0, 1])
     count = len(case["labels"])
     logits = torch.zeros((count, 3), dtype=dtype)
@@ -286,7 +287,7 @@ def test_extreme_logits_stay_finite(dtype, scale, normalization):
 
 
 @pytest.mark.parametrize("row", [[-math.inf, -math.inf, 0.0], [-math.inf, 2.0, -math.inf]])
-def test_predicates_that_are_ruled_out_give_no_nan(row):
+def test_contrastive_losses_infinite_logits_give_no_nan(row):
     case = make_case([3], [1, 0, 2], 2, 2, [0, 1])
     logits = torch.randn(6, 3)
     logits[2:4] = torch.tensor(row)
@@ -297,7 +298,7 @@ def test_predicates_that_are_ruled_out_give_no_nan(row):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_autocast_leaves_the_losses_in_float32(dtype):
+def test_losses_autocast_on_cpu_stay_in_float32(dtype):
     """A linear layer under autocast gives logits of few bits; what follows is not rounded again."""
     torch.manual_seed(0)
     case = make_case([4, 3], [1, 0, 2, 0, 0], 2, 2, [0, 1, 1])
@@ -330,7 +331,7 @@ def autocast_for_a_gpu():
     torch.set_autocast_dtype("cuda", before)
 
 
-def test_autocast_on_a_gpu_leaves_the_losses_in_float32(autocast_for_a_gpu):
+def test_losses_autocast_on_gpu_stay_in_float32(autocast_for_a_gpu):
     """Other operations are rounded there than on a CPU. Fake tensors tell their types anywhere."""
     case = make_case([4, 3], [1, 0, 2, 0, 0], 2, 2, [0, 1, 1])
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -349,20 +350,20 @@ def test_autocast_on_a_gpu_leaves_the_losses_in_float32(autocast_for_a_gpu):
     assert all(loss.device.type == "cuda" for loss in losses)
 
 
-def test_a_hinge_at_its_corner_pulls_nothing():
+def test_contrastive_losses_hinge_corner_gives_zero_gradient():
     case = make_case([3], [1, 0], 2, 2)
     logits = torch.ones((6, 3), requires_grad=True)
     sum(run(case, logits, alphas=(0.0, 0.0, 0.0))).backward()
     assert torch.equal(logits.grad, torch.zeros_like(logits))
 
 
-def test_shapes_that_do_not_fit_are_named():
+def test_contrastive_losses_shape_mismatch_raises():
     case = make_case([3], [1, 0], 2, 2)
-    with pytest.raises(ValueError, match=r"\(6, 4\) and labels of shape \(6, 2\) do not fit"):
+    with pytest.raises(ValueError, match=r"\(6, 4\) and labels of shape \(6, 2\) do not match"):
         run(case, torch.zeros(6, 4))
 
 
-def test_affinity_keeps_its_precision_where_it_is_small():
+def test_affinity_small_values_keep_precision():
     """1 - p(no relationship) in float32 would give 0 here, and its gradient noise."""
     logits = torch.tensor([[-20.0, -21.0, 0.0]], requires_grad=True)
     exact = (math.exp(-20) + math.exp(-21)) / (1 + math.exp(-20) + math.exp(-21))
@@ -373,7 +374,7 @@ def test_affinity_keeps_its_precision_where_it_is_small():
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
-def test_gradients_are_those_of_finite_differences(normalization):
+def test_contrastive_losses_gradients_equal_finite_differences(normalization):
     """Random logits have no ties, and the margins asked for leave no hinge at its corner."""
     torch.manual_seed(3)
     case = make_case([4, 3], [1, 0, 2, 0, 3, 0, 0], 2, 2, [0, 1, 1])
@@ -382,13 +383,32 @@ def test_gradients_are_those_of_finite_differences(normalization):
     assert torch.autograd.gradcheck(lambda x: run(case, x, normalization=normalization), logits)
 
 
-def test_unknown_normalization_is_named():
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_contrastive_losses_compiled_equal_eager(normalization):
+    """torch.compile traces values and gradients into one graph; no C++ compiler is needed here."""
+    generator = torch.Generator().manual_seed(3)
+    case = make_case([4, 3], [1, 0, 2, 0, 3, 0, 0], 2, 2, [0, 1, 1])
+    logits = torch.randn(18, 3, dtype=torch.float64, generator=generator, requires_grad=True)
+
+    def total(x):
+        return torch.stack(run(case, x, normalization=normalization)).mul(WEIGHTS).sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(total, backend="aot_eager", fullgraph=True)(logits)
+    eager = total(logits)
+    assert eager.item() > 0.01 and torch.equal(compiled, eager)
+    (gradient,) = torch.autograd.grad(compiled, logits)
+    (expected,) = torch.autograd.grad(eager, logits)
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-12)
+
+
+def test_contrastive_losses_unknown_normalization_raises():
     case = make_case([2], [1, 0], 2, 2)
     with pytest.raises(ValueError, match="normalization is 'papre'; known: paper, released_code"):
         run(case, torch.zeros(2, 3), normalization="papre")
 
 
-def test_losses_without_anchors_are_a_zero_with_a_gradient():
+def test_contrastive_losses_no_anchors_give_zero_with_gradient():
     logits = torch.zeros((0, 3), requires_grad=True)
     case = make_case([0], [0], 2, 2)
     for loss in run(case, logits):
@@ -397,7 +417,7 @@ def test_losses_without_anchors_are_a_zero_with_a_gradient():
     assert logits.grad.shape == (0, 3)
 
 
-def test_predicate_targets_come_from_the_label_set_and_reach_all_of_it():
+def test_draw_predicate_targets_draws_every_label():
     torch.manual_seed(0)
     labels = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0]]).bool()
     drawn = torch.stack([draw_predicate_targets(labels) for _ in range(200)])
@@ -406,7 +426,7 @@ def test_predicate_targets_come_from_the_label_set_and_reach_all_of_it():
     assert set(drawn[:, 1].tolist()) == {4} and set(drawn[:, 2].tolist()) == {0}
 
 
-def test_predicate_loss_is_the_weighted_cross_entropy():
+def test_predicate_loss_equals_weighted_cross_entropy():
     torch.manual_seed(0)
     logits = torch.randn(4, 3, requires_grad=True)
     targets, weights = torch.tensor([0, 2, 1, 2]), torch.tensor([0.5, 0.0, 0.25, 0.25])
@@ -416,7 +436,7 @@ def test_predicate_loss_is_the_weighted_cross_entropy():
     assert float(predicate_loss(logits, targets, weights)) == pytest.approx(expected, abs=1e-6)
 
 
-def test_predicate_loss_of_no_pair_is_a_zero_with_a_gradient():
+def test_predicate_loss_no_pair_gives_zero_with_gradient():
     logits = torch.zeros((0, 3), requires_grad=True)
     loss = predicate_loss(logits, torch.zeros(0, dtype=torch.int64), torch.zeros(0))
     loss.backward()

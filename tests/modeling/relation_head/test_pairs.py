@@ -11,7 +11,6 @@ from reldn_d2.modeling.relation_head.pairs import (
     candidate_pairs,
     distinct_unions,
     match_pairs,
-    union_boxes,
 )
 from reldn_d2.modeling.sampling import sample_mask
 
@@ -93,7 +92,7 @@ def scenes(draw):
 
 @settings(deadline=None, max_examples=300)
 @given(scenes(), st.booleans())
-def test_matching_equals_plain_loops(scene, overlap_filter):
+def test_match_pairs_random_scenes_equal_plain_loops(scene, overlap_filter):
     entities, targets, relations = scene
     grid = as_grid(entities, targets, relations, overlap_filter=overlap_filter)
     expected = match_in_loops(entities, targets, relations, overlap_filter)
@@ -119,7 +118,7 @@ def test_matching_equals_plain_loops(scene, overlap_filter):
 BIG, SMALL, FAR = (0.0, 0.0, 10.0, 10.0), (0.0, 0.0, 10.0, 6.0), (50.0, 50.0, 60.0, 60.0)
 
 
-def test_a_pair_takes_all_predicates_of_the_best_matching_pair_only():
+def test_match_pairs_several_matches_take_labels_of_best_pair():
     targets = [(BIG, 0), (SMALL, 0), (FAR, 1)]
     relations = [(1, 2, 1), (0, 2, 0), (0, 2, 2)]
     grid = as_grid(targets, targets, relations)
@@ -128,7 +127,7 @@ def test_a_pair_takes_all_predicates_of_the_best_matching_pair_only():
     assert labels_of(grid, 2, 0) == set()  # the direction counts
 
 
-def test_a_pair_of_another_class_does_not_match():
+def test_match_pairs_different_class_is_negative():
     targets = [(BIG, 0), (FAR, 1)]
     for subject, object_, positive in ((0, 1, True), (1, 1, False), (0, 0, False)):
         grid = as_grid([(BIG, subject), (FAR, object_)], targets, [(0, 1, 0)])
@@ -136,7 +135,7 @@ def test_a_pair_of_another_class_does_not_match():
         assert bool(grid.negative[0, 1]) == (not positive)
 
 
-def test_an_overlap_of_exactly_the_threshold_matches():
+def test_match_pairs_overlap_equal_to_threshold_matches():
     half, less = (0.0, 0.0, 10.0, 5.0), (0.0, 0.0, 10.0, 4.99)
     for box, positive in ((half, True), (less, False)):
         grid = as_grid([(box, 0), (FAR, 1)], [(BIG, 0), (FAR, 1)], [(0, 1, 0)])
@@ -145,27 +144,22 @@ def test_an_overlap_of_exactly_the_threshold_matches():
         assert grid.positive[0, 1]
 
 
-def test_the_same_predicate_listed_twice_is_one_label():
+def test_match_pairs_repeated_relation_is_one_label():
     grid = as_grid([(BIG, 0), (FAR, 1)], [(BIG, 0), (FAR, 1)], [(0, 1, 2), (0, 1, 2)])
     assert labels_of(grid, 0, 1) == {2}
 
 
-def test_overlap_filter_drops_pairs_that_touch_or_lie_apart():
+def test_candidate_pairs_overlap_filter_drops_touching_and_distant_boxes():
     table = [[0, 0, 10, 10], [10, 0, 20, 10], [5, 5, 15, 15], [0, 0, 10, 10]]
-    kept = candidate_pairs(Boxes(torch.tensor(table).float()), True)
+    kept = candidate_pairs(torch.tensor(table).float(), True)
     wanted = [[0, 0, 1, 1], [0, 0, 1, 0], [1, 1, 0, 1], [1, 0, 1, 0]]
     assert kept.tolist() == torch.tensor(wanted).bool().tolist()
-    assert candidate_pairs(Boxes(torch.tensor(table).float()), False).sum() == 12
-
-
-def test_union_box_is_the_tightest_around_both():
-    union = union_boxes(torch.tensor([[1.0, 8.0, 5.0, 9.0]]), torch.tensor([[0.0, 2.0, 7.0, 8.5]]))
-    assert union.tolist() == [[0.0, 2.0, 7.0, 9.0]]
+    assert candidate_pairs(torch.tensor(table).float(), False).sum() == 12
 
 
 @settings(deadline=None, max_examples=200)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=4), st.integers(0, 10**6))
-def test_distinct_unions_serve_every_pair_and_both_directions(sizes, seed):
+def test_distinct_unions_random_pairs_share_a_union_with_their_reverse(sizes, seed):
     generator = torch.Generator().manual_seed(seed)
     image = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     grid = (image[:, None] == image[None]) & (torch.rand(len(image), len(image)) < 0.6)
@@ -188,7 +182,7 @@ masks = st.lists(st.booleans(), max_size=20).map(lambda x: torch.tensor(x, dtype
 
 @settings(deadline=None, max_examples=200)
 @given(masks, st.integers(0, 25), st.integers(0, 25), st.integers(0, 10**6))
-def test_sample_mask_draws_as_many_candidates_as_asked(candidates, number, most, seed):
+def test_sample_mask_random_candidates_draws_requested_count(candidates, number, most, seed):
     number = min(number, most)
     torch.manual_seed(seed)
     drawn = sample_mask(candidates, number, most)
@@ -209,7 +203,7 @@ def chi_square(counts, rate):
     return float(((counts - rate) ** 2 / rate).sum() / (len(counts) - 1))
 
 
-def test_sample_mask_takes_preferred_ones_first():
+def test_sample_mask_preferred_are_drawn_first():
     torch.manual_seed(0)
     candidates = torch.tensor([1, 1, 1, 1, 0]).bool()
     preferred = torch.tensor([0, 0, 1, 0, 1]).bool()
@@ -239,7 +233,7 @@ def table(pairs, mask):
         dict(num_pairs=0, num_positive=0, num_anchor_positive=0, num_anchor_negative=0),
     ],
 )
-def test_sampling_keeps_to_its_numbers_and_constraints(asked):
+def test_sample_pairs_counts_and_constraints_hold(asked):
     grid = crowded_grid()
     num_positive, num_negative = int(grid.positive.sum()), int(grid.negative.sum())
     pairs = sample_pairs(grid, **asked, generator=torch.Generator().manual_seed(1))
@@ -267,7 +261,7 @@ def test_sampling_keeps_to_its_numbers_and_constraints(asked):
         assert all(allowed[i, j] for i, j in table(pairs, negatives))
 
 
-def test_negatives_whose_other_end_is_related_come_first():
+def test_sample_pairs_negatives_with_related_other_end_come_first():
     grid = crowded_grid()
     preferred = grid.negative & grid.is_subject[:, None] & grid.is_object[None]
     count = int(preferred.sum())
@@ -283,7 +277,7 @@ def test_negatives_whose_other_end_is_related_come_first():
 
 @pytest.mark.parametrize("loss", ["predicate", "subjects", "objects"])
 @pytest.mark.parametrize("kind", ["positive", "negative"])
-def test_each_draw_is_uniform_over_its_candidates(loss, kind):
+def test_sample_pairs_each_draw_is_uniform(loss, kind):
     """A chi-square test: as often each candidate, whatever the other draws take."""
     grid = crowded_grid(6)
     sides = {"predicate": torch.tensor(True), "subjects": grid.is_subject[:, None]}
@@ -313,14 +307,14 @@ def test_each_draw_is_uniform_over_its_candidates(loss, kind):
     )
 
 
-def test_a_sample_that_is_not_uniform_fails_the_chi_square():
+def test_chi_square_biased_counts_are_rejected():
     counts = torch.full((40,), 1000.0)
     counts[0] = 1400
     counts[1] = 600
     assert chi_square(counts, 1000.0) > 1 + 5 * (2 / 39) ** 0.5
 
 
-def test_sampling_is_reproducible_and_draws_share_their_pairs():
+def test_sample_pairs_same_seed_repeats_and_draws_share_pairs():
     def draw(seed, **options):
         generator = torch.Generator().manual_seed(seed)
         return sample_pairs(crowded_grid(), **options, generator=generator)
@@ -349,7 +343,7 @@ def test_sampling_is_reproducible_and_draws_share_their_pairs():
     assert table(first, first.for_objects & positive) < wider
 
 
-def test_joined_samples_point_into_the_entities_of_the_batch():
+def test_sampled_pairs_cat_indices_point_into_batch():
     grid = crowded_grid(3)
     empty = sample_pairs(as_grid([], [], []))
     one, two = sample_pairs(grid), sample_pairs(grid)
@@ -366,12 +360,12 @@ def target(entries):
     return instances
 
 
-def test_entities_are_proposals_that_match_and_the_ground_truth():
+def test_label_entities_keeps_matching_proposals_and_ground_truth():
     proposals = Boxes(
         torch.tensor([[0, 0, 10, 5], [0, 0, 10, 4.9], [51, 50, 60, 60], [20, 20, 30, 30]])
     )
     (entities,) = label_entities(
-        [proposals], [target([(BIG, 2), (FAR, 1)])], iou_threshold=0.5, most=10
+        [proposals], [target([(BIG, 2), (FAR, 1)])], iou_threshold=0.5, max_entities=10
     )
     boxes = [tuple(box) for box in entities.proposal_boxes.tensor.tolist()]
     assert dict(zip(boxes, entities.gt_classes.tolist())) == {
@@ -383,10 +377,10 @@ def test_entities_are_proposals_that_match_and_the_ground_truth():
     assert entities.image_size == (100, 100)
 
 
-def test_entities_are_bounded_and_may_be_none():
+def test_label_entities_respects_limit_and_may_be_empty():
     many = Boxes(torch.tensor([list(BIG)] * 30))
     bounded, none = label_entities(
-        [many, many], [target([(BIG, 0)]), target([])], iou_threshold=0.5, most=8
+        [many, many], [target([(BIG, 0)]), target([])], iou_threshold=0.5, max_entities=8
     )
     assert len(bounded) == 8
     assert len(none) == 0 and none.proposal_boxes.tensor.shape == (0, 4)

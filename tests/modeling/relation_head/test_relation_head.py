@@ -29,7 +29,7 @@ from detectron2.utils.events import EventStorage
 CLASSES, PREDICATES = 3, 4
 
 
-def test_spatial_feature_by_hand():
+def test_spatial_features_two_boxes_equal_hand_computed_values():
     subject, object_ = torch.tensor([[10.0, 20, 30, 60]]), torch.tensor([[40.0, 35, 80, 55]])
     # Sizes 20x40 and 40x20, centres (20, 40) and (60, 45); union 70x40 around (45, 40).
     expected = [
@@ -50,7 +50,7 @@ def random_boxes(count, seed=0):
     return torch.cat([low, low + 5 + 40 * torch.rand((count, 2), generator=generator)], dim=1)
 
 
-def test_spatial_feature_under_translation_and_scale():
+def test_spatial_features_shifted_and_scaled_boxes_change_as_expected():
     subject, object_ = random_boxes(20), random_boxes(20, seed=1)
     size, shift = torch.tensor([[100.0, 200.0]]).expand(20, 2), torch.tensor([7.0, 3, 7, 3])
     feature = spatial_features(subject, object_, size)
@@ -63,21 +63,21 @@ def test_spatial_feature_under_translation_and_scale():
 
 
 @pytest.mark.parametrize("subject", [[5, 5, 5, 5], [5, 5, 5, 30], [0, 0, 0, 0], [5, 5, 5.001, 9]])
-def test_spatial_feature_of_degenerate_boxes_is_finite_and_bounded(subject):
+def test_spatial_features_degenerate_boxes_are_finite_and_bounded(subject):
     boxes = torch.tensor([subject, [0, 0, 1000, 1000]]).float()
     feature = spatial_features(boxes, boxes.flip(0), torch.tensor([[1000.0, 1000.0]] * 2))
     assert torch.isfinite(feature).all() and feature.abs().max() <= 1000
     assert spatial_features(boxes[:0], boxes[:0], torch.zeros((0, 2))).shape == (0, 28)
 
 
-def test_spatial_module_has_the_layers_of_the_paper():
+def test_spatial_module_layers_match_the_paper():
     shapes = [tuple(p.shape) for p in SpatialModule(9).parameters() if p.dim() == 2]
     assert shapes == [(64, 28), (64, 64), (10, 64)]
     slopes = [x.negative_slope for x in SpatialModule(9) if isinstance(x, torch.nn.LeakyReLU)]
     assert slopes == [0.1, 0.1]
 
 
-def test_semantic_module_looks_up_the_counted_log_frequencies():
+def test_semantic_module_forward_returns_counted_log_frequencies():
     def annotation(category, *box):
         return dict(bbox=box, bbox_mode=BoxMode.XYXY_ABS, category_id=category, iscrowd=0)
 
@@ -101,7 +101,7 @@ def test_semantic_module_looks_up_the_counted_log_frequencies():
     assert bool(module.counted)
 
 
-def test_semantic_module_freezes_and_refuses_another_table():
+def test_semantic_module_freeze_and_wrong_shape_raises():
     assert not SemanticModule(2, 3, freeze=True).table.weight.requires_grad
     assert SemanticModule(2, 3).table.weight.requires_grad
     with pytest.raises(ValueError, match=r"\(2, 2, 3\).*2 classes and 3 predicates.*\(2, 2, 4\)"):
@@ -152,7 +152,7 @@ def rank_in_loops(probabilities, pair_scores, k, topk):
     st.booleans(),
     st.integers(0, 10**6),
 )
-def test_ranking_equals_an_exhaustive_search(pairs, predicates, ks, topk, ties, seed):
+def test_top_triplets_random_cases_equal_exhaustive_search(pairs, predicates, ks, topk, ties, seed):
     generator = torch.Generator().manual_seed(seed)
     probabilities = torch.rand((pairs, predicates), generator=generator, dtype=torch.float64)
     pair_scores = torch.rand(pairs, generator=generator, dtype=torch.float64)
@@ -160,7 +160,7 @@ def test_ranking_equals_an_exhaustive_search(pairs, predicates, ks, topk, ties, 
         probabilities, pair_scores = (2 * probabilities).round() / 2, (2 * pair_scores).round() / 2
     best = TopTriplets(ks, topk, predicates)
     best.update(probabilities, pair_scores, torch.arange(pairs))
-    ranked = best.result(1, pairs)
+    ranked = best.relations(1, (10, 10))
     pair, predicate, score = ranked.pairs[:, 0], ranked.predicates, ranked.scores
     triplets = list(zip(pair.tolist(), predicate.tolist()))
     assert len(set(triplets)) == len(triplets)
@@ -222,7 +222,7 @@ SCENES = [
 ]
 
 
-def test_losses_of_the_head_equal_plain_loops():
+def test_relation_head_losses_equal_plain_loops():
     """L0 and both sides of L1-L3 on boxes that are ground truth and all of which are sampled."""
     lambdas, alphas = (1.5, 0.5, 0.25), (0.2, 0.4, 0.6)
     head = table_head(lambdas=lambdas, alphas=alphas)
@@ -271,7 +271,7 @@ def test_losses_of_the_head_equal_plain_loops():
     assert 0 < numbers["reldn/affinity_negative"] < 1
 
 
-def test_predictions_of_the_head_equal_plain_loops():
+def test_relation_head_predictions_equal_plain_loops():
     head = table_head(topk=7, predicates_per_pair=(2,), pair_chunk=3).eval()
     classes, scores = torch.tensor([0, 1, 1, 2]), torch.tensor([0.9, 0.8, 0.6, 0.5])
     boxes = random_boxes(4)
@@ -305,7 +305,7 @@ def test_predictions_of_the_head_equal_plain_loops():
     assert [len(x) for x in none] == [0, 0] and none[0].pairs.shape == (0, 2)
 
 
-def test_pair_logits_equal_the_sum_of_the_modules_pair_by_pair():
+def test_pair_logits_two_images_equal_sum_of_modules_per_pair():
     """Two images: subject and object come from the detector's maps, the union from the others."""
     head = small_model("MODEL.ROI_RELATION_HEAD.POOLER_RESOLUTION", 5).relation_head.eval()
     generator = torch.Generator().manual_seed(0)
@@ -354,7 +354,7 @@ def test_pair_logits_equal_the_sum_of_the_modules_pair_by_pair():
 
 
 @pytest.mark.parametrize("on", [True, False])
-def test_last_relu_of_the_box_heads_is_a_switch(on):
+def test_no_fc7_relu_switch_controls_the_last_relu(on):
     head = small_model("MODEL.ROI_RELATION_HEAD.NO_FC7_RELU", on).relation_head
     assert len(head.box_heads) == 3
     for box_head in head.box_heads:
@@ -362,12 +362,12 @@ def test_last_relu_of_the_box_heads_is_a_switch(on):
         assert bool((vectors < 0).any()) == on
 
 
-def test_box_head_without_a_relu_at_its_end_is_named():
+def test_without_last_relu_other_last_layer_raises():
     with pytest.raises(ValueError, match="NO_FC7_RELU is on, but Sequential ends in Linear"):
         without_last_relu(torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Linear(2, 2)))
 
 
-def test_head_refuses_what_it_does_not_know():
+def test_relation_head_invalid_options_raise():
     with pytest.raises(ValueError, match="no module left.*SEMANTIC.ENABLED.*VISUAL.SPO"):
         RelDNHead(num_classes=2, num_predicates=2, in_features=[])
     with pytest.raises(KeyError, match="NoSuchHead"):
@@ -379,12 +379,12 @@ def test_head_refuses_what_it_does_not_know():
             table_head(predicates_per_pair=wrong)
 
 
-def test_chunks_of_pairs_have_at_least_one():
+def test_relation_head_zero_pair_chunk_raises():
     with pytest.raises(ValueError, match="PAIR_CHUNK is 0"):
         table_head(pair_chunk=0)
 
 
-def test_config_reaches_matching_and_sampling(monkeypatch):
+def test_relation_head_config_reaches_matching_and_sampling(monkeypatch):
     seen = {}
 
     def remember(name, function):
@@ -416,7 +416,7 @@ def test_config_reaches_matching_and_sampling(monkeypatch):
     assert seen["sample_pairs"] == {"num_pairs": 11, "num_positive": 7, **none}
 
 
-def test_traced_pairs_have_the_same_logits():
+def test_pair_logits_traced_equal_eager():
     """Under tracing each pair has a union box of its own."""
     head = (
         small_model("MODEL.ROI_RELATION_HEAD.POOLER_RESOLUTION", 5)

@@ -8,7 +8,7 @@ from model_utils import busy_item, empty_item, small_model, unrelated_item
 
 from reldn_d2.modeling.losses import AnchorSides, contrastive_losses
 from reldn_d2.modeling.relation_head.pair_sampling import SampledPairs
-from reldn_d2.modeling.relation_head.training_metrics import training_statistics
+from reldn_d2.modeling.relation_head.training_metrics import training_metrics
 from reldn_d2.utils.events import RelationStatisticsPrinter
 
 from detectron2.utils.events import EventStorage
@@ -23,7 +23,7 @@ def logits_of(phi, best):
     return torch.cat([phi * shares, torch.tensor([1 - phi])]).log()
 
 
-def test_statistics_by_hand():
+def test_training_metrics_one_subject_equal_hand_computed_values():
     """Subject 0: two positives (classes 0 and 1), two negatives (of class 0 and of class 1)."""
     phis = [(0.6, 0), (0.9, 1), (0.5, 0), (0.7, 1), (0.2, 0)]
     logits = torch.stack([logits_of(*x) for x in phis])
@@ -40,7 +40,7 @@ def test_statistics_by_hand():
     image = torch.zeros(6, dtype=torch.int64)
     _, groups = contrastive_losses(logits, labels, sides, image, num_images=1, num_classes=2)
     targets = torch.tensor([0, 0, 2, 2, 2])
-    values = training_statistics(logits, targets, pairs, groups, ALPHAS)
+    values = training_metrics(logits, targets, pairs, groups, ALPHAS)
     expected = {
         "num_positive_pairs": 2,
         "num_negative_pairs": 3,
@@ -59,13 +59,13 @@ def test_statistics_by_hand():
         "predicate_class_violated": 1,
     }
     assert values == {f"reldn/{k}": pytest.approx(v, abs=1e-6) for k, v in expected.items()}
-    half = training_statistics(logits, targets, pairs, groups, (0.2, 0.15, 0.05))
+    half = training_metrics(logits, targets, pairs, groups, (0.2, 0.15, 0.05))
     assert half["reldn/entity_class_violated"] == 0.5
     assert half["reldn/predicate_class_violated"] == 0
 
 
 @pytest.mark.parametrize("batch", [[busy_item()], [unrelated_item(), busy_item()], [empty_item()]])
-def test_a_training_step_puts_them_all_into_the_event_storage(batch):
+def test_training_step_stores_all_training_metrics(batch):
     model = small_model().train()
     with EventStorage(19) as storage:  # the trainer's writers write after this iteration
         model(batch)
@@ -80,7 +80,7 @@ def test_a_training_step_puts_them_all_into_the_event_storage(batch):
     assert all(value == value for value, _ in storage.latest().values())  # no NaN
 
 
-def test_the_log_has_a_line_of_them_whenever_there_are_new_ones(caplog):
+def test_statistics_printer_logs_one_line_per_new_values(caplog):
     printer = RelationStatisticsPrinter()
     with EventStorage(18) as storage, caplog.at_level(logging.INFO):
         for number in range(3):
