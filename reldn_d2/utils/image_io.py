@@ -169,7 +169,7 @@ def find_images(inputs: Sequence[str | Path]) -> list[str]:
 
 
 def distinct_paths(files: Sequence[str], folder: Path, suffix: str) -> dict[str, Path]:
-    """Return an output path in ``folder`` per file; duplicate names get a suffix ``_2``, ``_3``..."""
+    """Return an output path in ``folder`` per file; duplicate names get a suffix such as ``_2``."""
     paths: dict[str, Path] = {}
     used = set()
     for file in files:

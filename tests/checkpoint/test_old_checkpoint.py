@@ -1,4 +1,4 @@
-"""A checkpoint written by version 0.1, before the package was laid out in folders, still works."""
+"""A checkpoint of version 0.1, written before the package was split into folders, still works."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from reldn_d2.predictor import RelationPredictor
 DATA = Path(__file__).parent / "data"
 
 
-def test_checkpoint_of_version_0_1_gives_the_same_predictions():
+def test_from_checkpoint_version_0_1_gives_the_same_predictions():
     expected = json.loads((DATA / "tiny_reldn_0.1_prediction.json").read_text())
     predictor = RelationPredictor.from_checkpoint(DATA / "tiny_reldn_0.1.pth", device="cpu")
     found = predictor(picture()).to_dict()
