@@ -290,7 +290,7 @@ class DetectorCheckpointer(DetectionCheckpointer):
         not_loaded = {name for name in not_loaded if not name.endswith(_BATCH_COUNTER)}
         if not_loaded and self.matching_only:
             logger.warning(
-                f"{len(not_loaded)} weights stay as initialised (MODEL.RELDN.LOAD.MATCHING_ONLY), "
+                f"{len(not_loaded)} weights stay as initialized (MODEL.RELDN.LOAD.MATCHING_ONLY), "
                 f"such as {', '.join(sorted(not_loaded)[:5])}."
             )
 
@@ -320,21 +320,21 @@ def _part_of(name: str) -> str:
 
 def explain_classes(shapes: list[tuple]) -> list[str]:
     """Compare the numbers of entity classes; see ``DetectorCheckpointer._explain_shapes``."""
-    for name, found, expected in shapes:
+    for name, theirs, ours in shapes:
         if re.search(r"box_predictor\.(\d\.)?cls_score\.weight$", name):
             return [
-                f"it was trained with {found[0] - 1} entity classes, the config has "
-                f"{expected[0] - 1} (MODEL.ROI_HEADS.NUM_CLASSES)"
+                f"it was trained with {theirs[0] - 1} entity classes, the config has "
+                f"{ours[0] - 1} (MODEL.ROI_HEADS.NUM_CLASSES)"
             ]
         if name.endswith("head.cls_score.bias"):  # RetinaNet: classes times anchors
             return [
-                f"it was trained with {found[0]} class logits per location, the config has "
-                f"{expected[0]} (MODEL.RETINANET.NUM_CLASSES times anchors)"
+                f"it was trained with {theirs[0]} class logits per location, the config has "
+                f"{ours[0]} (MODEL.RETINANET.NUM_CLASSES times anchors)"
             ]
     return []
 
 
 def join_reasons(reasons: list[str], shapes: list[tuple]) -> str:
     """Append the first two shapes that differ to the reasons, as one sentence."""
-    first = [f"{name} is {found}, the model has {expected}" for name, found, expected in shapes[:2]]
+    first = [f"{name} is {theirs}, the model has {ours}" for name, theirs, ours in shapes[:2]]
     return "; ".join(reasons + first) + "."

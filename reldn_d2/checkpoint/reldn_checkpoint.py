@@ -83,7 +83,7 @@ def initialize_relation_branch(model: RelDN, allow_pickle: bool = False) -> None
     num_random = len(head.box_heads) - sum(part == "a relation box head" for part in done)
     counts = ", ".join(f"{count} x {part}" for part, count in Counter(done).items())
     logger.info(
-        f"Initialised the relation branch: {counts or 'nothing to copy'}"
+        f"Initialized the relation branch: {counts or 'nothing to copy'}"
         + (f"; {num_random} box heads start from random weights." if num_random else ".")
     )
 
@@ -188,30 +188,30 @@ class RelDNCheckpointer(DetectorCheckpointer):
         """Name the counts of classes and predicates of both sides, and the first shapes."""
         num_logits = self.model.relation_head.num_predicates + 1
         reasons = explain_classes(shapes)
-        for name, found, expected in shapes:
+        for name, theirs, ours in shapes:
             if name != _SEMANTIC_TABLE:
                 continue
-            if found[0] != expected[0] and not reasons:  # rows are pairs of classes
+            if theirs[0] != ours[0] and not reasons:  # rows are pairs of classes
                 reasons.append(
-                    f"it was trained with {isqrt(found[0])} entity classes, the config has "
-                    f"{isqrt(expected[0])}"
+                    f"it was trained with {isqrt(theirs[0])} entity classes, the config has "
+                    f"{isqrt(ours[0])}"
                 )
-            if found[1] != expected[1]:
-                reasons.append(self._explain_predicates(found[1]))
+            if theirs[1] != ours[1]:
+                reasons.append(self._explain_predicates(theirs[1]))
         if not any("predicates" in x for x in reasons):  # no table: look at the biases of logits
-            found_logits = [
-                found[0]
-                for name, found, expected in shapes
+            biases = [
+                theirs[0]
+                for name, theirs, ours in shapes
                 if name.startswith("relation_head.")
-                and len(found) == 1
-                and tuple(expected) == (num_logits,)
+                and len(theirs) == 1
+                and tuple(ours) == (num_logits,)
             ]
-            reasons += [self._explain_predicates(x) for x in found_logits[:1]]
+            reasons += [self._explain_predicates(x) for x in biases[:1]]
         return join_reasons(reasons, shapes)
 
-    def _explain_predicates(self, found_logits: int) -> str:
+    def _explain_predicates(self, num_logits: int) -> str:
         return (
-            f"it was trained with {found_logits - 1} predicates, the config has "
+            f"it was trained with {num_logits - 1} predicates, the config has "
             f"{self.model.relation_head.num_predicates} (MODEL.ROI_RELATION_HEAD.NUM_PREDICATES)"
         )
 

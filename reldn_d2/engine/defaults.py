@@ -107,7 +107,7 @@ class RelDNTrainer(DefaultTrainer):
         self.loss_check.check(self.iter)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return Detectron2's state, the optimiser's (which v0.6 leaves out) and the seed."""
+        """Return Detectron2's state, the optimizer's (which v0.6 leaves out) and the seed."""
         state = super(DefaultTrainer, self).state_dict()
         state["_trainer"] = self._trainer.state_dict()
         state["seed"] = self.seed
@@ -120,8 +120,8 @@ class RelDNTrainer(DefaultTrainer):
             self._trainer.load_state_dict(state_dict["_trainer"])
         else:
             logger.warning(
-                "The checkpoint has no optimiser state (Detectron2 v0.6 saves none): the "
-                "optimiser starts from scratch."
+                "The checkpoint has no optimizer state (Detectron2 v0.6 saves none): the "
+                "optimizer starts from scratch."
             )
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Detectron2's optimisers with RelDN's parameter groups."""
+"""Detectron2's optimizers with RelDN's parameter groups."""
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ _OPTIMIZERS = ("SGD", "AdamW")
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """Build Detectron2's optimiser with RelDN's parameter groups.
+    """Build Detectron2's optimizer with RelDN's parameter groups.
 
     Parts that start from trained weights (predicate backbone, relation box heads) learn at
     ``SOLVER.BACKBONE_MULTIPLIER`` times the base rate; biases and norms follow Detectron2's keys.

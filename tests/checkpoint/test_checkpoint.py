@@ -185,11 +185,11 @@ def test_trainer_resume_continues_where_it_stopped(tmp_path, dataset, detector, 
     assert second.iter == 5
     assert_equal_state(second.model.detector.model, detector)
 
-    # Detectron2 v0.6 saves no optimiser state.
+    # Detectron2 v0.6 saves no optimizer state.
     state = {name: value for name, value in second.state_dict().items() if name != "_trainer"}
     with caplog.at_level("WARNING", logger="reldn_d2.engine.defaults"):
         second.load_state_dict(state)
-    assert "no optimiser state" in caplog.text
+    assert "no optimizer state" in caplog.text
 
     # Without --resume the same folder starts from the detector again.
     third = RelDNTrainer(longer)

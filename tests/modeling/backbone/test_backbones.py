@@ -345,7 +345,7 @@ def test_matching_layers_only(tmp_path, caplog):
     first = model.relation_head.visual.first.weight
     assert torch.equal(first, source.relation_head.visual.first.weight)
     assert not bool(model.relation_head.semantic.counted)  # the table is counted anew
-    assert "stay as initialised" in caplog.text and "Loaded" in caplog.text
+    assert "stay as initialized" in caplog.text and "Loaded" in caplog.text
     # A detector of other classes, to train it on.
     DetectorCheckpointer(source.detector.model, str(tmp_path)).save("detector")
     wanted = small_model("MODEL.ROI_HEADS.NUM_CLASSES", 4).detector.model
