@@ -315,6 +315,12 @@ def free_url():
         return f"tcp://127.0.0.1:{server.getsockname()[1]}"
 
 
+@pytest.mark.parametrize("url", [None, "auto"])
+def test_launch_cpu_processes_without_port_raises(url):
+    with pytest.raises(ValueError, match="need a port: --dist-url tcp://127.0.0.1:29500"):
+        launch(one_of_two_processes, 2, dist_url=url, on_cpu=True)
+
+
 def test_launch_two_processes_gradients_equal_the_doubled_batch(tmp_path):
     path = tmp_path / "gradients.pth"
     launch(one_of_two_processes, 2, dist_url=free_url(), args=(str(path),), on_cpu=True)
