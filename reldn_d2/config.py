@@ -17,7 +17,6 @@ __all__ = [
     "add_reldn_config",
     "load_config",
     "merge_config",
-    "read_predicates_per_pair",
 ]
 
 logger = logging.getLogger(__name__)
@@ -197,12 +196,12 @@ def merge_config(
             raise
         raise UnknownKeyError(_unknown_key_message(cfg, match.group(1), source)) from error
     relations = cfg.TEST.RELATIONS
-    limits = read_predicates_per_pair(relations.PREDICATES_PER_PAIR)
+    limits = _read_predicates_per_pair(relations.PREDICATES_PER_PAIR)
     if limits != relations.PREDICATES_PER_PAIR:
         relations.PREDICATES_PER_PAIR = limits
 
 
-def read_predicates_per_pair(values: Iterable[Any]) -> list[int | None]:
+def _read_predicates_per_pair(values: Iterable[Any]) -> list[int | None]:
     """Read values of ``TEST.RELATIONS.PREDICATES_PER_PAIR``, also those of version 0.1.
 
     Args:

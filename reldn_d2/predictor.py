@@ -23,7 +23,7 @@ from detectron2.utils.file_io import PathManager
 
 from .checkpoint.detection_checkpoint import fetch, read_checkpoint
 from .checkpoint.reldn_checkpoint import RelDNCheckpointer
-from .config import add_reldn_config, merge_config, read_predicates_per_pair
+from .config import add_reldn_config, merge_config
 from .structures.prediction import RelationPrediction
 from .utils.image_io import ImageError, pil_to_rgb, read_rgb, to_rgb
 
@@ -100,9 +100,8 @@ class RelationPredictor:
         merge_config(cfg, config_file, ["MODEL.DEVICE", device, *opts])
         relations = cfg.TEST.RELATIONS
         if config_file is None and not (relations.PREDICATES_PER_PAIR or relations.PROTOCOL):
-            relations.PREDICATES_PER_PAIR = read_predicates_per_pair(
-                description.get("predicates_per_pair", [])
-            )
+            values = description.get("predicates_per_pair", [])
+            merge_config(cfg, None, ["TEST.RELATIONS.PREDICATES_PER_PAIR", values])
         cfg.MODEL.WEIGHTS = path
         model = build_model(cfg)
         RelDNCheckpointer(model).load(path)
