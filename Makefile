@@ -1,7 +1,7 @@
-# The project's commands; `make` alone lists them.
+# The project's commands; `make` without a target lists them.
 #
-# They use an environment of their own in .venv, made at first use, or with PYTHON=/path/to/python
-# one that has torch and Detectron2 already: nothing is installed into that one.
+# They use their own environment in .venv, which is created at first use. PYTHON=/path/to/python uses
+# an environment that already has torch and Detectron2; nothing is installed into it.
 
 SYSTEM_PYTHON := $(firstword $(foreach name,python3 python3.12 python3.11 python3.10, \
 	$(shell command -v $(name) 2>/dev/null)))
@@ -9,15 +9,15 @@ SYSTEM_PYTHON := $(firstword $(foreach name,python3 python3.12 python3.11 python
 ifeq ($(strip $(PYTHON)),)
 RUN := .venv/bin/python
 ready = @$(if $(SYSTEM_PYTHON),"$(SYSTEM_PYTHON)" tools/setup_env.py install $(1), \
-	echo "Python was not found: install Python 3.10, 3.11 or 3.12." >&2; exit 1)
+	echo "There is no Python on PATH: install Python 3.10, 3.11 or 3.12." >&2; exit 1)
 else
 RUN := "$(PYTHON)"
-ready = @command -v $(RUN) >/dev/null || { echo "PYTHON=$(PYTHON) is no program." >&2; exit 1; }; \
+ready = @command -v $(RUN) >/dev/null || { echo "PYTHON=$(PYTHON) is not a program." >&2; exit 1; }; \
 	echo "Using PYTHON=$(PYTHON); nothing is installed into it."; \
 	$(RUN) tools/setup_env.py check $(1)
 endif
 
-# The package is used from here, wherever the environment is.
+# Import the package from this folder, wherever the environment is.
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 .PHONY: help setup demo test env lint format clean
@@ -25,12 +25,12 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 help:  ## list the commands
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /@/' | \
 		awk -F@ '{printf "make %-8s %s\n", $$1, $$2}'
-	@echo 'PYTHON=/path/to/python uses that environment in place of .venv; ARGS="..." is passed on.'
+	@echo 'PYTHON=/path/to/python uses that environment instead of .venv; ARGS="..." is passed on.'
 
-setup:  ## make the environment in .venv
+setup:  ## create the environment .venv
 	$(call ready)
 
-demo:  ## train, evaluate and draw RelDN on the built-in data set (RETRAIN=1: anew)
+demo:  ## train, evaluate and draw RelDN on the built-in data set (RETRAIN=1: from scratch)
 	$(call ready)
 	$(RUN) tools/toy_demo.py $(if $(RETRAIN),--retrain) $(ARGS)
 
@@ -53,7 +53,7 @@ format:  ## format the code with black and isort
 	$(RUN) -m isort .
 	$(RUN) -m black .
 
-clean:  ## remove .venv and caches; trained models in output/ stay
+clean:  ## remove .venv and caches; keeps trained models in output/
 	@if [ -f .venv/reldn_d2_setup.json ]; then rm -rf .venv; fi
 	rm -rf build *.egg-info .pytest_cache .hypothesis .ruff_cache
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train or evaluate RelDN, or the detector it stands on, with Detectron2's arguments.
+"""Train or evaluate RelDN, or its detector, with Detectron2's arguments.
 
 Example::
 
@@ -7,10 +7,9 @@ Example::
 """
 
 import reldn_d2  # isort: skip  registers everything, before Detectron2 is imported
-from reldn_d2.engine.defaults import RelDNTrainer
-from reldn_d2.engine.launch import launch
+from reldn_d2.engine import RelDNTrainer, launch
 
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
@@ -21,25 +20,17 @@ class Trainer(RelDNTrainer):
     """Override ``build_evaluator``, ``build_train_loader``, ... here, as with Detectron2's."""
 
 
-def config(args) -> CfgNode:
-    """Config from the file and the ``KEY VALUE`` options, frozen."""
-    cfg = get_cfg()
-    reldn_d2.add_reldn_config(cfg)
-    reldn_d2.merge_config(cfg, args.config_file, args.opts)
-    cfg.freeze()
-    return cfg
-
-
 def setup(args) -> CfgNode:
-    """The config; logging and the generators set up."""
-    cfg = config(args)
+    """Build the config and set up logging and seeds."""
+    cfg = reldn_d2.load_config(args.config_file, args.opts)
+    cfg.freeze()
     default_setup(cfg, args)
     setup_logger(output=cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="reldn_d2")
     return cfg
 
 
 def main(args):
-    """Train, or with ``--eval-only`` evaluate."""
+    """Train or, with ``--eval-only``, evaluate."""
     cfg = setup(args)
     if args.eval_only:
         results = Trainer.evaluate_checkpoint(cfg, resume=args.resume)
@@ -52,14 +43,14 @@ def main(args):
 
 
 if __name__ == "__main__":
-    arguments = default_argument_parser().parse_args()
-    print("Command Line Args:", arguments)
+    args = default_argument_parser().parse_args()
+    print("Command Line Args:", args)
     launch(
         main,
-        arguments.num_gpus,
-        num_machines=arguments.num_machines,
-        machine_rank=arguments.machine_rank,
-        dist_url=arguments.dist_url,
-        args=(arguments,),
-        on_cpu=config(arguments).MODEL.DEVICE == "cpu",
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+        on_cpu=reldn_d2.load_config(args.config_file, args.opts).MODEL.DEVICE == "cpu",
     )

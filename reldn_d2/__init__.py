@@ -1,9 +1,9 @@
 """RelDN (Graphical Contrastive Losses for Scene Graph Parsing, CVPR 2019) for Detectron2."""
 
-from .utils import compat  # isort: skip  bridges gaps before Detectron2 is imported
+from .utils import compat  # isort: skip  must run before Detectron2 is imported
 from . import data, modeling  # noqa: F401  register data sets and architectures
 from .checkpoint.reldn_checkpoint import RelDNCheckpointer, initialize_relation_branch
-from .config import add_reldn_config, merge_config
+from .config import add_reldn_config, load_config, merge_config
 
 __version__ = "0.1.0"
 
@@ -12,5 +12,6 @@ __all__ = [
     "add_reldn_config",
     "compat",
     "initialize_relation_branch",
+    "load_config",
     "merge_config",
 ]

@@ -1,14 +1,29 @@
-"""Config keys that reldn_d2 adds to Detectron2's."""
+"""Config keys that reldn_d2 adds to Detectron2's, and merging files and options into a config."""
 
 import difflib
+import functools
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.config import CfgNode as CN
+from detectron2.config import get_cfg
 from detectron2.utils.file_io import PathManager
 
-__all__ = ["add_reldn_config", "merge_config"]
+__all__ = [
+    "UnknownKeyError",
+    "add_reldn_config",
+    "load_config",
+    "merge_config",
+]
+
+logger = logging.getLogger(__name__)
+
+
+class UnknownKeyError(ValueError):
+    """A config key that does not exist; the message names its source and similar keys."""
 
 
 def add_reldn_config(cfg: CfgNode) -> None:
@@ -22,48 +37,45 @@ def add_reldn_config(cfg: CfgNode) -> None:
     """
     _add_model(cfg)
     _add_relation_head(cfg)
-    _add_solver_and_test(cfg)
+    _add_data_solver_and_test(cfg)
 
 
 def _add_model(cfg: CfgNode) -> None:
     cfg.MODEL.RELDN = CN()
-    # Entry of ENTITY_DETECTOR_REGISTRY: who gives features, boxes and classes of entities. "auto"
-    # finds the one for MODEL.ROI_HEADS.NAME (Faster, Mask, Cascade R-CNN, C4); others are named:
-    # "RetinaNetDetector", "PrecomputedDetector".
+    # Entry of ENTITY_DETECTOR_REGISTRY, which provides features, boxes and classes of entities.
+    # "auto" chooses by MODEL.ROI_HEADS.NAME (Faster, Mask, Cascade R-CNN, C4). The others must be
+    # named: "RetinaNetDetector", "PrecomputedDetector".
     cfg.MODEL.RELDN.DETECTOR = "auto"
     # PrecomputedDetector: the checkpoint has a box head, which the relation box heads start from.
     cfg.MODEL.RELDN.PRECOMPUTED_BOX_HEAD = True
-    # Entities that pairs are made of in training: "proposals" (the detector's proposals that match
-    # a ground-truth box, and the ground-truth boxes) or "ground_truth" (these boxes alone: faster).
+    # Entities that training pairs are made of: "proposals" (the detector's proposals that match a
+    # ground-truth box, plus the ground-truth boxes) or "ground_truth" (only these: faster).
     cfg.MODEL.RELDN.TRAIN_ENTITIES = "proposals"
-    cfg.MODEL.RELDN.ENTITY_IOU_THRESHOLD = 0.5  # a proposal matches a ground-truth box from here on
-    cfg.MODEL.RELDN.ENTITIES_PER_IMAGE = 128  # at most so many entities of an image in training
+    # Minimum IoU between a proposal and its ground-truth box.
+    cfg.MODEL.RELDN.ENTITY_IOU_THRESHOLD = 0.5
+    cfg.MODEL.RELDN.ENTITIES_PER_IMAGE = 128  # max entities per image in training
 
-    # conv_body_rel. "same": a second backbone of the detector's structure. "shared": the detector's
-    # own frozen stages up to SHARE_UNTIL, then a copy of the later ones: less time and memory.
-    # "other": MODEL.BACKBONE, MODEL.RESNETS, ... with OPTIONS (key, value, key, value, ...) on top.
-    cfg.MODEL.RELDN.PREDICATE_BACKBONE = predicate = CN()
+    cfg.MODEL.RELDN.PREDICATE_BACKBONE = predicate = CN()  # conv_body_rel
+    # "same": a second backbone of the detector's structure. "shared": the detector's own frozen
+    # stages up to SHARE_UNTIL, then a copy of the later ones, which takes less time and memory.
+    # "other": MODEL.BACKBONE, MODEL.RESNETS, ..., overridden by OPTIONS (key, value, key, ...).
     predicate.KIND = "same"
     predicate.SHARE_UNTIL = "res3"
     predicate.OPTIONS = []
-    predicate.WEIGHTS = ""  # of "other": a backbone's or a detector's checkpoint; empty: random
+    # Checkpoint of a backbone or detector for KIND "other"; empty means random init.
+    predicate.WEIGHTS = ""
 
     cfg.MODEL.RELDN.LOAD = CN()  # how MODEL.WEIGHTS is read
-    # Load the layers whose shapes match and leave the others as initialised, with a warning, where
-    # the numbers of classes or predicates differ. Otherwise that is an error.
+    # If the config has other numbers of classes or predicates than the checkpoint: load the layers
+    # whose shapes match and warn that the others keep their initial weights. False raises an error.
     cfg.MODEL.RELDN.LOAD.MATCHING_ONLY = False
-    # Let files that hold Python objects be unpickled, which can run code: only for files you trust.
+    # Unpickle files that hold Python objects. That can run code: only for files that you trust.
     # Tensors and arrays need no such permission.
     cfg.MODEL.RELDN.LOAD.ALLOW_PICKLE = False
 
-    cfg.MODEL.VGG = CN()  # of build_vgg16_backbone
+    cfg.MODEL.VGG = CN()  # build_vgg16_backbone
     cfg.MODEL.VGG.WIDTH = 64  # channels of the first block; 64 is VGG16
     cfg.MODEL.VGG.OUT_FEATURES = ["conv5"]  # stride 16
-
-    # Files of detections in the place of a detector's, one for each data set: COCO results (.json)
-    # or Detectron2's instances_predictions.pth, matched by image id (PrecomputedDetector).
-    cfg.DATASETS.DETECTION_FILES_TRAIN = ()
-    cfg.DATASETS.DETECTION_FILES_TEST = ()
 
 
 def _add_relation_head(cfg: CfgNode) -> None:
@@ -75,11 +87,11 @@ def _add_relation_head(cfg: CfgNode) -> None:
     head.POOLER_SAMPLING_RATIO = 2
     head.POOLER_TYPE = "ROIAlignV2"
     head.NO_FC7_RELU = True  # leave out the last ReLU of the three box heads, as released
-    head.OVERLAP_FILTER = True  # only pairs whose boxes overlap, in training and at test
+    head.OVERLAP_FILTER = True  # only pairs whose boxes overlap, in training and at test time
 
     head.SEMANTIC = CN()
     head.SEMANTIC.ENABLED = True  # f_sem
-    head.SEMANTIC.FREEZE = False  # keep the counted log-frequencies as they are
+    head.SEMANTIC.FREEZE = False  # do not train the counted log-frequencies
 
     head.SPATIAL = CN()
     head.SPATIAL.ENABLED = True  # f_spt
@@ -90,10 +102,10 @@ def _add_relation_head(cfg: CfgNode) -> None:
     head.VISUAL.SUBJECT_SKIP = True  # the linear layer on the subject vector
     head.VISUAL.OBJECT_SKIP = True  # the linear layer on the object vector
 
-    head.SAMPLING = CN()  # numbers of pairs an image (section 5)
-    head.SAMPLING.PAIRS = 512  # of L0, at most
-    head.SAMPLING.POSITIVE_PAIRS = 128  # of these, at most; released code: 2048 pairs, 512 positive
-    head.SAMPLING.ANCHOR_POSITIVE_PAIRS = 128  # of L1-L3, for subjects and for objects, at most
+    head.SAMPLING = CN()  # max pairs per image (section 5)
+    head.SAMPLING.PAIRS = 512  # for L0; released code: 2048
+    head.SAMPLING.POSITIVE_PAIRS = 128  # positive ones among them; released code: 512
+    head.SAMPLING.ANCHOR_POSITIVE_PAIRS = 128  # for L1-L3, each for subjects and for objects
     head.SAMPLING.ANCHOR_NEGATIVE_PAIRS = 128
 
     head.LOSS = CN()
@@ -103,16 +115,21 @@ def _add_relation_head(cfg: CfgNode) -> None:
     head.LOSS.ALPHA_1 = 0.2  # alpha_1, alpha_2, alpha_3: the margins
     head.LOSS.ALPHA_2 = 0.2
     head.LOSS.ALPHA_3 = 0.2
-    # "paper": means over anchors with a positive pair. "released_code": mean over all margins and
-    # one zero.
+    # "paper": means over anchors that have a positive pair. "released_code": mean over all margins
+    # and one zero.
     head.LOSS.NORMALIZATION = "paper"
 
 
-def _add_solver_and_test(cfg: CfgNode) -> None:
+def _add_data_solver_and_test(cfg: CfgNode) -> None:
+    # Files of detections that replace a detector (PrecomputedDetector), one per data set: COCO
+    # results (.json) or Detectron2's instances_predictions.pth, matched by image id.
+    cfg.DATASETS.DETECTION_FILES_TRAIN = ()
+    cfg.DATASETS.DETECTION_FILES_TEST = ()
+
     cfg.SOLVER.OPTIMIZER = "SGD"  # or "AdamW"
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1  # lr factor of predicate backbone and relation box heads
-    # The best checkpoint is kept as model_best.pth: by this metric of the evaluation, such as
-    # "relations_sgdet/R@n"; empty: none. It needs TEST.EVAL_PERIOD.
+    # The best checkpoint is kept as model_best.pth. METRIC is a result of the evaluation, such as
+    # "relations_sgdet/R@n"; empty keeps none. It needs TEST.EVAL_PERIOD.
     cfg.SOLVER.BEST_CHECKPOINT = CN()
     cfg.SOLVER.BEST_CHECKPOINT.METRIC = ""
     cfg.SOLVER.BEST_CHECKPOINT.MODE = "max"  # or "min"
@@ -120,30 +137,29 @@ def _add_solver_and_test(cfg: CfgNode) -> None:
     cfg.TEST.RELATIONS = CN()
     # sgdet: everything predicted; sgcls: boxes given; prdcls: boxes and classes given.
     cfg.TEST.RELATIONS.TASK = "sgdet"
-    cfg.TEST.RELATIONS.TOPK = 100  # triplets kept of an image
+    cfg.TEST.RELATIONS.TOPK = 100  # triplets kept per image
     # How relations are scored (docs/evaluation.md): lu2016, motifs, openimages, released or
     # relations; empty: the protocol of the data set's tables in the paper.
     cfg.TEST.RELATIONS.PROTOCOL = ""
     cfg.TEST.RELATIONS.RECALL_AT = []  # the n of R@n, each at most TOPK; empty: the protocol's
-    # k: the predicates of a pair that may be kept; 0: all. With several values the output holds the
-    # exact top TOPK of each. Empty: those that the protocols of DATASETS.TEST ask for.
+    # k: max predicates kept per pair; None means no limit. With several values the output holds
+    # the exact top TOPK of each. Empty: the values of the protocols of DATASETS.TEST.
     cfg.TEST.RELATIONS.PREDICATES_PER_PAIR = []
     cfg.TEST.RELATIONS.PAIR_CHUNK = 2048  # pairs scored at once: bounds the memory
 
 
-def _all_keys(node: CfgNode, prefix: str = "") -> list[str]:
-    keys = []
-    for key, value in node.items():
-        keys.append(prefix + key)
-        if isinstance(value, CfgNode):
-            keys.extend(_all_keys(value, prefix + key + "."))
-    return keys
+def load_config(config_file: str | None = None, opts: Sequence[str] | None = None) -> CfgNode:
+    """Build a config with RelDN's keys from a file and options; see :func:`merge_config`."""
+    cfg = get_cfg()
+    add_reldn_config(cfg)
+    merge_config(cfg, config_file, opts)
+    return cfg
 
 
 def merge_config(
     cfg: CfgNode, config_file: str | None = None, opts: Sequence[str] | None = None
 ) -> None:
-    """Merge a YAML file and ``KEY VALUE`` options into ``cfg``, with errors that help.
+    """Merge a YAML file and ``KEY VALUE`` options into ``cfg``, with helpful errors.
 
     Args:
         cfg: config with the keys of :func:`add_reldn_config`; changed in place.
@@ -151,38 +167,76 @@ def merge_config(
         opts: ``[key, value, key, value, ...]``.
 
     Raises:
-        FileNotFoundError: there is no such file, or none that it is based on.
-        KeyError: an unknown key; the message names the source and the nearest known keys.
-        ValueError: ``opts`` has a key without a value.
+        FileNotFoundError: if the file or one that it is based on does not exist.
+        UnknownKeyError: if a key does not exist.
+        ValueError: if ``opts`` has a key without a value, or a value is not valid.
     """
     opts = list(opts or [])
     if len(opts) % 2:
-        raise ValueError(f"Options come as KEY VALUE pairs, but '{opts[-1]}' has no value: {opts}")
+        raise ValueError(f"Options are KEY VALUE pairs, but '{opts[-1]}' has no value: {opts}")
     if config_file and not PathManager.isfile(config_file):
         raise FileNotFoundError(
             f"No config file '{config_file}'. Paths are relative to the current folder; the "
             "project's configs are under configs/."
         )
+    source = config_file or "the command line"
     try:
-        source = config_file
         if config_file:
             cfg.merge_from_file(config_file)
         source = "the command line"
-        cfg.merge_from_list(_floats_written_as_integers(cfg, opts))
+        cfg.merge_from_list(_write_floats_as_floats(cfg, opts))
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"No file '{error.filename}', which _BASE_ in {config_file} or in one of its bases "
-            "names. Such paths are relative to the file that names them."
+            f"No file '{error.filename}', which {config_file} or one of its bases names as _BASE_. "
+            "Such paths are relative to the file that names them."
         ) from error
     except (KeyError, AssertionError) as error:
         match = re.search(r"[Nn]on-existent (?:config )?key: ([\w.]+)", str(error))
         if match is None:
             raise
-        raise KeyError(_unknown_key_message(cfg, match.group(1), source)) from error
+        raise UnknownKeyError(_unknown_key_message(cfg, match.group(1), source)) from error
+    relations = cfg.TEST.RELATIONS
+    limits = _read_predicates_per_pair(relations.PREDICATES_PER_PAIR)
+    if limits != relations.PREDICATES_PER_PAIR:
+        relations.PREDICATES_PER_PAIR = limits
 
 
-def _floats_written_as_integers(cfg: CfgNode, opts: list[str]) -> list[str]:
-    """``KEY 0`` for a key whose value is a float means ``KEY 0.0``; yacs would refuse it."""
+def _read_predicates_per_pair(values: Iterable[Any]) -> list[int | None]:
+    """Read values of ``TEST.RELATIONS.PREDICATES_PER_PAIR``, also those of version 0.1.
+
+    Args:
+        values: positive integers, or None (in YAML also the word) for no limit; 0 meant no limit
+            before and is still read so, with a warning.
+
+    Raises:
+        ValueError: if a value is not one of these.
+    """
+    limits: list[int | None] = []
+    for value in values:
+        if value in (None, "None", "null"):
+            limits.append(None)
+        elif isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+            limits.append(value or None)
+        else:
+            raise ValueError(
+                f"TEST.RELATIONS.PREDICATES_PER_PAIR has the value {value!r}; expected positive "
+                "integers, or None for no limit."
+            )
+        if value == 0:
+            _warn_about_zero()
+    return limits
+
+
+@functools.cache
+def _warn_about_zero() -> None:  # cached: once per process
+    logger.warning(
+        "TEST.RELATIONS.PREDICATES_PER_PAIR has the value 0, which is read as None (no limit). "
+        "Write None instead."
+    )
+
+
+def _write_floats_as_floats(cfg: CfgNode, opts: list[str]) -> list[str]:
+    """Replace ``KEY 0`` by ``KEY 0.0`` if the key's value is a float; yacs would refuse it."""
     result = list(opts)
     for i in range(0, len(opts), 2):
         node = cfg
@@ -193,10 +247,21 @@ def _floats_written_as_integers(cfg: CfgNode, opts: list[str]) -> list[str]:
     return result
 
 
-def _unknown_key_message(cfg: CfgNode, key: str, source: str | None) -> str:
-    known = _all_keys(cfg)
-    near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
+def _unknown_key_message(cfg: CfgNode, key: str, source: str) -> str:
+    keys = _all_keys(cfg)
+    similar = difflib.get_close_matches(key, keys, n=3, cutoff=0.6)
     leaf = key.rsplit(".", 1)[-1]
-    near += [k for k in known if k.rsplit(".", 1)[-1] == leaf and k not in near][:3]
-    hint = f"Did you mean {', '.join(near)}?" if near else "See reldn_d2/config.py for the keys."
+    similar += [k for k in keys if k.rsplit(".", 1)[-1] == leaf and k not in similar][:3]
+    hint = (
+        f"Did you mean {', '.join(similar)}?" if similar else "See reldn_d2/config.py for the keys."
+    )
     return f"Unknown config key {key} in {source}. {hint}"
+
+
+def _all_keys(node: CfgNode, prefix: str = "") -> list[str]:
+    keys = []
+    for key, value in node.items():
+        keys.append(prefix + key)
+        if isinstance(value, CfgNode):
+            keys.extend(_all_keys(value, prefix + key + "."))
+    return keys

@@ -1,7 +1,7 @@
-"""RelDN as one function from an image to tensors, for TorchScript.
+"""Exporting RelDN to TorchScript as one function from an image to tensors.
 
-The exported function is the eager model with the pairs computed exhaustively: a lazy visit stops
-where the scores say so, which a traced graph cannot.
+The exported function is the eager model, except that it scores all pairs: the eager search for the
+top triplets stops early depending on the scores, which a traced graph cannot do.
 
 Shapes: R detections, K relations, P pairs, C predicates. Boxes are XYXY in pixels of the input.
 """
@@ -40,16 +40,16 @@ OUTPUT_NAMES = (
 
 
 class RelDNExport(nn.Module):
-    """Task SGDET on one image tensor, without Python objects at its border."""
+    """Predict SGDET on one image tensor; inputs and outputs are tensors only."""
 
     def __init__(self, model: RelDN, size: Sequence[int] | None = None):
         """
         Args:
-            model: with its weights.
-            size: (3, H, W), the only shape that is taken; None takes any.
+            model: with its weights loaded.
+            size: (3, H, W), the only shape that is accepted; None accepts any.
 
         Raises:
-            TypeError: its relation head or its detector is of another kind.
+            TypeError: if its relation head or its detector cannot be exported.
         """
         super().__init__()
         if isinstance(model.detector, PrecomputedDetector):
@@ -60,40 +60,41 @@ class RelDNExport(nn.Module):
         self.size = None if size is None else tuple(size)
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Predict.
+        """Predict one image.
 
         Args:
-            image: (3, H, W) in [0, 255], channels as the config's ``INPUT.FORMAT`` says.
+            image: (3, H, W) in [0, 255], channels in the order of the config's ``INPUT.FORMAT``.
 
         Returns:
             tensors in the order of ``OUTPUT_NAMES``.
         """
         model, head = self.model, self.model.relation_head
         if self.size is not None:
-            image = image.expand(self.size)  # an error for another size, in a traced graph too
+            image = image.expand(self.size)  # fails for another size, in a traced graph too
         inputs = [{"image": image}]
         images = model.detector.preprocess(inputs)
         features, maps = model.feature_maps(images)
-        found = model.detector.detect(inputs, images, features)[0]
-        boxes, classes, box_scores = found.pred_boxes.tensor, found.pred_classes, found.scores
+        detections = model.detector.detect(inputs, images, features)[0]
+        boxes, classes = detections.pred_boxes.tensor, detections.pred_classes
+        box_scores = detections.scores
 
         size = torch.tensor([list(image.shape[-2:])], dtype=boxes.dtype, device=boxes.device)
         entities = self._encode(features, boxes, classes, size)
         subjects, objects = all_pairs(boxes, head.overlap_filter)
         logits = head.pair_logits(entities, maps, subjects, objects)
-        probabilities = logits.float().softmax(dim=1)[:, :-1]
+        probabilities = logits.float().softmax(dim=1)[:, :-1]  # without "no relationship"
         pair_scores = box_scores[subjects] * box_scores[objects]
-        pair, predicates, scores = rank_everything(
+        pair_index, predicates, scores = rank_triplets(
             probabilities, pair_scores, head.predicates_per_pair, head.topk
         )
-        pairs = torch.stack([subjects[pair], objects[pair]], dim=1)
-        best = probabilities[pair, predicates]
-        return boxes, classes, box_scores, pairs, predicates, scores, best
+        pairs = torch.stack([subjects[pair_index], objects[pair_index]], dim=1)
+        predicate_scores = probabilities[pair_index, predicates]
+        return boxes, classes, box_scores, pairs, predicates, scores, predicate_scores
 
     def _encode(
         self, features: dict[str, Tensor], boxes: Tensor, classes: Tensor, size: Tensor
     ) -> EntityBatch:
-        """As the head's own, but no number of detections is written into the graph."""
+        """Encode entities as the head does, but for any number of detections when traced."""
         head = self.model.relation_head
         subject_vectors = object_vectors = None
         if head.entity_pooler is not None:
@@ -108,22 +109,28 @@ class RelDNExport(nn.Module):
 
 @contextmanager
 def _without_gradient_scaling() -> Iterator[None]:
-    """Cascade R-CNN scales gradients in a Python function, which no file can hold, but no value."""
-    kept = getattr(cascade_rcnn, "_ScaleGradient", None)
-    if kept is None:
+    """Skip Cascade R-CNN's scaling of gradients, a Python function that cannot be saved.
+
+    It changes gradients only, never a value.
+    """
+    original = getattr(cascade_rcnn, "_ScaleGradient", None)
+    if original is None:
         yield
         return
     cascade_rcnn._ScaleGradient = SimpleNamespace(apply=lambda values, scale: values)
     try:
         yield
     finally:
-        cascade_rcnn._ScaleGradient = kept
+        cascade_rcnn._ScaleGradient = original
 
 
 def all_pairs(boxes: Tensor, overlap_filter: bool) -> tuple[Tensor, Tensor]:
-    """Ordered pairs (i, j), i != j, of R boxes, as two (P,) index tensors."""
-    number = torch.arange(boxes.shape[0], device=boxes.device)
-    chosen = number[:, None] != number[None]
+    """Return the ordered pairs (i, j), i != j, of R boxes as two (P,) index tensors.
+
+    Unlike :func:`.pairs.candidate_pairs`, this can be traced for any number of boxes.
+    """
+    index = torch.arange(boxes.shape[0], device=boxes.device)
+    chosen = index[:, None] != index[None]
     if overlap_filter:
         low = torch.maximum(boxes[:, None, :2], boxes[None, :, :2])
         high = torch.minimum(boxes[:, None, 2:], boxes[None, :, 2:])
@@ -132,19 +139,19 @@ def all_pairs(boxes: Tensor, overlap_filter: bool) -> tuple[Tensor, Tensor]:
     return pairs[:, 0], pairs[:, 1]
 
 
-def rank_everything(
+def rank_triplets(
     probabilities: Tensor, pair_scores: Tensor, predicates_per_pair: Sequence[int], topk: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As :class:`.inference.TopTriplets`, in operations that any number of pairs goes through.
+    """Find what :class:`.topk.TopTriplets` finds, in operations that can be traced for any P.
 
     Args:
         probabilities: (P, C), without "no relationship".
         pair_scores: (P,), ``p_det(s) * p_det(o)``.
-        predicates_per_pair, topk: see :class:`.inference.TopTriplets`.
+        predicates_per_pair, topk: see :class:`.topk.TopTriplets`.
 
     Returns:
-        (K,) pair, (K,) predicate and (K,) score, in descending order of the score; equal scores by
-        pair, then predicate.
+        (K,) pair index, (K,) predicate and (K,) score, in descending order of the score; equal
+        scores are ordered by pair, then predicate.
     """
     num_predicates = probabilities.shape[1]
     scores = (probabilities * pair_scores[:, None]).flatten()
@@ -152,6 +159,7 @@ def rank_everything(
     rank = best_first.argsort(dim=1).flatten()
     kept = torch.zeros_like(scores, dtype=torch.bool)
     for k in predicates_per_pair:
+        # Scores are at least 0, so -1 marks triplets beyond the best k of their pair.
         allowed = scores.masked_fill(rank >= k, -1.0) if k else scores
         order = allowed.argsort(descending=True, stable=True)[:topk]
         kept = kept.scatter(0, order, allowed[order] >= 0) | kept
@@ -171,13 +179,13 @@ def save_torchscript(
 ) -> list[Tensor]:
     """Trace the model on an example and save it with its names.
 
-    The file holds ``reldn.json`` as an extra file: ``thing_classes``, ``predicate_classes``,
+    The file contains ``reldn.json`` as an extra file: ``thing_classes``, ``predicate_classes``,
     ``input`` (shape), ``input_format`` and ``outputs`` (names).
 
     Args:
-        model: with its weights.
-        example: (3, H, W) image; the file takes images of just this size. At least two entities
-            must be found in it, so that every part of the model is seen at work.
+        model: with its weights loaded.
+        example: (3, H, W) image; the saved model accepts images of this size only. The model must
+            find at least one relation in it, so that tracing runs through all its parts.
         path: of the file.
         thing_classes, predicate_classes: names by id.
         image_format: order of the channels.
@@ -186,12 +194,12 @@ def save_torchscript(
         the eager model's outputs on the example.
 
     Raises:
-        ValueError: fewer than two entities are found in the example.
-        OSError: the file cannot be written.
+        ValueError: if the model finds no relation in the example.
+        OSError: if the file cannot be written.
     """
     exportable = RelDNExport(model, example.shape).eval()
     with torch.no_grad(), warnings.catch_warnings():
-        # Tracing tells of every size that it takes as fixed; the images' is, by contract.
+        # Tracing warns of every size that it fixes; the image size is fixed on purpose.
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -199,7 +207,7 @@ def save_torchscript(
         if len(expected[0]) < 2 or len(expected[3]) < 1:
             raise ValueError(
                 f"{len(expected[0])} entities are found in the example image, with "
-                f"{len(expected[3])} relations; give one that shows at least one relation"
+                f"{len(expected[3])} relations; use an image that shows at least one relation"
             )
         with _without_gradient_scaling():
             traced = torch.jit.trace(exportable, (example,), check_trace=False)
@@ -211,6 +219,6 @@ def save_torchscript(
             "outputs": list(OUTPUT_NAMES),
         }
         extra = {"reldn.json": json.dumps(description)}
-        with write_atomically(str(path), "wb") as file:
+        with write_atomically(path, "wb") as file:
             torch.jit.save(traced, file, _extra_files=extra)
     return list(expected)

@@ -101,7 +101,8 @@ class RelationPredictor:
         merge_config(cfg, config_file, ["MODEL.DEVICE", device, *opts])
         relations = cfg.TEST.RELATIONS
         if config_file is None and not (relations.PREDICATES_PER_PAIR or relations.PROTOCOL):
-            relations.PREDICATES_PER_PAIR = description.get("predicates_per_pair", [])
+            values = description.get("predicates_per_pair", [])
+            merge_config(cfg, None, ["TEST.RELATIONS.PREDICATES_PER_PAIR", values])
         cfg.MODEL.WEIGHTS = path
         model = build_model(cfg)
         RelDNCheckpointer(model).load(path)

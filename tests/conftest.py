@@ -1,4 +1,4 @@
-"""What the tests share: where real data is, whose absence skips a test; loggers left as found."""
+"""Fixtures for all tests: folders of real data (tests skip without them), loggers, checkpoints."""
 
 import logging
 import os
@@ -11,7 +11,7 @@ _ANNOTATIONS = "vrd/json_dataset/annotations_train.json"
 
 
 def _dataset_folders() -> list[Path]:
-    """Folders in the layout of datasets/README.md: named by a variable, or near the checkout."""
+    """Return folders in the layout of datasets/README.md, from a variable or near the checkout."""
     named = os.environ.get("RELDN_TEST_DATASETS")
     if named:
         return [Path(part) for part in named.split(os.pathsep)]
@@ -20,7 +20,7 @@ def _dataset_folders() -> list[Path]:
 
 @pytest.fixture(scope="session")
 def real_datasets() -> Path:
-    """A folder for DETECTRON2_DATASETS with images and annotations of VRD."""
+    """Return a folder for DETECTRON2_DATASETS with images and annotations of VRD."""
     for folder in _dataset_folders():
         if (folder / _ANNOTATIONS).is_file() and (folder / "vrd/sg_dataset").is_dir():
             return folder
@@ -29,17 +29,17 @@ def real_datasets() -> Path:
 
 @pytest.fixture(scope="session")
 def full_vrd_annotations() -> Path:
-    """The folder json_dataset with the annotations of all of VRD; the images need not be there."""
+    """Return the folder json_dataset with VRD's full annotations; images are not required."""
     for folder in _dataset_folders():
         path = folder / _ANNOTATIONS
-        if path.is_file() and path.stat().st_size > 1_000_000:  # a sample of the images has less
+        if path.is_file() and path.stat().st_size > 1_000_000:  # a sample of VRD has less
             return path.parent
     pytest.skip("no full annotations of VRD: set RELDN_TEST_DATASETS to a folder that holds vrd/")
 
 
 @pytest.fixture(autouse=True)
-def no_handlers_left():
-    """Log handlers that a test's run set up hold streams that are closed after the test."""
+def remove_log_handlers():
+    """Remove log handlers that a test added: their streams are closed after the test."""
     loggers = [logging.getLogger(name) for name in (None, "reldn_d2", "detectron2", "fvcore")]
     before = [list(logger.handlers) for logger in loggers]
     yield
@@ -50,7 +50,7 @@ def no_handlers_left():
 
 @pytest.fixture
 def registered():
-    """Names of data sets that are removed from the catalogs after the test."""
+    """Mark names of data sets, which are removed from the catalogs after the test."""
     import reldn_d2  # noqa: F401  (before Detectron2)
 
     from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -64,7 +64,7 @@ def registered():
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """``model_final.pth`` of a tiny RelDN."""
+    """Write ``model_final.pth`` of a tiny RelDN."""
     from usage_utils import write_checkpoint
 
     return write_checkpoint(tmp_path_factory.mktemp("model"))
@@ -72,7 +72,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def predictor(checkpoint):
-    """The predictor of that checkpoint, on the CPU."""
+    """Build the predictor of that checkpoint on the CPU."""
     from reldn_d2.predictor import RelationPredictor
 
     return RelationPredictor.from_checkpoint(checkpoint, device="cpu")

@@ -1,24 +1,19 @@
-"""The config keys, errors that help, and every YAML of the repository."""
+"""The config keys, helpful errors, and every YAML of the repository."""
 
 import pytest
 import torch
 from model_utils import CLASSES, PREDICATES, ROOT, small_config
 
 import reldn_d2
+from reldn_d2 import config
+from reldn_d2.config import UnknownKeyError
 from reldn_d2.modeling import RelDN
 
-from detectron2.config import get_cfg
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer
 from detectron2.modeling import build_model
 
 YAMLS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml"))
-
-
-def new_config():
-    cfg = get_cfg()
-    reldn_d2.add_reldn_config(cfg)
-    return cfg
 
 
 @pytest.mark.parametrize(
@@ -31,17 +26,17 @@ def new_config():
         ("MODEL.ROI_RELATION_HEADS.NUM_PREDICATES", "MODEL.ROI_RELATION_HEAD.NUM_PREDICATES"),
     ],
 )
-def test_unknown_key_names_its_source_and_the_nearest_key(tmp_path, key, nearest):
+def test_merge_config_unknown_key_names_its_source_and_similar_keys(tmp_path, key, nearest):
     yaml = tmp_path / "mine.yaml"
     text = ""
     for depth, part in enumerate(key.split(".")):
         text += f"{'  ' * depth}{part}:\n"
     yaml.write_text(text.rstrip("\n") + " 1\n")
     for source, arguments in ((str(yaml), (str(yaml), [])), ("command line", (None, [key, "1"]))):
-        with pytest.raises(KeyError) as error:
-            reldn_d2.merge_config(new_config(), *arguments)
+        with pytest.raises(UnknownKeyError) as error:
+            reldn_d2.merge_config(reldn_d2.load_config(), *arguments)
         message = str(error.value)
-        # In a file the first unknown part of the path is what is named.
+        # For a file, the message names the first unknown part of the path.
         assert key in message or key.rsplit(".", 1)[0] in message
         assert nearest.rsplit(".", 1)[0] in message and "Did you mean" in message
         assert source in message
@@ -49,40 +44,40 @@ def test_unknown_key_names_its_source_and_the_nearest_key(tmp_path, key, nearest
             assert nearest in message
 
 
-def test_unknown_key_like_no_other_points_to_the_list():
-    with pytest.raises(KeyError, match="XYZZY in the command line.*reldn_d2/config.py"):
-        reldn_d2.merge_config(new_config(), None, ["XYZZY", "1"])
+def test_merge_config_key_unlike_any_other_points_to_the_list():
+    with pytest.raises(UnknownKeyError, match="XYZZY in the command line.*reldn_d2/config.py"):
+        reldn_d2.merge_config(reldn_d2.load_config(), None, ["XYZZY", "1"])
 
 
-def test_key_without_a_value():
+def test_merge_config_key_without_value_raises():
     with pytest.raises(ValueError, match="KEY VALUE pairs, but 'SEED' has no value"):
-        reldn_d2.merge_config(new_config(), None, ["SOLVER.BASE_LR", "0.1", "SEED"])
+        reldn_d2.merge_config(reldn_d2.load_config(), None, ["SOLVER.BASE_LR", "0.1", "SEED"])
 
 
-def test_missing_file_is_named_the_base_of_a_file_too(tmp_path):
+def test_merge_config_missing_file_or_base_raises(tmp_path):
     with pytest.raises(FileNotFoundError, match="No config file 'nowhere.yaml'"):
-        reldn_d2.merge_config(new_config(), "nowhere.yaml")
+        reldn_d2.merge_config(reldn_d2.load_config(), "nowhere.yaml")
     yaml = tmp_path / "mine.yaml"
     yaml.write_text('_BASE_: "Base-nowhere.yaml"\n')
     with pytest.raises(FileNotFoundError, match="Base-nowhere.yaml.*mine.yaml"):
-        reldn_d2.merge_config(new_config(), str(yaml))
+        reldn_d2.merge_config(reldn_d2.load_config(), str(yaml))
 
 
-def test_value_of_another_type_is_refused():
+def test_merge_config_value_of_another_type_raises():
     with pytest.raises(ValueError, match="SOLVER.BASE_LR"):
-        reldn_d2.merge_config(new_config(), None, ["SOLVER.BASE_LR", "[1]"])
+        reldn_d2.merge_config(reldn_d2.load_config(), None, ["SOLVER.BASE_LR", "[1]"])
 
 
-def test_options_override_the_file():
-    cfg = new_config()
+def test_merge_config_options_override_the_file():
+    cfg = reldn_d2.load_config()
     file = str(ROOT / "configs/Toy/reldn.yaml")
     reldn_d2.merge_config(cfg, file, ["MODEL.ROI_RELATION_HEAD.LOSS.ALPHA_2", "0.5"])
     assert cfg.MODEL.ROI_RELATION_HEAD.LOSS.ALPHA_2 == 0.5
     assert cfg.MODEL.ROI_RELATION_HEAD.NUM_PREDICATES == len(PREDICATES)
 
 
-def test_defaults_are_the_papers():
-    cfg = new_config()
+def test_add_reldn_config_defaults_are_the_papers():
+    cfg = reldn_d2.load_config()
     head = cfg.MODEL.ROI_RELATION_HEAD
     assert (head.LOSS.LAMBDA_1, head.LOSS.LAMBDA_2, head.LOSS.LAMBDA_3) == (1.0, 0.5, 0.1)
     assert (head.LOSS.ALPHA_1, head.LOSS.ALPHA_2, head.LOSS.ALPHA_3) == (0.2, 0.2, 0.2)
@@ -90,27 +85,57 @@ def test_defaults_are_the_papers():
     assert cfg.TEST.RELATIONS.TOPK == 100 and cfg.TEST.DETECTIONS_PER_IMAGE == 100
 
 
-def test_config_survives_being_dumped_and_loaded():
+def test_config_dump_roundtrip():
     cfg = small_config()
-    again = new_config()
+    again = reldn_d2.load_config()
     again.merge_from_other_cfg(type(cfg).load_cfg(cfg.dump()))
     for ours in ("RELDN", "ROI_RELATION_HEAD"):
         assert again.MODEL[ours] == cfg.MODEL[ours]
     assert again.TEST == cfg.TEST
 
 
-def test_every_config_is_found():
+LIMITS = "TEST.RELATIONS.PREDICATES_PER_PAIR"
+
+
+def test_merge_config_predicates_per_pair_zero_means_no_limit_and_warns_once(tmp_path, caplog):
+    config._warn_about_zero.cache_clear()
+    yaml = tmp_path / "mine.yaml"
+    yaml.write_text("TEST: {RELATIONS: {PREDICATES_PER_PAIR: [1, 0]}}\n")
+    for arguments in ((str(yaml),), (None, [LIMITS, "[1, 0]"]), (None, [LIMITS, [1, 0]])):
+        cfg = reldn_d2.load_config(*arguments)
+        assert cfg.TEST.RELATIONS.PREDICATES_PER_PAIR == [1, None]
+    (record,) = (x for x in caplog.records if x.name == "reldn_d2.config")
+    assert "has the value 0, which is read as None" in record.getMessage()
+
+
+@pytest.mark.parametrize("text", ["[2, None]", "[2, null]"])
+def test_merge_config_predicates_per_pair_none_in_yaml(tmp_path, caplog, text):
+    yaml = tmp_path / "mine.yaml"
+    yaml.write_text(f"TEST: {{RELATIONS: {{PREDICATES_PER_PAIR: {text}}}}}\n")
+    cfg = reldn_d2.load_config(str(yaml))
+    assert cfg.TEST.RELATIONS.PREDICATES_PER_PAIR == [2, None]
+    assert not [x for x in caplog.records if x.name == "reldn_d2.config"]
+    again = reldn_d2.load_config()
+    again.merge_from_other_cfg(type(cfg).load_cfg(cfg.dump()))
+    assert again.TEST == cfg.TEST
+
+
+@pytest.mark.parametrize("value", ["[-1]", "[1.5]", "['all']", "[True]"])
+def test_merge_config_predicates_per_pair_other_values_raises(value):
+    with pytest.raises(ValueError, match="PREDICATES_PER_PAIR has the value .* positive integers"):
+        reldn_d2.load_config(None, [LIMITS, value])
+
+
+def test_configs_folder_has_yamls():
     assert {"configs/Toy/reldn.yaml", "configs/VRD/reldn_R_50_FPN.yaml"} <= set(YAMLS)
 
 
 def merged(yaml, *options):
-    cfg = new_config()
-    reldn_d2.merge_config(cfg, str(ROOT / yaml), list(options))
-    return cfg
+    return reldn_d2.load_config(str(ROOT / yaml), options)
 
 
 @pytest.mark.parametrize("yaml", YAMLS)
-def test_config_merges_builds_and_fits_its_data_set(yaml):
+def test_yaml_builds_a_model_that_fits_its_data_set(yaml):
     cfg = merged(yaml, "MODEL.DEVICE", "meta")  # the structure alone: no memory, no time
     with torch.device("meta"):
         model = build_model(cfg)
@@ -126,18 +151,18 @@ def test_config_merges_builds_and_fits_its_data_set(yaml):
             assert model.detector.box_head is None or type(box_head) is type(
                 model.detector.box_head
             )
-    number = cfg.MODEL["RETINANET" if "retinanet" in yaml else "ROI_HEADS"].NUM_CLASSES
+    num_classes = cfg.MODEL["RETINANET" if "retinanet" in yaml else "ROI_HEADS"].NUM_CLASSES
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         metadata = MetadataCatalog.get(name)
         if metadata.get("thing_classes") is not None:
-            assert number == len(metadata.thing_classes)
+            assert num_classes == len(metadata.thing_classes)
             if isinstance(model, RelDN):
                 predicates = metadata.predicate_classes
                 assert cfg.MODEL.ROI_RELATION_HEAD.NUM_PREDICATES == len(predicates)
 
 
 @pytest.mark.parametrize("yaml", [x for x in YAMLS if "Toy" not in x and "small" not in x])
-def test_released_schedules_fit_any_number_of_gpus(yaml):
+def test_yaml_released_schedule_rescales_to_any_gpu_count(yaml):
     solver = merged(yaml).SOLVER
     assert solver.REFERENCE_WORLD_SIZE == solver.IMS_PER_BATCH == 8
     assert (solver.BASE_LR, solver.MOMENTUM, solver.WEIGHT_DECAY) == (0.01, 0.9, 1e-4)
@@ -147,7 +172,7 @@ def test_released_schedules_fit_any_number_of_gpus(yaml):
     assert (one.IMS_PER_BATCH, one.MAX_ITER) == (1, 8 * solver.MAX_ITER)
 
 
-def test_released_hyper_parameters():
+def test_yaml_released_hyperparameters():
     full, mini = (
         merged(f"configs/OpenImages/{prefix}reldn_X_101_64x4d_FPN.yaml") for prefix in ("", "mini_")
     )
@@ -165,7 +190,7 @@ def test_released_hyper_parameters():
         assert cfg.INPUT.MIN_SIZE_TRAIN == (800,) and cfg.INPUT.MAX_SIZE_TRAIN == 1333
 
 
-def test_ablations_differ_in_one_thing_only():
+def test_yaml_ablations_differ_in_one_setting_only():
     base = merged("configs/OpenImages/mini_reldn_X_101_64x4d_FPN.yaml")
     for yaml in (x for x in YAMLS if "Ablations" in x):
         cfg = merged(yaml)
@@ -175,7 +200,7 @@ def test_ablations_differ_in_one_thing_only():
         assert cfg == base
 
 
-def test_class_names_of_the_tests_are_the_toy_sets():
+def test_model_utils_names_are_the_toy_sets():
     metadata = MetadataCatalog.get("toy_vrd_train")
     assert list(metadata.thing_classes) == CLASSES
     assert list(metadata.predicate_classes) == PREDICATES

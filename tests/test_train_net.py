@@ -10,6 +10,7 @@ import torch
 from model_utils import ROOT, SMALL, register_dataset, small_model, unregister_dataset
 
 from reldn_d2 import RelDNCheckpointer
+from reldn_d2.config import UnknownKeyError
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import default_argument_parser
@@ -34,7 +35,7 @@ def train_net():
 
 
 def arguments(folder, *options, config="reldn.yaml", flags=()):
-    """Parsed by Detectron2's own parser, as the command line would be."""
+    """Parse arguments with Detectron2's own parser, as on the command line."""
     values = (
         *SMALL,
         *("OUTPUT_DIR", folder, "DATASETS.TRAIN", (DATASET,), "DATASETS.TEST", (DATASET,)),
@@ -59,7 +60,7 @@ def recall(results):
     return {name: value for name, value in results.items() if name.startswith("R@")}
 
 
-def test_arguments_are_exactly_detectron2s(monkeypatch, capsys):
+def test_train_net_help_is_detectron2s(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(FILE), "--help"])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(FILE), run_name="__main__")
@@ -70,7 +71,7 @@ def test_arguments_are_exactly_detectron2s(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("task", ["sgdet", "sgcls", "prdcls"])
-def test_training_ends_with_the_evaluation_of_the_task(tmp_path, dataset, train_net, task):
+def test_main_trains_and_evaluates_the_task(tmp_path, dataset, train_net, task):
     folder = tmp_path / "run"
     weights = save_detector(tmp_path)
     options = ("MODEL.WEIGHTS", weights, "TEST.RELATIONS.TASK", task)
@@ -78,7 +79,7 @@ def test_training_ends_with_the_evaluation_of_the_task(tmp_path, dataset, train_
     results = json.loads((folder / f"results_{task}.json").read_text())
     (values,) = (x for x in results.values() if any(name.startswith("R@") for name in x))
     assert all(0 <= value <= 100 for value in recall(values).values())
-    if task == "prdcls":  # few pairs, boxes given, 100 triplets of an image: most are among them
+    if task == "prdcls":  # few pairs, boxes given, 100 triplets per image: most are found
         assert max(recall(values).values()) > 50
     losses = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
     assert any("loss_predicate" in line and line["total_loss"] > 0 for line in losses)
@@ -95,7 +96,7 @@ def test_training_ends_with_the_evaluation_of_the_task(tmp_path, dataset, train_
         assert recall(again[name]) == pytest.approx(recall(metrics))
 
 
-def test_resuming_trains_the_iterations_that_are_left(tmp_path, dataset, train_net):
+def test_main_resume_trains_the_remaining_iterations(tmp_path, dataset, train_net):
     folder = tmp_path / "run"
     weights = ("MODEL.WEIGHTS", save_detector(tmp_path), "TEST.RELATIONS.TASK", "prdcls")
     train_net.main(arguments(folder, *weights))
@@ -103,7 +104,7 @@ def test_resuming_trains_the_iterations_that_are_left(tmp_path, dataset, train_n
     assert torch.load(folder / "model_final.pth", weights_only=True)["iteration"] == 2
 
 
-def test_the_detector_trains_and_is_evaluated_with_the_same_script(tmp_path, dataset, train_net):
+def test_main_detector_config_trains_and_evaluates_it(tmp_path, dataset, train_net):
     train_net.main(arguments(tmp_path / "run", config="detector.yaml"))
     results = json.loads((tmp_path / "run" / "results_bbox.json").read_text())
     assert "AP" in results["bbox"]
@@ -114,7 +115,11 @@ def test_the_detector_trains_and_is_evaluated_with_the_same_script(tmp_path, dat
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        (("SOLVER.BASE_RL", 1), KeyError, "SOLVER.BASE_RL in the command line.*SOLVER.BASE_LR"),
+        (
+            ("SOLVER.BASE_RL", 1),
+            UnknownKeyError,
+            "SOLVER.BASE_RL in the command line.*SOLVER.BASE_LR",
+        ),
         (("SEED",), ValueError, "'SEED' has no value"),
         (("MODEL.WEIGHTS", "no/such.pth"), FileNotFoundError, "No checkpoint 'no/such.pth'"),
         (("DATASETS.TRAIN", ("no_such_set",)), KeyError, "no_such_set"),
@@ -130,25 +135,23 @@ def test_the_detector_trains_and_is_evaluated_with_the_same_script(tmp_path, dat
         ),
     ],
 )
-def test_wrong_options_say_what_is_wrong(tmp_path, dataset, train_net, options, error, message):
+def test_main_wrong_options_raises(tmp_path, dataset, train_net, options, error, message):
     with pytest.raises(error, match=message):
         train_net.main(arguments(tmp_path / "run", *options))
 
 
-def test_missing_config_file_is_named(tmp_path, train_net):
+def test_main_missing_config_file_raises(tmp_path, train_net):
     args = default_argument_parser().parse_args(["--config-file", str(tmp_path / "no.yaml")])
     with pytest.raises(FileNotFoundError, match="No config file '.*no.yaml'"):
         train_net.main(args)
 
 
-def test_statistics_of_the_relation_head_are_in_the_log_and_in_the_metrics(
-    tmp_path, dataset, train_net
-):
+def test_main_logs_statistics_of_the_relation_head(tmp_path, dataset, train_net):
     folder = tmp_path / "run"
     options = ("MODEL.WEIGHTS", save_detector(tmp_path), "SOLVER.MAX_ITER", 20)
     train_net.main(arguments(folder, *options))
     lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
-    (numbers,) = (line for line in lines if "reldn/class_agnostic_margin" in line)
-    assert numbers["iteration"] == 19 and numbers["reldn/num_positive_pairs"] > 0
+    (scalars,) = (line for line in lines if "reldn/class_agnostic_margin" in line)
+    assert scalars["iteration"] == 19 and scalars["reldn/num_positive_pairs"] > 0
     assert "pairs: iter: 19" in (folder / "log.txt").read_text()
     assert "class_agnostic_violated: " in (folder / "log.txt").read_text()

@@ -12,7 +12,7 @@ import reldn_d2
 from detectron2.modeling import build_model
 
 OPTIONS = (
-    *("TEST.RELATIONS.PREDICATES_PER_PAIR", [0], "INPUT.MIN_SIZE_TEST", 96),
+    *("TEST.RELATIONS.PREDICATES_PER_PAIR", [None], "INPUT.MIN_SIZE_TEST", 96),
     *("INPUT.MAX_SIZE_TEST", 128, "SEED", 1),
 )
 

@@ -1,19 +1,20 @@
-r"""Convert a checkpoint of the authors' released code into one of this project.
+r"""Convert a checkpoint of the authors' released code to a checkpoint of this project.
 
 Example::
 
     python tools/convert_released_weights.py model_step80929.pth output/released/oi.pth \
         --config-file configs/OpenImages/reldn_X_101_64x4d_FPN.yaml
 
-The config says what the checkpoint is: backbone, classes, predicates, modules. Beside the new
-checkpoint a YAML file is written with that config and the released code's own way of preparing
-images, to be used with it. Every weight of the model must be found; those left over are named.
+The config describes the checkpoint: backbone, classes, predicates, modules. Next to the new
+checkpoint a YAML file is written, with that config and the released code's image preprocessing, to
+be used with it. The released checkpoint must have every weight of the model; its unused weights are
+listed.
 """
 
 import argparse
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,11 +26,11 @@ from reldn_d2.checkpoint.detection_checkpoint import read_checkpoint
 from reldn_d2.modeling.backbone.vgg import TORCHVISION_NAMES
 from reldn_d2.utils.file_io import write_atomically
 
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 
-# How the released code (as Detectron before it) prepares images and pools.
+# How the released code (and Detectron before it) preprocesses images and pools features.
 RELEASED = (
     *("INPUT.FORMAT", "BGR", "MODEL.PIXEL_MEAN", [102.9801, 115.9465, 122.7717]),
     *("MODEL.PIXEL_STD", [1.0, 1.0, 1.0], "MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIAlign"),
@@ -38,7 +39,7 @@ RELEASED = (
 )
 _FROZEN_BN_EPSILON = 1e-5
 
-# Module here: module there. Box heads and backbones occur several times.
+# Our module: their module. Box heads and backbones occur several times.
 _HEADS = {
     "detector.model.roi_heads.box_head": "Box_Head",
     "relation_head.subject_box_head": "S_Head",
@@ -80,30 +81,35 @@ def background_last(x: Tensor, dim: int = 0) -> Tensor:
     return x.roll(-1, dims=dim)
 
 
-def background_first(x: Tensor, dim: int = 0) -> Tensor:
-    """Move the last row to the front."""
-    return x.roll(1, dims=dim)
-
-
 @dataclass
 class Rule:
-    """One weight: its name there, and how its values are turned into ours and back."""
+    """Their name of one weight, and how to convert its values to ours."""
 
     name: str
     to_ours: Callable[[Tensor], Tensor] = lambda x: x
-    to_theirs: Callable[[Tensor], Tensor] = lambda x: x
 
 
 def _table_to_ours(x: Tensor, num_classes: int) -> Tensor:
-    """(K * K, P + 1), or with a background class ((K + 1) ** 2, P + 1), to (K * K, P + 1)."""
+    """Convert a table of (K * K, P + 1), or ((K + 1) ** 2, P + 1) with a background class.
+
+    Returns:
+        (K * K, P + 1), with "no relationship" as the last column.
+    """
     if len(x) == (num_classes + 1) ** 2:
         grid = x.view(num_classes + 1, num_classes + 1, -1)
         x = grid[1:, 1:].reshape(num_classes**2, -1)
     return background_last(x, 1)
 
 
-def _anchors(cfg: CfgNode, values: int) -> Sequence[int]:
-    """Their row of each of our rows: they go through ratios, then sizes; Detectron2 the reverse."""
+def _anchor_rows(cfg: CfgNode, values: int) -> Tensor:
+    """Return the row in their weights of each of our rows.
+
+    They order anchors by ratio, then size; Detectron2 by size, then ratio.
+
+    Args:
+        cfg: of the model.
+        values: rows per anchor.
+    """
     sizes = len(cfg.MODEL.ANCHOR_GENERATOR.SIZES[0])
     ratios = len(cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS[0])
     order = torch.arange(sizes * ratios * values).view(ratios, sizes, values)
@@ -113,23 +119,23 @@ def _anchors(cfg: CfgNode, values: int) -> Sequence[int]:
 def _rpn_rule(cfg: CfgNode, layer: str, name: str) -> Rule:
     if layer == "conv":
         return Rule(name)
-    order = _anchors(cfg, 4 if layer == "anchor_deltas" else 1)
+    order = _anchor_rows(cfg, 4 if layer == "anchor_deltas" else 1)
 
     def to_ours(x: Tensor) -> Tensor:
         if layer == "objectness_logits" and len(x) == 2 * len(order):  # a softmax of two logits
             x = x[len(order) :] - x[: len(order)]
         return x[order]
 
-    return Rule(name, to_ours, lambda x: x[torch.argsort(order)])
+    return Rule(name, to_ours)
 
 
 def _body_name(layer: str) -> str | None:
-    """Of a layer of the backbone, their name below ``Conv_Body``; None: no such weight there."""
+    """Return their name, below ``Conv_Body``, of a backbone layer; None if they have no such."""
     if layer in _FPN:
         return _FPN[layer]
-    index = {ours: theirs for theirs, ours in TORCHVISION_NAMES.items()}.get(f"backbone.{layer}")
-    if index is not None:
-        return index
+    vgg = {ours: theirs for theirs, ours in TORCHVISION_NAMES.items()}.get(f"backbone.{layer}")
+    if vgg is not None:
+        return vgg
     match = re.fullmatch(r"(?:bottom_up\.)?(stem|res\d\.\d+)\.(conv\d|shortcut)(\.norm)?", layer)
     if match is None:
         return None
@@ -141,14 +147,14 @@ def _body_name(layer: str) -> str | None:
 
 
 def rule_of(name: str, cfg: CfgNode) -> Rule | None:
-    """How a weight of a RelDN is found in a released checkpoint; None: it is not in there.
+    """Return the rule of a RelDN weight; None if released checkpoints do not contain it.
 
     Args:
         name: in the model's state dict.
         cfg: of the model.
 
     Raises:
-        KeyError: the released code has nothing like it.
+        ValueError: if the released code has no such module.
     """
     layer, _, kind = name.rpartition(".")
     if kind in ("running_mean", "running_var", "counted"):
@@ -156,15 +162,11 @@ def rule_of(name: str, cfg: CfgNode) -> Rule | None:
     if layer in _LAYERS:
         theirs, num_classes = f"{_LAYERS[layer]}.{kind}", cfg.MODEL.ROI_HEADS.NUM_CLASSES
         if layer in _BACKGROUND_FIRST:
-            return Rule(theirs, background_last, background_first)
+            return Rule(theirs, background_last)
         if layer.endswith("bbox_pred") and not cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG:
-            return Rule(theirs, lambda x: x[4:], lambda x: torch.cat([torch.zeros_like(x[:4]), x]))
+            return Rule(theirs, lambda x: x[4:])  # Detectron2 has no box of the background
         if layer.endswith("table"):
-            return Rule(
-                theirs,
-                lambda x: _table_to_ours(x, num_classes),
-                lambda x: background_first(x, 1),
-            )
+            return Rule(theirs, lambda x: _table_to_ours(x, num_classes))
         return Rule(theirs)
     parent, _, leaf = layer.rpartition(".")
     if parent in _HEADS and leaf in _FULLY_CONNECTED:
@@ -174,19 +176,21 @@ def rule_of(name: str, cfg: CfgNode) -> Rule | None:
         return _rpn_rule(cfg, leaf, f"{prefix}{_RPN[leaf]}.{kind}")
     for ours, theirs in _BODIES.items():
         if layer.startswith(f"{ours}."):
-            found = _body_name(layer[len(ours) + 1 :])
-            if found is not None:
-                return Rule(f"{theirs}.{found}.{kind}")
-    raise KeyError(f"The released code has no weight like {name}: does the config fit?")
+            body_name = _body_name(layer[len(ours) + 1 :])
+            if body_name is not None:
+                return Rule(f"{theirs}.{body_name}.{kind}")
+    raise ValueError(
+        f"The released code has no counterpart of {name}. Is the config that of the checkpoint?"
+    )
 
 
 def _usual_names(state: dict[str, Tensor], vgg: bool) -> dict[str, Tensor]:
-    """The same weights, under one name each where the released files have several."""
+    """Rename weights that have several names among the released files to one of these."""
     result = {}
     for name, value in state.items():
         name = re.sub(r"^module\.", "", name)
         name = re.sub(r"^freq_bias\.", "RelDN.freq_bias.", name)
-        if vgg:  # torchvision's containers, under whatever name they were put
+        if vgg:  # torchvision's containers, whatever they are called
             name = re.sub(
                 r"(Conv_Body)\.(?:\w+\.)*(\d+\.(?:weight|bias))$", r"\1.features.\2", name
             )
@@ -199,7 +203,11 @@ def _usual_names(state: dict[str, Tensor], vgg: bool) -> dict[str, Tensor]:
 
 
 def _constant(name: str, like: Tensor) -> Tensor:
-    """Weights that only exist here: a frozen BatchNorm that is an affine map, a table counted."""
+    """Make a weight that only we have: statistics of an affine BatchNorm, or the table's flag.
+
+    The released BatchNorms are affine maps, which are frozen BatchNorms of mean 0 and variance 1
+    (less epsilon).
+    """
     if name.endswith("counted"):
         return torch.ones_like(like, device="cpu")
     value = 1.0 - _FROZEN_BN_EPSILON if name.endswith("running_var") else 0.0
@@ -207,15 +215,15 @@ def _constant(name: str, like: Tensor) -> Tensor:
 
 
 def to_ours(state: dict[str, Tensor], cfg: CfgNode, report: Callable = print) -> dict[str, Tensor]:
-    """The weights of a released checkpoint as the state dict of a RelDN.
+    """Convert the weights of a released checkpoint to the state dict of a RelDN.
 
     Args:
-        state: its ``"model"``.
+        state: the ``"model"`` of the checkpoint.
         cfg: of the RelDN.
-        report: told which of their weights were left over.
+        report: called with a line about their unused weights, if there are any.
 
     Raises:
-        ValueError: a weight is missing or has another shape, with both.
+        ValueError: if a weight is missing or has another shape; the message has both shapes.
     """
     state = _usual_names(state, vgg=cfg.MODEL.BACKBONE.NAME == "build_vgg16_backbone")
     result, used = {}, set()
@@ -226,32 +234,26 @@ def to_ours(state: dict[str, Tensor], cfg: CfgNode, report: Callable = print) ->
             continue
         if rule.name not in state:
             raise ValueError(
-                f"The checkpoint has no {rule.name}, which {name} is made of. It has "
-                f"{', '.join(sorted(state)[:5])}, ... Is the config that of its experiment?"
+                f"The checkpoint has no {rule.name}, the counterpart of {name}. It has "
+                f"{', '.join(sorted(state)[:5])}, ... Is the config that of the checkpoint?"
             )
         value = rule.to_ours(state[rule.name].float())
         if value.shape != like.shape:
             raise ValueError(
                 f"{rule.name} has shape {tuple(state[rule.name].shape)}, which gives "
-                f"{tuple(value.shape)} for {name}; the model has {tuple(like.shape)}. Look at the "
-                "numbers of classes and predicates and at the backbone in the config."
+                f"{tuple(value.shape)} for {name}; the model has {tuple(like.shape)}. Check the "
+                "numbers of classes and predicates and the backbone in the config."
             )
         result[name] = value.clone()
         used.add(rule.name)
-    left = sorted(set(state) - used)
-    if left:
-        report(f"{len(left)} weights have no place here: {', '.join(left[:10])}")
+    unused = sorted(set(state) - used)
+    if unused:
+        report(f"Ignored {len(unused)} unexpected weights: {', '.join(unused[:10])}")
     return result
 
 
-def to_theirs(state: dict[str, Tensor], cfg: CfgNode) -> dict[str, Tensor]:
-    """The way back: a RelDN's state dict under the released code's names."""
-    rules = {name: rule_of(name, cfg) for name in _structure(cfg)}
-    return {rule.name: rule.to_theirs(state[name]) for name, rule in rules.items() if rule}
-
-
 def _structure(cfg: CfgNode) -> dict[str, Tensor]:
-    """Names and shapes of the model's weights, without memory for them."""
+    """Return the names and shapes of the model's weights as tensors without memory."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "meta"
@@ -260,7 +262,7 @@ def _structure(cfg: CfgNode) -> dict[str, Tensor]:
 
 
 def convert(source: str, target: Path, cfg: CfgNode, allow_pickle: bool = False) -> None:
-    """Read a released checkpoint and write ours, with a YAML file beside it."""
+    """Read a released checkpoint; write ours and, next to it, its config as a YAML file."""
     content = read_checkpoint(source, allow_pickle)
     state = to_ours(content.get("model", content), cfg)
     metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else None
@@ -268,10 +270,9 @@ def convert(source: str, target: Path, cfg: CfgNode, allow_pickle: bool = False)
         key: list((metadata and metadata.get(key)) or ())
         for key in ("thing_classes", "predicate_classes")
     }
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with write_atomically(str(target), "wb") as file:
+    with write_atomically(target, "wb") as file:
         torch.save({"model": state, "reldn": {**description, "config": cfg.dump()}}, file)
-    with write_atomically(str(target.with_suffix(".yaml"))) as file:
+    with write_atomically(target.with_suffix(".yaml")) as file:
         file.write(cfg.dump())
 
 
@@ -280,17 +281,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", help="the released checkpoint")
-    parser.add_argument("target", type=Path, help="the file to write, .pth")
-    parser.add_argument("--config-file", required=True, help="the experiment it belongs to")
+    parser.add_argument("source", help="released checkpoint")
+    parser.add_argument("target", type=Path, help="file to write, .pth")
+    parser.add_argument("--config-file", required=True, help="config of its experiment")
     parser.add_argument(
-        "--allow-pickle", action="store_true", help="unpickle the file, which can run code"
+        "--allow-pickle", action="store_true", help="unpickle the file; this can run code"
     )
-    parser.add_argument("--options", nargs="*", default=[], help="KEY VALUE of the config")
+    parser.add_argument("--options", nargs="*", default=[], help="KEY VALUE overrides")
     args = parser.parse_args(arguments)
-    cfg = get_cfg()
-    reldn_d2.add_reldn_config(cfg)
-    reldn_d2.merge_config(cfg, args.config_file)
+    cfg = reldn_d2.load_config(args.config_file)
     cfg.merge_from_list(list(RELEASED))
     reldn_d2.merge_config(cfg, None, [*args.options, "MODEL.WEIGHTS", str(args.target)])
     convert(args.source, args.target, cfg, args.allow_pickle)

@@ -6,9 +6,9 @@ Example::
     python tools/export_model.py --checkpoint model_final.pth --image street.jpg \
         --output reldn.ts --height 800 --width 1216
 
-The example image is scaled to the size given, and traced; the file then takes images of that size,
-as a (3, height, width) tensor. What was saved is loaded again in a fresh process, without this
-package, and compared with the eager model on the example.
+The example image is resized to the given size and used for tracing; the exported model then accepts
+images of that size only, as a (3, height, width) tensor. As a check, the file is loaded in a new
+process without this package, and its outputs on the example are compared with the eager model's.
 """
 
 import argparse
@@ -17,18 +17,18 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # if the package is not installed
 
-import reldn_d2  # noqa: E402,F401  # isort: skip  bridges gaps before Detectron2 is imported
+import reldn_d2  # noqa: E402,F401  # isort: skip  must be imported before Detectron2
 import numpy as np
 import torch
 from PIL import Image
 
 from reldn_d2.export import save_torchscript
 from reldn_d2.predictor import RelationPredictor
-from reldn_d2.utils.image_io import ImageError, read_rgb
+from reldn_d2.utils.image_io import read_rgb
 
-# Run by itself: it shows all that a user of the file needs.
+# A program of its own: it shows all that a user of the exported file needs.
 _RUN = """
 import sys, torch, torchvision
 model = torch.jit.load(sys.argv[1])
@@ -39,8 +39,8 @@ torch.save(outputs, sys.argv[3])
 """
 
 
-def run_in_fresh_process(path: Path, example: torch.Tensor) -> list[torch.Tensor]:
-    """Outputs of a saved file, from a process that knows neither this package nor Detectron2."""
+def run_in_new_process(path: Path, example: torch.Tensor) -> list[torch.Tensor]:
+    """Run an exported file in a process without this package or Detectron2; return its outputs."""
     with tempfile.TemporaryDirectory() as folder:
         given, result = Path(folder) / "in.pt", Path(folder) / "out.pt"
         torch.save(example, given)
@@ -50,19 +50,21 @@ def run_in_fresh_process(path: Path, example: torch.Tensor) -> list[torch.Tensor
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Export; returns the exit status."""
+    """Export a model; return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", required=True, help="a trained RelDN")
-    parser.add_argument("--image", required=True, help="an example that shows a relation")
-    parser.add_argument("--output", type=Path, required=True, help="the file, such as reldn.ts")
-    parser.add_argument("--height", type=int, help="of the input; default: as in evaluation")
-    parser.add_argument("--width", type=int, help="of the input; default: as in evaluation")
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE options")
+    parser.add_argument("--checkpoint", required=True, help="checkpoint of a trained RelDN")
+    parser.add_argument("--image", required=True, help="example image that shows a relation")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="file to write, such as reldn.ts"
+    )
+    parser.add_argument("--height", type=int, help="input size (default: as in evaluation)")
+    parser.add_argument("--width", type=int, help="input size (default: as in evaluation)")
+    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE overrides")
     args = parser.parse_args(arguments)
     if (args.height is None) != (args.width is None):
-        parser.error("--height and --width go together")
+        parser.error("--height and --width must be given together")
     try:
         predictor = RelationPredictor.from_checkpoint(args.checkpoint, "cpu", opts=args.opts)
         rgb = read_rgb(args.image)
@@ -82,29 +84,28 @@ def main(arguments: list[str] | None = None) -> int:
             predictor.predicate_classes,
             predictor.cfg.INPUT.FORMAT,
         )
-    except (ImageError, OSError, KeyError, ValueError, TypeError) as error:
-        reason = error.args[0] if isinstance(error, KeyError) else error
-        print(f"export_model.py: {reason}", file=sys.stderr)
+    except (OSError, ValueError, TypeError) as error:
+        print(f"export_model.py: {error}", file=sys.stderr)
         return 1
-    found = run_in_fresh_process(args.output, example)
-    same = all(torch.equal(found[i], expected[i]) for i in (1, 3, 4))
-    if [x.shape for x in found] != [x.shape for x in expected]:
+    outputs = run_in_new_process(args.output, example)
+    same = all(torch.equal(outputs[i], expected[i]) for i in (1, 3, 4))
+    if [x.shape for x in outputs] != [x.shape for x in expected]:
         print(
-            f"export_model.py: {args.output}: in a fresh process it finds {len(found[0])} entities "
-            f"and {len(found[3])} relations, the eager model {len(expected[0])} and "
+            f"export_model.py: {args.output}: in a new process it finds {len(outputs[0])} entities "
+            f"and {len(outputs[3])} relations, the eager model {len(expected[0])} and "
             f"{len(expected[3])}",
             file=sys.stderr,
         )
         return 1
     difference = max(
-        (float((a - b).abs().max()) for a, b in zip(found, expected) if a.numel()), default=0.0
+        (float((a - b).abs().max()) for a, b in zip(outputs, expected) if a.numel()), default=0.0
     )
     size = args.output.stat().st_size / 1e6
     print(f"{args.output}: {size:.1f} MB, input {tuple(example.shape)}")
     print(
-        f"in a fresh process: {len(found[0])} entities, {len(found[3])} relations, "
+        f"in a new process: {len(outputs[0])} entities, {len(outputs[3])} relations, "
         f"{'the same' if same else 'NOT the same'} triplets as the eager model; largest difference "
-        f"of any number {difference:.1e}"
+        f"of any value {difference:.1e}"
     )
     return 0 if same else 1
 

@@ -1,9 +1,14 @@
 """Loading and saving checkpoints of detectors and of RelDN."""
 
-from .detection_checkpoint import fetch, from_torchvision_vgg16, read_checkpoint
-from .reldn_checkpoint import (
+from .detection_checkpoint import (
     DetectorCheckpointer,
+    fetch,
+    from_torchvision_vgg16,
+    read_checkpoint,
+)
+from .reldn_checkpoint import (
     RelDNCheckpointer,
+    build_checkpointer,
     initialize_relation_branch,
     pretrained_modules,
 )
@@ -11,6 +16,7 @@ from .reldn_checkpoint import (
 __all__ = [
     "DetectorCheckpointer",
     "RelDNCheckpointer",
+    "build_checkpointer",
     "fetch",
     "from_torchvision_vgg16",
     "initialize_relation_branch",

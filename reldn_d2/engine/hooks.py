@@ -1,4 +1,4 @@
-"""Hooks and training steps that RelDN adds to Detectron2's."""
+"""Hooks that RelDN adds to Detectron2's."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from detectron2.engine import HookBase, SimpleTrainer
+from detectron2.engine import HookBase
 from detectron2.engine.hooks import BestCheckpointer
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
@@ -16,19 +16,19 @@ from detectron2.utils.env import seed_all_rng
 from ..data.build import mix_seed
 from ..utils.file_io import write_atomically
 
-__all__ = ["BestKeeper", "CPUAMPTrainer", "FiniteLosses", "SeedEachIteration"]
+__all__ = ["FiniteLossCheck", "ResumableBestCheckpointer", "SeedEachIteration"]
 
 
 class SeedEachIteration(HookBase):
-    """Seed all generators from the run's seed, the iteration and the process.
+    """Seed all random generators from the run's seed, the iteration and the process.
 
-    A resumed run thus draws the pairs that the interrupted one would have drawn.
+    A resumed run thus samples the pairs that the interrupted run would have sampled.
     """
 
     def __init__(self, get_seed: Callable[[], int]):
         """
         Args:
-            get_seed: gives the run's seed.
+            get_seed: returns the run's seed, which is only known after resuming.
         """
         self._get_seed = get_seed
 
@@ -36,103 +36,91 @@ class SeedEachIteration(HookBase):
         seed_all_rng(mix_seed(self._get_seed(), self.trainer.iter, comm.get_rank()))
 
 
-class FiniteLosses:
-    """Remembers a model's last batch and losses, to name the images of a loss that is not finite.
+class FiniteLossCheck:
+    """Record a model's last batch and losses, to name the images whose loss is not finite.
 
-    Looking at the losses after the step costs no waiting for the device: Detectron2 has fetched
-    them by then.
+    Checking after the step does not make the CPU wait for the GPU again: by then Detectron2 has
+    already fetched the losses.
     """
 
     def __init__(self, model: nn.Module):
         """
         Args:
-            model: from batches of dicts to dicts of losses.
+            model: maps a list of dicts to a dict of losses.
         """
         self._images: list[str] = []
         self._losses: dict = {}
-        model.register_forward_pre_hook(self._before)
-        model.register_forward_hook(self._after)
+        model.register_forward_pre_hook(self._record_images)
+        model.register_forward_hook(self._record_losses)
 
-    def _before(self, model: nn.Module, inputs: tuple) -> None:
+    def _record_images(self, model: nn.Module, inputs: tuple) -> None:
         if model.training:
             self._images = [
                 f"{x.get('image_id', '?')} ({x.get('file_name', 'no file name')})"
                 for x in inputs[0]
             ]
 
-    def _after(self, model: nn.Module, inputs: tuple, outputs: Any) -> None:
+    def _record_losses(self, model: nn.Module, inputs: tuple, outputs: Any) -> None:
         if model.training and isinstance(outputs, dict):
             self._losses = {name: x.detach() for name, x in outputs.items()}
 
     def check(self, iteration: int) -> None:
-        """Raise if a loss of the last step is not finite.
+        """Check the losses of the last step.
 
         Raises:
-            FloatingPointError: with the losses and the images of this process's batch.
+            FloatingPointError: if one is not finite; the message has the losses and the images of
+                this process's batch.
         """
         losses = {name: x.item() for name, x in self._losses.items()}
         if not torch.isfinite(torch.tensor(list(losses.values()))).all():
             raise FloatingPointError(
-                f"A loss is not finite at iteration {iteration}: {losses}. Images of the batch "
+                f"A loss is not finite at iteration {iteration}: {losses}. Images in the batch "
                 f"(process {comm.get_rank()}): {', '.join(self._images)}. Try a lower "
                 "SOLVER.BASE_LR, a longer SOLVER.WARMUP_ITERS or SOLVER.CLIP_GRADIENTS.ENABLED."
             )
 
 
-class CPUAMPTrainer(SimpleTrainer):
-    """``SimpleTrainer`` with bfloat16 autocast on the CPU, where Detectron2's AMP needs CUDA."""
+class ResumableBestCheckpointer(BestCheckpointer):
+    """``BestCheckpointer`` that restores the best value on resume.
 
-    def __init__(self, model: nn.Module, data_loader: Any, optimizer: torch.optim.Optimizer):
-        super().__init__(model, data_loader, optimizer)
-        forward = model.forward
-
-        def autocast_forward(*args, **kwargs):
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=model.training):
-                return forward(*args, **kwargs)
-
-        model.forward = autocast_forward
-
-
-class BestKeeper(BestCheckpointer):
-    """Detectron2's ``BestCheckpointer``, which does not forget the best when a run is resumed and
-    leaves ``last_checkpoint`` alone.
+    It never updates ``last_checkpoint``, so a resumed run continues from the latest iteration.
     """
 
     def __init__(self, eval_period: int, checkpointer: Any, metric: str, mode: str = "max"):
         """
         Args:
-            eval_period: iterations from one evaluation to the next.
-            checkpointer: a :class:`.checkpoint.DetectorCheckpointer`.
+            eval_period: iterations between two evaluations.
+            checkpointer: a :class:`.DetectorCheckpointer`.
             metric: such as ``"relations_sgdet/R@n"``.
             mode: ``"max"`` or ``"min"``.
         """
-        super().__init__(eval_period, _Untagged(checkpointer), metric, mode)
+        super().__init__(eval_period, _UntaggedCheckpointer(checkpointer), metric, mode)
         self._metric = metric
-        self._note = os.path.join(checkpointer.save_dir, "model_best.json")
+        self._best_file = os.path.join(checkpointer.save_dir, "model_best.json")
 
     def before_train(self) -> None:
-        if self.trainer.start_iter and os.path.isfile(self._note):
-            with open(self._note) as file:
-                note = json.load(file)
-            if note["metric"] == self._metric:
-                self.best_metric, self.best_iter = note["value"], note["iteration"]
+        if self.trainer.start_iter and os.path.isfile(self._best_file):
+            with open(self._best_file) as file:
+                best = json.load(file)
+            if best["metric"] == self._metric:
+                self.best_metric, self.best_iter = best["value"], best["iteration"]
 
     def _best_checking(self) -> None:
         latest = self.trainer.storage.latest()
         if self._metric not in latest:
-            known = [x for x in sorted(latest) if "/" in x and not x.startswith("reldn/")]
-            raise KeyError(
-                f"SOLVER.BEST_CHECKPOINT.METRIC is '{self._metric}', which the evaluation did not "
-                f"give; it gave {', '.join(known)}."
+            metrics = [x for x in sorted(latest) if "/" in x and not x.startswith("reldn/")]
+            raise ValueError(
+                f"SOLVER.BEST_CHECKPOINT.METRIC is '{self._metric}', which is not a result of the "
+                f"evaluation; its results are {', '.join(metrics)}."
             )
         super()._best_checking()
-        with write_atomically(self._note) as file:
-            note = {"metric": self._metric, "value": self.best_metric, "iteration": self.best_iter}
-            json.dump(note, file)
+        with write_atomically(self._best_file) as file:
+            best = {"metric": self._metric, "value": self.best_metric, "iteration": self.best_iter}
+            json.dump(best, file)
 
 
-class _Untagged:
-    """A checkpointer whose files are not where a run resumes."""
+class _UntaggedCheckpointer:
+    """Save checkpoints that ``last_checkpoint`` does not point to."""
 
     def __init__(self, checkpointer: Any):
         self._checkpointer = checkpointer

@@ -1,4 +1,4 @@
-"""Start a training on several processes, with Detectron2's arguments, on GPUs or on the CPU."""
+"""Launching several processes with Detectron2's arguments, on GPUs or on the CPU."""
 
 import os
 from collections.abc import Callable
@@ -26,15 +26,19 @@ def launch(
     *,
     on_cpu: bool | None = None,
 ) -> None:
-    """As Detectron2's ``launch``, which needs CUDA for more than one process.
+    """Run a function in several processes; Detectron2's ``launch`` needs CUDA for that.
 
     Args:
         main_func: called with ``args`` in every process.
-        num_processes_per_machine: GPUs, or processes on the CPU, of each machine.
-        num_machines, machine_rank: of all machines, the number of this one.
-        dist_url: ``"tcp://first machine:free port"``, or ``"auto"`` on a single machine.
+        num_processes_per_machine: GPUs per machine, or processes per machine on the CPU.
+        num_machines: count of all machines.
+        machine_rank: index of this machine, from 0.
+        dist_url: ``"tcp://FIRST_MACHINE:FREE_PORT"``; on a single machine with GPUs, ``"auto"``.
         args: for ``main_func``.
-        on_cpu: use gloo on the CPU; None: where there is no CUDA.
+        on_cpu: use gloo on the CPU; None means only if there is no CUDA.
+
+    Raises:
+        ValueError: if several processes on the CPU get no port.
     """
     on_cpu = not torch.cuda.is_available() if on_cpu is None else on_cpu
     world_size = num_machines * num_processes_per_machine
@@ -49,16 +53,26 @@ def launch(
         )
         return
     if dist_url is None or dist_url == "auto":
-        raise ValueError('For several processes on the CPU name a port: "tcp://127.0.0.1:29500".')
+        raise ValueError(
+            "Several processes on the CPU need a port: --dist-url tcp://127.0.0.1:29500"
+        )
     mp.start_processes(
-        _work,
+        _run_process,
         nprocs=num_processes_per_machine,
         args=(main_func, num_processes_per_machine, num_machines, machine_rank, dist_url, args),
         start_method="spawn",
     )
 
 
-def _work(local_rank, main_func, num_local, num_machines, machine_rank, dist_url, args) -> None:
+def _run_process(
+    local_rank: int,
+    main_func: Callable,
+    num_local: int,
+    num_machines: int,
+    machine_rank: int,
+    dist_url: str,
+    args: tuple,
+) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_local))
     dist.init_process_group(
         "gloo",

@@ -1,4 +1,4 @@
-"""Detectron2's optimisers with RelDN's parameter groups."""
+"""Detectron2's optimizers with RelDN's parameter groups."""
 
 import torch
 from torch import nn
@@ -15,14 +15,14 @@ _OPTIMIZERS = ("SGD", "AdamW")
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """Detectron2's optimiser, with RelDN's parameter groups.
+    """Build Detectron2's optimizer with RelDN's parameter groups.
 
-    What starts from the detector's weights (predicate backbone, relation box heads) learns at
+    Parts that start from trained weights (predicate backbone, relation box heads) learn at
     ``SOLVER.BACKBONE_MULTIPLIER`` times the base rate; biases and norms follow Detectron2's keys.
-    Frozen parameters have no part in it.
+    Frozen parameters are left out.
 
     Raises:
-        ValueError: ``SOLVER.OPTIMIZER`` is unknown.
+        ValueError: if ``SOLVER.OPTIMIZER`` is unknown or all parameters are frozen.
     """
     solver = cfg.SOLVER
     common = dict(
@@ -31,13 +31,13 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         bias_lr_factor=solver.BIAS_LR_FACTOR,
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
     )
-    slow: list[nn.Module] = pretrained_modules(model) if isinstance(model, RelDN) else []
-    slow_parameters = {id(p) for module in slow for p in module.parameters()}
+    pretrained: list[nn.Module] = pretrained_modules(model) if isinstance(model, RelDN) else []
+    pretrained_ids = {id(p) for module in pretrained for p in module.parameters()}
     groups = get_default_optimizer_params(
-        nn.ModuleList(slow), base_lr=solver.BASE_LR * solver.BACKBONE_MULTIPLIER, **common
+        nn.ModuleList(pretrained), base_lr=solver.BASE_LR * solver.BACKBONE_MULTIPLIER, **common
     )
     for group in get_default_optimizer_params(model, base_lr=solver.BASE_LR, **common):
-        group["params"] = [p for p in group["params"] if id(p) not in slow_parameters]
+        group["params"] = [p for p in group["params"] if id(p) not in pretrained_ids]
         groups.append(group)
     groups = [group for group in groups if group["params"]]
     if not groups:
@@ -46,12 +46,12 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
             "--eval-only; to train it, set MODEL.ROI_RELATION_HEAD.SEMANTIC.FREEZE to False."
         )
     if solver.OPTIMIZER == "SGD":
-        kind, extra = torch.optim.SGD, dict(momentum=solver.MOMENTUM, nesterov=solver.NESTEROV)
+        optimizer, extra = torch.optim.SGD, dict(momentum=solver.MOMENTUM, nesterov=solver.NESTEROV)
     elif solver.OPTIMIZER == "AdamW":
-        kind, extra = torch.optim.AdamW, {}
+        optimizer, extra = torch.optim.AdamW, {}
     else:
         raise ValueError(
             f"SOLVER.OPTIMIZER is '{solver.OPTIMIZER}'; known: {', '.join(_OPTIMIZERS)}"
         )
-    kind = maybe_add_gradient_clipping(cfg, kind)
-    return kind(groups, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY, **extra)
+    optimizer = maybe_add_gradient_clipping(cfg, optimizer)
+    return optimizer(groups, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY, **extra)

@@ -1,1 +1,1 @@
-"""Code that knows nothing about relations: compatibility, files, images, environment."""
+"""Compatibility, files, images, environment, logging and the names of evaluation protocols."""

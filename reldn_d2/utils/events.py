@@ -1,4 +1,4 @@
-"""The relation head's training statistics in the log, beside Detectron2's line of losses."""
+"""Logging the relation head's training statistics next to Detectron2's line of losses."""
 
 import logging
 
@@ -10,24 +10,24 @@ _PREFIX = "reldn/"
 
 
 class RelationStatisticsPrinter(EventWriter):
-    """Writes a line of the scalars ``reldn/...`` whenever there are new ones.
+    """Log one line of the scalars ``reldn/...`` whenever there are new ones.
 
-    Detectron2's own printer takes only what has "loss" in its name; its JSON and TensorBoard
-    writers take these scalars as they are.
+    Detectron2's own printer only prints scalars with "loss" in their name; its JSON and
+    TensorBoard writers write these scalars without help.
     """
 
     def __init__(self):
         self._logger = logging.getLogger(__name__)
-        self._last = -1
+        self._last_iteration = -1
 
     def write(self):
         storage = get_event_storage()
-        found = {
+        scalars = {
             name[len(_PREFIX) :]: value
             for name, (value, iteration) in storage.latest().items()
-            if name.startswith(_PREFIX) and iteration > self._last
+            if name.startswith(_PREFIX) and iteration > self._last_iteration
         }
-        if found:
-            numbers = "  ".join(f"{name}: {value:.4g}" for name, value in found.items())
-            self._logger.info(f" pairs: iter: {storage.iter}  {numbers}")
-        self._last = storage.iter
+        if scalars:
+            text = "  ".join(f"{name}: {value:.4g}" for name, value in scalars.items())
+            self._logger.info(f" pairs: iter: {storage.iter}  {text}")
+        self._last_iteration = storage.iter

@@ -1,12 +1,12 @@
-"""Images from files, whatever their colour space, depth or orientation.
+"""Reading images of any color space, bit depth or orientation.
 
-Detectron2's own reader keeps the first byte of 16-bit files and lets transparent pixels show what
-lies under them; a demo must take what users have.
+Detectron2's own reader keeps only one byte of 16-bit values and shows the hidden colors of
+transparent pixels; a demo must handle any image that users have.
 """
 
 import glob
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,6 @@ __all__ = [
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 
-
 _EXIF_ORIENTATION = 274
 
 
@@ -38,11 +37,12 @@ class ImageError(ValueError):
 def read_rgb(path: str | Path) -> np.ndarray:
     """Read a file as (H, W, 3) uint8 in RGB order.
 
-    Greyscale, palette and CMYK files are converted, 16-bit ones scaled to 8 bits, transparent
-    pixels laid on white, EXIF orientations applied; of an animation the first frame is taken.
+    Grayscale, palette and CMYK images are converted, 16-bit images are scaled to 8 bits,
+    transparent pixels are blended with white, EXIF orientations are applied, and only the first
+    frame of an animation is read.
 
     Raises:
-        ImageError: there is no such file, or it is not an image, or it is cut off.
+        ImageError: if there is no such file, or it is not an image, or it is truncated.
     """
     try:
         with PathManager.open(str(path), "rb") as file, Image.open(file) as image:
@@ -51,26 +51,26 @@ def read_rgb(path: str | Path) -> np.ndarray:
     except FileNotFoundError:
         raise ImageError(f"{path}: there is no such file") from None
     except IsADirectoryError:
-        raise ImageError(f"{path}: this is a folder; name an image in it") from None
+        raise ImageError(f"{path}: this is a folder; give the path of an image in it") from None
     except Image.DecompressionBombError:
         raise ImageError(f"{path}: more pixels than Pillow opens; scale it down first") from None
-    except Exception as error:  # Pillow's readers stumble over broken files in many ways
+    except Exception as error:  # Pillow's readers fail on broken files in many ways
         reason = " ".join(str(error).split()) or type(error).__name__
         if "cannot identify" in reason:
             empty = os.path.isfile(path) and os.path.getsize(path) == 0
-            reason = "the file is empty" if empty else "its content is not that of an image"
+            reason = "the file is empty" if empty else "its content is not an image"
         raise ImageError(f"{path}: cannot be read as an image: {reason}") from None
 
 
 def exif_orientation(image: Image.Image) -> int | None:
-    """The EXIF orientation of an image; None if it has none that can be read."""
+    """Return the EXIF orientation of an image; None if it has none or it cannot be read."""
     try:
         return image.getexif().get(_EXIF_ORIENTATION)
-    except Exception:  # Damaged EXIF blocks raise all sorts; Detectron2 ignores them likewise.
+    except Exception:  # damaged EXIF blocks raise many errors, which Detectron2 ignores as well
         return None
 
 
-# What brings an image with this EXIF orientation upright.
+# EXIF orientation -> the transposition that turns the image upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -83,18 +83,18 @@ _UPRIGHT = {
 
 
 def pil_to_rgb(image: Image.Image) -> np.ndarray:
-    """A PIL image as :func:`read_rgb` reads it: (H, W, 3) uint8 in RGB order."""
-    # Pillow's own exif_transpose writes all tags anew and fails on odd ones of some cameras.
+    """Convert a PIL image as :func:`read_rgb` does: (H, W, 3) uint8 in RGB order."""
+    # Pillow's own exif_transpose rewrites all tags and fails on the unusual ones of some cameras.
     orientation = exif_orientation(image)
     if orientation in _UPRIGHT:
         image = image.transpose(_UPRIGHT[orientation])
-    if image.mode.startswith("I") or image.mode == "F":  # 16 or 32 bits: (H, W) grey
+    if image.mode.startswith("I") or image.mode == "F":  # 16 or 32 bits: (H, W) gray
         values = np.asarray(image)
         high = 1.0 if image.mode == "F" and values.max(initial=0) <= 1 else 65535.0
         if image.mode != "F" and values.max(initial=0) <= 255:
             high = 255.0
-        grey = (values.astype(np.float64) * (255.0 / high)).round().clip(0, 255)
-        return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
+        gray = (values.astype(np.float64) * (255.0 / high)).round().clip(0, 255)
+        return np.repeat(gray.astype(np.uint8)[:, :, None], 3, axis=2)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -103,16 +103,16 @@ def pil_to_rgb(image: Image.Image) -> np.ndarray:
 
 
 def to_rgb(image: np.ndarray, channels: str = "RGB", name: str = "image") -> np.ndarray:
-    """An array of the caller's as (H, W, 3) uint8 in RGB order.
+    """Convert an array to (H, W, 3) uint8 in RGB order.
 
     Args:
         image: (H, W), (H, W, 1), (H, W, 3) or (H, W, 4); uint8, uint16, bool, or floating point in
             [0, 1] or [0, 255].
-        channels: "RGB" or "BGR" (OpenCV), the order of the caller's channels.
-        name: for messages.
+        channels: order of the array's channels, "RGB" or "BGR" (OpenCV).
+        name: of the image in error messages.
 
     Raises:
-        ImageError: another shape, type or order.
+        ImageError: if it has another shape, type or order.
     """
     if channels not in ("RGB", "BGR"):
         raise ImageError(f"channels is '{channels}'; known: RGB, BGR")
@@ -120,7 +120,7 @@ def to_rgb(image: np.ndarray, channels: str = "RGB", name: str = "image") -> np.
     depth = image.shape[2] if image.ndim == 3 else 1
     if image.ndim not in (2, 3) or depth not in (1, 3, 4) or 0 in image.shape:
         raise ImageError(
-            f"{name}: an array of shape {image.shape} is no image; expected (height, width) or "
+            f"{name}: an array of shape {image.shape} is not an image; expected (height, width) or "
             "(height, width, 1, 3 or 4)"
         )
     if image.dtype == np.uint16:
@@ -128,9 +128,9 @@ def to_rgb(image: np.ndarray, channels: str = "RGB", name: str = "image") -> np.
     elif image.dtype == bool or (image.dtype.kind == "f" and image.max() <= 1.0):
         image = image.astype(np.float64) * 255
     elif image.dtype.kind not in "uif":
-        raise ImageError(f"{name}: an array of type {image.dtype} is no image")
+        raise ImageError(f"{name}: an array of type {image.dtype} is not an image")
     if image.dtype.kind == "f" and not np.isfinite(image).all():
-        raise ImageError(f"{name}: the array holds numbers that are not finite")
+        raise ImageError(f"{name}: the array has values that are not finite")
     image = image.round().clip(0, 255).astype(np.uint8) if image.dtype != np.uint8 else image
     if image.ndim == 2 or depth == 1:
         return np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=2)
@@ -142,44 +142,41 @@ def to_rgb(image: np.ndarray, channels: str = "RGB", name: str = "image") -> np.
 
 
 def find_images(inputs: Sequence[str | Path]) -> list[str]:
-    """Files behind paths, globs and folders, in order, each once.
+    """List the files of paths, globs and folders in order, each once.
 
-    Folders give the files in them (not in folders below) that have an image's suffix. A name that
-    does not exist is given back as it is, for its reader to complain about.
+    A folder gives the files directly in it that have an image suffix. A path that does not exist is
+    returned unchanged, so that reading it raises the error.
 
     Raises:
-        ImageError: a folder or a glob without any image.
+        ImageError: if a folder has no image or no file matches a glob.
     """
     files: list[str] = []
     for item in map(str, inputs):
         item = os.path.expanduser(item)
         if os.path.isdir(item):
-            found = _with_image_suffix(sorted(os.path.join(item, x) for x in os.listdir(item)))
-            if not found:
+            paths = sorted(os.path.join(item, x) for x in os.listdir(item))
+            paths = [x for x in paths if x.lower().endswith(IMAGE_SUFFIXES) and os.path.isfile(x)]
+            if not paths:
                 raise ImageError(f"{item}: no image in this folder ({', '.join(IMAGE_SUFFIXES)})")
         elif not os.path.exists(item) and glob.has_magic(item):
-            found = sorted(x for x in glob.glob(item, recursive=True) if os.path.isfile(x))
-            if not found:
+            paths = sorted(x for x in glob.glob(item, recursive=True) if os.path.isfile(x))
+            if not paths:
                 raise ImageError(f"{item}: no file matches this pattern")
         else:
-            found = [item]
-        files += found
+            paths = [item]
+        files += paths
     return list(dict.fromkeys(files))
 
 
 def distinct_paths(files: Sequence[str], folder: Path, suffix: str) -> dict[str, Path]:
-    """A path in the folder for each file; equal names from different folders get a number."""
+    """Return an output path in ``folder`` per file; duplicate names get a suffix such as ``_2``."""
     paths: dict[str, Path] = {}
     used = set()
     for file in files:
-        name, number = Path(file).stem, 1
-        while name.lower() in used:
-            number += 1
-            name = f"{Path(file).stem}_{number}"
+        name, copy = Path(file).stem, 1
+        while name.lower() in used:  # some file systems ignore case
+            copy += 1
+            name = f"{Path(file).stem}_{copy}"
         used.add(name.lower())
         paths[file] = folder / f"{name}{suffix}"
     return paths
-
-
-def _with_image_suffix(paths: Iterable[str]) -> list[str]:
-    return [x for x in paths if x.lower().endswith(IMAGE_SUFFIXES) and os.path.isfile(x)]

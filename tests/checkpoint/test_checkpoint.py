@@ -1,4 +1,4 @@
-"""Checkpoints: detectors' and RelDN's own, resuming, and what does not fit."""
+"""Checkpoints of detectors and of RelDN: loading, saving, resuming, and files that do not fit."""
 
 import pickle
 from urllib.error import URLError
@@ -21,8 +21,8 @@ from model_utils import (
 
 import reldn_d2
 from reldn_d2 import RelDNCheckpointer, initialize_relation_branch
-from reldn_d2.checkpoint.reldn_checkpoint import DetectorCheckpointer
-from reldn_d2.engine.defaults import RelDNTrainer, build_checkpointer, ensure_frequency_table
+from reldn_d2.checkpoint import DetectorCheckpointer, build_checkpointer
+from reldn_d2.engine import RelDNTrainer, ensure_frequency_table
 from reldn_d2.modeling.relation_head.predictors import SemanticModule
 
 from detectron2.checkpoint import DetectionCheckpointer
@@ -36,7 +36,7 @@ DATASET = "checkpoint_test_set"
 
 @pytest.fixture
 def detector():
-    """A "trained" detector: every weight and statistic differs from any initialisation."""
+    """A "trained" detector: every weight and statistic differs from any initialization."""
     model = small_model(config=DETECTOR, seed=5)
     give_distinct_statistics(model)
     return model
@@ -50,7 +50,7 @@ def dataset(tmp_path):
 
 
 def write(model, folder, kind):
-    """Save a detector the way that Detectron2 or its model zoo does; the path."""
+    """Save a detector as Detectron2 or its model zoo does; return the path."""
     if kind == "pth":
         DetectionCheckpointer(model, str(folder)).save("detector", iteration=7)
         return str(folder / "detector.pth")
@@ -72,7 +72,7 @@ def assert_equal_state(found, wanted):
 
 
 @pytest.mark.parametrize("kind", ["pth", "pkl", "module prefix"])
-def test_detector_checkpoint_loads_and_starts_the_relation_branch(tmp_path, detector, kind):
+def test_load_detector_checkpoint_initializes_the_relation_branch(tmp_path, detector, kind):
     path = write(detector, tmp_path, kind)
     model = small_model()
     before = {n: p.clone() for n, p in model.relation_head.visual.state_dict().items()}
@@ -83,7 +83,7 @@ def test_detector_checkpoint_loads_and_starts_the_relation_branch(tmp_path, dete
     for box_head in model.relation_head.box_heads:
         assert_equal_state(box_head, detector.roi_heads.box_head)
         assert box_head[-1].__class__ is torch.nn.Identity
-    # Copies, not the same tensors: the branch learns, the detector does not.
+    # Copies, not the same tensors: the branch is trained, the detector is frozen.
     pointers = {p.data_ptr() for p in model.detector.parameters()}
     assert not pointers & {p.data_ptr() for p in model.parameters() if p.requires_grad}
     assert all(not p.requires_grad for p in model.detector.parameters())
@@ -91,7 +91,7 @@ def test_detector_checkpoint_loads_and_starts_the_relation_branch(tmp_path, dete
         assert torch.equal(value, before[name])
 
 
-def test_detector_alone_gives_what_the_loaded_detector_gives(tmp_path, detector):
+def test_load_detector_checkpoint_keeps_its_detections(tmp_path, detector):
     model = small_model()
     RelDNCheckpointer(model).load(write(detector, tmp_path, "pth"))
     batch = [busy_item(0)]
@@ -103,14 +103,14 @@ def test_detector_alone_gives_what_the_loaded_detector_gives(tmp_path, detector)
 
 
 @pytest.mark.parametrize("off", ["SPO", "SUBJECT_SKIP", "OBJECT_SKIP"])
-def test_detector_checkpoint_loads_where_a_part_is_off(tmp_path, detector, off):
+def test_load_detector_checkpoint_visual_part_off_initializes_the_others(tmp_path, detector, off):
     model = small_model(f"MODEL.ROI_RELATION_HEAD.VISUAL.{off}", False)
     RelDNCheckpointer(model).load(write(detector, tmp_path, "pth"))
     for box_head in model.relation_head.box_heads:
         assert_equal_state(box_head, detector.roi_heads.box_head)
 
 
-def test_box_head_of_another_structure_is_named(tmp_path, detector):
+def test_initialize_relation_branch_other_box_head_raises(tmp_path, detector):
     model = small_model("MODEL.ROI_RELATION_HEAD.POOLER_RESOLUTION", 5)
     with pytest.raises(ValueError, match=r"(?s)do not fit a relation box head.*fc1"):
         RelDNCheckpointer(model).load(write(detector, tmp_path, "pth"))
@@ -118,7 +118,7 @@ def test_box_head_of_another_structure_is_named(tmp_path, detector):
         initialize_relation_branch(model)
 
 
-def test_reldn_checkpoint_loads_whole_and_does_not_start_the_branch_anew(tmp_path):
+def test_load_reldn_checkpoint_restores_everything(tmp_path):
     model = small_model(seed=1)
     give_distinct_statistics(model.predicate_backbone)
     model.relation_head.semantic.set_log_frequencies(torch.randn(9, 9, 7))
@@ -140,7 +140,7 @@ def test_reldn_checkpoint_loads_whole_and_does_not_start_the_branch_anew(tmp_pat
     assert again.SEED == 77 and again.MODEL.META_ARCHITECTURE == "RelDN"
 
 
-def test_reldn_checkpoint_of_a_wrapped_model_loads(tmp_path):
+def test_load_reldn_checkpoint_module_prefix_restores_everything(tmp_path):
     model = small_model(seed=1)
     state = {f"module.{name}": value for name, value in model.state_dict().items()}
     torch.save({"model": state}, tmp_path / "reldn.pth")
@@ -157,8 +157,8 @@ def options(folder, *more):
     )
 
 
-def test_training_resumes_where_it_stopped(tmp_path, dataset, detector, caplog):
-    """The second run neither copies the detector nor counts the frequency table again."""
+def test_trainer_resume_continues_where_it_stopped(tmp_path, dataset, detector, caplog):
+    """The resumed run neither copies the detector nor counts the frequency table again."""
     weights = ("MODEL.WEIGHTS", write(detector, tmp_path, "pth"))
     folder = tmp_path / "run"
     folder.mkdir()
@@ -185,11 +185,11 @@ def test_training_resumes_where_it_stopped(tmp_path, dataset, detector, caplog):
     assert second.iter == 5
     assert_equal_state(second.model.detector.model, detector)
 
-    # What Detectron2 v0.6 saves has no optimiser state.
+    # Detectron2 v0.6 saves no optimizer state.
     state = {name: value for name, value in second.state_dict().items() if name != "_trainer"}
     with caplog.at_level("WARNING", logger="reldn_d2.engine.defaults"):
         second.load_state_dict(state)
-    assert "no optimiser state" in caplog.text
+    assert "no optimizer state" in caplog.text
 
     # Without --resume the same folder starts from the detector again.
     third = RelDNTrainer(longer)
@@ -198,7 +198,7 @@ def test_training_resumes_where_it_stopped(tmp_path, dataset, detector, caplog):
     assert_equal_state(third.model.predicate_backbone, detector.backbone)
 
 
-def test_frequency_table_is_counted_once(tmp_path, dataset, monkeypatch):
+def test_ensure_frequency_table_counts_once(tmp_path, dataset, monkeypatch):
     cfg, model = small_config(*options(tmp_path)), small_model()
     ensure_frequency_table(cfg, model)
     table = model.relation_head.semantic.table.weight.detach().clone()
@@ -211,7 +211,7 @@ def test_frequency_table_is_counted_once(tmp_path, dataset, monkeypatch):
 
 
 @pytest.mark.parametrize("semantic", [True, False])
-def test_another_number_of_predicates_says_both(tmp_path, semantic):
+def test_load_other_predicate_count_raises_with_both_counts(tmp_path, semantic):
     switch = ("MODEL.ROI_RELATION_HEAD.SEMANTIC.ENABLED", semantic)
     RelDNCheckpointer(small_model(*switch), str(tmp_path)).save("reldn")
     model = small_model("MODEL.ROI_RELATION_HEAD.NUM_PREDICATES", 11, *switch)
@@ -222,7 +222,7 @@ def test_another_number_of_predicates_says_both(tmp_path, semantic):
 
 
 @pytest.mark.parametrize("kind", ["detector", "reldn"])
-def test_another_number_of_classes_says_both(tmp_path, detector, kind):
+def test_load_other_class_count_raises_with_both_counts(tmp_path, detector, kind):
     if kind == "detector":
         path = write(detector, tmp_path, "pth")
     else:
@@ -235,7 +235,7 @@ def test_another_number_of_classes_says_both(tmp_path, detector, kind):
     assert "predicates, the config" not in str(error.value)
 
 
-def test_another_number_of_classes_says_both_where_the_table_alone_knows_it(tmp_path):
+def test_load_other_class_count_in_the_table_raises_with_both_counts(tmp_path):
     kind = ("MODEL.RELDN.DETECTOR", "PrecomputedDetector")
     RelDNCheckpointer(small_model(*kind), str(tmp_path)).save("reldn")
     model = small_model(*kind, "MODEL.ROI_HEADS.NUM_CLASSES", 57)
@@ -243,7 +243,7 @@ def test_another_number_of_classes_says_both_where_the_table_alone_knows_it(tmp_
         RelDNCheckpointer(model).load(str(tmp_path / "reldn.pth"))
 
 
-def test_another_kind_of_detector_is_told(tmp_path):
+def test_load_other_kind_of_detector_raises(tmp_path):
     retinanet = ("MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.DEVICE", "cpu")
     config = "configs/Toy/Detectors/retinanet_FPN.yaml"
     DetectorCheckpointer(small_model(*retinanet, config=config), str(tmp_path)).save("detector")
@@ -252,7 +252,7 @@ def test_another_kind_of_detector_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("zoo", [True, False])
-def test_backbone_alone_is_no_detector(tmp_path, detector, zoo):
+def test_load_backbone_only_raises(tmp_path, detector, zoo):
     backbone = {
         name: value.numpy() for name, value in detector.backbone.bottom_up.state_dict().items()
     }
@@ -267,7 +267,7 @@ def test_backbone_alone_is_no_detector(tmp_path, detector, zoo):
         RelDNCheckpointer(small_model()).load(str(tmp_path / "R-5.pkl"))
 
 
-def test_reldn_checkpoint_of_fewer_modules_is_refused(tmp_path):
+def test_load_reldn_checkpoint_missing_module_raises(tmp_path):
     RelDNCheckpointer(
         small_model("MODEL.ROI_RELATION_HEAD.SPATIAL.ENABLED", False), str(tmp_path)
     ).save("reldn")
@@ -275,12 +275,12 @@ def test_reldn_checkpoint_of_fewer_modules_is_refused(tmp_path):
         RelDNCheckpointer(small_model()).load(str(tmp_path / "reldn.pth"))
 
 
-def test_missing_file_is_named():
+def test_load_missing_file_raises():
     with pytest.raises(FileNotFoundError, match=r"No checkpoint 'no/such\.pth' .MODEL.WEIGHTS"):
         RelDNCheckpointer(small_model()).load("no/such.pth")
 
 
-def test_file_that_cannot_be_fetched_is_one_clear_error():
+def test_load_url_without_network_raises():
     class NoNetwork(PathHandler):
         def _get_supported_prefixes(self):
             return ["nonetwork://"]
@@ -294,8 +294,8 @@ def test_file_that_cannot_be_fetched_is_one_clear_error():
         RelDNCheckpointer(small_model()).load("nonetwork://a.pkl")
 
 
-def test_files_of_the_model_zoo_come_through_detectron2s_path_manager(tmp_path, detector, caplog):
-    """As detectron2:// and catalog:// do."""
+def test_load_url_uses_detectron2s_path_manager(tmp_path, detector, caplog):
+    """So that detectron2:// and catalog:// work."""
 
     class Zoo(PathHandler):
         def _get_supported_prefixes(self):
@@ -307,7 +307,7 @@ def test_files_of_the_model_zoo_come_through_detectron2s_path_manager(tmp_path, 
     write(detector, tmp_path, "pkl")
     PathManager.register_handler(Zoo(), allow_override=True)
     model = small_model()
-    with caplog.at_level("INFO", logger="reldn_d2.checkpoint.reldn_checkpoint"):
+    with caplog.at_level("INFO", logger="reldn_d2.checkpoint"):
         RelDNCheckpointer(model).load("testzoo://detector.pkl")
     assert_equal_state(model.detector.model, detector)
     (line,) = (x.getMessage() for x in caplog.records if "Loaded" in x.getMessage())
@@ -316,13 +316,13 @@ def test_files_of_the_model_zoo_come_through_detectron2s_path_manager(tmp_path, 
     assert "into backbone" in line and "into roi_heads.box_head" in line
 
 
-def test_no_file_at_all_is_told(caplog):
+def test_load_empty_path_warns(caplog):
     RelDNCheckpointer(small_model()).load("")
     assert "MODEL.WEIGHTS is empty: the frozen detector has random weights" in caplog.text
 
 
 @pytest.mark.parametrize("field", ["thing_classes", "predicate_classes"])
-def test_other_names_or_another_order_are_told(tmp_path, caplog, field):
+def test_load_other_names_or_order_warns(tmp_path, caplog, field):
     names = {"thing_classes": CLASSES, "predicate_classes": PREDICATES}
     RelDNCheckpointer(small_model(), str(tmp_path), **names).save("reldn")
     path = str(tmp_path / "reldn.pth")
@@ -333,18 +333,18 @@ def test_other_names_or_another_order_are_told(tmp_path, caplog, field):
     assert f"reldn.pth was trained with other {field}, or in another order" in caplog.text
 
 
-def test_more_weights_than_the_detector_has_are_told(tmp_path, detector, caplog):
-    """A Mask R-CNN checkpoint, say, for a detector without masks."""
+def test_load_unexpected_weights_logs_their_count(tmp_path, detector, caplog):
+    """For example a Mask R-CNN checkpoint for a detector without masks."""
     state = {**detector.state_dict(), "roi_heads.mask_head.mask_fcn1.weight": torch.zeros(2, 2)}
     torch.save({"model": state}, tmp_path / "mask.pth")
     model = small_model()
-    with caplog.at_level("INFO", logger="reldn_d2.checkpoint.reldn_checkpoint"):
+    with caplog.at_level("INFO", logger="reldn_d2.checkpoint"):
         RelDNCheckpointer(model).load(str(tmp_path / "mask.pth"))
     assert_equal_state(model.detector.model, detector)
-    assert "1 others have no place in this model" in caplog.text
+    assert "ignored 1 unexpected weights" in caplog.text
 
 
-def test_checkpointer_of_each_kind_of_model(tmp_path, dataset):
+def test_build_checkpointer_depends_on_the_model(tmp_path, dataset):
     cfg = small_config(*options(tmp_path))
     ours = build_checkpointer(cfg, small_model())
     assert isinstance(ours, RelDNCheckpointer)
@@ -353,8 +353,8 @@ def test_checkpointer_of_each_kind_of_model(tmp_path, dataset):
     assert type(theirs) is DetectorCheckpointer and theirs.save_dir == str(tmp_path)
 
 
-def test_distributed_training_takes_any_batch_and_its_checkpoint_loads(tmp_path, detector):
-    """DDP raises in a step if a parameter had no part in the loss of the step before."""
+def test_distributed_training_any_batch_steps_and_saves(tmp_path, detector):
+    """DDP raises if a parameter was not part of the loss of the previous step."""
     path = write(detector, tmp_path, "pth")
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1

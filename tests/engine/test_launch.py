@@ -1,4 +1,4 @@
-"""Training on two processes: no process waits for ever, and the gradients are those of one."""
+"""Training in two processes: none waits forever, and the gradients equal those of one process."""
 
 from datetime import timedelta
 
@@ -22,24 +22,24 @@ STEPS = 3
 
 
 def batches():
-    """What both processes see, step by step; the second one never sees a relation."""
+    """Images of both processes per step; the second process never sees a relation."""
     related = busy_item(0)
     single = item(
         related["instances"].gt_boxes.tensor.tolist(),
         related["instances"].gt_classes.tolist(),
-        [(0, 1, 0), (1, 3, 3), (2, 3, 3), (3, 2, 4)],  # a pair has one predicate: nothing to draw
+        [(0, 1, 0), (1, 3, 3), (2, 3, 3), (3, 2, 4)],  # one predicate per pair: nothing is random
     )
     return [(single, unrelated_item()), (single, empty_item()), (unrelated_item(), empty_item())]
 
 
 def train(model, steps):
-    """Gradients after each step, by name."""
+    """Return the gradients after each step by name."""
     model.train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
     gradients = []
-    for number, batch in enumerate(steps):
+    for iteration, batch in enumerate(steps):
         optimizer.zero_grad()
-        with EventStorage(number):
+        with EventStorage(iteration):
             losses = model(batch)
         sum(losses.values()).backward()
         gradients.append(
@@ -70,7 +70,7 @@ def train_in_process(rank, folder):
     distributed.destroy_process_group()
 
 
-def test_gradients_of_two_processes_are_those_of_one(tmp_path):
+def test_ddp_two_processes_gradients_equal_one_process(tmp_path):
     multiprocessing.spawn(train_in_process, (str(tmp_path),), nprocs=2)
     together = torch.load(tmp_path / "gradients.pth", weights_only=True)
     alone = train(small_model(*OPTIONS), [list(images) for images in batches()])
@@ -80,13 +80,13 @@ def test_gradients_of_two_processes_are_those_of_one(tmp_path):
         for name, gradient in one.items():
             difference = float((two[name] - gradient).abs().max())
             assert difference <= 2e-5 * float(gradient.abs().max()), name
-    # The losses reached the predicate backbone, and all of them pulled.
+    # The losses reach all of the predicate backbone.
     largest = {name: float(x.abs().max()) for name, x in alone[0].items()}
     assert all(value > 0 for name, value in largest.items() if "res4" in name)
 
 
 @pytest.mark.parametrize("step", range(STEPS))
-def test_what_the_processes_see_differs(step):
+def test_batches_differ_between_processes(step):
     first, second = batches()[step]
     assert len(second["relations"]) == 0
     assert (len(first["relations"]) > 0) == (step < 2)

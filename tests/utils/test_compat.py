@@ -1,7 +1,7 @@
-"""The bridges to Detectron2 0.6: laid where a gap is, and nowhere else.
+"""The patches for Detectron2 0.6: applied where they are needed, and nowhere else.
 
-What depends on the state of a fresh interpreter runs in one of its own, with a small Detectron2
-made here that has or lacks what the case is about.
+Cases that need a fresh interpreter run in one of their own, with a small fake Detectron2 that has
+or lacks what the case is about.
 """
 
 import subprocess
@@ -54,7 +54,7 @@ spec.loader.exec_module(compat)
 
 
 def write_detectron2(folder: Path, *changes: dict, without: str = "") -> None:
-    """Writes a small Detectron2 into ``folder``."""
+    """Write a small fake Detectron2 into ``folder``."""
     files = dict(OFFICIAL)
     for change in changes:
         files.update(change)
@@ -66,20 +66,20 @@ def write_detectron2(folder: Path, *changes: dict, without: str = "") -> None:
 
 
 def run_python(folder: Path, code: str) -> subprocess.CompletedProcess:
-    """Runs code in a fresh interpreter that finds the packages in ``folder`` first."""
+    """Run code in a fresh interpreter that finds the packages in ``folder`` first."""
     code = f"import sys; sys.path.insert(0, {str(folder)!r})\n{code}"
     command = [sys.executable, "-c", code]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 def printed(folder: Path, code: str) -> list[str]:
-    """Runs code after the bridges and returns the words that it printed."""
+    """Run code after the patches; return the words that it printed."""
     result = run_python(folder, LOAD_COMPAT + code)
     assert result.returncode == 0, result.stderr
     return result.stdout.split()
 
 
-def test_official_detectron2_is_left_alone(tmp_path):
+def test_apply_official_detectron2_changes_nothing(tmp_path):
     write_detectron2(tmp_path)
     code = (
         """
@@ -98,7 +98,7 @@ print(compat.applied, compat.has_compiled_ops(), detectron2._C.get_compiler_vers
     assert result.stderr == ""
 
 
-def test_removed_names_come_back_where_they_are_used(tmp_path):
+def test_apply_removed_names_in_use_restores_them(tmp_path):
     write_detectron2(tmp_path, NEEDS_NAMES)
     remove = """
 import numpy as np, PIL.Image
@@ -114,7 +114,7 @@ print(*compat.applied)
     assert result.stdout.split() == ["PIL.Image.LINEAR", "numpy.int"], result.stderr
 
 
-def test_names_that_are_still_there_are_kept(monkeypatch, tmp_path):
+def test_restore_removed_names_existing_names_are_kept(monkeypatch, tmp_path):
     write_detectron2(tmp_path, NEEDS_NAMES)
     monkeypatch.setattr(compat, "applied", [])
     monkeypatch.setattr(PIL.Image, "LINEAR", "the library's own", raising=False)
@@ -124,7 +124,7 @@ def test_names_that_are_still_there_are_kept(monkeypatch, tmp_path):
     assert PIL.Image.LINEAR == np.int == "the library's own"
 
 
-def test_missing_ops_say_what_to_do_only_when_called(tmp_path):
+def test_apply_missing_ops_raise_only_when_called(tmp_path):
     write_detectron2(tmp_path, without="_C.py")
     code = """
 from detectron2 import _C
@@ -141,14 +141,14 @@ except RuntimeError as error:
     assert printed(tmp_path, code) == ["detectron2._C", "False", "False"]
 
 
-def test_broken_ops_are_named_in_a_warning(tmp_path):
+def test_apply_broken_ops_warns(tmp_path):
     write_detectron2(tmp_path, {"_C.py": "raise ImportError('undefined symbol: _ZN2at')\n"})
     result = run_python(tmp_path, LOAD_COMPAT + "print(compat.has_compiled_ops())")
     assert result.stdout.strip() == "False", result.stderr
     assert "undefined symbol: _ZN2at" in result.stderr and "--force-reinstall" in result.stderr
 
 
-def test_pkg_resources_stands_in_for_detectron2_alone(tmp_path):
+def test_apply_pkg_resources_stub_is_seen_by_detectron2_only(tmp_path):
     write_detectron2(tmp_path, NEEDS_PKG_RESOURCES)
     code = NO_PKG_RESOURCES + LOAD_COMPAT + """
 from detectron2 import model_zoo
@@ -159,7 +159,7 @@ print(model_zoo.get_config_file("a.yaml"), "pkg_resources" in sys.modules, *comp
     assert result.stdout.split() == [expected, "False", "pkg_resources"], result.stderr
 
 
-def test_without_detectron2_one_message_says_what_to_run():
+def test_import_without_detectron2_says_what_to_run():
     code = "sys.modules['detectron2'] = None  # as if not installed\nimport reldn_d2"
     result = run_python(REPOSITORY, code)
     assert result.returncode == 1
@@ -169,7 +169,7 @@ def test_without_detectron2_one_message_says_what_to_run():
     assert "During handling" not in result.stderr
 
 
-def test_a_folder_named_detectron2_is_not_taken_for_it(monkeypatch):
+def test_find_detectron2_folder_of_that_name_raises(monkeypatch):
     """A clone of Detectron2's repository in the working folder looks like a package."""
     find_spec = compat.importlib.util.find_spec
     folder = types.SimpleNamespace(origin=None, submodule_search_locations=["/here/detectron2"])
@@ -182,7 +182,7 @@ def test_a_folder_named_detectron2_is_not_taken_for_it(monkeypatch):
         compat.find_detectron2()
 
 
-def test_without_torch_the_message_names_it_too(monkeypatch):
+def test_find_detectron2_without_torch_names_it(monkeypatch):
     def find_spec(name):
         return types.SimpleNamespace(origin=name) if name == "detectron2" else None
 
@@ -196,11 +196,11 @@ def test_without_torch_the_message_names_it_too(monkeypatch):
     "checkpoint config data data.transforms engine engine.hooks evaluation layers model_zoo "
     "modeling modeling.roi_heads solver structures utils.collect_env utils.visualizer".split(),
 )
-def test_everything_used_of_detectron2_can_be_imported(module):
+def test_used_detectron2_modules_can_be_imported(module):
     assert compat.importlib.import_module(f"detectron2.{module}")
 
 
-def test_anchors_warn_of_nothing():
+def test_anchor_generation_does_not_warn():
     code = """
 import reldn_d2, torch
 from detectron2.modeling.anchor_generator import _create_grid_offsets
@@ -212,8 +212,8 @@ _create_grid_offsets([2, 3], 4, 0.0, torch.zeros(1) if "target_device_tensor" in
     assert result.returncode == 0 and "meshgrid" not in result.stderr, result.stderr
 
 
-def test_detectron2_names_its_classes_in_the_log(caplog):
-    """Without ``numpy.int`` Detectron2 0.6 leaves this table out and says nothing."""
+def test_class_histogram_is_logged(caplog):
+    """Without ``numpy.int`` Detectron2 0.6 silently omits this table."""
     from detectron2.data.build import print_instances_class_histogram
 
     dicts = [{"annotations": [{"category_id": 1}, {"category_id": 1}]}]

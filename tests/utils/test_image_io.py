@@ -1,4 +1,4 @@
-"""Images of every colour space, depth and orientation, and files that are none."""
+"""Images of every color space, depth and orientation, and files that are not images."""
 
 import io
 import struct
@@ -16,7 +16,7 @@ def near(first, second, most=3):
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "LA", "P", "1", "YCbCr"])
-def test_colour_spaces(mode, tmp_path):
+def test_read_rgb_converts_color_spaces(mode, tmp_path):
     rgb = picture()
     image = Image.fromarray(rgb).convert(mode)
     path = tmp_path / ("x.jpg" if mode in ("CMYK", "YCbCr", "L") else "x.png")
@@ -28,14 +28,14 @@ def test_colour_spaces(mode, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
-def test_sixteen_bits_are_scaled_not_cut(suffix, tmp_path):
-    grey = np.linspace(0, 65535, 60 * 90).reshape(60, 90).astype(np.uint16)
-    Image.fromarray(grey).save(tmp_path / f"x{suffix}")
+def test_read_rgb_sixteen_bits_are_scaled(suffix, tmp_path):
+    gray = np.linspace(0, 65535, 60 * 90).reshape(60, 90).astype(np.uint16)
+    Image.fromarray(gray).save(tmp_path / f"x{suffix}")
     found = read_rgb(tmp_path / f"x{suffix}")
-    assert near(found, np.repeat((grey / 257)[:, :, None], 3, axis=2), most=1)
+    assert near(found, np.repeat((gray / 257)[:, :, None], 3, axis=2), most=1)
 
 
-def test_transparent_pixels_are_white(tmp_path):
+def test_read_rgb_transparent_pixels_are_white(tmp_path):
     rgba = np.dstack([picture(), np.full((60, 90), 255, np.uint8)])
     rgba[:30, :, 3] = 0
     Image.fromarray(rgba).save(tmp_path / "x.png")
@@ -44,7 +44,7 @@ def test_transparent_pixels_are_white(tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(orientation, tmp_path):
+def test_read_rgb_applies_exif_orientation(orientation, tmp_path):
     upright = picture(60, 90)
     undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Pillow's transpositions that undo it
     stored = Image.fromarray(upright)
@@ -64,7 +64,7 @@ def test_exif_orientation_is_applied(orientation, tmp_path):
         struct.pack(">HHLl", 0x011A, 9, 1, -5),
     ],
 )
-def test_odd_tags_beside_the_orientation_do_not_matter(tag, tmp_path):
+def test_read_rgb_invalid_exif_tags_are_ignored(tag, tmp_path):
     buffer = io.BytesIO()
     Image.fromarray(picture(60, 90)).save(buffer, "JPEG")
     tags = sorted([struct.pack(">HHLHH", 0x0112, 3, 1, 6, 0), tag])
@@ -82,7 +82,7 @@ def test_odd_tags_beside_the_orientation_do_not_matter(tag, tmp_path):
         (b"\xff\xd8\xff\xe0 broken", "x.jpg: cannot be read as an image"),
     ],
 )
-def test_what_is_no_image_is_named_in_one_line(content, message, tmp_path):
+def test_read_rgb_not_an_image_raises_one_line(content, message, tmp_path):
     path = tmp_path / "x.jpg"
     path.write_bytes(content)
     with pytest.raises(ImageError, match=message) as raised:
@@ -90,7 +90,7 @@ def test_what_is_no_image_is_named_in_one_line(content, message, tmp_path):
     assert "\n" not in str(raised.value)
 
 
-def test_truncated_and_missing_files_and_folders(tmp_path):
+def test_read_rgb_truncated_missing_or_folder_raises(tmp_path):
     Image.fromarray(picture(200, 300)).save(tmp_path / "x.jpg")
     content = (tmp_path / "x.jpg").read_bytes()
     (tmp_path / "cut.jpg").write_bytes(content[: len(content) // 2])
@@ -102,7 +102,7 @@ def test_truncated_and_missing_files_and_folders(tmp_path):
         read_rgb(tmp_path)
 
 
-def test_arrays():
+def test_to_rgb_arrays():
     rgb = picture()
     assert np.array_equal(to_rgb(rgb[:, :, ::-1], "BGR"), rgb)
     assert np.array_equal(to_rgb(rgb / 255.0), rgb)
@@ -120,7 +120,7 @@ def test_arrays():
         to_rgb(rgb, "HSV")
 
 
-def test_find_images(tmp_path):
+def test_find_images_paths_globs_and_folders(tmp_path):
     for name in ("b.jpg", "a.PNG", "notes.txt", "deep/c.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
@@ -135,14 +135,14 @@ def test_find_images(tmp_path):
         find_images([str(tmp_path / "*.gif")])
 
 
-def test_whatever_a_reader_stumbles_over_names_the_file(tmp_path, monkeypatch):
-    """Pillow's readers raise more than OSError on broken files; none may stop a whole folder."""
+def test_read_rgb_any_reader_error_names_the_file(tmp_path, monkeypatch):
+    """Pillow's readers raise more than OSError on broken files; no file may stop a whole folder."""
     path = tmp_path / "x.png"
     Image.fromarray(picture()).save(path)
 
-    def stumble(*_):
+    def fail(*_):
         raise EOFError("no more data")
 
-    monkeypatch.setattr(ImageFile.ImageFile, "load", stumble)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
     with pytest.raises(ImageError, match=r"x\.png: cannot be read as an image: no more data"):
         read_rgb(path)

@@ -119,7 +119,7 @@ def test_torchvision_checkpoint_initializes_detector(tmp_path, torchvision_state
             "faster_rcnn_VGG16", *vgg_options(), "MODEL.META_ARCHITECTURE", "GeneralizedRCNN"
         )
     )
-    with caplog.at_level("INFO", logger="reldn_d2.checkpoint.reldn_checkpoint"):
+    with caplog.at_level("INFO", logger="reldn_d2.checkpoint"):
         DetectorCheckpointer(detector).load(str(tmp_path / "vgg16.pth"))
     assert "26 into backbone, 4 into roi_heads.box_head" in caplog.text
     state = detector.state_dict()
@@ -215,7 +215,7 @@ def test_predicate_backbone_other_kind_loads_its_own_weights(tmp_path, caplog):
     )
     DetectorCheckpointer(source.detector.model, str(tmp_path)).save("wide")
     random, model = other(), other(f"{PREDICATE}.WEIGHTS", str(tmp_path / "wide.pth"))
-    with caplog.at_level("INFO", logger="reldn_d2.checkpoint.reldn_checkpoint"):
+    with caplog.at_level("INFO", logger="reldn_d2.checkpoint"):
         initialize_relation_branch(model)
     assert "1 box heads start from random weights" in caplog.text
     wanted = source.detector.model.backbone.state_dict()
@@ -340,12 +340,12 @@ def test_checkpointer_matching_only_loads_fitting_layers(tmp_path, caplog):
     with pytest.raises(ValueError, match="6 predicates, the config has 8.*MATCHING_ONLY to True"):
         RelDNCheckpointer(small_model(*more)).load(path)
     model = small_model(*more)
-    with caplog.at_level("INFO", logger="reldn_d2.checkpoint.reldn_checkpoint"):
+    with caplog.at_level("INFO", logger="reldn_d2.checkpoint"):
         RelDNCheckpointer(model, matching_only=True).load(path)
     first = model.relation_head.visual.first.weight
     assert torch.equal(first, source.relation_head.visual.first.weight)
     assert not bool(model.relation_head.semantic.counted)  # the table is counted anew
-    assert "stay as initialised" in caplog.text and "Loaded" in caplog.text
+    assert "stay as initialized" in caplog.text and "Loaded" in caplog.text
     # A detector of other classes, to train it on.
     DetectorCheckpointer(source.detector.model, str(tmp_path)).save("detector")
     wanted = small_model("MODEL.ROI_HEADS.NUM_CLASSES", 4).detector.model

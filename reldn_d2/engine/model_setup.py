@@ -1,0 +1,76 @@
+"""Fitting a model to its data sets: the numbers of classes and the frequency table."""
+
+import logging
+
+from torch import nn
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+
+from ..data.frequency import log_frequencies
+from ..data.statistics import RelationStatistics, training_statistics_of
+from ..modeling.meta_arch import RelDN
+
+__all__ = ["check_counts", "ensure_frequency_table"]
+
+logger = logging.getLogger(__name__)
+
+# Detectors whose number of classes is checked, by meta-architecture.
+_NUM_CLASSES_KEYS = {
+    "GeneralizedRCNN": "MODEL.ROI_HEADS.NUM_CLASSES",
+    "RetinaNet": "MODEL.RETINANET.NUM_CLASSES",
+}
+
+
+def check_counts(cfg: CfgNode, model: nn.Module) -> None:
+    """Compare a model's numbers of classes and predicates with those of the config's data sets.
+
+    Raises:
+        ValueError: if they differ; the message has both counts and the config key.
+    """
+    expected = []  # (metadata field, config key, count)
+    if isinstance(model, RelDN):
+        detector = model.detector
+        expected = [
+            ("thing_classes", detector.num_classes_key, detector.num_classes),
+            (
+                "predicate_classes",
+                "MODEL.ROI_RELATION_HEAD.NUM_PREDICATES",
+                cfg.MODEL.ROI_RELATION_HEAD.NUM_PREDICATES,
+            ),
+        ]
+    elif cfg.MODEL.META_ARCHITECTURE in _NUM_CLASSES_KEYS:
+        key = _NUM_CLASSES_KEYS[cfg.MODEL.META_ARCHITECTURE]
+        expected = [("thing_classes", key, cfg.MODEL[key.split(".")[1]].NUM_CLASSES)]
+    for dataset in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)):
+        for field, key, count in expected:
+            names = MetadataCatalog.get(dataset).get(field, None)
+            if names is not None and len(names) != count:
+                raise ValueError(
+                    f"{key} is {count}, but the data set '{dataset}' has {len(names)} {field}. "
+                    f"Set {key} to {len(names)} or use another data set (DATASETS)."
+                )
+
+
+def ensure_frequency_table(cfg: CfgNode, model: nn.Module) -> RelationStatistics | None:
+    """Fill the semantic module's table from ``DATASETS.TRAIN`` unless a checkpoint had it.
+
+    Args:
+        cfg: names the training sets and says whether pairs must overlap.
+        model: possibly wrapped for distributed training.
+
+    Returns:
+        the statistics of the training sets; None if nothing had to be counted.
+    """
+    model = getattr(model, "module", model)
+    semantic = getattr(getattr(model, "relation_head", None), "semantic", None)
+    if semantic is None or bool(semantic.counted):
+        return None
+    statistics = training_statistics_of(cfg.DATASETS.TRAIN)
+    counts = statistics.table(cfg.MODEL.ROI_RELATION_HEAD.OVERLAP_FILTER)
+    semantic.set_log_frequencies(log_frequencies(counts))
+    logger.info(
+        f"Counted {int(counts[..., :-1].sum())} relations of {statistics.num_images} images of "
+        f"{', '.join(cfg.DATASETS.TRAIN)} for the semantic module's frequency table."
+    )
+    return statistics

@@ -1,0 +1,41 @@
+"""The package as it is installed: no file of it is left out."""
+
+from pathlib import Path
+
+import pytest
+from model_utils import ROOT
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10, where pytest depends on it
+    import tomli as tomllib
+
+PACKAGE = ROOT / "reldn_d2"
+
+
+def packaged_files() -> set[Path]:
+    """Return the files of the package that setuptools installs besides Python modules."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    found = set()
+    for package, patterns in settings["package-data"].items():
+        folder = ROOT.joinpath(*package.split("."))
+        for pattern in patterns:
+            matches = set(folder.glob(pattern))
+            assert matches, f"package-data: {pattern} matches no file"
+            found |= matches
+    return found
+
+
+def test_package_data_has_every_file():
+    files = {x for x in PACKAGE.rglob("*") if x.is_file() and "__pycache__" not in x.parts}
+    files = {x for x in files if x.suffix not in (".py", ".pyc")}
+    assert packaged_files() == files
+    assert {PACKAGE / "py.typed", PACKAGE / "vis" / "gallery.html"} <= files
+
+
+def test_package_find_has_every_folder_of_modules():
+    setuptools = pytest.importorskip("setuptools")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packages = setuptools.find_packages(str(ROOT), **settings["packages"]["find"])
+    folders = {x.parent for x in PACKAGE.rglob("*.py")}
+    assert {ROOT.joinpath(*x.split(".")) for x in packages} == folders
