@@ -4,11 +4,12 @@ A dataset dict is Detectron2's, plus ``"relations": [(subject_index, object_inde
 ...]``, 0-based, with indices into its ``"annotations"``.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from numbers import Integral
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
 
 from ..structures.relations import relation_problems
 
