@@ -122,7 +122,7 @@ def test_given_boxes_are_taken_as_they_are(predictor):
     "boxes, classes, message",
     [
         ([[0, 0, 10]], None, "shape"),
-        ([[0, 0, 10, "x"]], None, "no table of numbers"),
+        ([[0, 0, 10, "x"]], None, "expected boxes as lists of numbers"),
         ([[0, 0, 9, 9], [10, 10, 5, 20]], None, r"box 1, \[10.0, 10.0, 5.0, 20.0\], has no area"),
         ([[200, 0, 300, 20]], None, "90 x 60"),
         ([[0, 0, 9, 9], [50, 5, 50.00001, 50]], None, "box 1"),  # gone in float32
@@ -132,8 +132,8 @@ def test_given_boxes_are_taken_as_they_are(predictor):
         ([[0, 0, 9, 9]], [None], "no class None"),
         ([[0, 0, 9, 9]], [0.5], "no class 0.5"),
         ([[0, 0, 9, 9]], 3, "classes is 3; expected a list"),
-        ([[0, 0, 9, 9]], [0, 1], "1 boxes were given with 2 classes"),
-        (None, [0], "no boxes that they belong to"),
+        ([[0, 0, 9, 9]], [0, 1], "got 2 classes for 1 boxes"),
+        (None, [0], "classes were given without boxes"),
     ],
 )
 def test_bad_boxes_are_told(predictor, boxes, classes, message):
@@ -151,7 +151,7 @@ def test_no_detection_and_one_detection(checkpoint, count, tmp_path):
     assert len(found["instances"]) == count and found.triplets() == []
     assert found.graph().number_of_nodes() == count
     assert json.loads(found.to_json())["relations"]["pairs"] == []
-    with pytest.raises(ImageError, match="triplet 0 was asked for, but there are 0"):
+    with pytest.raises(ImageError, match="no triplet 0; there are 0"):
         triplet_saliency(few, picture())
 
 
@@ -186,7 +186,7 @@ def test_missing_and_foreign_checkpoints(checkpoint, tmp_path):
         RelationPredictor.from_checkpoint(tmp_path / "other.pth")
     content = torch.load(checkpoint, weights_only=True)
     torch.save({"model": content["model"]}, tmp_path / "unnamed.pth")
-    with pytest.raises(ValueError, match="unnamed.pth does not say which model"):
+    with pytest.raises(ValueError, match="unnamed.pth has no config"):
         RelationPredictor.from_checkpoint(tmp_path / "unnamed.pth")
     # A detector's weights, with a config that would build a RelDN.
     weights = {k: v for k, v in content["model"].items() if k.startswith("detector.")}
@@ -224,9 +224,9 @@ def test_pil_images_and_what_is_no_image(predictor):
     for wrong, message in (
         (torch.from_numpy(rgb.copy()), "a Tensor is neither an image nor a list of images"),
         (None, "a NoneType is neither"),
-        ([torch.from_numpy(rgb.copy())], "image 0: a Tensor is no image"),
+        ([torch.from_numpy(rgb.copy())], "image 0: a Tensor is not an image"),
     ):
         with pytest.raises(ImageError, match=message):
             predictor(wrong)
-    with pytest.raises(ImageError, match="^2 images came with 1 sets of boxes; give one for each"):
+    with pytest.raises(ImageError, match="^2 images came with 1 sets of boxes; give one per image"):
         predictor([rgb, rgb], boxes=[[[0, 0, 5, 5]]])

@@ -19,7 +19,7 @@ __all__ = [
     "ImageError",
     "distinct_paths",
     "exif_orientation",
-    "find_images",
+    "expand_inputs",
     "pil_to_rgb",
     "read_rgb",
     "to_rgb",
@@ -141,7 +141,7 @@ def to_rgb(image: np.ndarray, channels: str = "RGB", name: str = "image") -> np.
     return np.ascontiguousarray(color)
 
 
-def find_images(inputs: Sequence[str | Path]) -> list[str]:
+def expand_inputs(inputs: Sequence[str | Path]) -> list[str]:
     """Files behind paths, globs and folders, in order, each once.
 
     Folders give the files in them (not in folders below) that have an image's suffix. A name that

@@ -20,7 +20,7 @@ from reldn_d2.predictor import RelationPredictor
 from reldn_d2.structures.scene_graph import SceneGraph
 from reldn_d2.vis.gallery import gallery_record, write_gallery
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.structures import BoxMode
 
 NAME = "gallery_test_set"
@@ -63,7 +63,7 @@ def test_gallery_of_an_evaluation(evaluation, tmp_path, capsys):
     assert [row[2] for row in records[0]["missed"]] == ["plays", "on", "under"]
     (tmp_path / "images" / "1.png").write_text("hello")
     assert make_gallery.main(arguments) == 1
-    assert "left out: " in capsys.readouterr().err
+    assert "skipped: " in capsys.readouterr().err
 
 
 def test_predictions_of_another_data_set_are_told(evaluation, tmp_path, capsys):
@@ -74,7 +74,7 @@ def test_predictions_of_another_data_set_are_told(evaluation, tmp_path, capsys):
 
 
 def test_pictures_of_an_evaluation(evaluation, tmp_path, capsys):
-    arguments = [*evaluation, "--output", str(tmp_path / "beside"), "--number", "2"]
+    arguments = [*evaluation, "--output", str(tmp_path / "beside"), "--max-images", "2"]
     assert draw_relations.main(arguments) == 0
     assert draw_relations.main([*evaluation[:2], "--output", str(tmp_path / "truth")]) == 0
     for name in ("0.png", "1.png"):
@@ -122,9 +122,8 @@ def test_predictions_become_an_output_again():
 def test_gallery_cannot_be_broken_by_names(tmp_path):
     predictor = RelationPredictor.from_checkpoint(write_checkpoint(tmp_path), device="cpu")
     evil = "</script><script>alert(1)</script>"
-    record = gallery_record(
-        evil, picture(), predictor(picture()), [evil] * 9, ["<b>&amp;"] * 6, topk=3
-    )
+    metadata = Metadata(thing_classes=[evil] * 9, predicate_classes=["<b>&amp;"] * 6)
+    record = gallery_record(evil, picture(), predictor(picture()), metadata, topk=3)
     out = tmp_path / "x.html"
     assert write_gallery(out, [record], evil, ["<b>"]) == 1
     page = out.read_text()
@@ -148,7 +147,11 @@ def truth_of(boxes, classes, relations, **extra):
     return {"annotations": annotations, "relations": relations, **extra}
 
 
-NAMES = (["person", "cup", "table"], ["holds", "on"])
+METADATA = Metadata(
+    thing_classes=["person", "cup", "table"],
+    predicate_classes=["holds", "on"],
+    evaluator_type="relation",
+)
 
 
 def test_an_entity_has_one_name_in_all_rows():
@@ -159,7 +162,7 @@ def test_an_entity_has_one_name_in_all_rows():
     found = output_of(
         [right, person, other], [1, 0, 1], [[1, 0], [1, 2], [0, 1]], [0, 0, 1], [0.9, 0.5, 0.3]
     )
-    record = gallery_record("x", picture(), found, *NAMES, truth)
+    record = gallery_record("x", picture(), found, METADATA, truth)
     names = record["names"]
     assert [[names[s], p, names[o], hit] for s, o, p, _, hit in record["rows"]] == [
         ["person", "holds", "cup 2", True],
@@ -174,7 +177,7 @@ def test_an_entity_has_one_name_in_all_rows():
     places = [[record["boxes"][i] for i in row[:2]] for row in record["rows"] + record["missed"]]
     expected = [[person, right], [person, other], [right, person], boxes[:2], boxes[3:]]
     assert places == expected
-    alone = gallery_record("x", picture(), found, *NAMES)
+    alone = gallery_record("x", picture(), found, METADATA)
     assert alone["names"] == ["cup 1", "person", "cup 2"] and alone["truth"] is None
     assert alone["missed"] == [] and {row[4] for row in alone["rows"]} == {None}
 
@@ -182,9 +185,9 @@ def test_an_entity_has_one_name_in_all_rows():
 def test_an_image_of_another_size_is_refused():
     found = output_of([[0, 0, 40, 50], [5, 5, 20, 30]], [0, 1], [[0, 1]], [0], [0.9])
     truth = truth_of([], [], [], file_name="a.jpg", height=60, width=90)
-    assert gallery_record("x", picture(60, 90), found, *NAMES, truth)["truth"] == 0
+    assert gallery_record("x", picture(60, 90), found, METADATA, truth)["truth"] == 0
     with pytest.raises(ValueError, match="a.jpg: the image is 60 x 90 pixels, but its record says"):
-        gallery_record("x", picture(90, 60), found, *NAMES, truth)
+        gallery_record("x", picture(90, 60), found, METADATA, truth)
 
 
 # Sets the page's controls and points at rows as a user does, and writes down what is then seen.
@@ -266,7 +269,7 @@ def test_gallery_in_a_browser(width, tmp_path):
     def record(name, scores, predicates, truth):
         pairs = [[0, 1], [1, 2]][: len(scores)]
         found = output_of(boxes, [0, 1, 2], pairs, predicates, scores)
-        return gallery_record(name, picture(), found, *NAMES, truth)
+        return gallery_record(name, picture(), found, METADATA, truth)
 
     records = [
         record("half", [0.7, 0.0123], [0, 0], truth),
@@ -274,7 +277,7 @@ def test_gallery_in_a_browser(width, tmp_path):
         record("both", [0.9, 0.5], [0, 1], truth),
         record("low", [0.2], [1], truth),
     ]
-    write_gallery(tmp_path / "x.html", records, "A title", NAMES[1])
+    write_gallery(tmp_path / "x.html", records, "A title", METADATA.predicate_classes)
     seen = browse(tmp_path / "x.html", tmp_path, width)
 
     rows = {
@@ -332,14 +335,16 @@ def test_images_of_one_name_and_of_another_size(tmp_path, capsys):
         record.update(height=60, width=90, annotations=[box, box], relations=[(0, 1, 0)])
     name = "sizes_test_set"
     DatasetCatalog.register(name, lambda: records)
-    MetadataCatalog.get(name).set(thing_classes=["cup"], predicate_classes=["on"])
+    MetadataCatalog.get(name).set(
+        thing_classes=["cup"], predicate_classes=["on"], evaluator_type="relation"
+    )
     try:
         file = tmp_path / "relation_predictions.json"
         file.write_text(json.dumps([SceneGraph.empty(n).to_dict() for n in range(3)]))
         arguments = ["--dataset", name, "--output", str(tmp_path / "out")]
         assert draw_relations.main(arguments) == 1
         assert sorted(x.name for x in (tmp_path / "out").iterdir()) == ["x.png", "x_2.png"]
-        assert capsys.readouterr().err.count("left out: ") == 1
+        assert capsys.readouterr().err.count("skipped: ") == 1
         arguments = [
             *arguments[:2],
             "--predictions",
@@ -348,7 +353,7 @@ def test_images_of_one_name_and_of_another_size(tmp_path, capsys):
             str(tmp_path / "x.html"),
         ]
         assert make_gallery.main(arguments) == 1
-        assert capsys.readouterr().err.count("left out: ") == 1
+        assert capsys.readouterr().err.count("skipped: ") == 1
         assert (tmp_path / "x.html").read_text().count('{"name": "x.png"') == 2
     finally:
         unregister_dataset(name)

@@ -115,7 +115,7 @@ def test_saliency_of_a_triplet_lies_on_its_boxes(predictor):
         for branch in (maps.detector, maps.predicate):
             assert branch["fused"].max() == 1.0
             assert not far.any() or branch["fused"][far].max() < 0.05
-    with pytest.raises(ImageError, match="triplet 5000 was asked for"):
+    with pytest.raises(ImageError, match="no triplet 5000; there are"):
         triplet_saliency(predictor, rgb, 5000)
 
 
@@ -126,7 +126,7 @@ def test_saliency_pictures(predictor):
         draw_feature_maps(predictor, picture(), ["p9"])
     drawn, triplet = draw_triplet_saliency(predictor, picture(), 1)
     assert triplet.predicate in PREDICATES and drawn.shape[1] > 3 * 500
-    for rank, level, message in ((-1, "fused", "triplet -1"), (0, "p9", "no feature map 'p9'")):
+    for rank, level, message in ((-1, "fused", "no triplet -1"), (0, "p9", "no feature map 'p9'")):
         with pytest.raises(ImageError, match=message):
             draw_triplet_saliency(predictor, picture(), rank, level)
 
@@ -157,9 +157,9 @@ def test_models_whose_scores_hang_on_no_feature_map(frozen, tmp_path):
     predictor = RelationPredictor.from_checkpoint(path, device="cpu")
     Image.fromarray(picture()).save(tmp_path / "a.png")
     assert len(predictor(picture())["relations"]) > 0
-    with pytest.raises(ImageError, match=r"^\S*a.png: .*hang on no feature map$"):
+    with pytest.raises(ImageError, match=r"^\S*a.png: .*do not depend on feature maps$"):
         triplet_saliency(predictor, tmp_path / "a.png")
-    with pytest.raises(ImageError, match="^image: .*hang on no feature map$"):
+    with pytest.raises(ImageError, match="^image: .*do not depend on feature maps$"):
         draw_triplet_saliency(predictor, picture())
     maps = feature_saliency(predictor, picture())
     assert len(maps.detector) == 4 and maps.predicate == {}
@@ -179,7 +179,7 @@ def test_tool_draws_the_triplets_that_there_are(checkpoint, tmp_path, capsys):
     found = capsys.readouterr()
     assert len(found.out.splitlines()) == 4
     missing, unread = found.err.splitlines()[-2:]  # once each, whatever the levels
-    assert "a.png: triplet 5000 was asked for, but there are" in missing
+    assert "a.png: no triplet 5000; there are " in missing
     assert "text.jpg: " in unread and found.err.count("draw_saliency.py: ") == 2
     assert draw_saliency.main([*common, "--input", files[0], "--triplets", "0", "1"]) == 0
     assert draw_saliency.main([*common, "--input", files[0]]) == 0

@@ -14,7 +14,7 @@ from reldn_d2.structures.relations import predicted_relations
 from reldn_d2.structures.scene_graph import SceneGraph
 from reldn_d2.vis.canvas import RelationImage
 from reldn_d2.vis.compare import compare_image, compare_models
-from reldn_d2.vis.scene import same_entities
+from reldn_d2.vis.correspondence import same_entities
 from reldn_d2.vis.visualizer import RelationVisualizer
 
 from detectron2.data import Metadata
@@ -29,7 +29,12 @@ RELATIONS = [(0, 1, 0), (2, 3, 1), (1, 3, 1)]
 
 @pytest.fixture
 def metadata():
-    return Metadata(name="drawn", thing_classes=THINGS, predicate_classes=PREDICATES)
+    return Metadata(
+        name="drawn",
+        thing_classes=THINGS,
+        predicate_classes=PREDICATES,
+        evaluator_type="relation",
+    )
 
 
 @pytest.fixture
@@ -64,6 +69,10 @@ def model_output(boxes=BOXES, classes=CLASSES, triplets=(), size=(160, 160)):
     table = torch.tensor([t[:3] for t in triplets], dtype=torch.int64).reshape(-1, 3)
     relations = predicted_relations(size, table[:, :2], table[:, 2], scores, scores)
     return {"instances": instances, "relations": relations}
+
+
+def scene_of(triplets):
+    return SceneGraph.from_triplets(BOXES, CLASSES, triplets)
 
 
 def texts(picture):
@@ -108,7 +117,9 @@ def test_image_is_shown_unchanged_beside_a_white_panel(metadata):
 def test_drawing_twice_gives_the_same_pixels(image, metadata):
     output = model_output(triplets=all_pairs(20))
     first, second = (
-        RelationVisualizer(image, metadata, scale=2.0).draw_predictions(**output).get_image()
+        RelationVisualizer(image, metadata, scale=2.0)
+        .draw_predictions(predicted(output))
+        .get_image()
         for _ in range(2)
     )
     assert np.array_equal(first, second)
@@ -117,7 +128,7 @@ def test_drawing_twice_gives_the_same_pixels(image, metadata):
 def test_panel_lists_ranked_triplets_with_scores(image, metadata):
     triplets = [(0, 1, 0, 0.873), (2, 3, 1, 0.5), (0, 2, 0, 0.0042)]
     picture = RelationVisualizer(image, metadata).draw_predictions(
-        **model_output(triplets=triplets), topk=2
+        predicted(model_output(triplets=triplets)), topk=2
     )
     words = texts(picture)
     assert "2 best of 3 relations" in words and "0.87" in words and "0.50" in words
@@ -129,9 +140,9 @@ def test_panel_lists_ranked_triplets_with_scores(image, metadata):
 def test_min_score_leaves_relations_out(image, metadata):
     output = model_output(triplets=[(0, 1, 0, 0.8), (2, 3, 1, 0.3)])
     visualizer = RelationVisualizer(image, metadata)
-    words = texts(visualizer.draw_predictions(**output, min_score=0.5))
+    words = texts(visualizer.draw_predictions(predicted(output), min_score=0.5))
     assert "1 best of 2 relations" in words and "table" not in words
-    words = texts(visualizer.draw_predictions(**output, min_score=0.9))
+    words = texts(visualizer.draw_predictions(predicted(output), min_score=0.9))
     assert words == ["none of 2 relations scores 0.9"]
 
 
@@ -206,7 +217,7 @@ def test_odd_boxes_are_drawn(boxes, image, metadata):
 def test_empty_inputs_are_drawn(image, metadata):
     visualizer = RelationVisualizer(image, metadata)
     nothing = model_output(boxes=[], classes=[])
-    assert texts(visualizer.draw_predictions(**nothing)) == ["no relations"]
+    assert texts(visualizer.draw_predictions(predicted(nothing))) == ["no relations"]
     unrelated = dataset_dict(relations=[])
     assert texts(visualizer.draw_ground_truth(unrelated)) == ["no relations"]
     empty = dataset_dict([], [], [])
@@ -301,14 +312,14 @@ def test_compare_models_puts_pictures_in_one_row(image, metadata):
 
 def test_compare_image_marks_hits_and_misses(image, metadata, monkeypatch):
     drawn = []
-    draw = RelationVisualizer.draw_triplets
+    draw = RelationVisualizer.draw_scene
 
     def record(self, *args, **style):
         picture = draw(self, *args, **style)
         drawn.append((style, texts(picture)))
         return picture
 
-    monkeypatch.setattr(RelationVisualizer, "draw_triplets", record)
+    monkeypatch.setattr(RelationVisualizer, "draw_scene", record)
     output = model_output(triplets=[(0, 2, 0, 0.9), (2, 3, 1, 0.8), (2, 1, 1, 0.7), (0, 1, 0, 0.6)])
     compare_image(
         image, dataset_dict(), predicted(output), metadata
@@ -316,7 +327,7 @@ def test_compare_image_marks_hits_and_misses(image, metadata, monkeypatch):
     (truth, true_words), (prediction, words) = drawn
     assert truth["marks"] == [False, True, False]
     assert prediction["marks"] == [False, True, False]
-    assert prediction["title"] == "Prediction: 1 of 3 found"
+    assert prediction["title"] == "Prediction: 1 of 3 found (relations)"
     assert words.count("\u2713  ") == 1 and words.count("\u2717  ") == 2
     assert truth["names"][2] == prediction["names"][2] == "cup 2"
     assert truth["colors"] == {e: prediction["colors"][e] for e in truth["colors"]}
@@ -325,6 +336,19 @@ def test_compare_image_marks_hits_and_misses(image, metadata, monkeypatch):
     compare_image(image, dataset_dict(), predicted(output), metadata, topk=4)
     assert drawn[1][0]["marks"] == [False, True, False, True]
     assert drawn[0][0]["marks"] == [True, True, False]
+
+    drawn.clear()
+    compare_image(image, dataset_dict(), predicted(output), metadata, protocol="lu2016")
+    assert drawn[1][0]["title"].endswith(" of 3 found (lu2016)")
+
+
+@pytest.mark.parametrize(
+    "name, message", [("", "No protocol belongs to evaluator_type None"), ("x", "Unknown protocol")]
+)
+def test_compare_image_without_protocol_raises(name, message, image):
+    unknown = Metadata(name="unknown", thing_classes=THINGS, predicate_classes=PREDICATES)
+    with pytest.raises(ValueError, match=message):
+        compare_image(image, dataset_dict(), SceneGraph.empty(), unknown, protocol=name)
 
 
 def test_hits_are_green_and_misses_red(image, metadata):
@@ -401,12 +425,12 @@ def test_long_row_of_the_panel_keeps_all_its_parts(image):
         assert not first.overlaps(second)
 
 
-@pytest.mark.parametrize("draw", ["draw_triplets", "draw_graph"])
+@pytest.mark.parametrize("draw", ["draw_scene", "draw_graph"])
 @pytest.mark.parametrize("known", [True, False])
 def test_shortened_names_keep_their_numbers(draw, known, image):
     names = {1: f"{LONG} 1", 2: f"{LONG} 2"} if known else {1: f"{LONG} 7 #1", 2: f"{LONG} 7 #2"}
     visualizer = RelationVisualizer(image, Metadata(name="none"))
-    picture = getattr(visualizer, draw)(BOXES, CLASSES, [(1, 2, 0, None)], names=names)
+    picture = getattr(visualizer, draw)(scene_of([(1, 2, 0, None)]), names=names)
     for number in (" 1", " 2") if known else (" 7 #1", " 7 #2"):
         found = [text for text in texts(picture) if text.endswith("\u2026" + number)]
         assert len(found) == 2  # on the picture and in the panel
@@ -414,7 +438,7 @@ def test_shortened_names_keep_their_numbers(draw, known, image):
 
 def test_long_predicates_do_not_blow_up_a_scene_graph(image):
     odd = Metadata(name="long", thing_classes=THINGS, predicate_classes=[LONG * 5] * 2)
-    picture = RelationVisualizer(image, odd).draw_graph(BOXES, CLASSES, all_pairs(4))
+    picture = RelationVisualizer(image, odd).draw_graph(scene_of(all_pairs(4)))
     assert max(picture.sheet.area) < 1500
 
 
@@ -435,13 +459,14 @@ def test_dense_scene_graph_has_no_label_on_another(title, image):
     boxes = np.random.default_rng(1).random((8, 2)) * 400
     boxes = np.concatenate([boxes, boxes + 60], axis=1)
     triplets = [(s, o, (s + o) % 9, None) for s, o in itertools.permutations(range(8), 2)]
+    scene = SceneGraph.from_triplets(boxes, range(8), triplets)
     visualizer = RelationVisualizer(image)
-    rects = graph_rects(visualizer.draw_graph(boxes, range(8), triplets, title=title))
+    rects = graph_rects(visualizer.draw_graph(scene, title=title))
     assert len(rects) == 8 + 56
     for a, b in itertools.combinations(rects, 2):
         assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
     if title:  # the whole graph stands below it
-        plain = graph_rects(visualizer.draw_graph(boxes, range(8), triplets))
+        plain = graph_rects(visualizer.draw_graph(scene))
         moved = rects - plain
         assert np.allclose(moved[:, [0, 2]], 0) and np.allclose(moved[:, [1, 3]], moved[0, 1])
         assert moved[0, 1] > 10
@@ -449,17 +474,17 @@ def test_dense_scene_graph_has_no_label_on_another(title, image):
 
 def test_scene_graph_has_a_node_for_each_entity_and_none_covers_another(image, metadata):
     triplets = all_pairs(8)
-    picture = RelationVisualizer(image, metadata).draw_graph(BOXES, CLASSES, triplets)
+    picture = RelationVisualizer(image, metadata).draw_graph(scene_of(triplets))
     plates = [x for x in picture.overlay.patches if type(x).__name__ == "FancyBboxPatch"]
     rects = [(x.get_x(), x.get_y(), x.get_width(), x.get_height()) for x in plates]
     assert len(rects) == 4 + 8  # nodes, and a label for each arrow
     for (x, y, w, h), (u, v, a, b) in itertools.combinations(rects, 2):
         assert x + w <= u or u + a <= x or y + h <= v or v + b <= y
-    again = RelationVisualizer(image, metadata).draw_graph(BOXES, CLASSES, triplets)
+    again = RelationVisualizer(image, metadata).draw_graph(scene_of(triplets))
     assert np.array_equal(picture.get_image(), again.get_image())
 
 
 def test_scene_graph_of_one_entity_pair_and_of_none(image, metadata):
     visualizer = RelationVisualizer(image, metadata)
-    assert "cup" in texts(visualizer.draw_graph(BOXES, CLASSES, [(0, 1, 0, None)]))
-    assert texts(visualizer.draw_graph(BOXES, CLASSES, [])) == ["no relations"]
+    assert "cup" in texts(visualizer.draw_graph(scene_of([(0, 1, 0, None)])))
+    assert texts(visualizer.draw_graph(scene_of([]))) == ["no relations"]
