@@ -26,7 +26,7 @@ from detectron2.utils.visualizer import VisImage
 
 from .layout import Color, Label
 
-__all__ = ["RelationImage", "Row", "Sheet", "label_size", "plan_sheet", "shorten"]
+__all__ = ["RelationImage", "Row", "Sheet", "label_size", "pad", "plan_sheet", "shorten"]
 
 INK, FAINT, WHITE = (0.13, 0.13, 0.13), (0.45, 0.45, 0.45), (1.0, 1.0, 1.0)
 MIN_AREA = 240  # min width and height in pixels of the image with its margin
@@ -82,6 +82,13 @@ def fair_cap(widths: Sequence[float], room: float) -> float:
             return max(room / left, 0.0)
         room -= width
     return math.inf
+
+
+def pad(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Put a picture in the upper left corner of a white one."""
+    sheet = np.full((height, width, 3), 255, np.uint8)
+    sheet[: picture.shape[0], : picture.shape[1]] = picture
+    return sheet
 
 
 class Row(NamedTuple):

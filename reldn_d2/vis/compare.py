@@ -1,12 +1,13 @@
 """Ground truth and predictions of one image side by side, with hits and misses."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from ..structures.scene_graph import SceneGraph
 from ..utils.protocols import find_protocol
+from .canvas import pad
 from .correspondence import match_scenes, same_entities
 from .layout import entity_color
 from .visualizer import RelationVisualizer, check_size, heading_of
@@ -95,16 +96,6 @@ def compare_models(
             [truth] + scenes, marks, maps, titles, headings
         )
     ]
-    return _in_a_row(pictures, gap=12)
-
-
-def _in_a_row(pictures: Sequence[np.ndarray], gap: int) -> np.ndarray:
-    """Put pictures side by side on white, aligned at the top."""
-    height = max(picture.shape[0] for picture in pictures)
-    width = sum(picture.shape[1] for picture in pictures) + gap * (len(pictures) - 1)
-    row = np.full((height, width, 3), 255, dtype=np.uint8)
-    left = 0
-    for picture in pictures:
-        row[: picture.shape[0], left : left + picture.shape[1]] = picture
-        left += picture.shape[1] + gap
-    return row
+    height, gap = max(picture.shape[0] for picture in pictures), 12
+    padded = [pad(picture, height, picture.shape[1] + gap) for picture in pictures]
+    return np.concatenate(padded, axis=1)[:, :-gap]

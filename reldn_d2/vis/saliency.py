@@ -21,6 +21,7 @@ from ..modeling.meta_arch import postprocess_relations
 from ..predictor import Image, RelationPredictor, load_rgb
 from ..structures.scene_graph import SceneGraph, Triplet
 from ..utils.image_io import ImageError
+from .canvas import pad
 from .visualizer import RelationVisualizer, score_text
 
 __all__ = [
@@ -245,13 +246,7 @@ def _sheet(rows: Sequence[Sequence[tuple[str, np.ndarray]]]) -> np.ndarray:
             empty = SceneGraph.empty()
             cells.append(visualizer.draw_scene(empty, title=title, panel="none").get_image())
         height = max(x.shape[0] for x in cells)
-        cells = [_pad(x, height, x.shape[1] + 10) for x in cells]
+        cells = [pad(x, height, x.shape[1] + 10) for x in cells]
         lines.append(np.concatenate(cells, axis=1))
     width = max(x.shape[1] for x in lines)
-    return np.concatenate([_pad(x, x.shape[0] + 8, width) for x in lines])
-
-
-def _pad(picture: np.ndarray, height: int, width: int) -> np.ndarray:
-    sheet = np.full((height, width, 3), 255, np.uint8)
-    sheet[: picture.shape[0], : picture.shape[1]] = picture
-    return sheet
+    return np.concatenate([pad(x, x.shape[0] + 8, width) for x in lines])

@@ -4,8 +4,8 @@ All boxes are in the frame of the image given to the visualizer. The figures liv
 global state, so thousands of pictures can be drawn in one process.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,6 +34,15 @@ GRAPH_TEXT, GRAPH_MIN_SIZE = 15.0, (360, 240)  # font size of a graph, its min w
 MAX_LINES = 4  # predicates written on one arrow; the panel lists all
 _DIGIT_SPACE = "\u2007"  # as wide as a digit
 HIT, MISS = (0.06, 0.48, 0.20), (0.78, 0.12, 0.12)
+
+
+class _Look(NamedTuple):
+    """How the relations and entities of a picture are drawn."""
+
+    line_colors: list[Color]  # by relation
+    dashed: list[bool]  # by relation
+    names: Mapping[int, str]  # by entity
+    colors: Mapping[int, Color]  # by entity
 
 
 class RelationVisualizer(Visualizer):
@@ -160,20 +169,22 @@ class RelationVisualizer(Visualizer):
         drawn, relations = scene.related_entities, scene.rows()
         if marks is None:
             marks = [None] * len(relations)
-        line_colors = [
-            INK if plain else _line_color(relation[2], mark)
-            for relation, mark in zip(relations, marks)
-        ]
-        if names is None:
-            names = self.name(scene, drawn)
         if colors is None:
             colors = {entity: entity_color(index) for index, entity in enumerate(drawn)}
+        look = _Look(
+            [INK if plain else _line_color(x[2], mark) for x, mark in zip(relations, marks)],
+            [mark is False for mark in marks],
+            self.name(scene, drawn) if names is None else names,
+            colors,
+        )
         if heading is None:
             count = len(relations)
             heading = f"{count} relation{'s' * (count > 1)}" if count else "no relations"
         rows = [Row([(heading, FAINT, False)])]
-        for rank, (relation, mark, color) in enumerate(zip(relations, marks, line_colors), start=1):
-            rows.append(self._panel_row(rank, relation, mark, color, names, colors))
+        rows += [
+            self._panel_row(index, relation, mark, look)
+            for index, (relation, mark) in enumerate(zip(relations, marks))
+        ]
         height, width = self.img.shape[:2]
         text_size = None if plan is None else GRAPH_TEXT
         sheet = plan_sheet(width, height, self.scale, rows, panel, title is not None, text_size)
@@ -181,12 +192,10 @@ class RelationVisualizer(Visualizer):
         if title is not None:
             text = shorten(title, 1.1 * sheet.text, sheet.area[2] - 12, bold=True)
             self.output.write(6, sheet.area[1] / 2, text, 1.1 * sheet.text, INK, bold=True)
-        if drawn:
-            dashed = [mark is False for mark in marks]
-            if plan is None:
-                self._draw_on_image(scene, line_colors, dashed, names, colors)
-            else:
-                self._draw_plan(scene, plan, line_colors, dashed, names, colors)
+        if drawn and plan is None:
+            self._draw_on_image(scene, look)
+        elif drawn:
+            self._draw_plan(scene, plan, look)
         if panel != "none":
             self.output.list_rows(rows)
         return self.output
@@ -198,37 +207,23 @@ class RelationVisualizer(Visualizer):
     def _predicate_name(self, predicate: int) -> str:
         return class_name(predicate, self._predicates, "predicate")
 
-    def _panel_row(
-        self,
-        rank: int,
-        relation: RelationRow,
-        mark: bool | None,
-        color: Color,
-        names: Mapping[int, str],
-        colors: Mapping[int, Color],
-    ) -> Row:
+    def _panel_row(self, index: int, relation: RelationRow, mark: bool | None, look: _Look) -> Row:
         """Return the line of the panel for one relation."""
         subject, object_, predicate, score = relation
-        pieces = [(str(rank).rjust(2, _DIGIT_SPACE) + "  ", FAINT, False)]
+        color = look.line_colors[index]
+        pieces = [(str(index + 1).rjust(2, _DIGIT_SPACE) + "  ", FAINT, False)]
         if mark is not None:
             pieces = [("\u2713  " if mark else "\u2717  ", color, True)]
         pieces += [
-            (names[subject], colors[subject], False),
+            (look.names[subject], look.colors[subject], False),
             (" \u2013 ", FAINT, False),
             (self._predicate_name(predicate), color, True),
             (" \u2013 ", FAINT, False),
-            (names[object_], colors[object_], False),
+            (look.names[object_], look.colors[object_], False),
         ]
         return Row(pieces, "" if score is None else score_text(score))
 
-    def _draw_on_image(
-        self,
-        scene: SceneGraph,
-        line_colors: Sequence[Color],
-        dashed: Sequence[bool],
-        names: Mapping[int, str],
-        colors: Mapping[int, Color],
-    ) -> None:
+    def _draw_on_image(self, scene: SceneGraph, look: _Look) -> None:
         """Draw boxes, arrows and labels, from the bottom to the top."""
         output: RelationImage = self.output
         sheet, drawn = output.sheet, scene.related_entities
@@ -238,7 +233,7 @@ class RelationVisualizer(Visualizer):
         boxes = np.clip(boxes, [x0 + 1, y0 + 1] * 2, [x1 - 1, y1 - 1] * 2)
         for entity, (left, top, right, bottom) in zip(drawn, boxes):
             corners = [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]
-            output.line(np.array(corners), colors[entity], stroke)
+            output.line(np.array(corners), look.colors[entity], stroke)
 
         anchors = dict(zip(drawn, choose_anchors(boxes, spacing=5 * size)))
         groups = scene.rows_by_pair()
@@ -247,59 +242,48 @@ class RelationVisualizer(Visualizer):
             arc(anchors[s], anchors[o], bulge, sheet.area, trim=radius + 1.5)
             for (s, o), bulge in zip(groups, bulges)
         ]
-        self._draw_arrows(arcs, list(groups.values()), line_colors, dashed)
+        self._draw_arrows(arcs, groups.values(), look)
         for entity in drawn:
-            output.dot(anchors[entity], radius, colors[entity])
+            output.dot(anchors[entity], radius, look.colors[entity])
 
         dots = np.stack([np.tile(anchors[e], 2) for e in drawn]) + radius * np.array([-1, -1, 1, 1])
         placer = LabelPlacer(sheet.area, taken=dots, details=boxes)
         max_width = 0.5 * (sheet.area[2] - sheet.area[0])
         for entity, box in zip(drawn, boxes):
-            text = shorten(names[entity], size, max_width)
+            text = shorten(look.names[entity], size, max_width)
             label = placer.place_at_box(label_size(text, size), box, arcs)
-            output.plate(label, [(text, WHITE)], colors[entity], WHITE)
+            output.plate(label, [(text, WHITE)], look.colors[entity], WHITE)
         for index, (points, rows) in enumerate(zip(arcs, groups.values())):
-            lines = self._arrow_lines(scene, rows, line_colors)
+            lines = self._arrow_lines(scene, rows, look.line_colors)
             lines = [(shorten(text, size, max_width), color) for text, color in lines]
             other_arcs = [*arcs[:index], *arcs[index + 1 :]]
             wanted = label_size([text for text, _ in lines], size)
             label = placer.place_on_line(wanted, points, other_arcs)
             output.plate(label, lines, WHITE, lines[0][1])
 
-    def _draw_plan(
-        self,
-        scene: SceneGraph,
-        plan: GraphPlan,
-        line_colors: Sequence[Color],
-        dashed: Sequence[bool],
-        names: Mapping[int, str],
-        colors: Mapping[int, Color],
-    ) -> None:
+    def _draw_plan(self, scene: SceneGraph, plan: GraphPlan, look: _Look) -> None:
         """Draw entities as plates with their names, and arrows between them."""
         output: RelationImage = self.output
-        size, groups = output.sheet.text, list(scene.rows_by_pair().values())
+        size, groups = output.sheet.text, scene.rows_by_pair().values()
         plan = plan.moved(*output.sheet.image[:2])
-        self._draw_arrows(plan.arcs, groups, line_colors, dashed)
+        self._draw_arrows(plan.arcs, groups, look)
         for entity, rect in zip(scene.related_entities, plan.nodes):
             label = Label(tuple(float(x) for x in rect), None)
-            output.plate(label, [(_node_text(names[entity], size), WHITE)], colors[entity], WHITE)
+            text = _node_text(look.names[entity], size)
+            output.plate(label, [(text, WHITE)], look.colors[entity], WHITE)
         for label, rows in zip(plan.labels, groups):
-            lines = self._arrow_lines(scene, rows, line_colors)
+            lines = self._arrow_lines(scene, rows, look.line_colors)
             lines = [(_node_text(text, size), color) for text, color in lines]
             output.plate(label, lines, WHITE, lines[0][1])
 
     def _draw_arrows(
-        self,
-        arcs: Sequence[np.ndarray],
-        groups: Sequence[Sequence[int]],
-        line_colors: Sequence[Color],
-        dashed: Sequence[bool],
+        self, arcs: Sequence[np.ndarray], groups: Iterable[Sequence[int]], look: _Look
     ) -> None:
         """Draw one arrow per pair in the color of its best relation that is not a miss, if any."""
         width = 1.1 * self.output.sheet.text / 7
         for points, rows in zip(arcs, groups):
-            solid = [row for row in rows if not dashed[row]]
-            self.output.arrow(points, line_colors[(solid or rows)[0]], width, not solid)
+            solid = [row for row in rows if not look.dashed[row]]
+            self.output.arrow(points, look.line_colors[(solid or rows)[0]], width, not solid)
 
     def _arrow_lines(
         self, scene: SceneGraph, rows: Sequence[int], line_colors: Sequence[Color] | None = None

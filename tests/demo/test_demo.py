@@ -1,4 +1,4 @@
-"""demo/demo.py and the tools around it, as a user starts them."""
+"""demo/demo.py and the tools for a trained model, run as a user runs them."""
 
 import json
 import re
@@ -29,7 +29,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Six images, and three files that are none."""
+    """A folder with six images and three files that are not images."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for number in range(6):
@@ -45,7 +45,7 @@ def run(checkpoint, *arguments):
     return demo_script.main(["--checkpoint", checkpoint, "--device", "cpu", *map(str, arguments)])
 
 
-def test_broken_files_are_listed_and_the_others_done(checkpoint, folder, tmp_path, capsys):
+def test_demo_broken_files_are_listed_and_others_processed(checkpoint, folder, tmp_path, capsys):
     out = tmp_path / "out"
     status = run(
         checkpoint,
@@ -64,7 +64,7 @@ def test_broken_files_are_listed_and_the_others_done(checkpoint, folder, tmp_pat
 
 
 @pytest.mark.parametrize("kind", ["image", "graph", "graphml", "dot", "html"])
-def test_formats(kind, checkpoint, folder, tmp_path):
+def test_demo_formats_write_expected_files(kind, checkpoint, folder, tmp_path):
     out = tmp_path / "out"
     files = [folder / "good_0.png", folder / "good_1.png"]
     assert run(checkpoint, "--input", *files, "--output", out, "--format", kind) == 0
@@ -87,7 +87,7 @@ def test_formats(kind, checkpoint, folder, tmp_path):
         assert path.read_text().count("->") == 20
 
 
-def test_equal_names_do_not_overwrite_each_other(checkpoint, folder, tmp_path):
+def test_demo_equal_file_names_get_a_suffix(checkpoint, folder, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     Image.fromarray(picture(seed=9)).save(other / "good_0.png")
@@ -99,7 +99,7 @@ def test_equal_names_do_not_overwrite_each_other(checkpoint, folder, tmp_path):
     assert sorted(x.name for x in out.iterdir()) == ["good_0.dot", "good_0_2.dot", "good_0_3.dot"]
 
 
-def test_given_boxes_thresholds_and_one_output_file(checkpoint, folder, tmp_path, capsys):
+def test_demo_given_boxes_and_confidence_threshold(checkpoint, folder, tmp_path, capsys):
     table = {"good_0.png": {"boxes": [[0, 0, 40, 50], [30, 20, 80, 55]], "classes": ["cup", 7]}}
     (tmp_path / "boxes.json").write_text(json.dumps(table))
     out = tmp_path / "result.json"
@@ -132,7 +132,7 @@ def test_given_boxes_thresholds_and_one_output_file(checkpoint, folder, tmp_path
         (["--input", "PICTURE", "--device", "banana"], "device 'banana' is unknown"),
     ],
 )
-def test_mistakes_are_told_in_a_line(checkpoint, arguments, message, tmp_path, capsys):
+def test_demo_bad_arguments_print_one_line(checkpoint, arguments, message, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     Image.fromarray(picture()).save(tmp_path / "picture.png")
     names = {"EMPTY": str(tmp_path / "empty"), "PICTURE": str(tmp_path / "picture.png")}
@@ -149,20 +149,20 @@ def test_mistakes_are_told_in_a_line(checkpoint, arguments, message, tmp_path, c
     "option, value",
     [("--top-k", "0"), ("--batch-size", "-1"), ("--min-score", "2"), ("--format", "jpeg")],
 )
-def test_impossible_numbers_are_refused(checkpoint, option, value, capsys):
+def test_demo_invalid_option_values_exit_2(checkpoint, option, value, capsys):
     with pytest.raises(SystemExit) as status:
         run(checkpoint, "--input", "x.png", option, value)
     assert status.value.code == 2 and option in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_options_of_the_user_come_last(checkpoint, folder, tmp_path):
+def test_demo_opts_override_the_demos_own(checkpoint, folder, tmp_path):
     out = tmp_path / "out.json"
     arguments = ("--input", folder / "good_0.png", "--output", out, "--format", "json")
     assert run(checkpoint, *arguments, "--opts", "TEST.RELATIONS.TOPK", 3) == 0
     assert len(json.loads(out.read_text())["relations"]["scores"]) == 3
 
 
-def test_checkpoint_may_be_named_as_detectron2_does(checkpoint, folder, tmp_path, capsys):
+def test_demo_checkpoint_from_model_weights(checkpoint, folder, tmp_path, capsys):
     image, out = str(folder / "good_0.png"), str(tmp_path / "x.dot")
     common = ["--input", image, "--output", out, "--format", "dot", "--device", "cpu"]
     assert demo_script.main([*common, "--opts", "MODEL.WEIGHTS", checkpoint]) == 0
@@ -171,7 +171,7 @@ def test_checkpoint_may_be_named_as_detectron2_does(checkpoint, folder, tmp_path
 
 
 def write_video(path, count):
-    """A scene that stands still for ``count`` frames."""
+    """Write a still scene of ``count`` frames."""
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 10, (90, 60))
     for _ in range(count):
         writer.write(np.ascontiguousarray(picture()[:, :, ::-1]))
@@ -179,7 +179,7 @@ def write_video(path, count):
     return path
 
 
-def test_video(checkpoint, tmp_path, capsys):
+def test_demo_video_roundtrip(checkpoint, tmp_path, capsys):
     path, out = write_video(tmp_path / "in.avi", 5), tmp_path / "out.mp4"
     assert run(checkpoint, "--video-input", path, "--output", out, "--top-k", 3) == 0
     printed = capsys.readouterr()
@@ -188,7 +188,7 @@ def test_video(checkpoint, tmp_path, capsys):
         frames = list(video)
     assert len(frames) == 5 and frames[0].shape == (640, 960, 3)  # large enough to be read
     assert video.frames_per_second == pytest.approx(10)
-    # The scene stands still: so do the colours and names.
+    # Names and colors stay the same in a still scene.
     assert np.abs(frames[0].astype(int) - frames[4]).mean() < 6
     plain = cv2.resize(picture(), (960, 640))
     assert np.abs(frames[0].astype(int) - plain).mean() > 6
@@ -201,7 +201,7 @@ def test_video(checkpoint, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("size", [(60, 90), (320, 180), (50, 960), (700, 1000)])
-def test_frames_stay_as_they_are_where_nothing_is_drawn(size):
+def test_draw_frame_keeps_other_pixels(size):
     frame = picture(*size)
     boxes = [[2.0, 2, 20, 30], [10.0, 20, 30, 40]]
     found = SceneGraph.from_triplets(boxes, [0, 1], [(0, 1, 0, 1.0)])
@@ -217,7 +217,7 @@ def test_frames_stay_as_they_are_where_nothing_is_drawn(size):
     assert np.abs(drawn.astype(int) - plain).max() < 40
 
 
-def test_a_video_that_is_cut_off_is_told(checkpoint, tmp_path, capsys):
+def test_demo_truncated_video_exits_1(checkpoint, tmp_path, capsys):
     path, out = write_video(tmp_path / "in.avi", 9), tmp_path / "out.mp4"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with VideoFile(path) as video:
@@ -227,7 +227,7 @@ def test_a_video_that_is_cut_off_is_told(checkpoint, tmp_path, capsys):
     assert " of 9 frames could not be read" in capsys.readouterr().err and out.is_file()
 
 
-def test_entities_keep_name_and_colour_while_they_move():
+def test_entity_tracker_moving_entities_keep_name_and_color():
     tracker = EntityTracker(["person", "cup"], patience=2)
     triplets = [(0, 1, 0, 0.9)]
 
@@ -249,9 +249,7 @@ def test_entities_keep_name_and_colour_while_they_move():
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.load. is deprecated")
-def test_exported_file_gives_the_same_triplets_in_a_fresh_process(
-    checkpoint, folder, tmp_path, capsys
-):
+def test_export_model_in_new_process_gives_equal_triplets(checkpoint, folder, tmp_path, capsys):
     out = tmp_path / "reldn.ts"
     arguments = ["--checkpoint", checkpoint, "--output", str(out), "--height", "64", "--width"]
     arguments += ["96", "--image", str(folder / "good_0.png"), "--opts", "TEST.RELATIONS.TOPK", "9"]
@@ -264,7 +262,7 @@ def test_exported_file_gives_the_same_triplets_in_a_fresh_process(
     assert description["predicate_classes"] == PREDICATES
     with torch.no_grad(), pytest.raises(RuntimeError, match="must match the existing size"):
         exported(torch.zeros(3, 96, 64))
-    # On images that it was not traced on, and against the model's own lazy way.
+    # On images that were not traced, against the eager model's search.
     predictor = RelationPredictor.from_checkpoint(
         checkpoint, "cpu", opts=["TEST.RELATIONS.TOPK", 9]
     )
@@ -284,7 +282,7 @@ def test_exported_file_gives_the_same_triplets_in_a_fresh_process(
 
 @pytest.mark.parametrize("ks", [[1], [0], [1, 3]])
 @pytest.mark.parametrize("overlap", [True, False])
-def test_exportable_function_equals_the_model(checkpoint, ks, overlap):
+def test_reldn_export_equals_the_model(checkpoint, ks, overlap):
     options = ["TEST.RELATIONS.PREDICATES_PER_PAIR", ks, "TEST.RELATIONS.TOPK", 11]
     options += ["MODEL.ROI_RELATION_HEAD.OVERLAP_FILTER", overlap]
     model = RelationPredictor.from_checkpoint(checkpoint, "cpu", opts=options).model
@@ -296,7 +294,7 @@ def test_exportable_function_equals_the_model(checkpoint, ks, overlap):
     torch.testing.assert_close(found[5], expected.scores, rtol=0, atol=1e-6)
 
 
-def test_export_says_what_is_wrong(checkpoint, folder, tmp_path, capsys):
+def test_export_model_bad_arguments_exit_1(checkpoint, folder, tmp_path, capsys):
     common = ["--checkpoint", checkpoint, "--output", str(tmp_path / "x.ts")]
     assert export_model.main([*common, "--image", str(folder / "text.jpg")]) == 1
     assert "text.jpg: cannot be read" in capsys.readouterr().err
@@ -309,7 +307,7 @@ def test_export_says_what_is_wrong(checkpoint, folder, tmp_path, capsys):
     assert "taken.ts" in capsys.readouterr().err
 
 
-def test_saliency_tool(checkpoint, folder, tmp_path, capsys):
+def test_draw_saliency_tool_skips_broken_image(checkpoint, folder, tmp_path, capsys):
     out = tmp_path / "saliency"
     files = ["--input", str(folder / "good_0.png"), str(folder / "text.jpg")]
     common = ["--checkpoint", checkpoint, *files, "--output", str(out)]
@@ -318,13 +316,13 @@ def test_saliency_tool(checkpoint, folder, tmp_path, capsys):
     assert [x.name for x in out.iterdir()] == ["good_0_triplet_0_fused.png"]
 
 
-def test_boxes_file_without_boxes(tmp_path):
+def test_read_boxes_without_boxes_raises(tmp_path):
     (tmp_path / "x.json").write_text('{"a.png": {"boxes": null}}')
     with pytest.raises(ImageError, match="x.json: expected"):
         demo_script.read_boxes(tmp_path / "x.json")
 
 
-def test_boxes_file_of_another_shape(tmp_path):
+def test_read_boxes_not_an_object_raises(tmp_path):
     (tmp_path / "b.json").write_text("[1, 2]")
     with pytest.raises(ImageError, match="b.json: expected"):
         demo_script.read_boxes(tmp_path / "b.json")

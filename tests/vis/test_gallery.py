@@ -28,7 +28,7 @@ NAME = "gallery_test_set"
 
 @pytest.fixture
 def evaluation(tmp_path):
-    """Arguments that name a data set of two images and a predictions file of it."""
+    """Arguments with a data set of two images and its predictions file."""
     register_dataset(NAME, tmp_path / "images")
     truth = busy_item()
     record = {
@@ -51,10 +51,13 @@ def evaluation(tmp_path):
     unregister_dataset(NAME)
 
 
-def test_gallery_of_an_evaluation(evaluation, tmp_path, capsys):
+def test_make_gallery_lists_hits_and_missed_relations(evaluation, tmp_path, capsys):
     out = tmp_path / "gallery.html"
     arguments = [*evaluation, "--output", str(out)]
+    assert make_gallery.main([*arguments, "--protocol", "lu2016"]) == 0
+    assert out.read_text().count('"truth": 5, "protocol": "lu2016"}') == 2
     assert make_gallery.main(arguments) == 0
+    assert '"protocol": "relations"}' in out.read_text()
     lines = out.read_text().splitlines()
     records = [json.loads(x.rstrip(",")) for x in lines if x.startswith('{"name"')]
     assert [x["truth"] for x in records] == [5, 5]
@@ -66,14 +69,14 @@ def test_gallery_of_an_evaluation(evaluation, tmp_path, capsys):
     assert "skipped: " in capsys.readouterr().err
 
 
-def test_predictions_of_another_data_set_are_told(evaluation, tmp_path, capsys):
+def test_make_gallery_predictions_of_another_data_set_warns(evaluation, tmp_path, capsys):
     settings = {"dataset": "another", "task": "sgdet", "predicates_per_pair": [1], "triplets": 9}
     (tmp_path / "relation_predictions_settings.json").write_text(json.dumps(settings))
     assert make_gallery.main([*evaluation, "--output", str(tmp_path / "x.html")]) == 0
     assert "written for data set 'another', not 'gallery_test_set'" in capsys.readouterr().err
 
 
-def test_pictures_of_an_evaluation(evaluation, tmp_path, capsys):
+def test_draw_relations_with_and_without_predictions_differ(evaluation, tmp_path, capsys):
     arguments = [*evaluation, "--output", str(tmp_path / "beside"), "--max-images", "2"]
     assert draw_relations.main(arguments) == 0
     assert draw_relations.main([*evaluation[:2], "--output", str(tmp_path / "truth")]) == 0
@@ -97,7 +100,9 @@ def test_pictures_of_an_evaluation(evaluation, tmp_path, capsys):
         ({"--module": "no_such_module"}, "--module no_such_module: No module named"),
     ],
 )
-def test_wrong_commands(tool, change, message, evaluation, tmp_path, capsys, monkeypatch):
+def test_tools_bad_arguments_exit_2(
+    tool, change, message, evaluation, tmp_path, capsys, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other.json").write_text(json.dumps([SceneGraph.empty("x").to_dict()]))
     given = {**dict(zip(evaluation[::2], evaluation[1::2])), "--output": "out.html", **change}
@@ -107,7 +112,7 @@ def test_wrong_commands(tool, change, message, evaluation, tmp_path, capsys, mon
     assert message in capsys.readouterr().err
 
 
-def test_predictions_become_an_output_again():
+def test_scene_graph_to_output_roundtrip():
     arrays = [[[0, 0, 4, 5], [1, 2, 3, 4]], [1, 0], [0.5, 0.8], [[0, 1], [1, 0]], [2, 1]]
     prediction = SceneGraph.from_arrays(7, *arrays, [0.1, 0.2], image_size=(20, 30))
     output = prediction.to_output()
@@ -119,7 +124,7 @@ def test_predictions_become_an_output_again():
     torch.testing.assert_close(output["relations"].predicate_scores, expected)
 
 
-def test_gallery_cannot_be_broken_by_names(tmp_path):
+def test_write_gallery_script_in_names_is_escaped(tmp_path):
     predictor = RelationPredictor.from_checkpoint(write_checkpoint(tmp_path), device="cpu")
     evil = "</script><script>alert(1)</script>"
     metadata = Metadata(thing_classes=[evil] * 9, predicate_classes=["<b>&amp;"] * 6)
@@ -131,8 +136,20 @@ def test_gallery_cannot_be_broken_by_names(tmp_path):
     assert len(record["rows"]) == 3 and record["truth"] is None
 
 
+def test_write_gallery_failing_record_keeps_the_old_page(tmp_path):
+    def records():
+        yield gallery_record("x", picture(), SceneGraph.empty(), METADATA)
+        raise KeyboardInterrupt
+
+    out = tmp_path / "x.html"
+    out.write_text("before")
+    with pytest.raises(KeyboardInterrupt):
+        write_gallery(out, records(), "A title")
+    assert out.read_text() == "before" and list(tmp_path.iterdir()) == [out]
+
+
 def output_of(boxes, classes, pairs, predicates, scores):
-    """A prediction for an image of 90 x 60 pixels."""
+    """Return a prediction for an image of 90 x 60 pixels."""
     ones = np.ones(len(boxes))
     return SceneGraph.from_arrays(
         None, boxes, classes, ones, pairs, predicates, scores, image_size=(60, 90)
@@ -154,8 +171,8 @@ METADATA = Metadata(
 )
 
 
-def test_an_entity_has_one_name_in_all_rows():
-    """A name tells which of several cups is meant, predicted or not found."""
+def test_gallery_record_entity_has_one_name_in_all_rows():
+    # An ordinal tells which of several cups is meant, predicted or not found.
     boxes = [[0, 0, 40, 50], [5, 5, 20, 30], [50, 10, 70, 40], [75, 2, 89, 25], [60, 30, 89, 58]]
     truth = truth_of(boxes, [0, 1, 1, 1, 2], [(0, 1, 0), (0, 2, 0), (3, 4, 1)])
     person, right, other = [1, 0, 40, 50], [50, 12, 70, 41], [74, 2, 89, 26]
@@ -174,15 +191,17 @@ def test_an_entity_has_one_name_in_all_rows():
         ["cup 3", "on", "table"],
     ]
     # Each row keeps its own boxes.
-    places = [[record["boxes"][i] for i in row[:2]] for row in record["rows"] + record["missed"]]
+    shown = [[record["boxes"][i] for i in row[:2]] for row in record["rows"] + record["missed"]]
     expected = [[person, right], [person, other], [right, person], boxes[:2], boxes[3:]]
-    assert places == expected
+    assert shown == expected
+    assert record["truth"] == 3 and record["protocol"] == "relations"
     alone = gallery_record("x", picture(), found, METADATA)
-    assert alone["names"] == ["cup 1", "person", "cup 2"] and alone["truth"] is None
+    assert alone["names"] == ["cup 1", "person", "cup 2"]
+    assert alone["truth"] is None and alone["protocol"] is None
     assert alone["missed"] == [] and {row[4] for row in alone["rows"]} == {None}
 
 
-def test_an_image_of_another_size_is_refused():
+def test_gallery_record_other_image_size_raises():
     found = output_of([[0, 0, 40, 50], [5, 5, 20, 30]], [0, 1], [[0, 1]], [0], [0.9])
     truth = truth_of([], [], [], file_name="a.jpg", height=60, width=90)
     assert gallery_record("x", picture(60, 90), found, METADATA, truth)["truth"] == 0
@@ -190,7 +209,7 @@ def test_an_image_of_another_size_is_refused():
         gallery_record("x", picture(90, 60), found, METADATA, truth)
 
 
-# Sets the page's controls and points at rows as a user does, and writes down what is then seen.
+# Sets the page's controls and points at rows as a user does, and records what is visible.
 PROBE = """<script>
 const report = {};
 function set(settings) {
@@ -243,7 +262,7 @@ document.body.append(make("pre", { id: "report", textContent: JSON.stringify(rep
 
 
 def browse(page, folder, width):
-    """What PROBE writes down of the page in a window of this width."""
+    """Return what PROBE records of the page in a window of this width."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
         pytest.skip("no chromium")
@@ -262,7 +281,7 @@ def browse(page, folder, width):
 
 
 @pytest.mark.parametrize("width", [1400, 420])
-def test_gallery_in_a_browser(width, tmp_path):
+def test_gallery_page_in_browser_filters_sorts_and_points(width, tmp_path):
     boxes = [[0, 0, 40, 50], [30, 20, 80, 55], [5, 30, 30, 58]]
     truth = truth_of(boxes, [0, 1, 2], [(0, 1, 0), (1, 2, 1)])
 
@@ -321,8 +340,8 @@ def test_gallery_in_a_browser(width, tmp_path):
         }, what
 
 
-def test_images_of_one_name_and_of_another_size(tmp_path, capsys):
-    """Equal names in two folders give two pictures; a size other than the record's is told."""
+def test_tools_equal_file_names_and_wrong_size(tmp_path, capsys):
+    # Equal names in two folders give two pictures; an image of another size is reported.
     records = []
     for number, folder in enumerate(("a", "b")):
         (tmp_path / folder).mkdir()
