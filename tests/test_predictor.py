@@ -33,8 +33,8 @@ def same(first, second):
 def test_predictor_paths_arrays_and_batches_agree(predictor, tmp_path):
     rgb = [picture(60, 90, seed) for seed in range(3)] + [picture(90, 60, 3)]
     paths = []
-    for number, image in enumerate(rgb):
-        paths.append(tmp_path / f"{number}.png")
+    for index, image in enumerate(rgb):
+        paths.append(tmp_path / f"{index}.png")
         Image.fromarray(image).save(paths[-1])
     alone = [predictor(str(path)) for path in paths]
     assert all(len(x["relations"]) > 10 for x in alone)
@@ -51,34 +51,34 @@ def test_predictor_paths_arrays_and_batches_agree(predictor, tmp_path):
 
 def test_predictor_equals_the_model_in_the_image_frame(predictor):
     rgb = picture(50, 120)
-    found = predictor(rgb)
+    result = predictor(rgb)
     resize = T.ResizeShortestEdge([96, 96], 128).get_transform(rgb)
     image = torch.as_tensor(resize.apply_image(rgb[:, :, ::-1]).transpose(2, 0, 1).copy())
     with torch.no_grad():
         expected = predictor.model([{"image": image, "height": 50, "width": 120}])[0]
-    same(found, expected)
-    assert found.image_size == (50, 120)
+    same(result, expected)
+    assert result.image_size == (50, 120)
 
 
 def test_scene_graph_triplets_json_and_graph_agree(predictor):
-    found = predictor(picture())
-    triplets, relations = found.triplets(), found["relations"]
+    result = predictor(picture())
+    triplets, relations = result.triplets(), result["relations"]
     assert len(triplets) == len(relations) > 0
     first = triplets[0]
     assert first.subject in CLASSES and first.predicate in PREDICATES
     assert [x.score for x in triplets] == sorted((x.score for x in triplets), reverse=True)
-    record = json.loads(found.to_json())
+    record = json.loads(result.to_json())
     assert record["relations"]["pairs"][0] == [first.subject_index, first.object_index]
     assert record["relations"]["predicate_names"][0] == first.predicate
     assert record["instances"]["class_names"][first.subject_index] == first.subject
     assert (record["height"], record["width"]) == (60, 90)
 
-    graph = found.graph()
+    graph = result.graph()
     assert isinstance(graph, networkx.MultiDiGraph)
-    assert graph.number_of_nodes() == len(found["instances"])
+    assert graph.number_of_nodes() == len(result["instances"])
     assert graph.number_of_edges() == len(relations)
-    number = PREDICATES.index(first.predicate)
-    edge = graph.edges[first.subject_index, first.object_index, number]
+    predicate_id = PREDICATES.index(first.predicate)
+    edge = graph.edges[first.subject_index, first.object_index, predicate_id]
     assert edge["name"] == first.predicate and edge["score"] == pytest.approx(first.score)
     node = graph.nodes[first.subject_index]
     assert node["name"] == first.subject and len(node["box"]) == 4
@@ -88,9 +88,9 @@ def test_scene_graph_triplets_json_and_graph_agree(predictor):
     assert read.number_of_edges() == len(relations)
     assert len({key for *_, key in read.edges(keys=True)}) == len(relations)
     assert read.nodes[str(first.subject_index)]["x0"] == pytest.approx(node["box"][0])
-    dot = graph_to_dot(found.best(3).graph(related_only=True))
+    dot = graph_to_dot(result.best(3).graph(related_only=True))
     assert dot.count("->") == 3 and dot.startswith("digraph")
-    assert len(found.best(min_score=2.0)["relations"]) == 0
+    assert len(result.best(min_score=2.0)["relations"]) == 0
 
 
 def test_graph_to_dot_quotes_in_names_are_escaped(predictor):
@@ -101,8 +101,8 @@ def test_graph_to_dot_quotes_in_names_are_escaped(predictor):
 
 def test_predictor_given_boxes_are_kept(predictor):
     rgb, boxes = picture(80, 120), [[5, 5, 60, 70], [50, 10, 110, 75], [20, 30, 40, 50]]
-    found = predictor(rgb, boxes=boxes, classes=["person", 1, "table"])
-    instances = found["instances"]
+    result = predictor(rgb, boxes=boxes, classes=["person", 1, "table"])
+    instances = result["instances"]
     torch.testing.assert_close(
         instances.pred_boxes.tensor, torch.tensor(boxes).float(), rtol=0, atol=1e-3
     )
@@ -147,19 +147,19 @@ def test_predictor_zero_or_one_detection_has_no_relations(checkpoint, count, tmp
     if count == 0:
         options += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 1.0]
     few = RelationPredictor.from_checkpoint(checkpoint, device="cpu", opts=options)
-    found = few(picture())
-    assert len(found["instances"]) == count and found.triplets() == []
-    assert found.graph().number_of_nodes() == count
-    assert json.loads(found.to_json())["relations"]["pairs"] == []
+    result = few(picture())
+    assert len(result["instances"]) == count and result.triplets() == []
+    assert result.graph().number_of_nodes() == count
+    assert json.loads(result.to_json())["relations"]["pairs"] == []
     with pytest.raises(ImageError, match="no triplet 0; there are 0"):
         triplet_saliency(few, picture())
 
 
 @pytest.mark.parametrize("height, width", [(1, 1), (400, 10000), (10000, 2), (1, 700)])
 def test_predictor_extreme_image_sizes(predictor, height, width):
-    found = predictor(np.full((height, width, 3), 120, np.uint8))
-    assert found.image_size == (height, width)
-    boxes = found["instances"].pred_boxes.tensor
+    result = predictor(np.full((height, width, 3), 120, np.uint8))
+    assert result.image_size == (height, width)
+    boxes = result["instances"].pred_boxes.tensor
     assert (boxes >= 0).all() and (boxes[:, 2] <= width).all() and (boxes[:, 3] <= height).all()
 
 

@@ -32,8 +32,8 @@ def folder(tmp_path):
     """A folder with six images and three files that are not images."""
     folder = tmp_path / "photos"
     folder.mkdir()
-    for number in range(6):
-        Image.fromarray(picture(seed=number)).save(folder / f"good_{number}.png")
+    for seed in range(6):
+        Image.fromarray(picture(seed=seed)).save(folder / f"good_{seed}.png")
     (folder / "text.jpg").write_text("hello")
     (folder / "nothing.jpg").write_bytes(b"")
     Image.fromarray(picture(200, 300)).save(folder / "cut.jpg")
@@ -204,15 +204,15 @@ def test_demo_video_roundtrip(checkpoint, tmp_path, capsys):
 def test_draw_frame_keeps_other_pixels(size):
     frame = picture(*size)
     boxes = [[2.0, 2, 20, 30], [10.0, 20, 30, 40]]
-    found = SceneGraph.from_triplets(boxes, [0, 1], [(0, 1, 0, 1.0)])
-    drawn = draw_frame(frame, found, EntityTracker(["person", "cup"]), None)
+    predicted = SceneGraph.from_triplets(boxes, [0, 1], [(0, 1, 0, 1.0)])
+    drawn = draw_frame(frame, predicted, EntityTracker(["person", "cup"]), None)
     scale = max(960 / max(size), 1)
     height, width = (2 * int(round(x * scale) // 2) for x in size)
     assert drawn.shape == (height, width, 3)
     plain = cv2.resize(frame, (width, height))
     equal = (np.abs(drawn.astype(int) - plain).max(axis=2) < 40).mean()
     assert 0.5 < equal < 1
-    empty = found.best(0)
+    empty = predicted.best(0)
     drawn = draw_frame(frame, empty, EntityTracker(["person", "cup"]), None)
     assert np.abs(drawn.astype(int) - plain).max() < 40
 
@@ -270,14 +270,14 @@ def test_export_model_in_new_process_gives_equal_triplets(checkpoint, folder, tm
         rgb = picture(64, 96, seed)
         image = torch.as_tensor(np.ascontiguousarray(rgb[:, :, ::-1].transpose(2, 0, 1))).float()
         with torch.no_grad():
-            found = exported(image)
+            outputs = exported(image)
             expected = predictor.model.inference([{"image": image}], do_postprocess=False)[0]
         relations = expected["relations"]
-        assert torch.equal(found[3], relations.pairs)
-        assert torch.equal(found[4], relations.predicates)
-        torch.testing.assert_close(found[5], relations.scores, rtol=0, atol=1e-6)
-        torch.testing.assert_close(found[6], relations.predicate_scores, rtol=0, atol=1e-6)
-        torch.testing.assert_close(found[0], expected["instances"].pred_boxes.tensor)
+        assert torch.equal(outputs[3], relations.pairs)
+        assert torch.equal(outputs[4], relations.predicates)
+        torch.testing.assert_close(outputs[5], relations.scores, rtol=0, atol=1e-6)
+        torch.testing.assert_close(outputs[6], relations.predicate_scores, rtol=0, atol=1e-6)
+        torch.testing.assert_close(outputs[0], expected["instances"].pred_boxes.tensor)
 
 
 @pytest.mark.parametrize("ks", [[1], [0], [1, 3]])
@@ -288,10 +288,10 @@ def test_reldn_export_equals_the_model(checkpoint, ks, overlap):
     model = RelationPredictor.from_checkpoint(checkpoint, "cpu", opts=options).model
     image = torch.as_tensor(picture(64, 96).transpose(2, 0, 1).copy()).float()
     with torch.no_grad():
-        found = RelDNExport(model)(image)
+        outputs = RelDNExport(model)(image)
         expected = model.inference([{"image": image}], do_postprocess=False)[0]["relations"]
-    assert torch.equal(found[3], expected.pairs) and torch.equal(found[4], expected.predicates)
-    torch.testing.assert_close(found[5], expected.scores, rtol=0, atol=1e-6)
+    assert torch.equal(outputs[3], expected.pairs) and torch.equal(outputs[4], expected.predicates)
+    torch.testing.assert_close(outputs[5], expected.scores, rtol=0, atol=1e-6)
 
 
 def test_export_model_bad_arguments_exit_1(checkpoint, folder, tmp_path, capsys):

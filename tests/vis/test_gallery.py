@@ -1,4 +1,4 @@
-"""Pictures and the HTML gallery of an evaluation, from its predictions file."""
+"""Pictures and the HTML gallery of an evaluation from its predictions file."""
 
 import gzip
 import html
@@ -77,17 +77,17 @@ def test_make_gallery_predictions_of_another_data_set_warns(evaluation, tmp_path
 
 
 def test_draw_relations_with_and_without_predictions_differ(evaluation, tmp_path, capsys):
-    arguments = [*evaluation, "--output", str(tmp_path / "beside"), "--max-images", "2"]
+    arguments = [*evaluation, "--output", str(tmp_path / "compared"), "--max-images", "2"]
     assert draw_relations.main(arguments) == 0
     assert draw_relations.main([*evaluation[:2], "--output", str(tmp_path / "truth")]) == 0
     for name in ("0.png", "1.png"):
-        beside, truth = (Image.open(tmp_path / x / name).size for x in ("beside", "truth"))
-        assert beside != truth
+        compared, truth = (Image.open(tmp_path / x / name).size for x in ("compared", "truth"))
+        assert compared != truth
     (tmp_path / "images" / "1.png").write_text("hello")
     capsys.readouterr()
     assert draw_relations.main(arguments) == 1
-    found = capsys.readouterr()
-    assert "1.png: " in found.err and found.out.count(".png") == 1
+    printed = capsys.readouterr()
+    assert "1.png: " in printed.err and printed.out.count(".png") == 1
 
 
 @pytest.mark.parametrize("tool", [draw_relations, make_gallery])
@@ -176,10 +176,10 @@ def test_gallery_record_entity_has_one_name_in_all_rows():
     boxes = [[0, 0, 40, 50], [5, 5, 20, 30], [50, 10, 70, 40], [75, 2, 89, 25], [60, 30, 89, 58]]
     truth = truth_of(boxes, [0, 1, 1, 1, 2], [(0, 1, 0), (0, 2, 0), (3, 4, 1)])
     person, right, other = [1, 0, 40, 50], [50, 12, 70, 41], [74, 2, 89, 26]
-    found = output_of(
+    predicted = output_of(
         [right, person, other], [1, 0, 1], [[1, 0], [1, 2], [0, 1]], [0, 0, 1], [0.9, 0.5, 0.3]
     )
-    record = gallery_record("x", picture(), found, METADATA, truth)
+    record = gallery_record("x", picture(), predicted, METADATA, truth)
     names = record["names"]
     assert [[names[s], p, names[o], hit] for s, o, p, _, hit in record["rows"]] == [
         ["person", "holds", "cup 2", True],
@@ -195,18 +195,18 @@ def test_gallery_record_entity_has_one_name_in_all_rows():
     expected = [[person, right], [person, other], [right, person], boxes[:2], boxes[3:]]
     assert shown == expected
     assert record["truth"] == 3 and record["protocol"] == "relations"
-    alone = gallery_record("x", picture(), found, METADATA)
+    alone = gallery_record("x", picture(), predicted, METADATA)
     assert alone["names"] == ["cup 1", "person", "cup 2"]
     assert alone["truth"] is None and alone["protocol"] is None
     assert alone["missed"] == [] and {row[4] for row in alone["rows"]} == {None}
 
 
 def test_gallery_record_other_image_size_raises():
-    found = output_of([[0, 0, 40, 50], [5, 5, 20, 30]], [0, 1], [[0, 1]], [0], [0.9])
+    predicted = output_of([[0, 0, 40, 50], [5, 5, 20, 30]], [0, 1], [[0, 1]], [0], [0.9])
     truth = truth_of([], [], [], file_name="a.jpg", height=60, width=90)
-    assert gallery_record("x", picture(60, 90), found, METADATA, truth)["truth"] == 0
+    assert gallery_record("x", picture(60, 90), predicted, METADATA, truth)["truth"] == 0
     with pytest.raises(ValueError, match="a.jpg: the image is 60 x 90 pixels, but its record says"):
-        gallery_record("x", picture(90, 60), found, METADATA, truth)
+        gallery_record("x", picture(90, 60), predicted, METADATA, truth)
 
 
 # Sets the page's controls and points at rows as a user does, and records what is visible.
@@ -287,8 +287,8 @@ def test_gallery_page_in_browser_filters_sorts_and_points(width, tmp_path):
 
     def record(name, scores, predicates, truth):
         pairs = [[0, 1], [1, 2]][: len(scores)]
-        found = output_of(boxes, [0, 1, 2], pairs, predicates, scores)
-        return gallery_record(name, picture(), found, METADATA, truth)
+        predicted = output_of(boxes, [0, 1, 2], pairs, predicates, scores)
+        return gallery_record(name, picture(), predicted, METADATA, truth)
 
     records = [
         record("half", [0.7, 0.0123], [0, 0], truth),
@@ -326,7 +326,7 @@ def test_gallery_page_in_browser_filters_sorts_and_points(width, tmp_path):
         assert seen[what] == {"names": expected, "rows": shown, "wide": False}, what
 
     person, cup, table = ("0,0,40,50", "30,20,50,35", "5,30,25,28")
-    centres = {person: [20, 25], cup: [55, 37.5], table: [17.5, 44]}
+    centers = {person: [20, 25], cup: [55, 37.5], table: [17.5, 44]}
     pointed = {"missed, mouseenter": (cup, table, rows["low"][2])}
     for event in ("mouseenter", "focus", "click"):
         pointed[f"first, {event}"] = (person, cup, rows["both"][0])
@@ -334,8 +334,8 @@ def test_gallery_page_in_browser_filters_sorts_and_points(width, tmp_path):
     for what, (subject, object_, row) in pointed.items():
         assert seen[what] == {
             "boxes": {subject: False, object_: True},  # the object's is dashed
-            "tips": [centres[object_]],
-            "start": centres[subject],
+            "tips": [centers[object_]],
+            "start": centers[subject],
             "pressed": [row],
         }, what
 
@@ -343,10 +343,10 @@ def test_gallery_page_in_browser_filters_sorts_and_points(width, tmp_path):
 def test_tools_equal_file_names_and_wrong_size(tmp_path, capsys):
     # Equal names in two folders give two pictures; an image of another size is reported.
     records = []
-    for number, folder in enumerate(("a", "b")):
+    for image_id, folder in enumerate(("a", "b")):
         (tmp_path / folder).mkdir()
         Image.fromarray(picture()).save(tmp_path / folder / "x.png")
-        records.append({"file_name": str(tmp_path / folder / "x.png"), "image_id": number})
+        records.append({"file_name": str(tmp_path / folder / "x.png"), "image_id": image_id})
     records.append({**records[0], "file_name": str(tmp_path / "y.png"), "image_id": 2})
     Image.fromarray(picture(30, 20)).save(tmp_path / "y.png")
     box = {"bbox": [0, 0, 9, 9], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}

@@ -82,16 +82,16 @@ def test_shorten_long_text_fits_the_width():
     assert short.endswith("\u2026") and 60 < text_width(short, 13) <= 100
 
 
-@pytest.mark.parametrize("number", [" 2", " 12", " #3", " 7 #2"])
-def test_shorten_long_name_keeps_its_ordinal(number):
-    short = shorten("a very long class name indeed" + number, 13, 110)
-    assert short.startswith("a very lo") and short.endswith("\u2026" + number)
+@pytest.mark.parametrize("ordinal", [" 2", " 12", " #3", " 7 #2"])
+def test_shorten_long_name_keeps_its_ordinal(ordinal):
+    short = shorten("a very long class name indeed" + ordinal, 13, 110)
+    assert short.startswith("a very lo") and short.endswith("\u2026" + ordinal)
     assert text_width(short, 13) <= 110
 
 
 def test_shorten_without_room_is_empty():
     ellipsis = text_width("\u2026", 13)
-    assert shorten("cup 2", 13, ellipsis + 1) == "\u2026"  # the number does not fit
+    assert shorten("cup 2", 13, ellipsis + 1) == "\u2026"  # the ordinal does not fit
     for width in (ellipsis - 1, 0, -50):
         assert shorten("cup 2", 13, width) == shorten("a class", 13, width) == ""
 
@@ -104,7 +104,7 @@ def test_fair_cap_cuts_only_the_longest_pieces():
 
 
 def test_plan_sheet_low_image_is_as_high_as_its_panel():
-    rows = [Row([(f"row {number}", (0, 0, 0), False)]) for number in range(101)]
+    rows = [Row([(f"row {index}", (0, 0, 0), False)]) for index in range(101)]
     sheet = plan_sheet(1000, 10, 0.5, rows, "right", title=False)
     assert sheet.area[3] == MIN_AREA
     assert sheet.size[1] >= sheet.rows_per_column * sheet.row_height

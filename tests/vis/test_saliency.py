@@ -57,22 +57,22 @@ def unit(values):
     return np.minimum((values - values.min()) / (high - values.min()), 1)
 
 
-def assert_maps(found, expected, fused):
-    assert set(found) == {*expected, "fused"}
+def assert_maps(actual, expected, fused):
+    assert set(actual) == {*expected, "fused"}
     for level, values in {**expected, "fused": fused}.items():
-        assert found[level].shape == (HEIGHT, WIDTH) and found[level].dtype == np.float32
-        np.testing.assert_allclose(found[level], unit(values), rtol=0, atol=2e-3, err_msg=level)
+        assert actual[level].shape == (HEIGHT, WIDTH) and actual[level].dtype == np.float32
+        np.testing.assert_allclose(actual[level], unit(values), rtol=0, atol=2e-3, err_msg=level)
 
 
 def test_feature_saliency_equals_mean_absolute_activation(predictor):
     rgb = picture(HEIGHT, WIDTH)
     _, branches = run(predictor, rgb)
-    for found, features in zip(feature_saliency(predictor, rgb), branches):
+    for actual, features in zip(feature_saliency(predictor, rgb), branches):
         expected = {
             level: in_image(np.mean(np.abs(features[level][0].numpy()), axis=0)) for level in LEVELS
         }
         fused = sum(unit(x) for x in expected.values()) / 3
-        assert_maps(found, expected, fused)
+        assert_maps(actual, expected, fused)
 
 
 def test_triplet_saliency_equals_gradient_times_map(predictor):
@@ -90,11 +90,11 @@ def test_triplet_saliency_equals_gradient_times_map(predictor):
     relations = model.relation_head(*grown, entities)[0]
     for rank in (0, 3):
         score = relations.predicate_scores[rank].log()
-        for found, shares in zip(triplet_saliency(predictor, rgb, rank)[0], factors):
+        for actual, shares in zip(triplet_saliency(predictor, rgb, rank)[0], factors):
             moves = torch.autograd.grad(score, list(shares.values()), retain_graph=True)
             assert any(x.any() for x in moves)
             expected = {n: in_image(x[0, 0].abs().numpy()) for n, x in zip(LEVELS, moves)}
-            assert_maps(found, expected, sum(expected.values()) / 3)
+            assert_maps(actual, expected, sum(expected.values()) / 3)
 
 
 def test_triplet_saliency_is_zero_far_from_the_boxes(predictor):
@@ -176,11 +176,11 @@ def test_draw_saliency_tool_missing_triplet_is_reported_once(checkpoint, tmp_pat
     assert draw_saliency.main(arguments) == 1
     names = {f"a_triplet_{rank}_{level}.png" for rank in (0, 1) for level in ("p2", "fused")}
     assert {x.name for x in (tmp_path / "out").iterdir()} == names
-    found = capsys.readouterr()
-    assert len(found.out.splitlines()) == 4
-    missing, unread = found.err.splitlines()[-2:]  # once each, whatever the levels
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == 4
+    missing, unread = printed.err.splitlines()[-2:]  # once each, whatever the levels
     assert "a.png: no triplet 5000; there are " in missing
-    assert "text.jpg: " in unread and found.err.count("draw_saliency.py: ") == 2
+    assert "text.jpg: " in unread and printed.err.count("draw_saliency.py: ") == 2
     assert draw_saliency.main([*common, "--input", files[0], "--triplets", "0", "1"]) == 0
     assert draw_saliency.main([*common, "--input", files[0]]) == 0
     assert (tmp_path / "out" / "a_features.png").is_file()

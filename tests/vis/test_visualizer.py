@@ -136,7 +136,7 @@ def test_draw_ground_truth_unrelated_entities_are_not_drawn(image, metadata):
     picture = RelationVisualizer(image, metadata).draw_ground_truth(
         dataset_dict(relations=[(0, 2, 0)])
     )
-    assert texts(picture)[:3] == ["person", "cup", "holds"]  # one cup takes part: no number
+    assert texts(picture)[:3] == ["person", "cup", "holds"]  # one cup takes part: no ordinal
     assert "table" not in texts(picture)
 
 
@@ -410,9 +410,9 @@ def test_visualizer_long_names_keep_their_ordinals(draw, known, image):
     names = {1: f"{LONG} 1", 2: f"{LONG} 2"} if known else {1: f"{LONG} 7 #1", 2: f"{LONG} 7 #2"}
     visualizer = RelationVisualizer(image, Metadata(name="none"))
     picture = getattr(visualizer, draw)(scene_of([(1, 2, 0, None)]), names=names)
-    for number in (" 1", " 2") if known else (" 7 #1", " 7 #2"):
-        found = [text for text in texts(picture) if text.endswith("\u2026" + number)]
-        assert len(found) == 2  # on the picture and in the panel
+    for ordinal in (" 1", " 2") if known else (" 7 #1", " 7 #2"):
+        shown = [text for text in texts(picture) if text.endswith("\u2026" + ordinal)]
+        assert len(shown) == 2  # on the picture and in the panel
 
 
 def test_draw_graph_long_predicates_stay_small(image):
