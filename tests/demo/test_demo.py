@@ -5,21 +5,16 @@ import re
 
 import cv2
 import draw_saliency
-import export_model
 import networkx
 import numpy as np
 import pytest
-import torch
 from model_utils import PREDICATES
 from PIL import Image
 from usage_utils import picture, write_checkpoint
 
 import demo as demo_script
-from reldn_d2.export import OUTPUT_NAMES, RelDNExport
-from reldn_d2.predictor import RelationPredictor
-from reldn_d2.structures.scene_graph import SceneGraph
 from reldn_d2.utils.image_io import ImageError
-from reldn_d2.vis.video import EntityTracker, VideoError, VideoFile, draw_frame
+from reldn_d2.vis.video import VideoError, VideoFile
 
 
 @pytest.fixture(scope="module")
@@ -200,23 +195,6 @@ def test_demo_video_roundtrip(checkpoint, tmp_path, capsys):
         VideoFile(tmp_path / "text.mp4")
 
 
-@pytest.mark.parametrize("size", [(60, 90), (320, 180), (50, 960), (700, 1000)])
-def test_draw_frame_keeps_other_pixels(size):
-    frame = picture(*size)
-    boxes = [[2.0, 2, 20, 30], [10.0, 20, 30, 40]]
-    predicted = SceneGraph.from_triplets(boxes, [0, 1], [(0, 1, 0, 1.0)])
-    drawn = draw_frame(frame, predicted, EntityTracker(["person", "cup"]), None)
-    scale = max(960 / max(size), 1)
-    height, width = (2 * int(round(x * scale) // 2) for x in size)
-    assert drawn.shape == (height, width, 3)
-    plain = cv2.resize(frame, (width, height))
-    equal = (np.abs(drawn.astype(int) - plain).max(axis=2) < 40).mean()
-    assert 0.5 < equal < 1
-    empty = predicted.best(0)
-    drawn = draw_frame(frame, empty, EntityTracker(["person", "cup"]), None)
-    assert np.abs(drawn.astype(int) - plain).max() < 40
-
-
 def test_demo_truncated_video_exits_1(checkpoint, tmp_path, capsys):
     path, out = write_video(tmp_path / "in.avi", 9), tmp_path / "out.mp4"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -225,86 +203,6 @@ def test_demo_truncated_video_exits_1(checkpoint, tmp_path, capsys):
             pytest.skip("this OpenCV counts the frames that are there")
     assert run(checkpoint, "--video-input", path, "--output", out) == 1
     assert " of 9 frames could not be read" in capsys.readouterr().err and out.is_file()
-
-
-def test_entity_tracker_moving_entities_keep_name_and_color():
-    tracker = EntityTracker(["person", "cup"], patience=2)
-    triplets = [(0, 1, 0, 0.9)]
-
-    def scene(shift, order=(0, 1)):
-        boxes = np.array([[0, 0, 40, 90], [30, 40, 60, 70]])[list(order)] + [shift, 0, shift, 0]
-        return SceneGraph.from_triplets(boxes, [[0, 1][i] for i in order], triplets)
-
-    names, colors = tracker.update(scene(0))
-    assert sorted(names.values()) == ["cup 1", "person 1"]
-    for shift in range(5, 60, 5):
-        moved, new_colors = tracker.update(scene(shift, order=(1, 0)))  # in another order
-        assert (moved[0], moved[1]) == (names[1], names[0])
-        assert (new_colors[0], new_colors[1]) == (colors[1], colors[0])
-    jumped, _ = tracker.update(scene(300))
-    assert sorted(jumped.values()) == ["cup 2", "person 2"]
-    for _ in range(3):
-        tracker.update(SceneGraph.empty())
-    assert sorted(tracker.update(scene(300))[0].values()) == ["cup 3", "person 3"]  # forgotten
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.load. is deprecated")
-def test_export_model_in_new_process_gives_equal_triplets(checkpoint, folder, tmp_path, capsys):
-    out = tmp_path / "reldn.ts"
-    arguments = ["--checkpoint", checkpoint, "--output", str(out), "--height", "64", "--width"]
-    arguments += ["96", "--image", str(folder / "good_0.png"), "--opts", "TEST.RELATIONS.TOPK", "9"]
-    assert export_model.main(arguments) == 0
-    assert "the same triplets as the eager model" in capsys.readouterr().out
-    extra = {"reldn.json": ""}
-    exported = torch.jit.load(str(out), _extra_files=extra)
-    description = json.loads(extra["reldn.json"])
-    assert description["input"] == [3, 64, 96] and description["outputs"] == list(OUTPUT_NAMES)
-    assert description["predicate_classes"] == PREDICATES
-    with torch.no_grad(), pytest.raises(RuntimeError, match="must match the existing size"):
-        exported(torch.zeros(3, 96, 64))
-    # On images that were not traced, against the eager model's search.
-    predictor = RelationPredictor.from_checkpoint(
-        checkpoint, "cpu", opts=["TEST.RELATIONS.TOPK", 9]
-    )
-    for seed in (3, 4):
-        rgb = picture(64, 96, seed)
-        image = torch.as_tensor(np.ascontiguousarray(rgb[:, :, ::-1].transpose(2, 0, 1))).float()
-        with torch.no_grad():
-            outputs = exported(image)
-            expected = predictor.model.inference([{"image": image}], do_postprocess=False)[0]
-        relations = expected["relations"]
-        assert torch.equal(outputs[3], relations.pairs)
-        assert torch.equal(outputs[4], relations.predicates)
-        torch.testing.assert_close(outputs[5], relations.scores, rtol=0, atol=1e-6)
-        torch.testing.assert_close(outputs[6], relations.predicate_scores, rtol=0, atol=1e-6)
-        torch.testing.assert_close(outputs[0], expected["instances"].pred_boxes.tensor)
-
-
-@pytest.mark.parametrize("ks", [[1], [0], [1, 3]])
-@pytest.mark.parametrize("overlap", [True, False])
-def test_reldn_export_equals_the_model(checkpoint, ks, overlap):
-    options = ["TEST.RELATIONS.PREDICATES_PER_PAIR", ks, "TEST.RELATIONS.TOPK", 11]
-    options += ["MODEL.ROI_RELATION_HEAD.OVERLAP_FILTER", overlap]
-    model = RelationPredictor.from_checkpoint(checkpoint, "cpu", opts=options).model
-    image = torch.as_tensor(picture(64, 96).transpose(2, 0, 1).copy()).float()
-    with torch.no_grad():
-        outputs = RelDNExport(model)(image)
-        expected = model.inference([{"image": image}], do_postprocess=False)[0]["relations"]
-    assert torch.equal(outputs[3], expected.pairs) and torch.equal(outputs[4], expected.predicates)
-    torch.testing.assert_close(outputs[5], expected.scores, rtol=0, atol=1e-6)
-
-
-def test_export_model_bad_arguments_exit_1(checkpoint, folder, tmp_path, capsys):
-    common = ["--checkpoint", checkpoint, "--output", str(tmp_path / "x.ts")]
-    assert export_model.main([*common, "--image", str(folder / "text.jpg")]) == 1
-    assert "text.jpg: cannot be read" in capsys.readouterr().err
-    few = ["--opts", "TEST.DETECTIONS_PER_IMAGE", "1"]
-    assert export_model.main([*common, "--image", str(folder / "good_0.png"), *few]) == 1
-    assert "1 entities are found in the example" in capsys.readouterr().err
-    (tmp_path / "taken.ts").mkdir()
-    common[-1] = str(tmp_path / "taken.ts")
-    assert export_model.main([*common, "--image", str(folder / "good_0.png")]) == 1
-    assert "taken.ts" in capsys.readouterr().err
 
 
 def test_draw_saliency_tool_skips_broken_image(checkpoint, folder, tmp_path, capsys):
