@@ -22,7 +22,7 @@ from reldn_d2.evaluation.predictions_io import read_predictions, read_settings
 from reldn_d2.structures.scene_graph import SceneGraph
 from reldn_d2.utils.image_io import distinct_paths, read_rgb
 from reldn_d2.utils.protocols import PROTOCOLS, find_protocol
-from reldn_d2.vis.compare import compare_image
+from reldn_d2.vis.compare import compare_models
 from reldn_d2.vis.visualizer import RelationVisualizer
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -144,12 +144,13 @@ def main(arguments: list[str] | None = None) -> int:
                 visualizer = RelationVisualizer(image, loaded.metadata)
                 picture = visualizer.draw_ground_truth(record).get_image()
             else:
-                picture = compare_image(
+                picture = compare_models(
                     image,
                     record,
-                    predicted,
+                    {"Prediction": predicted},
                     loaded.metadata,
                     topk=args.top_k,
+                    side=800,
                     protocol=loaded.protocol,
                 )
         except ValueError as error:  # not an image, or not of the record's size

@@ -12,25 +12,7 @@ from .correspondence import match_scenes, same_entities
 from .layout import entity_color
 from .visualizer import RelationVisualizer, check_size, heading_of
 
-__all__ = ["compare_image", "compare_models"]
-
-
-def compare_image(
-    img_rgb: np.ndarray,
-    dataset_dict: dict[str, Any],
-    predicted: SceneGraph,
-    metadata: Any,
-    topk: int | None = None,
-    side: int = 800,
-    protocol: str = "",
-) -> np.ndarray:
-    """Draw ground truth and one prediction side by side; found relations are green, others red.
-
-    Arguments and result are those of :func:`compare_models`.
-    """
-    return compare_models(
-        img_rgb, dataset_dict, {"Prediction": predicted}, metadata, topk, side, protocol
-    )
+__all__ = ["compare_models"]
 
 
 def compare_models(
@@ -42,7 +24,9 @@ def compare_models(
     side: int = 480,
     protocol: str = "",
 ) -> np.ndarray:
-    """Draw ground truth and the predictions of models in one row; equal entities have equal names.
+    """Draw ground truth and the predictions of one or several models in one row.
+
+    Equal entities have equal names and colors.
 
     Args:
         img_rgb: (H, W, 3) uint8.

@@ -186,12 +186,8 @@ def draw_feature_maps(
     saliency = feature_saliency(predictor, rgb)
     rows = []
     for level in levels:
-        if level not in saliency.detector:
-            raise ImageError(_unknown_level(level, saliency))
-        row = [("image", rgb), (f"detector CNN, {level}", overlay(rgb, saliency.detector[level]))]
-        if level in saliency.predicate:
-            row.append((f"predicate CNN, {level}", overlay(rgb, saliency.predicate[level])))
-        rows.append(row)
+        maps = _maps_of(saliency, level)
+        rows.append([("image", rgb), *((caption, overlay(rgb, x)) for caption, x in maps)])
     return _sheet(rows)
 
 
@@ -208,20 +204,21 @@ def draw_triplet_saliency(
     """
     rgb = load_rgb(image)
     saliency, prediction = triplet_saliency(predictor, image, rank)
-    if level not in saliency.detector:
-        raise ImageError(_unknown_level(level, saliency))
+    maps = _maps_of(saliency, level)
     triplet = prediction.triplets()[0]
     words = f"{triplet.subject} {triplet.predicate} {triplet.object}, {score_text(triplet.score)}"
-    row: list[tuple[str, np.ndarray]] = [(words, _draw_triplet(predictor, rgb, prediction))]
-    for cnn, maps in (("detector CNN", saliency.detector), ("predicate CNN", saliency.predicate)):
-        if level in maps:
-            shown = overlay(rgb, maps[level])
-            row.append((f"{cnn}, {level}", _draw_triplet(predictor, shown, prediction)))
+    pictures = [(words, rgb), *((caption, overlay(rgb, x)) for caption, x in maps)]
+    row = [(title, _draw_triplet(predictor, x, prediction)) for title, x in pictures]
     return _sheet([row]), triplet
 
 
-def _unknown_level(level: str, saliency: Saliency) -> str:
-    return f"the model has no feature map '{level}'; it has {', '.join(saliency.detector)}"
+def _maps_of(saliency: Saliency, level: str) -> list[tuple[str, np.ndarray]]:
+    """Return the caption and the map of each CNN at one level."""
+    if level not in saliency.detector:
+        known = ", ".join(saliency.detector)
+        raise ImageError(f"the model has no feature map '{level}'; it has {known}")
+    named = (("detector CNN", saliency.detector), ("predicate CNN", saliency.predicate))
+    return [(f"{cnn}, {level}", maps[level]) for cnn, maps in named if level in maps]
 
 
 def _draw_triplet(predictor: RelationPredictor, rgb: np.ndarray, scene: SceneGraph) -> np.ndarray:

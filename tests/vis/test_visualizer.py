@@ -10,7 +10,7 @@ import pytest
 
 from reldn_d2.structures.scene_graph import SceneGraph
 from reldn_d2.vis.canvas import RelationImage
-from reldn_d2.vis.compare import compare_image, compare_models
+from reldn_d2.vis.compare import compare_models
 from reldn_d2.vis.correspondence import match_scenes, same_entities
 from reldn_d2.vis.visualizer import RelationVisualizer
 
@@ -207,9 +207,9 @@ def test_visualizer_empty_inputs_are_drawn(image, metadata):
     assert texts(visualizer.draw_ground_truth(unrelated)) == ["no relations"]
     empty = dataset_dict([], [], [])
     for record in (empty, unrelated, dataset_dict()):
-        assert compare_image(image, record, nothing, metadata, side=200).ndim == 3
+        assert compare_models(image, record, {"Prediction": nothing}, metadata, side=200).ndim == 3
     invented = prediction([(0, 1, 0, 0.5)])
-    assert compare_image(image, unrelated, invented, metadata, side=200).ndim == 3
+    assert compare_models(image, unrelated, {"Prediction": invented}, metadata, side=200).ndim == 3
 
 
 def test_draw_triplets_without_names_shows_ids(image):
@@ -291,7 +291,7 @@ def test_compare_models_two_models_in_one_row(image, metadata):
     assert np.array_equal(row, compare_models(*arguments, side=300))
 
 
-def test_compare_image_marks_hits_and_misses(image, metadata, monkeypatch):
+def test_compare_models_marks_hits_and_misses(image, metadata, monkeypatch):
     drawn = []
     draw = RelationVisualizer.draw_scene
 
@@ -302,7 +302,7 @@ def test_compare_image_marks_hits_and_misses(image, metadata, monkeypatch):
 
     monkeypatch.setattr(RelationVisualizer, "draw_scene", record)
     output = prediction([(0, 2, 0, 0.9), (2, 3, 1, 0.8), (2, 1, 1, 0.7), (0, 1, 0, 0.6)])
-    compare_image(image, dataset_dict(), output, metadata)
+    compare_models(image, dataset_dict(), {"Prediction": output}, metadata)
     (truth, _), (predicted, words) = drawn
     assert truth["marks"] == [False, True, False]
     assert predicted["marks"] == [False, True, False]
@@ -312,22 +312,24 @@ def test_compare_image_marks_hits_and_misses(image, metadata, monkeypatch):
     assert truth["colors"] == {e: predicted["colors"][e] for e in truth["colors"]}
 
     drawn.clear()
-    compare_image(image, dataset_dict(), output, metadata, topk=4)
+    compare_models(image, dataset_dict(), {"Prediction": output}, metadata, topk=4)
     assert drawn[1][0]["marks"] == [False, True, False, True]
     assert drawn[0][0]["marks"] == [True, True, False]
 
     drawn.clear()
-    compare_image(image, dataset_dict(), output, metadata, protocol="lu2016")
+    compare_models(image, dataset_dict(), {"Prediction": output}, metadata, protocol="lu2016")
     assert drawn[1][0]["title"].endswith(" of 3 found (lu2016)")
 
 
 @pytest.mark.parametrize(
     "name, message", [("", "No protocol belongs to evaluator_type None"), ("x", "Unknown protocol")]
 )
-def test_compare_image_without_protocol_raises(name, message, image):
+def test_compare_models_without_protocol_raises(name, message, image):
     unknown = Metadata(name="unknown", thing_classes=THINGS, predicate_classes=PREDICATES)
     with pytest.raises(ValueError, match=message):
-        compare_image(image, dataset_dict(), SceneGraph.empty(), unknown, protocol=name)
+        compare_models(
+            image, dataset_dict(), {"Prediction": SceneGraph.empty()}, unknown, protocol=name
+        )
 
 
 def test_draw_triplets_hits_are_green_and_misses_red(image, metadata):
