@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-r"""Find the relations in images, folders of images and videos, with a trained RelDN.
+r"""Find the relations in images, folders of images and videos with a trained RelDN.
 
 Examples::
 
@@ -8,9 +8,9 @@ Examples::
         --output out --format json --top-k 100
     python demo/demo.py --checkpoint model_final.pth --video-input walk.mp4 --output walk_out.mp4
 
-The checkpoint knows its config and the names of its classes; --config-file replaces the config.
-Folders give the images in them, not in folders below. A file that cannot be used does not stop the
-others: it is listed at the end; the exit status is 1. No input is overwritten.
+The checkpoint includes its config and class names; --config-file replaces the config. Subfolders of
+an input folder are not searched. Unusable files are listed at the end and the exit status is 1; all
+others are processed. Input files are never overwritten.
 """
 
 import argparse
@@ -18,13 +18,14 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # if it is not installed
 
-import reldn_d2  # noqa: E402,F401  # isort: skip  bridges gaps before Detectron2 is imported
+import reldn_d2  # noqa: E402,F401  # isort: skip  must be imported before Detectron2
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
@@ -32,9 +33,10 @@ from tqdm import tqdm
 from reldn_d2.predictor import RelationPredictor
 from reldn_d2.structures.graph_formats import graph_to_dot, graph_to_graphml
 from reldn_d2.structures.scene_graph import SceneGraph
-from reldn_d2.utils.image_io import ImageError, distinct_paths, find_images, read_rgb
+from reldn_d2.utils.file_io import write_atomically
+from reldn_d2.utils.image_io import ImageError, distinct_paths, expand_inputs, read_rgb
 from reldn_d2.vis.gallery import gallery_record, write_gallery
-from reldn_d2.vis.video import EntityTracker, VideoError, VideoFile, VideoWriter, draw_frame
+from reldn_d2.vis.video import EntityTracker, VideoFile, VideoWriter, draw_frame
 from reldn_d2.vis.visualizer import RelationVisualizer, heading_of
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
@@ -45,19 +47,19 @@ SUFFIXES = {
     "graphml": (".graphml", ".xml"),
     "dot": (".dot", ".gv"),
     "html": (".html", ".htm"),
-}  # by format, those that a file named as --output may have; the first is taken in a folder
+}  # by format: suffixes of a file given as --output; in a folder, results have the first one
 
 
-def share(text: str) -> float:
-    """A number of the command line in [0, 1]."""
+def fraction(text: str) -> float:
+    """Parse a command-line value in [0, 1]."""
     value = float(text)
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not within 0 and 1")
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
     return value
 
 
 def positive(text: str) -> int:
-    """A whole number of the command line, 1 or more."""
+    """Parse a positive integer of the command line."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1")
@@ -65,77 +67,79 @@ def positive(text: str) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options: those of Detectron2's demo, and some more."""
+    """Return the parser: the options of Detectron2's demo and more."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", metavar="FILE", help="a trained RelDN, model_final.pth")
-    parser.add_argument("--config-file", metavar="FILE", help="in place of the checkpoint's config")
+    parser.add_argument(
+        "--checkpoint", metavar="FILE", help="trained RelDN, such as model_final.pth"
+    )
+    parser.add_argument("--config-file", metavar="FILE", help="replaces the checkpoint's config")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", nargs="+", metavar="PATH", help="images, globs, folders")
     source.add_argument("--video-input", metavar="FILE", help="a video")
-    source.add_argument("--webcam", action="store_true", help="the first camera; q ends")
+    source.add_argument("--webcam", action="store_true", help="the first camera; q quits")
     parser.add_argument(
         "--output",
         type=Path,
-        help="a folder, or a file where there is one result; without it a window shows the results",
+        help="folder, or file for a single result; without it, results are shown in a window",
     )
     parser.add_argument(
         "--confidence-threshold",
-        type=share,
+        type=fraction,
         metavar="SCORE",
-        help="least score of a detection; default: the config's, 0.05",
+        help="min score of a detection; default: the config's, 0.05",
     )
     parser.add_argument(
         "--min-score",
-        type=share,
+        type=fraction,
         default=0.01,
         metavar="SCORE",
-        help="least score of a triplet; default: 0.01",
+        help="min score of a triplet; default: 0.01",
     )
     parser.add_argument(
         "--top-k",
         type=positive,
         default=20,
         metavar="K",
-        help="the best triplets of an image; default: 20",
+        help="number of triplets per image; default: 20",
     )
     parser.add_argument(
         "--format",
         choices=["image", "json", "graphml", "dot", "html", "graph"],
         default="image",
-        help="pictures; JSON; scene graphs as GraphML, DOT or pictures; one HTML page of it all; "
-        "default: image",
+        help="pictures; JSON; scene graphs as GraphML, DOT or pictures; one HTML page for all "
+        "images; default: image",
     )
     parser.add_argument(
         "--boxes",
         type=Path,
         metavar="JSON",
-        help='boxes in place of detections: {"FILE NAME": {"boxes": [[x0, y0, x1, y1], ...], '
-        '"classes": [id or name, ...]}, ...}; classes may be missing',
+        help='boxes that replace detections: {"FILE NAME": {"boxes": [[x0, y0, x1, y1], ...], '
+        '"classes": [id or name, ...]}, ...}; "classes" is optional',
     )
     parser.add_argument(
-        "--batch-size", type=positive, default=1, metavar="N", help="images at once; default: 1"
+        "--batch-size", type=positive, default=1, metavar="N", help="images per batch; default: 1"
     )
     parser.add_argument("--device", help="cpu or cuda; default: a GPU if there is one")
     parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE config options"
+        "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE config overrides"
     )
     return parser
 
 
 def build_predictor(args: argparse.Namespace) -> RelationPredictor:
-    """The model of the command line.
+    """Return the predictor of the command line.
 
     Raises:
-        ValueError: no checkpoint was named.
+        ValueError: there is no checkpoint.
     """
     opts = list(args.opts)
     path = args.checkpoint
     if path is None and "MODEL.WEIGHTS" in opts:
         path = opts[opts.index("MODEL.WEIGHTS") + 1]
     if path is None:
-        raise ValueError("name a trained model: --checkpoint model_final.pth")
+        raise ValueError("no trained model given: add --checkpoint model_final.pth")
     ours = ["TEST.RELATIONS.TOPK", max(args.top_k, 100)]
     if args.confidence_threshold is not None:
         ours += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", args.confidence_threshold]
@@ -144,19 +148,18 @@ def build_predictor(args: argparse.Namespace) -> RelationPredictor:
 
 
 def read_boxes(path: Path) -> dict[str, dict[str, Any]]:
-    """Boxes by file name.
+    """Read boxes and classes by file name.
 
     Raises:
-        ImageError: the file is not as ``--boxes`` wants it.
+        ImageError: the file does not have the format of ``--boxes``.
     """
     try:
         table = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ImageError(f"{path}: cannot be read as JSON: {error}") from None
-    good = isinstance(table, dict) and all(
+    if not isinstance(table, dict) or not all(
         isinstance(x, dict) and isinstance(x.get("boxes"), list) for x in table.values()
-    )
-    if not good:
+    ):
         raise ImageError(f'{path}: expected {{"FILE NAME": {{"boxes": [...], "classes": [...]}}}}')
     return table
 
@@ -164,7 +167,7 @@ def read_boxes(path: Path) -> dict[str, dict[str, Any]]:
 def predict_images(
     predictor: RelationPredictor, files: list[str], args: argparse.Namespace
 ) -> Iterator[tuple[str, SceneGraph | ImageError]]:
-    """Each file with its prediction or its error, in order."""
+    """Yield each file with its prediction or its error, in order."""
     if args.boxes is None:
         yield from predictor.stream(files, batch_size=args.batch_size)
         return
@@ -179,27 +182,17 @@ def predict_images(
             yield file, error
 
 
-def draw(prediction: SceneGraph, rgb: np.ndarray, args, metadata) -> np.ndarray:
-    """A picture of the best triplets, on the image or as a graph."""
-    visualizer = RelationVisualizer(rgb, metadata)
-    if args.format == "graph":
-        best = prediction.best(args.top_k, args.min_score)
-        heading = heading_of(best, len(prediction.scores), args.min_score)
-        return visualizer.draw_scene_graph(best, heading=heading).get_image()
-    return visualizer.draw_scene(prediction, args.top_k, args.min_score).get_image()
-
-
 def prepare_output(output: Path | None, kind: str, files: list[str]) -> dict[str, Path]:
-    """Make the folder of the results; where each image's result goes.
+    """Create the output folder and return the output path of each image.
 
     Args:
-        output: as named on the command line; None for a window.
+        output: as given on the command line; None for a window.
         kind: the format.
         files: the images.
 
     Raises:
-        ValueError: the file's suffix is not one of the format, one file is named for several
-            images, the folder cannot be written, or an input would be overwritten.
+        ValueError: the suffix does not belong to the format, there is one file for several images,
+            the folder is not writable, or an input would be overwritten.
     """
     if output is None:
         return dict.fromkeys(files, Path())
@@ -208,11 +201,11 @@ def prepare_output(output: Path | None, kind: str, files: list[str]) -> dict[str
     is_file = suffix in format_of and not output.is_dir()
     if is_file and suffix not in SUFFIXES[kind]:
         raise ValueError(
-            f"--output {output}: --format {kind} writes {', '.join(SUFFIXES[kind])}; name such a "
+            f"--output {output}: --format {kind} writes {', '.join(SUFFIXES[kind])}; give such a "
             f"file, a folder, or --format {format_of[suffix]}"
         )
     if is_file and len(files) > 1 and kind != "html":
-        raise ValueError(f"--output {output}: there are {len(files)} images; name a folder")
+        raise ValueError(f"--output {output}: there are {len(files)} images; give a folder")
     folder = output.parent if is_file else output
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -227,117 +220,133 @@ def prepare_output(output: Path | None, kind: str, files: list[str]) -> dict[str
     inputs = {os.path.realpath(file) for file in files}
     for path in paths.values():
         if os.path.realpath(path) in inputs:
-            raise ValueError(f"--output {output}: {path} is an input; name another folder or file")
+            raise ValueError(f"--output {output}: {path} is an input; give another folder or file")
     return paths
 
 
-def write_result(prediction: SceneGraph, path: Path, args, metadata) -> None:
-    """Write one image's result in the chosen format."""
-    best = prediction.best(args.top_k, args.min_score)
-    if args.format in ("image", "graph"):
-        picture = draw(prediction, read_rgb(prediction.file_name), args, metadata)
-        Image.fromarray(picture).save(path)
-    elif args.format == "json":
-        path.write_text(best.to_json(indent=1) + "\n", encoding="utf-8")
+def draw(prediction: SceneGraph, args: argparse.Namespace, metadata: Any) -> np.ndarray:
+    """Draw the best triplets, on the image or as a graph."""
+    visualizer = RelationVisualizer(read_rgb(prediction.file_name), metadata)
+    if args.format == "graph":
+        best = prediction.best(args.top_k, args.min_score)
+        heading = heading_of(best, len(prediction.scores), args.min_score)
+        return visualizer.draw_graph(best, heading=heading).get_image()
+    return visualizer.draw_predictions(prediction, args.top_k, args.min_score).get_image()
+
+
+# Formats other than pictures, from the best triplets of an image.
+TO_TEXT: dict[str, Callable[[SceneGraph], str]] = {
+    "json": lambda best: best.to_json(indent=1) + "\n",
+    "graphml": lambda best: graph_to_graphml(best.graph(related_only=True)),
+    "dot": lambda best: graph_to_dot(best.graph(related_only=True)),
+}
+
+
+def write_result(
+    prediction: SceneGraph, path: Path, args: argparse.Namespace, metadata: Any
+) -> None:
+    """Write the result of one image in the chosen format."""
+    if args.format in TO_TEXT:
+        with write_atomically(str(path)) as file:
+            file.write(TO_TEXT[args.format](prediction.best(args.top_k, args.min_score)))
     else:
-        graph = best.graph(related_only=True)
-        text = graph_to_dot(graph) if args.format == "dot" else graph_to_graphml(graph)
-        path.write_text(text, encoding="utf-8")
+        Image.fromarray(draw(prediction, args, metadata)).save(path)
 
 
 def run_images(
     predictor: RelationPredictor, paths: dict[str, Path], args: argparse.Namespace
 ) -> int:
-    """Predict all images; returns the exit status.
+    """Predict all images and return the exit status.
 
     Args:
         predictor: the model.
-        paths: of each image, where its result goes.
+        paths: output path by image.
         args: the command line.
     """
     files, metadata = list(paths), predictor.metadata
-    failed: list[str] = []
-    done = 0
+    errors: list[str] = []
+    count = 0
     progress = tqdm(predict_images(predictor, files, args), total=len(files), unit="image")
 
-    def good() -> Iterator[SceneGraph]:
+    def predictions() -> Iterator[SceneGraph]:
         for _, prediction in progress:
             if isinstance(prediction, ImageError):
-                failed.append(str(prediction))
+                errors.append(str(prediction))
             else:
                 yield prediction
 
     if args.output is None:
-        for prediction in good():
-            done += 1
-            picture = draw(prediction, read_rgb(prediction.file_name), args, metadata)
-            if show(picture, prediction.file_name, wait=0):
+        for prediction in predictions():
+            count += 1
+            if show(draw(prediction, args, metadata), prediction.file_name, wait=0):
                 break
     elif args.format == "html":
-        names = (predictor.thing_classes, predictor.predicate_classes)
         options = dict(topk=args.top_k, min_score=args.min_score)
         records = (
-            gallery_record(Path(x.file_name).name, read_rgb(x.file_name), x, *names, **options)
-            for x in good()
+            gallery_record(Path(x.file_name).name, read_rgb(x.file_name), x, metadata, **options)
+            for x in predictions()
         )
-        done = write_gallery(paths[files[0]], records, "Relations", predictor.predicate_classes)
+        count = write_gallery(paths[files[0]], records, "Relations", predictor.predicate_classes)
     else:
-        for prediction in good():
+        for prediction in predictions():
             write_result(prediction, paths[prediction.file_name], args, metadata)
-            done += 1
+            count += 1
     where = f" in {args.output}" if args.output else ""
-    print(f"{done} of {len(files)} images done{where}")
-    if failed:
-        print(f"{len(failed)} could not be used:", file=sys.stderr)
-        for line in failed:
-            print(f"  {line}", file=sys.stderr)
-    return 1 if failed else 0
+    print(f"{count} of {len(files)} images done{where}")
+    if errors:
+        print("\n  ".join([f"{len(errors)} could not be used:", *errors]), file=sys.stderr)
+    return 1 if errors else 0
+
+
+def video_path(args: argparse.Namespace) -> Path:
+    """Return the path of the drawn video.
+
+    Raises:
+        ValueError: it is the input.
+    """
+    path = args.output
+    if not path.suffix or path.is_dir():
+        path = path / f"{'webcam' if args.webcam else Path(args.video_input).stem}.mp4"
+    if not args.webcam and os.path.realpath(path) == os.path.realpath(args.video_input):
+        raise ValueError(f"--output {path} is the input; give another file")
+    return path
 
 
 def run_video(predictor: RelationPredictor, args: argparse.Namespace) -> int:
-    """Predict a video or the camera, frame by frame; returns the exit status."""
+    """Predict a video or the camera frame by frame and return the exit status."""
     if args.format != "image" or args.boxes is not None:
-        raise ValueError("videos are drawn: --format and --boxes are for images")
+        raise ValueError("--format and --boxes are for images; videos are always drawn")
     metadata = predictor.metadata
     tracker = EntityTracker(predictor.thing_classes)
-    with VideoFile(0 if args.webcam else args.video_input) as video:
-        writer = None
-        if args.output is not None:
-            path = args.output
-            if not path.suffix or path.is_dir():
-                name = "webcam" if args.webcam else Path(args.video_input).stem
-                path = path / f"{name}.mp4"
-            if not args.webcam and os.path.realpath(path) == os.path.realpath(args.video_input):
-                raise ValueError(f"--output {path} is the input; name another file")
-            writer = VideoWriter(path, video.frames_per_second)
-        count, ended = 0, False
-        try:
-            for frame in tqdm(video, total=video.count, unit="frame"):
-                prediction = predictor(frame)
-                drawn = draw_frame(frame, prediction, tracker, metadata, args.top_k, args.min_score)
-                count += 1
-                if writer is not None:
-                    writer.write(drawn)
-                elif show(drawn, "relations", wait=1):
-                    ended = True
-                    break
-        finally:
+    path = None if args.output is None else video_path(args)
+    count, quit_early = 0, False
+    with (
+        VideoFile(0 if args.webcam else args.video_input) as video,
+        nullcontext() if path is None else VideoWriter(path, video.frames_per_second) as writer,
+    ):
+        for frame in tqdm(video, total=video.count, unit="frame"):
+            prediction = predictor(frame)
+            drawn = draw_frame(frame, prediction, tracker, metadata, args.top_k, args.min_score)
+            count += 1
             if writer is not None:
-                writer.__exit__()
-    print(f"{count} frames done" + (f" in {writer.path}" if writer else ""))
-    # Containers may count a frame that is none; more than that is a file that is cut off.
-    missing = 0 if ended or video.count is None else video.count - count
+                writer.write(drawn)
+            elif show(drawn, "relations", wait=1):
+                quit_early = True
+                break
+    print(f"{count} frames done" + (f" in {path}" if path else ""))
+    # Containers may over-report by one frame; a larger gap means a truncated file.
+    missing = 0 if quit_early or video.count is None else video.count - count
     if missing > 1:
         print(
-            f"{args.video_input}: it says {video.count} frames, {missing} could not be read: it is "
-            "cut off or broken",
+            f"{args.video_input}: {missing} of {video.count} frames could not be read: the file is "
+            "truncated or broken",
             file=sys.stderr,
         )
     return 1 if missing > 1 else 0
 
 
 def show(picture: np.ndarray, title: str, wait: int) -> bool:
-    """Show a picture in a window; whether the user wants to end (q or Escape).
+    """Show a picture in a window; return whether the user wants to quit (q or Escape).
 
     Raises:
         ValueError: there is no window system.
@@ -348,20 +357,21 @@ def show(picture: np.ndarray, title: str, wait: int) -> bool:
         cv2.imshow(title, picture[:, :, ::-1])
         return cv2.waitKey(wait) in (27, ord("q"))
     except cv2.error:
-        raise ValueError("this OpenCV or machine has no windows: name an --output") from None
+        raise ValueError(
+            "no window can be opened by this OpenCV or on this machine: add --output"
+        ) from None
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the demo; returns the exit status."""
+    """Run the demo and return the exit status."""
     args = build_parser().parse_args(arguments)
     try:
         if not args.input:
             return run_video(build_predictor(args), args)
-        paths = prepare_output(args.output, args.format, find_images(args.input))
+        paths = prepare_output(args.output, args.format, expand_inputs(args.input))
         return run_images(build_predictor(args), paths, args)
-    except (ImageError, VideoError, OSError, KeyError, ValueError, ImportError) as error:
-        reason = error.args[0] if isinstance(error, KeyError) else error
-        print(f"demo.py: {reason}", file=sys.stderr)
+    except (OSError, ValueError, ImportError) as error:
+        print(f"demo.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

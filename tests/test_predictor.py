@@ -1,4 +1,4 @@
-"""RelationPredictor: from a checkpoint alone, on anything that is an image, and what it gives."""
+"""RelationPredictor: loading, all types of input, and results."""
 
 import json
 
@@ -20,7 +20,7 @@ from detectron2.data import transforms as T
 
 
 def same(first, second):
-    """Two predictions of one image, made in batches of another shape."""
+    """Assert that two predictions of one image, made in different batches, are equal."""
     assert torch.equal(first["relations"].pairs, second["relations"].pairs)
     for field in ("scores", "predicate_scores"):
         torch.testing.assert_close(
@@ -30,11 +30,11 @@ def same(first, second):
     torch.testing.assert_close(*boxes, rtol=0, atol=1e-3)
 
 
-def test_paths_arrays_lists_and_batches_agree(predictor, tmp_path):
+def test_predictor_paths_arrays_and_batches_agree(predictor, tmp_path):
     rgb = [picture(60, 90, seed) for seed in range(3)] + [picture(90, 60, 3)]
     paths = []
-    for number, image in enumerate(rgb):
-        paths.append(tmp_path / f"{number}.png")
+    for index, image in enumerate(rgb):
+        paths.append(tmp_path / f"{index}.png")
         Image.fromarray(image).save(paths[-1])
     alone = [predictor(str(path)) for path in paths]
     assert all(len(x["relations"]) > 10 for x in alone)
@@ -49,36 +49,36 @@ def test_paths_arrays_lists_and_batches_agree(predictor, tmp_path):
     assert alone[0].file_name == str(paths[0]) and predictor(rgb[0]).file_name is None
 
 
-def test_output_is_the_models_own_in_the_frame_of_the_image(predictor):
+def test_predictor_equals_the_model_in_the_image_frame(predictor):
     rgb = picture(50, 120)
-    found = predictor(rgb)
+    result = predictor(rgb)
     resize = T.ResizeShortestEdge([96, 96], 128).get_transform(rgb)
     image = torch.as_tensor(resize.apply_image(rgb[:, :, ::-1]).transpose(2, 0, 1).copy())
     with torch.no_grad():
         expected = predictor.model([{"image": image, "height": 50, "width": 120}])[0]
-    same(found, expected)
-    assert found.image_size == (50, 120)
+    same(result, expected)
+    assert result.image_size == (50, 120)
 
 
-def test_triplets_json_and_graph_say_the_same(predictor):
-    found = predictor(picture())
-    triplets, relations = found.triplets(), found["relations"]
+def test_scene_graph_triplets_json_and_graph_agree(predictor):
+    result = predictor(picture())
+    triplets, relations = result.triplets(), result["relations"]
     assert len(triplets) == len(relations) > 0
     first = triplets[0]
     assert first.subject in CLASSES and first.predicate in PREDICATES
     assert [x.score for x in triplets] == sorted((x.score for x in triplets), reverse=True)
-    record = json.loads(found.to_json())
+    record = json.loads(result.to_json())
     assert record["relations"]["pairs"][0] == [first.subject_index, first.object_index]
     assert record["relations"]["predicate_names"][0] == first.predicate
     assert record["instances"]["class_names"][first.subject_index] == first.subject
     assert (record["height"], record["width"]) == (60, 90)
 
-    graph = found.graph()
+    graph = result.graph()
     assert isinstance(graph, networkx.MultiDiGraph)
-    assert graph.number_of_nodes() == len(found["instances"])
+    assert graph.number_of_nodes() == len(result["instances"])
     assert graph.number_of_edges() == len(relations)
-    number = PREDICATES.index(first.predicate)
-    edge = graph.edges[first.subject_index, first.object_index, number]
+    predicate_id = PREDICATES.index(first.predicate)
+    edge = graph.edges[first.subject_index, first.object_index, predicate_id]
     assert edge["name"] == first.predicate and edge["score"] == pytest.approx(first.score)
     node = graph.nodes[first.subject_index]
     assert node["name"] == first.subject and len(node["box"]) == 4
@@ -88,21 +88,21 @@ def test_triplets_json_and_graph_say_the_same(predictor):
     assert read.number_of_edges() == len(relations)
     assert len({key for *_, key in read.edges(keys=True)}) == len(relations)
     assert read.nodes[str(first.subject_index)]["x0"] == pytest.approx(node["box"][0])
-    dot = graph_to_dot(found.best(3).graph(related_only=True))
+    dot = graph_to_dot(result.best(3).graph(related_only=True))
     assert dot.count("->") == 3 and dot.startswith("digraph")
-    assert len(found.best(min_score=2.0)["relations"]) == 0
+    assert len(result.best(min_score=2.0)["relations"]) == 0
 
 
-def test_dot_quotes_names(predictor):
+def test_graph_to_dot_quotes_in_names_are_escaped(predictor):
     graph = networkx.MultiDiGraph()
     graph.add_node(0, name='a "b" \\ c')
     assert '[label="a \\"b\\" \\\\ c"]' in graph_to_dot(graph)
 
 
-def test_given_boxes_are_taken_as_they_are(predictor):
+def test_predictor_given_boxes_are_kept(predictor):
     rgb, boxes = picture(80, 120), [[5, 5, 60, 70], [50, 10, 110, 75], [20, 30, 40, 50]]
-    found = predictor(rgb, boxes=boxes, classes=["person", 1, "table"])
-    instances = found["instances"]
+    result = predictor(rgb, boxes=boxes, classes=["person", 1, "table"])
+    instances = result["instances"]
     torch.testing.assert_close(
         instances.pred_boxes.tensor, torch.tensor(boxes).float(), rtol=0, atol=1e-3
     )
@@ -122,48 +122,48 @@ def test_given_boxes_are_taken_as_they_are(predictor):
     "boxes, classes, message",
     [
         ([[0, 0, 10]], None, "shape"),
-        ([[0, 0, 10, "x"]], None, "no table of numbers"),
+        ([[0, 0, 10, "x"]], None, "expected boxes as lists of numbers"),
         ([[0, 0, 9, 9], [10, 10, 5, 20]], None, r"box 1, \[10.0, 10.0, 5.0, 20.0\], has no area"),
         ([[200, 0, 300, 20]], None, "90 x 60"),
-        ([[0, 0, 9, 9], [50, 5, 50.00001, 50]], None, "box 1"),  # gone in float32
+        ([[0, 0, 9, 9], [50, 5, 50.00001, 50]], None, "box 1"),  # its width is 0 in float32
         ([[0, 0, float("nan"), 5]], None, "box 0"),
         ([[0, 0, 9, 9]], [99], "no class 99"),
         ([[0, 0, 9, 9]], ["unicorn"], "no class 'unicorn'"),
         ([[0, 0, 9, 9]], [None], "no class None"),
         ([[0, 0, 9, 9]], [0.5], "no class 0.5"),
         ([[0, 0, 9, 9]], 3, "classes is 3; expected a list"),
-        ([[0, 0, 9, 9]], [0, 1], "1 boxes were given with 2 classes"),
-        (None, [0], "no boxes that they belong to"),
+        ([[0, 0, 9, 9]], [0, 1], "got 2 classes for 1 boxes"),
+        (None, [0], "classes were given without boxes"),
     ],
 )
-def test_bad_boxes_are_told(predictor, boxes, classes, message):
+def test_predictor_bad_boxes_or_classes_raise(predictor, boxes, classes, message):
     with pytest.raises(ImageError, match=message):
         predictor(picture(), boxes=boxes, classes=classes)
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_no_detection_and_one_detection(checkpoint, count, tmp_path):
+def test_predictor_zero_or_one_detection_has_no_relations(checkpoint, count, tmp_path):
     options = ["TEST.DETECTIONS_PER_IMAGE", max(count, 1)]
     if count == 0:
         options += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 1.0]
     few = RelationPredictor.from_checkpoint(checkpoint, device="cpu", opts=options)
-    found = few(picture())
-    assert len(found["instances"]) == count and found.triplets() == []
-    assert found.graph().number_of_nodes() == count
-    assert json.loads(found.to_json())["relations"]["pairs"] == []
-    with pytest.raises(ImageError, match="triplet 0 was asked for, but there are 0"):
+    result = few(picture())
+    assert len(result["instances"]) == count and result.triplets() == []
+    assert result.graph().number_of_nodes() == count
+    assert json.loads(result.to_json())["relations"]["pairs"] == []
+    with pytest.raises(ImageError, match="no triplet 0; there are 0"):
         triplet_saliency(few, picture())
 
 
 @pytest.mark.parametrize("height, width", [(1, 1), (400, 10000), (10000, 2), (1, 700)])
-def test_odd_sizes(predictor, height, width):
-    found = predictor(np.full((height, width, 3), 120, np.uint8))
-    assert found.image_size == (height, width)
-    boxes = found["instances"].pred_boxes.tensor
+def test_predictor_extreme_image_sizes(predictor, height, width):
+    result = predictor(np.full((height, width, 3), 120, np.uint8))
+    assert result.image_size == (height, width)
+    boxes = result["instances"].pred_boxes.tensor
     assert (boxes >= 0).all() and (boxes[:, 2] <= width).all() and (boxes[:, 3] <= height).all()
 
 
-def test_stream_goes_on_after_a_bad_image(predictor, tmp_path):
+def test_stream_bad_image_does_not_stop_the_others(predictor, tmp_path):
     (tmp_path / "text.jpg").write_text("hello")
     images = [picture(), str(tmp_path / "text.jpg"), picture(seed=1), np.zeros((2, 3, 4, 5))]
     results = [x for _, x in predictor.stream(images, batch_size=3)]
@@ -172,13 +172,13 @@ def test_stream_goes_on_after_a_bad_image(predictor, tmp_path):
     same(results[2], predictor(picture(seed=1)))
 
 
-def test_stream_takes_several_images(predictor):
+def test_stream_single_image_raises(predictor):
     for one in ("x.png", picture()):
         with pytest.raises(TypeError, match="several images"):
             next(predictor.stream(one))
 
 
-def test_missing_and_foreign_checkpoints(checkpoint, tmp_path):
+def test_from_checkpoint_missing_or_other_file_raises(checkpoint, tmp_path):
     with pytest.raises(FileNotFoundError, match="No checkpoint '.*none.pth'"):
         RelationPredictor.from_checkpoint(tmp_path / "none.pth")
     torch.save({"model": {}}, tmp_path / "other.pth")
@@ -186,7 +186,7 @@ def test_missing_and_foreign_checkpoints(checkpoint, tmp_path):
         RelationPredictor.from_checkpoint(tmp_path / "other.pth")
     content = torch.load(checkpoint, weights_only=True)
     torch.save({"model": content["model"]}, tmp_path / "unnamed.pth")
-    with pytest.raises(ValueError, match="unnamed.pth does not say which model"):
+    with pytest.raises(ValueError, match="unnamed.pth has no config"):
         RelationPredictor.from_checkpoint(tmp_path / "unnamed.pth")
     # A detector's weights, with a config that would build a RelDN.
     weights = {k: v for k, v in content["model"].items() if k.startswith("detector.")}
@@ -194,15 +194,15 @@ def test_missing_and_foreign_checkpoints(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="detector.pth has no relation head: .* Train RelDN on it"):
         RelationPredictor.from_checkpoint(tmp_path / "detector.pth")
     (tmp_path / "text.pth").write_text("hello")
-    with pytest.raises(ValueError, match="text.pth cannot be read as a checkpoint"):
+    with pytest.raises(ValueError, match="text.pth cannot be read as a RelDN checkpoint"):
         RelationPredictor.from_checkpoint(tmp_path / "text.pth")
 
 
 @pytest.mark.parametrize(
     "opts, ks", [((), (None,)), (("TEST.RELATIONS.PROTOCOL", "motifs"), (1, None))]
 )
-def test_data_set_of_the_checkpoint_need_not_be_registered(opts, ks, tmp_path):
-    """It decides how many predicates a pair are kept where the config does not."""
+def test_from_checkpoint_unregistered_data_set_keeps_predicates_per_pair(opts, ks, tmp_path):
+    # Its protocol decides how many predicates per pair are kept if the config does not.
     name = "data_set_of_another_process"
     MetadataCatalog.get(name).evaluator_type = "relation"
     options = ["TEST.RELATIONS.PREDICATES_PER_PAIR", [], "DATASETS.TEST", (name,)]
@@ -213,22 +213,22 @@ def test_data_set_of_the_checkpoint_need_not_be_registered(opts, ks, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_devices_that_are_not_there(checkpoint):
+def test_from_checkpoint_missing_gpu_raises(checkpoint):
     with pytest.raises(ValueError, match="device 'cuda:1': torch .* sees no GPU here; use cpu"):
         RelationPredictor.from_checkpoint(checkpoint, device="cuda:1")
     assert RelationPredictor.from_checkpoint(checkpoint).model.device.type == "cpu"
 
 
-def test_pil_images_and_what_is_no_image(predictor):
+def test_predictor_pil_images_and_other_types(predictor):
     rgb = picture()
     same(predictor(Image.fromarray(rgb)), predictor(rgb))
     same(predictor([Image.fromarray(rgb), rgb])[0], predictor(rgb))
     for wrong, message in (
         (torch.from_numpy(rgb.copy()), "a Tensor is neither an image nor a list of images"),
         (None, "a NoneType is neither"),
-        ([torch.from_numpy(rgb.copy())], "image 0: a Tensor is no image"),
+        ([torch.from_numpy(rgb.copy())], "image 0: a Tensor is not an image"),
     ):
         with pytest.raises(ImageError, match=message):
             predictor(wrong)
-    with pytest.raises(ImageError, match="^2 images came with 1 sets of boxes; give one for each"):
+    with pytest.raises(ImageError, match="^2 images came with 1 sets of boxes; give one per image"):
         predictor([rgb, rgb], boxes=[[[0, 0, 5, 5]]])

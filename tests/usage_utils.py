@@ -1,4 +1,4 @@
-"""A tiny trained-looking checkpoint and images of every kind, for the tests of what users run."""
+"""A tiny checkpoint and a picture, for the tests of what users run."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ OPTIONS = (
 
 
 def write_checkpoint(folder: Path, *options) -> Path:
-    """``model_final.pth`` of a tiny RelDN that finds six entities and their relations anywhere."""
+    """Write ``model_final.pth`` of a tiny RelDN that finds six entities in any image."""
     torch.manual_seed(0)
     cfg = small_config(*OPTIONS, *options)
     model = build_model(cfg)
@@ -32,6 +32,6 @@ def write_checkpoint(folder: Path, *options) -> Path:
 
 
 def picture(height: int = 60, width: int = 90, seed: int = 0) -> np.ndarray:
-    """Smooth random colours, (height, width, 3) uint8."""
+    """Return smooth random colors, (height, width, 3) uint8."""
     small = np.random.default_rng(seed).integers(0, 255, (6, 9, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(small).resize((width, height), Image.BICUBIC))

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-r"""Draw images of a registered data set with their true relations, beside predictions if given.
+r"""Draw the ground truth of a registered data set, and predictions with hits and misses next to it.
 
 Example::
 
-    python tools/draw_relations.py --dataset vrd_test --output output/vrd/pictures --number 10 \
+    python tools/draw_relations.py --dataset vrd_test --output output/vrd/pictures --max-images 10 \
         --predictions output/vrd/reldn_small/inference/prdcls/relation_predictions.json
 """
 
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # if it is not installed
 
 import reldn_d2  # noqa: E402,F401  # isort: skip  registers the data sets
 from PIL import Image
@@ -21,7 +21,8 @@ from reldn_d2.data.datasets.catalog import add_module_argument, require_dataset
 from reldn_d2.evaluation.predictions_io import read_predictions, read_settings
 from reldn_d2.structures.scene_graph import SceneGraph
 from reldn_d2.utils.image_io import distinct_paths, read_rgb
-from reldn_d2.vis.compare import compare_image
+from reldn_d2.utils.protocols import PROTOCOLS, find_protocol
+from reldn_d2.vis.compare import compare_models
 from reldn_d2.vis.visualizer import RelationVisualizer
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -30,11 +31,12 @@ __all__ = ["Loaded", "add_arguments", "load_arguments", "load_predictions"]
 
 
 class Loaded(NamedTuple):
-    """A data set, and what was predicted for it."""
+    """A data set and predictions for it."""
 
     dicts: list[dict[str, Any]]
     metadata: Any
     predictions: dict[Any, SceneGraph]  # by image id
+    protocol: str = ""  # counts the hits; empty means the data set's own
 
     def predicted(self, record: dict[str, Any]) -> SceneGraph | None:
         """Return the prediction for the image of a dataset dict."""
@@ -42,8 +44,8 @@ class Loaded(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser, predictions_required: bool) -> None:
-    """Options that name a data set and predictions."""
-    parser.add_argument("--dataset", required=True, help="a registered data set")
+    """Add the options for a data set, its predictions and the protocol that counts hits."""
+    parser.add_argument("--dataset", required=True, help="registered data set")
     add_module_argument(parser)
     parser.add_argument(
         "--predictions",
@@ -51,66 +53,79 @@ def add_arguments(parser: argparse.ArgumentParser, predictions_required: bool) -
         required=predictions_required,
         help="relation_predictions.json of this data set, plain or gzipped",
     )
+    parser.add_argument(
+        "--protocol",
+        choices=PROTOCOLS,
+        default="",
+        help="evaluation protocol that counts the hits; default: the data set's own",
+    )
 
 
 def load_predictions(
     file: Path, dicts: list[dict[str, Any]], metadata: Any
 ) -> dict[Any, SceneGraph]:
-    """Predictions of a data set by image id, as small arrays.
+    """Read predictions of a data set by image id.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`.predictions_file.read_predictions`; or an image is
-            not one of the data set's.
+        FileNotFoundError, ValueError: as in :func:`.predictions_io.read_predictions`, or an image
+            is not in the data set.
     """
     written_for = read_settings(str(file)).get("dataset", metadata.name)
     if written_for != metadata.name:
         print(
             f"warning: {file} was written for data set '{written_for}', not '{metadata.name}': "
-            "equal image ids may be other images",
+            "equal image ids may mean different images",
             file=sys.stderr,
         )
     known = {record["image_id"] for record in dicts}
-    numbers = [len(metadata.thing_classes), len(metadata.predicate_classes)]
-    found = {}
-    for number, prediction in enumerate(read_predictions(str(file), *numbers)):
+    num_classes, num_predicates = len(metadata.thing_classes), len(metadata.predicate_classes)
+    predictions = {}
+    for index, prediction in enumerate(read_predictions(str(file), num_classes, num_predicates)):
         if prediction.image_id not in known:
             raise ValueError(
-                f"{file}, record {number}: data set '{metadata.name}' has no image "
-                f"{prediction.image_id!r}. Name the data set that the file was written for."
+                f"{file}, record {index}: data set '{metadata.name}' has no image "
+                f"{prediction.image_id!r}. Give the data set that the file was written for."
             )
-        found[prediction.image_id] = prediction
-    return found
+        predictions[prediction.image_id] = prediction
+    return predictions
 
 
 def load_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Loaded:
-    """What the options of :func:`add_arguments` name; ends with a line on what to mend."""
+    """Load what the options of :func:`add_arguments` name; exit with one line if that fails."""
     try:
         require_dataset(args.dataset, args.module)
         dicts, metadata = DatasetCatalog.get(args.dataset), MetadataCatalog.get(args.dataset)
         predictions = {}
         if args.predictions:
+            find_protocol(args.protocol, metadata.get("evaluator_type", None))
             predictions = load_predictions(args.predictions, dicts, metadata)
     except (ImportError, OSError, ValueError) as error:
         parser.error(str(error))
-    return Loaded(dicts, metadata, predictions)
+    return Loaded(dicts, metadata, predictions, args.protocol)
 
 
-def spread_evenly(dicts: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
-    """Choose ``number`` dataset dicts, evenly spread over those with relations if there are any."""
+def spread_evenly(dicts: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Return ``count`` dataset dicts, evenly spread over those with relations if there are any."""
     related = [record for record in dicts if record.get("relations")] or dicts
-    number = min(number, len(related))
-    return [related[i * len(related) // number] for i in range(number)]
+    count = min(count, len(related))
+    return [related[i * len(related) // count] for i in range(count)]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Draw; returns the exit status."""
+    """Draw the pictures and return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_arguments(parser, predictions_required=False)
     parser.add_argument("--output", type=Path, required=True, help="folder for the pictures")
-    parser.add_argument("--number", type=int, default=10, help="images, evenly spread")
-    parser.add_argument("--top-k", type=int, help="predictions drawn; default: as many as are true")
+    parser.add_argument(
+        "--max-images", type=int, default=10, help="max images, evenly spread; default: 10"
+    )
+    parser.add_argument(
+        "--top-k",
+        type=int,
+        help="max predictions drawn; default: the number of ground-truth relations",
+    )
     args = parser.parse_args(arguments)
     loaded = load_arguments(parser, args)
     try:
@@ -118,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         parser.error(f"--output: {error}")
     failed = 0
-    chosen = spread_evenly(loaded.dicts, args.number)
+    chosen = spread_evenly(loaded.dicts, args.max_images)
     paths = distinct_paths([record["file_name"] for record in chosen], args.output, ".png")
     for record in chosen:
         predicted = loaded.predicted(record)
@@ -128,9 +143,17 @@ def main(arguments: list[str] | None = None) -> int:
                 visualizer = RelationVisualizer(image, loaded.metadata)
                 picture = visualizer.draw_ground_truth(record).get_image()
             else:
-                picture = compare_image(image, record, predicted, loaded.metadata, args.top_k)
+                picture = compare_models(
+                    image,
+                    record,
+                    {"Prediction": predicted},
+                    loaded.metadata,
+                    topk=args.top_k,
+                    side=800,
+                    protocol=loaded.protocol,
+                )
         except ValueError as error:  # not an image, or not of the record's size
-            print(f"left out: {error}", file=sys.stderr)
+            print(f"skipped: {error}", file=sys.stderr)
             failed += 1
             continue
         path = paths[record["file_name"]]

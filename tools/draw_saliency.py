@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-r"""Draw where the detector's CNN and the predicate CNN look, or what a triplet's score hangs on.
+r"""Draw the feature maps of both CNNs, or the image regions that a triplet's score depends on.
 
 Examples::
 
@@ -16,14 +16,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # if it is not installed
 
-import reldn_d2  # noqa: E402,F401  # isort: skip  bridges gaps before Detectron2 is imported
+import reldn_d2  # noqa: E402,F401  # isort: skip  must be imported before Detectron2
 import numpy as np
 from PIL import Image
 
 from reldn_d2.predictor import RelationPredictor
-from reldn_d2.utils.image_io import distinct_paths, find_images
+from reldn_d2.utils.image_io import distinct_paths, expand_inputs
 from reldn_d2.vis.saliency import FUSED, draw_feature_maps, draw_triplet_saliency
 
 
@@ -32,32 +32,33 @@ def _draw_triplet(predictor: RelationPredictor, file: str, rank: int, level: str
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Draw; returns the exit status."""
+    """Draw the pictures and return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", required=True, help="a trained RelDN")
+    parser.add_argument("--checkpoint", required=True, help="checkpoint of a trained RelDN")
     parser.add_argument("--input", nargs="+", required=True, help="images, globs, folders")
     parser.add_argument("--output", type=Path, required=True, help="folder for the pictures")
     parser.add_argument(
         "--levels",
         nargs="+",
         default=[FUSED],
-        help="feature maps, as the config names them (p2 to p5), or fused; default: fused",
+        help="feature maps by their names in the config (p2 to p5), or fused; default: fused",
     )
     parser.add_argument(
         "--triplets", nargs="+", type=int, help="ranks of predicted triplets, 0 being the best"
     )
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE options")
+    parser.add_argument(
+        "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE config overrides"
+    )
     args = parser.parse_args(arguments)
     failed = 0
     try:
         predictor = RelationPredictor.from_checkpoint(args.checkpoint, opts=args.opts)
-        files = find_images(args.input)
+        files = expand_inputs(args.input)
         args.output.mkdir(parents=True, exist_ok=True)
-    except (OSError, KeyError, ValueError) as error:
-        reason = error.args[0] if isinstance(error, KeyError) else error
-        print(f"draw_saliency.py: {reason}", file=sys.stderr)
+    except (OSError, ValueError) as error:
+        print(f"draw_saliency.py: {error}", file=sys.stderr)
         return 1
     pictures: dict[str, Callable] = {"features": partial(draw_feature_maps, levels=args.levels)}
     if args.triplets is not None:
@@ -67,11 +68,11 @@ def main(arguments: list[str] | None = None) -> int:
             for level in args.levels
         }
     for file, start in distinct_paths(files, args.output, "").items():
-        errors: dict[str, None] = {}  # each once, though it may hold for every picture
+        errors: dict[str, None] = {}  # a set in order, because levels may share an error
         for name, draw in pictures.items():
             try:
                 picture = draw(predictor, file)
-            except ValueError as error:  # of the image, or the detector has no detections of it
+            except ValueError as error:  # an unusable image, or it has no detections
                 errors[str(error)] = None
                 continue
             path = start.with_name(f"{start.name}_{name}.png")

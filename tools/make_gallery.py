@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-r"""Write an HTML gallery of an evaluation: every image with its ranked triplets, hits and misses.
+r"""Write an HTML gallery of an evaluation: each image with its ranked triplets, hits and misses.
 
 Example::
 
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # if it is not installed
 
 import reldn_d2  # noqa: E402,F401  # isort: skip  registers the data sets
 from draw_relations import add_arguments, load_arguments
@@ -24,19 +24,26 @@ from reldn_d2.vis.gallery import gallery_record, write_gallery
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the page; returns the exit status."""
+    """Write the page and return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_arguments(parser, predictions_required=True)
-    parser.add_argument("--output", type=Path, required=True, help="the HTML file")
-    parser.add_argument("--number", type=int, help="images, from the first on; default: all")
-    parser.add_argument("--top-k", type=int, default=20, help="relations listed of an image")
-    parser.add_argument("--side", type=int, default=400, help="longest side of a picture, pixels")
+    parser.add_argument("--output", type=Path, required=True, help="HTML file")
+    parser.add_argument("--max-images", type=int, help="only the first N images; default: all")
+    parser.add_argument(
+        "--top-k", type=int, default=20, help="max relations listed per image; default: 20"
+    )
+    parser.add_argument(
+        "--side",
+        type=int,
+        default=400,
+        help="longest side of each picture in pixels; default: 400",
+    )
     args = parser.parse_args(arguments)
     loaded = load_arguments(parser, args)
     metadata = loaded.metadata
-    chosen = [x for x in loaded.dicts if x["image_id"] in loaded.predictions][: args.number]
+    chosen = [x for x in loaded.dicts if x["image_id"] in loaded.predictions][: args.max_images]
     failed: list[str] = []
 
     def records() -> Iterator[dict[str, Any]]:
@@ -46,24 +53,23 @@ def main(arguments: list[str] | None = None) -> int:
                     Path(record["file_name"]).name,
                     read_rgb(record["file_name"]),
                     loaded.predicted(record),
-                    metadata.thing_classes,
-                    metadata.predicate_classes,
+                    metadata,
                     record,
-                    args.top_k,
-                    args.side,
+                    topk=args.top_k,
+                    side=args.side,
+                    protocol=loaded.protocol,
                 )
             except ValueError as error:  # not an image, or not of the record's size
                 failed.append(str(error))
 
     title = f"{args.dataset}: {'/'.join(args.predictions.resolve().parts[-4:-1])}"
     try:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
         count = write_gallery(args.output, records(), title, metadata.predicate_classes)
     except OSError as error:
         parser.error(f"--output {args.output}: {error}")
     print(f"{args.output}: {count} images, {args.output.stat().st_size / 1e6:.1f} MB")
     for line in failed:
-        print(f"left out: {line}", file=sys.stderr)
+        print(f"skipped: {line}", file=sys.stderr)
     return 1 if failed else 0
 
 

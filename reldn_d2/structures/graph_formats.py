@@ -1,4 +1,4 @@
-"""Scene graphs for other programs: networkx, GraphML and Graphviz's DOT."""
+"""Conversion of scene graphs to networkx, GraphML and Graphviz's DOT."""
 
 from typing import Any
 
@@ -10,14 +10,14 @@ __all__ = ["graph_to_dot", "graph_to_graphml", "to_networkx"]
 def to_networkx(scene: Any, related_only: bool = False):
     """Return a predicted scene graph as a :class:`networkx.MultiDiGraph`.
 
-    Nodes are the entities by index, with ``name`` of the class, ``label`` (with an ordinal where
-    a class occurs repeatedly, as in pictures), ``class_id``, ``score`` and ``box``
-    [x0, y0, x1, y1]; edges lead from subject to object, with ``name``, ``predicate_id``, ``score``
-    and ``predicate_score``; their key is the predicate's id.
+    Nodes are the entities by index, with ``name`` of the class, ``label`` (as in pictures, with an
+    ordinal if a class occurs repeatedly), ``class_id``, ``score`` and ``box`` [x0, y0, x1, y1].
+    Edges go from subject to object, with ``name``, ``predicate_id``, ``score`` and
+    ``predicate_score``; their key is the predicate's id.
 
     Args:
         scene: a predicted :class:`.scene_graph.SceneGraph`.
-        related_only: leave out entities without any relation.
+        related_only: leave out entities without relations.
 
     Raises:
         ImportError: networkx is not installed.
@@ -57,7 +57,7 @@ def to_networkx(scene: Any, related_only: bool = False):
 
 
 def graph_to_graphml(graph) -> str:
-    """Return a scene graph as GraphML, whose attributes are plain: a box is ``x0`` to ``y1``."""
+    """Return a scene graph as GraphML; boxes become plain attributes ``x0`` to ``y1``."""
     import networkx
 
     flat = networkx.MultiDiGraph(**graph.graph)
@@ -65,7 +65,7 @@ def graph_to_graphml(graph) -> str:
         values = dict(data)
         values.update(zip(("x0", "y0", "x1", "y1"), values.pop("box")))
         flat.add_node(node, **values)
-    # A key becomes the edge's id, which must be unique in the file.
+    # A key becomes the id of the edge, which must be unique in the file.
     for edge_id, (subject, object_, data) in enumerate(graph.edges(data=True)):
         flat.add_edge(subject, object_, key=edge_id, **data)
     return "\n".join(networkx.generate_graphml(flat))

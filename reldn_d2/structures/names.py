@@ -1,4 +1,4 @@
-"""Names of classes, predicates and entities in everything that a person reads."""
+"""Names of classes, predicates and entities in pictures, graphs, files and messages."""
 
 from collections.abc import Sequence
 
@@ -8,23 +8,23 @@ __all__ = ["class_name", "name_entities"]
 
 
 def class_name(index: int, names: Sequence[str], kind: str = "class") -> str:
-    """Return the name of a class or predicate, or ``class 7`` where it has none."""
+    """Return the name of a class or predicate, or ``class 7`` if it has none."""
     return names[index] if 0 <= index < len(names) else f"{kind} {index}"
 
 
 def name_entities(
     boxes: np.ndarray, classes: Sequence[int], entities: Sequence[int], class_names: Sequence[str]
 ) -> dict[int, str]:
-    """Name entities by class, with an ordinal from left to right where a class occurs repeatedly.
+    """Name entities by class, with an ordinal from left to right if a class occurs repeatedly.
 
     Args:
-        boxes: (E, 4).
-        classes: (E,) class ids.
-        entities: indices of the entities that get a name.
-        class_names: by class id; ids beyond it are called ``class 7``.
+        boxes: (R, 4).
+        classes: (R,) class ids.
+        entities: indices of the entities to name.
+        class_names: names by class id, see :func:`class_name`.
 
     Returns:
-        From each index in ``entities`` to its name, such as ``cup 2``.
+        name by entity, such as ``cup 2``.
     """
     members: dict[int, list[int]] = {}
     for entity in entities:
@@ -32,7 +32,7 @@ def name_entities(
     names = {}
     for class_id, same_class in members.items():
         name = class_name(class_id, class_names)
-        mark = "" if class_id < len(class_names) else "#"  # "class 7 #2", not "class 7 2"
+        mark = "" if 0 <= class_id < len(class_names) else "#"  # "class 7 #2", not "class 7 2"
         same_class = sorted(
             same_class, key=lambda e: (boxes[e][0] + boxes[e][2], boxes[e][1] + boxes[e][3], e)
         )

@@ -19,7 +19,7 @@ __all__ = [
     "ImageError",
     "distinct_paths",
     "exif_orientation",
-    "find_images",
+    "expand_inputs",
     "pil_to_rgb",
     "read_rgb",
     "to_rgb",
@@ -141,7 +141,7 @@ def to_rgb(image: np.ndarray, channels: str = "RGB", name: str = "image") -> np.
     return np.ascontiguousarray(color)
 
 
-def find_images(inputs: Sequence[str | Path]) -> list[str]:
+def expand_inputs(inputs: Sequence[str | Path]) -> list[str]:
     """List the files of paths, globs and folders in order, each once.
 
     A folder gives the files directly in it that have an image suffix. A path that does not exist is

@@ -1,6 +1,6 @@
-"""The sheet on which relations are drawn: an image, white around it, and a panel of rows.
+"""The sheet on which relations are drawn: an image, a white margin, and a panel of rows.
 
-Coordinates are pixels of the sheet, y downwards, unless said otherwise.
+Coordinates are pixels of the sheet, y downwards, unless stated otherwise.
 """
 
 import bisect
@@ -26,13 +26,13 @@ from detectron2.utils.visualizer import VisImage
 
 from .layout import Color, Label
 
-__all__ = ["RelationImage", "Row", "Sheet", "label_size", "plan_sheet", "shorten"]
+__all__ = ["RelationImage", "Row", "Sheet", "label_size", "pad", "plan_sheet", "shorten"]
 
 INK, FAINT, WHITE = (0.13, 0.13, 0.13), (0.45, 0.45, 0.45), (1.0, 1.0, 1.0)
-MIN_AREA = 240  # pixels that the image with the white around it has at least in each direction
-MIN_ROWS = 20  # relations that one column of the panel holds, however low the image
-_CUT = "\u2026"
-_NUMBER = re.compile(r"(?<=\S)(?: \d+ #\d+| #?\d+)$")  # of an entity, behind its class
+MIN_AREA = 240  # min width and height in pixels of the image with its margin
+MIN_ROWS = 20  # relations that fit into one column of the panel, however low the image
+_ELLIPSIS = "\u2026"
+_ORDINAL = re.compile(r"(?<=\S)(?: \d+ #\d+| #?\d+)$")  # of an entity, after its class
 
 
 @lru_cache(maxsize=64)
@@ -42,41 +42,41 @@ def _font(bold: bool, points: float) -> FontProperties:
 
 @lru_cache(maxsize=4096)
 def text_width(text: str, size: float, bold: bool = False) -> float:
-    """Width in pixels of a text whose font size is ``size`` pixels."""
+    """Return the width in pixels of a text whose font size is ``size`` pixels."""
     return float(text_to_path.get_text_width_height_descent(text, _font(bold, size), False)[0])
 
 
 def label_size(lines: str | Sequence[str], size: float) -> tuple[float, float]:
-    """Width and height in pixels of the plate of a label of one or several lines."""
+    """Return the width and height in pixels of the plate of a label with one or several lines."""
     lines = [lines] if isinstance(lines, str) else lines
     width = max(text_width(line, size) for line in lines)
     return width + 0.8 * size + 4, 1.35 * size + 4 + 1.25 * size * (len(lines) - 1)
 
 
 def shorten(text: str, size: float, width: float, bold: bool = False) -> str:
-    """Cut a text to ``width`` pixels, with an ellipsis where something was cut.
+    """Cut a text to ``width`` pixels, with an ellipsis for the part that was cut.
 
-    A number at the end, such as that of ``cup 2`` or ``class 7 #2``, is kept where it fits. Where
-    even the ellipsis does not fit, nothing is left.
+    An ordinal at the end, such as in ``cup 2`` or ``class 7 #2``, is kept if it fits. If not even
+    the ellipsis fits, nothing is left.
     """
     if text_width(text, size, bold) <= width:
         return text
-    number = _NUMBER.search(text)
-    for end in [number.group(), ""] if number else [""]:
+    ordinal = _ORDINAL.search(text)
+    for end in [ordinal.group(), ""] if ordinal else [""]:
         body = text[: len(text) - len(end)]
-        # The least number of letters that is too wide; 0 where not even the ellipsis fits.
+        # How many letters are too many; 0 if not even the ellipsis fits.
         over = bisect.bisect_left(
             range(len(body) + 1),
             True,
-            key=lambda n: text_width(body[:n].rstrip() + _CUT + end, size, bold) > width,
+            key=lambda n: text_width(body[:n].rstrip() + _ELLIPSIS + end, size, bold) > width,
         )
         if over:
-            return body[: over - 1].rstrip() + _CUT + end
+            return body[: over - 1].rstrip() + _ELLIPSIS + end
     return ""
 
 
 def fair_cap(widths: Sequence[float], room: float) -> float:
-    """The width to which the longest pieces must be cut so that all of them fit into ``room``."""
+    """Return the width to which the longest pieces must be cut so that all fit into ``room``."""
     for left, width in zip(range(len(widths), 0, -1), sorted(widths)):
         if width * left > room:
             return max(room / left, 0.0)
@@ -84,20 +84,27 @@ def fair_cap(widths: Sequence[float], room: float) -> float:
     return math.inf
 
 
+def pad(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Put a picture in the upper left corner of a white one."""
+    sheet = np.full((height, width, 3), 255, np.uint8)
+    sheet[: picture.shape[0], : picture.shape[1]] = picture
+    return sheet
+
+
 class Row(NamedTuple):
-    """One line of the panel: pieces (text, colour, bold), and what stands at its right end."""
+    """One line of the panel: pieces (text, color, bold), and a text at its right end."""
 
     pieces: list[tuple[str, Color, bool]]
     right: str = ""
 
     def width(self, size: float) -> float:
-        """Pixels that this row needs."""
+        """Return the pixels that this row needs."""
         pieces = sum(text_width(text, size, bold) for text, _, bold in self.pieces)
         return pieces + (text_width(self.right, size) + 1.5 * size if self.right else 0)
 
 
 class Sheet(NamedTuple):
-    """Where the parts of a picture lie; ``area`` is the image with the white around it."""
+    """Positions of the parts of a picture; ``area`` is the image with its white margin."""
 
     size: tuple[int, int]  # width, height
     image: tuple[float, float, float, float]
@@ -109,7 +116,7 @@ class Sheet(NamedTuple):
 
     @property
     def row_height(self) -> float:
-        """Pixels from one row of the panel to the next."""
+        """Distance in pixels from one row of the panel to the next."""
         return round(1.65 * self.text)
 
 
@@ -125,13 +132,12 @@ def plan_sheet(
     """Lay out a picture.
 
     Args:
-        width: of the image, in its own pixels.
-        height: of the image, in its own pixels.
+        width, height: of the image, in its own pixels.
         scale: pixels of the sheet per pixel of the image.
         rows: heading and rows of the panel.
         panel: "right", "below" or "none".
-        title: whether a title stands above the image.
-        text: font size in pixels; None takes one that suits the image.
+        title: whether there is a title above the image.
+        text: font size in pixels; None chooses one that suits the image.
     """
     image_w, image_h = max(1, round(width * scale)), max(1, round(height * scale))
     area_w, area_h = max(image_w, MIN_AREA), max(image_h, MIN_AREA)
@@ -167,9 +173,9 @@ def plan_sheet(
 
 
 class RelationImage(VisImage):
-    """A :class:`VisImage` with room around the image.
+    """A :class:`VisImage` with a margin around the image.
 
-    ``ax`` keeps the coordinates of the image, so that all that draws on a ``VisImage`` works;
+    ``ax`` keeps the coordinates of the image, so that all code that draws on a ``VisImage`` works;
     ``overlay`` covers the whole sheet.
     """
 
@@ -187,7 +193,7 @@ class RelationImage(VisImage):
         width, height = self.sheet.size
         self.fig = Figure(facecolor="white")
         self.dpi = self.fig.get_dpi()
-        # A little more than whole pixels, as Detectron2 does: the canvas rounds down.
+        # Slightly more than whole pixels, as in Detectron2, because the canvas rounds down.
         full_width, full_height = width + 1e-2, height + 1e-2
         self.fig.set_size_inches(full_width / self.dpi, full_height / self.dpi)
         self.canvas = FigureCanvasAgg(self.fig)
@@ -210,13 +216,13 @@ class RelationImage(VisImage):
         self._layer = 0
 
     def add(self, artist: Artist) -> None:
-        """Add a line, patch or text to the overlay, above all that was added before."""
+        """Add a line, patch or text to the overlay, above everything added before."""
         self._layer += 1
         artist.set_zorder(self._layer)
         self.overlay.add_artist(artist)
 
     def reset_image(self, img: np.ndarray) -> None:
-        """Show ``img``, resampled to the pixels that it covers."""
+        """Show ``img``, resampled to the pixels that it covers on the sheet."""
         x0, y0, x1, y1 = self.sheet.image
         method = Image.BICUBIC if self.scale > 1 else Image.LANCZOS
         shown = Image.fromarray(img.astype("uint8")).resize((int(x1 - x0), int(y1 - y0)), method)
@@ -224,19 +230,19 @@ class RelationImage(VisImage):
         self.ax.imshow(np.asarray(shown), extent=extent, interpolation="nearest", aspect="auto")
 
     def points(self, pixels: float) -> float:
-        """Pixels to typographic points, matplotlib's unit of line widths and font sizes."""
+        """Convert pixels to points, matplotlib's unit of line widths and font sizes."""
         return pixels * 72 / self.dpi
 
     def write(
         self, x: float, y: float, text: str, size: float, color: Color, bold: bool = False
     ) -> None:
-        """Write one line of text that begins at ``x`` and is centred on ``y``."""
+        """Write one line of text that starts at ``x`` and is centered on ``y``."""
         font = _font(bold, self.points(size))
-        place = (x, y + 0.36 * size)
-        self.add(Text(*place, text, color=color, fontproperties=font, parse_math=False))
+        baseline = y + 0.36 * size
+        self.add(Text(x, baseline, text, color=color, fontproperties=font, parse_math=False))
 
     def line(self, points: np.ndarray, color: Color, width: float, dashed: bool = False) -> None:
-        """Draw a line with a thin light rim, so that it is seen on any background."""
+        """Draw a line with a thin light outline, which makes it visible on any background."""
         line = Line2D(points[:, 0], points[:, 1], color=color, linewidth=self.points(width))
         line.set_linestyle((0, (3.5, 1.6)) if dashed else "solid")
         rim = patheffects.withStroke(
@@ -246,7 +252,7 @@ class RelationImage(VisImage):
         self.add(line)
 
     def arrow(self, points: np.ndarray, color: Color, width: float, dashed: bool = False) -> None:
-        """Draw an arrow along ``points`` (L, 2) with its head at their end."""
+        """Draw an arrow along ``points`` (L, 2) with its head at the last one."""
         length = 5.5 * width
         to_end = np.linalg.norm(points - points[-1], axis=1)
         shaft = points[: max(int((to_end > 0.8 * length).sum()), 2)]
@@ -258,21 +264,21 @@ class RelationImage(VisImage):
         corners = np.stack([points[-1], back + side, back - side])
         self.add(Polygon(corners, facecolor=color, edgecolor="white", linewidth=self.points(0.8)))
 
-    def dot(self, centre: np.ndarray, radius: float, color: Color) -> None:
-        """Draw the point of an entity, where its arrows begin and end."""
-        style = dict(facecolor=color, edgecolor="white", linewidth=self.points(1.3))
-        self.add(Circle(centre, radius, **style))
+    def dot(self, center: np.ndarray, radius: float, color: Color) -> None:
+        """Draw the point of an entity where its arrows start and end."""
+        rim = self.points(1.3)
+        self.add(Circle(center, radius, facecolor=color, edgecolor="white", linewidth=rim))
 
     def plate(
         self, label: Label, lines: Sequence[tuple[str, Color]], face: Color, edge: Color
     ) -> None:
-        """Draw a label as a small rounded plate, with a leader line where it stands apart.
+        """Draw a label as a small rounded plate, with a leader line if it has one.
 
         Args:
-            label: where.
-            lines: texts, one below the other, with their colours.
-            face: colour of the plate.
-            edge: colour of its rim and leader line.
+            label: position.
+            lines: texts from top to bottom, with their colors.
+            face: color of the plate.
+            edge: color of its border and leader line.
         """
         x0, y0, x1, y1 = label.rect
         size = self.sheet.text
@@ -291,15 +297,15 @@ class RelationImage(VisImage):
             )
         )
         first = (y0 + y1) / 2 - 0.625 * size * (len(lines) - 1)
-        for number, (text, ink) in enumerate(lines):
-            self.write(x0 + 2 + 0.4 * size, first + 1.25 * size * number, text, size, ink)
+        for index, (text, ink) in enumerate(lines):
+            self.write(x0 + 2 + 0.4 * size, first + 1.25 * size * index, text, size, ink)
 
     def list_rows(self, rows: Sequence[Row]) -> None:
         """Write the panel, column by column."""
         sheet = self.sheet
         size, step = sheet.text, sheet.row_height
-        for number, row in enumerate(rows):
-            column, line = divmod(number, sheet.rows_per_column)
+        for index, row in enumerate(rows):
+            column, line = divmod(index, sheet.rows_per_column)
             x = sheet.panel[0] + column * sheet.column_width
             y = sheet.panel[1] + (line + 0.5) * step
             end = x + sheet.column_width - 2 * round(0.8 * size)

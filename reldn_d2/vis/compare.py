@@ -1,32 +1,18 @@
 """Ground truth and predictions of one image side by side, with hits and misses."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from ..evaluation.matching import find_hits
 from ..structures.scene_graph import SceneGraph
+from ..utils.protocols import find_protocol
+from .canvas import pad
+from .correspondence import match_scenes, same_entities
 from .layout import entity_color
-from .scene import same_entities
 from .visualizer import RelationVisualizer, check_size, heading_of
 
-__all__ = ["compare_image", "compare_models"]
-
-
-def compare_image(
-    img_rgb: np.ndarray,
-    dataset_dict: dict[str, Any],
-    predicted: SceneGraph,
-    metadata: Any,
-    topk: int | None = None,
-    side: int = 800,
-) -> np.ndarray:
-    """Ground truth beside the prediction: hits and what they find in green, the rest in red.
-
-    Arguments and result as in :func:`compare_models`, for one model.
-    """
-    return compare_models(img_rgb, dataset_dict, {"Prediction": predicted}, metadata, topk, side)
+__all__ = ["compare_models"]
 
 
 def compare_models(
@@ -36,65 +22,64 @@ def compare_models(
     metadata: Any,
     topk: int | None = None,
     side: int = 480,
+    protocol: str = "",
 ) -> np.ndarray:
-    """Ground truth and the predictions of models in one row; equal entities have equal names.
+    """Draw ground truth and the predictions of one or several models in one row.
+
+    Equal entities have equal names and colors.
 
     Args:
         img_rgb: (H, W, 3) uint8.
         dataset_dict: with ``annotations`` and ``relations`` in the image's frame.
-        predictions: from each model's name to its prediction, in the image's frame.
-        metadata: with ``thing_classes`` and ``predicate_classes``.
-        topk: predictions drawn of each model; None takes as many as there are true relations, or
-            5 where there is none.
+        predictions: prediction by name of the model, in the image's frame.
+        metadata: with ``thing_classes``, ``predicate_classes`` and ``evaluator_type``.
+        topk: relations drawn per model; None draws the top n, n being the number of ground-truth
+            relations, or 5 if there is none.
         side: longest side in pixels of each of the images.
+        protocol: evaluation protocol that counts the hits; empty means the data set's own.
 
     Returns:
         (H', W', 3) uint8. Hits are green, misses red and dashed. The ground truth is marked only
-        beside a single model.
+        next to a single model.
+
+    Raises:
+        ValueError: the image does not have the size of ``dataset_dict``, the protocol is unknown,
+            or the data set has none.
     """
+    protocol = find_protocol(protocol, metadata.get("evaluator_type", None)).name
     check_size(img_rgb, dataset_dict)
     truth = SceneGraph.from_dataset_dict(dataset_dict)
     if topk is None:
         topk = len(truth.pairs) or 5
     scenes = [predicted.best(topk) for predicted in predictions.values()]
-    matches = [find_hits(scene, truth) for scene in scenes]
-    everything, maps = same_entities(truth, scenes)
+    matches = [match_scenes(scene, truth, protocol) for scene in scenes]
+    distinct, maps = same_entities(truth, scenes)
     maps = [{entity: entity for entity in truth.related_entities}] + maps
-    used = sorted({same for known in maps for same in known.values()})
+    drawn = sorted({same for same_as in maps for same in same_as.values()})
     visualizer = RelationVisualizer(img_rgb, metadata, scale=side / max(img_rgb.shape[:2]))
-    names = visualizer.name(everything, used)
-    colors = {entity: entity_color(number) for number, entity in enumerate(used)}
+    names = visualizer.name(distinct, drawn)
+    colors = {entity: entity_color(index) for index, entity in enumerate(drawn)}
 
     marks = [matches[0][1] if len(matches) == 1 else None] + [hits for hits, _ in matches]
     titles, headings = ["Ground truth"], [None]
     for (name, predicted), scene, (_, found) in zip(predictions.items(), scenes, matches):
-        titles.append(f"{name}: {sum(found)} of {len(found)} found")
+        titles.append(f"{name}: {sum(found)} of {len(found)} found ({protocol})")
         headings.append(heading_of(scene, len(predicted.scores)))
-    pictures = []
-    for number, (scene, known) in enumerate(zip([truth] + scenes, maps)):
-        picture = visualizer.draw_triplets(
-            scene.boxes,
-            scene.classes,
-            scene.rows(),
-            marks=marks[number],
-            names={entity: names[same] for entity, same in known.items()},
-            colors={entity: colors[same] for entity, same in known.items()},
-            title=titles[number],
-            heading=headings[number],
+    pictures = [
+        visualizer.draw_scene(
+            scene,
+            marks=mark,
+            names={entity: names[same] for entity, same in same_as.items()},
+            colors={entity: colors[same] for entity, same in same_as.items()},
+            title=title,
+            heading=heading,
             panel="below",
-            plain=marks[number] is None,
+            plain=mark is None,
+        ).get_image()
+        for scene, mark, same_as, title, heading in zip(
+            [truth] + scenes, marks, maps, titles, headings
         )
-        pictures.append(picture.get_image())
-    return _in_a_row(pictures, gap=12)
-
-
-def _in_a_row(pictures: Sequence[np.ndarray], gap: int) -> np.ndarray:
-    """Put pictures side by side on white, aligned at their tops."""
-    height = max(picture.shape[0] for picture in pictures)
-    width = sum(picture.shape[1] for picture in pictures) + gap * (len(pictures) - 1)
-    row = np.full((height, width, 3), 255, dtype=np.uint8)
-    left = 0
-    for picture in pictures:
-        row[: picture.shape[0], left : left + picture.shape[1]] = picture
-        left += picture.shape[1] + gap
-    return row
+    ]
+    height, gap = max(picture.shape[0] for picture in pictures), 12
+    padded = [pad(picture, height, picture.shape[1] + gap) for picture in pictures]
+    return np.concatenate(padded, axis=1)[:, :-gap]

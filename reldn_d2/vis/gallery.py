@@ -1,7 +1,7 @@
-"""An HTML gallery of predictions: one file that needs nothing beside itself.
+"""An HTML gallery of predictions: one self-contained file.
 
-Each image is a small picture with its ranked triplets; the page filters them by predicate, words
-and hit or miss, sorts the images, and shows the boxes of the triplet pointed at.
+Each image is a small picture with its ranked triplets. The page filters them by predicate, words
+and hit or miss, sorts the images, and shows the boxes of the triplet under the pointer.
 """
 
 import base64
@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..evaluation.matching import find_hits
 from ..structures.names import class_name, name_entities
 from ..structures.scene_graph import RelationRow, SceneGraph
+from ..utils.file_io import write_atomically
+from ..utils.protocols import find_protocol
+from .correspondence import match_scenes, same_entities
 from .layout import predicate_color
-from .scene import same_entities
 from .visualizer import check_size
 
 __all__ = ["gallery_record", "write_gallery"]
@@ -31,33 +32,36 @@ def gallery_record(
     name: str,
     image: np.ndarray,
     predicted: SceneGraph,
-    thing_classes: Sequence[str],
-    predicate_classes: Sequence[str],
+    metadata: Any,
     dataset_dict: dict[str, Any] | None = None,
     topk: int = 20,
     side: int = 400,
     min_score: float = 0.0,
+    protocol: str = "",
 ) -> dict[str, Any]:
-    """One image of the gallery, as plain types.
+    """Return one image of the gallery as plain types.
 
     Args:
-        name: of the image.
+        name: name of the image.
         image: (H, W, 3) uint8 in RGB order.
-        predicted: in the image's frame.
-        thing_classes, predicate_classes: names by id.
+        predicted: prediction in the image's frame.
+        metadata: with ``thing_classes`` and ``predicate_classes``; ``evaluator_type`` if there is
+            ground truth.
         dataset_dict: ground truth in the image's frame, for hits and misses.
-        topk: at most so many relations.
+        topk: max relations listed.
         side: longest side of the small picture in pixels.
-        min_score: relations below it are left out.
+        min_score: relations with a lower score are left out.
+        protocol: evaluation protocol that counts the hits; empty means the data set's own.
 
     Returns:
-        name, width, height, ``picture`` (a data URL), ``boxes`` of the entities that take part,
-        ``rows`` (subject, object, predicate, score, hit), ``missed`` (the same of ground truth
-        that no row hits), ``names`` and ``truth`` (number of true relations or None).
-        An entity has one name in all rows.
+        name, width, height, ``picture`` (a data URL), ``boxes`` and ``names`` of the entities that
+        take part, ``rows`` (subject, object, predicate, score, hit), ``missed`` (the first three
+        of each ground-truth relation that is not found), ``truth`` and ``protocol`` (number of
+        ground-truth relations and the protocol that counted, or None). An entity has one name in
+        all rows.
 
     Raises:
-        ValueError: the image is not of the size that ``dataset_dict`` says.
+        ValueError: as in :func:`.compare.compare_models`.
     """
     height, width = image.shape[:2]
     scene = predicted.best(topk, min_score)
@@ -65,21 +69,23 @@ def gallery_record(
     hits: list[bool | None] = [None] * len(scene.pairs)
     missed: list[RelationRow] = []
     if dataset_dict is not None:
+        protocol = find_protocol(protocol, metadata.get("evaluator_type", None)).name
         check_size(image, dataset_dict)
         truth = SceneGraph.from_dataset_dict(dataset_dict)
-        hits, found = find_hits(scene, truth)
+        hits, found = match_scenes(scene, truth, protocol)
         missed = [row for row, is_found in zip(truth.rows(), found) if not is_found]
-    # Predicted boxes and those of missed relations are shown each; an entity has one name in both.
-    everything, (same,) = same_entities(truth, [scene])
+    # The page shows the predicted boxes and, of missed relations, the true ones.
+    distinct, (same_as,) = same_entities(truth, [scene])
+    related = scene.related_entities
     not_found = sorted({entity for row in missed for entity in row[:2]})
-    used = sorted({*same.values(), *not_found})
-    names = name_entities(everything.boxes, everything.classes, used, thing_classes)
-    boxes = [*scene.boxes[scene.related_entities], *truth.boxes[not_found]]
-    place = {entity: n for n, entity in enumerate(scene.related_entities)}
-    place_missed = {entity: n for n, entity in enumerate(not_found, start=len(place))}
+    named = sorted({*same_as.values(), *not_found})
+    names = name_entities(distinct.boxes, distinct.classes, named, metadata.thing_classes)
+    boxes = [*scene.boxes[related], *truth.boxes[not_found]]
+    index_of = {entity: index for index, entity in enumerate(related)}
+    index_of_missed = {entity: index for index, entity in enumerate(not_found, len(related))}
 
-    def predicate(index: int) -> str:
-        return class_name(index, predicate_classes, "predicate")
+    def predicate(predicate_id: int) -> str:
+        return class_name(predicate_id, metadata.predicate_classes, "predicate")
 
     return {
         "name": name,
@@ -87,13 +93,14 @@ def gallery_record(
         "height": height,
         "picture": _data_url(image, side),
         "boxes": [[round(float(x), 1) for x in box] for box in boxes],
-        "names": [names[same[i]] for i in scene.related_entities] + [names[i] for i in not_found],
+        "names": [names[same_as[i]] for i in related] + [names[i] for i in not_found],
         "rows": [
-            [place[s], place[o], predicate(p), round(float(score), 4), hit]
+            [index_of[s], index_of[o], predicate(p), round(float(score), 4), hit]
             for (s, o, p, score), hit in zip(scene.rows(), hits)
         ],
-        "missed": [[place_missed[s], place_missed[o], predicate(p)] for s, o, p, _ in missed],
+        "missed": [[index_of_missed[s], index_of_missed[o], predicate(p)] for s, o, p, _ in missed],
         "truth": None if dataset_dict is None else len(truth.pairs),
+        "protocol": None if dataset_dict is None else protocol,
     }
 
 
@@ -112,26 +119,26 @@ def write_gallery(
     title: str,
     predicate_classes: Sequence[str] = (),
 ) -> int:
-    """Write the page; records are taken one at a time, so that any number fits in memory.
+    """Write the page atomically, one record at a time, so that any number fits in memory.
 
     Args:
-        path: the HTML file.
+        path: HTML file.
         records: from :func:`gallery_record`.
-        title: of the page.
-        predicate_classes: for the colours of the predicates.
+        title: title of the page.
+        predicate_classes: names by id, for the colors of the predicates.
 
     Returns:
         the number of images.
     """
     before, after = _TEMPLATE.read_text(encoding="utf-8").split("/*RECORDS*/")
     colors = {
-        name: "#" + "".join(f"{round(255 * x):02x}" for x in predicate_color(number))
-        for number, name in enumerate(predicate_classes)
+        name: "#" + "".join(f"{round(255 * x):02x}" for x in predicate_color(predicate))
+        for predicate, name in enumerate(predicate_classes)
     }
     before = before.replace("{{TITLE}}", html.escape(title))
     before = before.replace('"{{COLORS}}"', _script_json(colors))
     count = 0
-    with open(path, "w", encoding="utf-8") as file:
+    with write_atomically(str(path)) as file:
         file.write(before)
         for record in records:
             file.write(_script_json(record) + ",\n")
@@ -141,6 +148,6 @@ def write_gallery(
 
 
 def _script_json(value: Any) -> str:
-    """JSON that may stand in a script element, whatever names are in it."""
+    """Return JSON that is safe inside a script element, whatever names it has."""
     text = json.dumps(value, ensure_ascii=True, allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -1,4 +1,4 @@
-"""Where the nodes and edges of a scene graph go in a drawing without the image.
+"""Layout of a scene graph in a drawing without the image.
 
 Shapes: E nodes, P edges. Rectangles are ``(x0, y0, x1, y1)`` in pixels, y downwards.
 """
@@ -12,11 +12,11 @@ from .layout import Label, LabelPlacer, arc
 
 __all__ = ["GraphPlan", "place_nodes", "plan_graph", "route_edges"]
 
-MOST_TRIES = 12  # of larger and larger drawings, until no label covers anything
+MAX_ATTEMPTS = 12  # each is larger than the last, until no label covers anything
 
 
 class GraphPlan(NamedTuple):
-    """Where the parts of a graph lie in a drawing that begins at (0, 0)."""
+    """Positions of the parts of a graph in a drawing that starts at (0, 0)."""
 
     size: tuple[int, int]  # width, height
     nodes: np.ndarray  # (E, 4) rectangles
@@ -24,46 +24,45 @@ class GraphPlan(NamedTuple):
     labels: list[Label]  # of each edge
 
     def moved(self, x: float, y: float) -> "GraphPlan":
-        """The same further to the right and below."""
-        by = np.array([x, y])
+        """Return the plan moved to the right and down."""
         labels = []
         for (x0, y0, x1, y1), target in self.labels:
             target = None if target is None else (target[0] + x, target[1] + y)
             labels.append(Label((x0 + x, y0 + y, x1 + x, y1 + y), target))
-        arcs = [points + by for points in self.arcs]
-        return GraphPlan(self.size, self.nodes + np.tile(by, 2), arcs, labels)
+        arcs = [points + (x, y) for points in self.arcs]
+        return GraphPlan(self.size, self.nodes + (x, y, x, y), arcs, labels)
 
 
 def plan_graph(
-    centres: np.ndarray,
+    centers: np.ndarray,
     sizes: np.ndarray,
     edges: Sequence[tuple[int, int]],
     labels: np.ndarray,
     gap: float,
-    least: tuple[int, int],
+    min_size: tuple[int, int],
 ) -> GraphPlan:
-    """Place nodes, edges and labels, in a drawing so large that no label covers anything.
+    """Place nodes, edges and labels in a drawing large enough that no label covers anything.
 
     Args:
-        centres: (E, 2) of the entities in the image, both in one unit.
+        centers: (E, 2) positions of the entities in the image, x and y in one unit.
         sizes: (E, 2) width and height of each node.
         edges: P pairs of nodes.
-        labels: (P, 2) width and height of what stands on each edge.
+        labels: (P, 2) width and height of the label on each edge.
         gap: pixels that stay free around a node.
-        least: width and height that the drawing has at least.
+        min_size: min width and height of the drawing.
     """
     spread = 1.0
-    for _ in range(MOST_TRIES):
-        places, needed = place_nodes(centres, sizes, edges, labels, gap, spread)
-        whole = np.maximum(np.ceil(needed), least).astype(int)
+    for _ in range(MAX_ATTEMPTS):
+        places, needed = place_nodes(centers, sizes, edges, labels, gap, spread)
+        whole = np.maximum(np.ceil(needed), min_size).astype(int)
         places = places + (whole - needed) / 2
         frame = (0, 0, int(whole[0]), int(whole[1]))
-        arcs = route_edges(edges, dict(enumerate(places)), dict(enumerate(sizes)), frame)
+        arcs = route_edges(edges, places, sizes, frame)
         rects = np.concatenate([places - sizes / 2, places + sizes / 2], axis=1)
         placer = LabelPlacer(frame, taken=rects, details=rects)
         placed = [
-            placer.place_on_line(tuple(size), points, [*arcs[:number], *arcs[number + 1 :]])
-            for number, (size, points) in enumerate(zip(labels, arcs))
+            placer.place_on_line(tuple(size), points, [*arcs[:index], *arcs[index + 1 :]])
+            for index, (size, points) in enumerate(zip(labels, arcs))
         ]
         if not placer.crowded:
             break
@@ -72,7 +71,7 @@ def plan_graph(
 
 
 def place_nodes(
-    centres: np.ndarray,
+    centers: np.ndarray,
     sizes: np.ndarray,
     edges: Sequence[tuple[int, int]],
     labels: np.ndarray,
@@ -81,20 +80,16 @@ def place_nodes(
 ) -> tuple[np.ndarray, tuple[float, float]]:
     """Place nodes so that related ones are near each other and none covers another.
 
-    Each connected part is laid out by networkx's spring layout, started where the entities are in
-    the image and then turned so that left and right, above and below are kept where they can be;
-    the parts stand side by side, in the order in which they are in the image.
+    Each connected part is laid out by networkx's spring layout, which starts from the positions in
+    the image. The result is rotated or mirrored to keep left and right, above and below as far as
+    possible. The parts are put side by side, in their order in the image.
 
     Args:
-        centres: (E, 2) of the entities in the image, both in one unit.
-        sizes: (E, 2) width and height of each node.
-        edges: pairs of nodes.
-        labels: (P, 2) width and height of what stands on each edge.
-        gap: pixels that stay free around a node.
-        spread: makes all edges longer by this factor.
+        centers, sizes, edges, labels, gap: as in :func:`plan_graph`.
+        spread: factor on the length of all edges.
 
     Returns:
-        (E, 2) centres in a drawing that begins at (0, 0), and its width and height.
+        (E, 2) centers in a drawing that starts at (0, 0), and its width and height.
 
     Raises:
         ImportError: networkx is not installed.
@@ -105,15 +100,14 @@ def place_nodes(
         raise ImportError("Drawing scene graphs needs networkx: pip install networkx") from error
 
     graph = networkx.Graph()
-    graph.add_nodes_from(range(len(centres)))
+    graph.add_nodes_from(range(len(centers)))
     for edge, label in zip(edges, labels):
-        both_ways = graph.has_edge(*edge)
-        graph.add_edge(*edge, label=label, arrows=2 if both_ways else 1)
+        graph.add_edge(*edge, label=label, arrows=2 if graph.has_edge(*edge) else 1)
     parts = [sorted(part) for part in networkx.connected_components(graph)]
-    parts.sort(key=lambda part: tuple(centres[part].mean(axis=0)))
-    places, boxes = np.zeros((len(centres), 2)), []
+    parts.sort(key=lambda part: tuple(centers[part].mean(axis=0)))
+    places, boxes = np.zeros((len(centers), 2)), []
     for part in parts:
-        laid_out = _place_part(graph.subgraph(part), centres, sizes, gap, spread)
+        laid_out = _place_part(graph.subgraph(part), centers, sizes, gap, spread)
         low = (laid_out - sizes[part] / 2 - gap / 2).min(axis=0)
         high = (laid_out + sizes[part] / 2 + gap / 2).max(axis=0)
         places[part] = laid_out - low
@@ -125,53 +119,53 @@ def place_nodes(
 
 
 def _place_part(
-    graph: Any, centres: np.ndarray, sizes: np.ndarray, gap: float, spread: float
+    graph: Any, centers: np.ndarray, sizes: np.ndarray, gap: float, spread: float
 ) -> np.ndarray:
-    """Centres of the nodes, in order, of one connected part.
+    """Return the centers of the nodes of one connected part, in order.
 
-    Its edges have a ``label``, the size of what stands on them, and a number of ``arrows``.
+    Its edges have the size of their ``label`` and the number of their ``arrows``.
     """
     import networkx
 
     nodes = sorted(graph)
     if len(nodes) == 1:
         return np.zeros((1, 2))
-    start = centres[nodes] - centres[nodes].mean(axis=0)
-    # Two nodes at one place would push each other in no direction.
+    start = centers[nodes] - centers[nodes].mean(axis=0)
+    # Noise, because two nodes in the same place would not push each other apart.
     reach = np.abs(start).max() or 1.0
     start = start / reach + 0.03 * np.random.default_rng(0).standard_normal(start.shape)
-    found = networkx.spring_layout(
+    layout = networkx.spring_layout(
         graph, pos=dict(zip(nodes, start)), k=1.0, iterations=200, seed=0, weight=None
     )
-    places = np.array([found[node] for node in nodes])
+    places = np.array([layout[node] for node in nodes])
     places -= places.mean(axis=0)
     left, _, right = np.linalg.svd(places.T @ start)
-    places = places @ (left @ right)  # the rotation or reflection nearest to the image
+    places = places @ (left @ right)  # orthogonal Procrustes: the best rotation or reflection
     index = {node: i for i, node in enumerate(nodes)}
     ratios = []
     for i, j, label in graph.edges(data="label"):
         offset = np.abs(places[index[i]] - places[index[j]])
         length = max(np.hypot(*offset), 1e-6)
-        # Half of both nodes and the label, along the edge, and some line to be seen of it.
+        # Along the edge: half of both nodes, the label, and some visible line.
         needed = float(((sizes[i] + sizes[j]) / 2 + label) @ offset) / length + 1.5 * gap
         ratios.append(needed / length)
-    # Many edges for the nodes cross each other and need room for their labels.
+    # In a dense graph edges cross, and their labels need more room.
     density = graph.size(weight="arrows") / (1.5 * len(nodes))
     scale = np.quantile(ratios, 0.75) * max(1.0, density**0.5) * spread
     return _push_apart(places * scale, sizes[nodes] + gap)
 
 
 def _pack(boxes: Sequence[np.ndarray]) -> tuple[list[np.ndarray], tuple[float, float]]:
-    """Corners of boxes that are put side by side, in rows, and the width and height of all."""
+    """Put boxes side by side in rows; return their corners and the total width and height."""
     widest = max((box[0] for box in boxes), default=0.0)
     width = max(widest, (1.8 * sum(box.prod() for box in boxes)) ** 0.5)
     rows: list[list[int]] = []
     used = np.inf
-    for number, box in enumerate(boxes):
+    for index, box in enumerate(boxes):
         if used + box[0] > 1.15 * width:
             rows.append([])
             used = 0.0
-        rows[-1].append(number)
+        rows[-1].append(index)
         used += box[0]
     corners = [np.zeros(2) for _ in boxes]
     top = right = 0.0
@@ -185,7 +179,7 @@ def _pack(boxes: Sequence[np.ndarray]) -> tuple[list[np.ndarray], tuple[float, f
 
 
 def _push_apart(places: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Move overlapping rectangles away from each other, along the axis where less is in common."""
+    """Move overlapping rectangles apart along the axis on which they overlap less."""
     places = places.copy()
     for _ in range(1000):
         offset = places[:, None] - places[None]
@@ -198,7 +192,7 @@ def _push_apart(places: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         along = np.take_along_axis(offset, axis[..., None], axis=2)[..., 0]
         index = np.arange(len(places))
         sign = np.where(along != 0, np.sign(along), np.sign(index[:, None] - index[None]))
-        # A little more than half of what is in common, or many nodes would never settle.
+        # More than half of the overlap, or many nodes would never settle.
         step = 0.7 * np.take_along_axis(common, axis[..., None], axis=2)[..., 0] * sign * both
         for i in (0, 1):
             places[:, i] += (step * (axis == i)).sum(axis=1)
@@ -207,40 +201,40 @@ def _push_apart(places: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 def route_edges(
     edges: Sequence[tuple[int, int]],
-    centres: dict[int, np.ndarray],
-    sizes: dict[int, np.ndarray],
+    centers: np.ndarray,
+    sizes: np.ndarray,
     frame: Sequence[float],
 ) -> list[np.ndarray]:
-    """Bows from node to node that begin and end at the nodes' rims.
+    """Return arcs from node to node that start and end at the nodes' borders.
+
+    Of four arcs per edge, the one with the fewest points behind other nodes is taken.
 
     Args:
         edges: P pairs of nodes.
-        centres: (2,) of each node.
-        sizes: (2,) width and height of each node.
-        frame: rectangle that no bow leaves.
+        centers: (E, 2).
+        sizes: (E, 2) width and height.
+        frame: rectangle that no arc leaves.
 
     Returns:
-        for each edge (L, 2) points in order, L >= 2.
+        per edge (L, 2) points in order, L >= 2.
     """
     routes = []
-    number = {node: i for i, node in enumerate(centres)}
-    middles = np.array([centres[node] for node in number]).reshape(-1, 2)
-    halves = np.array([sizes[node] for node in number]).reshape(-1, 2) / 2 + 2
+    halves = sizes / 2 + 2
     both_ways = set(edges)
     for first, second in edges:
-        length = float(np.hypot(*(centres[second] - centres[first])))
+        length = float(np.hypot(*(centers[second] - centers[first])))
         least = (0.14 if (second, first) in both_ways else 0.05) * length
         best, hidden = None, float("inf")
         for bulge in (least, least + 0.15 * length, -least, least + 0.3 * length):
-            points = arc(centres[first], centres[second], bulge, frame)
+            points = arc(centers[first], centers[second], bulge, frame)
             where = np.linspace(0, len(points) - 1, 401)
             fine = [np.interp(where, np.arange(len(points)), x) for x in points.T]
             points = np.stack(fine, axis=1)
             low, high = points.min(axis=0), points.max(axis=0)
-            near = ((middles + halves >= low) & (middles - halves <= high)).all(axis=1)
-            near[[number[first], number[second]]] = False
-            outside = ~_within(points, middles, halves, [number[first], number[second]]).any(0)
-            behind = int(_within(points[outside], middles, halves, np.flatnonzero(near)).sum())
+            near = ((centers + halves >= low) & (centers - halves <= high)).all(axis=1)
+            near[[first, second]] = False
+            outside = ~_within(points, centers, halves, [first, second]).any(axis=0)
+            behind = int(_within(points[outside], centers, halves, np.flatnonzero(near)).sum())
             if behind < hidden:
                 best, hidden = points[outside][::4] if outside.sum() > 8 else points, behind
         routes.append(best)
@@ -248,7 +242,7 @@ def route_edges(
 
 
 def _within(
-    points: np.ndarray, middles: np.ndarray, halves: np.ndarray, which: Sequence[int]
+    points: np.ndarray, centers: np.ndarray, halves: np.ndarray, nodes: Sequence[int]
 ) -> np.ndarray:
-    """(L, 2) points and N of the rectangles to (N, L) bool."""
-    return (np.abs(points - middles[which][:, None]) <= halves[which][:, None]).all(axis=2)
+    """Return (N, L) bool: whether each of (L, 2) points is inside each of N nodes."""
+    return (np.abs(points - centers[nodes][:, None]) <= halves[nodes][:, None]).all(axis=2)

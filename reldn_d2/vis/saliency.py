@@ -1,4 +1,4 @@
-"""Where the two CNNs look: their feature maps over the image, and what a triplet's score hangs on.
+"""Feature maps of the two CNNs over the image, and the places that a triplet's score depends on.
 
 Shapes: c channels, (h, w) one level of a feature pyramid, (H, W) the image. Maps are float32 in
 [0, 1] in the frame of the image as it was read.
@@ -21,6 +21,7 @@ from ..modeling.meta_arch import postprocess_relations
 from ..predictor import Image, RelationPredictor, load_rgb
 from ..structures.scene_graph import SceneGraph, Triplet
 from ..utils.image_io import ImageError
+from .canvas import pad
 from .visualizer import RelationVisualizer, score_text
 
 __all__ = [
@@ -36,19 +37,19 @@ FUSED = "fused"
 
 
 class Saliency(NamedTuple):
-    """Maps of the detector's and of the predicate CNN, (H, W) each, by level and ``fused``."""
+    """(H, W) maps of the detector's CNN and the predicate CNN, by level and ``fused``."""
 
     detector: dict[str, np.ndarray]
     predicate: dict[str, np.ndarray]  # empty if the model has no predicate CNN
 
 
 def feature_saliency(predictor: RelationPredictor, image: Image) -> Saliency:
-    """Channel-averaged feature maps (Fig 4 and 5): the mean absolute activation of each place.
+    """Return channel-averaged feature maps (Fig 4 and 5): mean absolute activations.
 
     ``fused`` is the mean of the levels, each scaled to [0, 1] first.
 
     Args:
-        predictor: with the model.
+        predictor: predictor with the model.
         image: a path or an (H, W, 3) RGB array.
     """
     rgb = load_rgb(image)
@@ -66,21 +67,21 @@ def feature_saliency(predictor: RelationPredictor, image: Image) -> Saliency:
 def triplet_saliency(
     predictor: RelationPredictor, image: Image, rank: int = 0
 ) -> tuple[Saliency, SceneGraph]:
-    """What the predicate of one predicted triplet hangs on, in both CNNs.
+    """Return how much each place contributes to the predicate of one triplet, in both CNNs.
 
-    The gradient of ``log p(predicate | s, o)`` with respect to each feature map, times the map,
-    summed over channels, its absolute value: by how much a place moves the score.
+    That is the absolute value of the gradient of ``log p(predicate | s, o)`` with respect to each
+    feature map, times the map, summed over channels.
 
     Args:
-        predictor: with the model.
+        predictor: predictor with the model.
         image: a path or an (H, W, 3) RGB array.
-        rank: which of the predicted triplets, 0 being the best.
+        rank: rank of the predicted triplet, 0 being the best.
 
     Returns:
         the maps, and the prediction with this triplet alone.
 
     Raises:
-        ImageError: there are not so many triplets, or the model's scores hang on no feature map.
+        ImageError: there are fewer triplets, or the scores do not depend on feature maps.
     """
     name = str(image) if isinstance(image, (str, Path)) else "image"
     rgb = load_rgb(image)
@@ -91,7 +92,7 @@ def triplet_saliency(
         entities = model.detector.detect(inputs, images, features)[0]
         relations = head(features, predicate_features, [entities])[0]
     if not 0 <= rank < len(relations):
-        raise ImageError(f"{name}: triplet {rank} was asked for, but there are {len(relations)}")
+        raise ImageError(f"{name}: no triplet {rank}; there are {len(relations)}, counted from 0")
     subject, object_ = relations.pairs[rank]
     predicate = int(relations.predicates[rank])
     branches = []
@@ -109,30 +110,32 @@ def triplet_saliency(
             gradients = torch.autograd.grad(score, leaves, allow_unused=True)
     if all(x is None for x in gradients):
         raise ImageError(
-            f"{name}: there is nothing to draw, as the scores of a model without visual module "
-            "hang on no feature map"
+            f"{name}: nothing to draw: this model has no visual module, so its scores do not "
+            "depend on feature maps"
         )
-    maps, rest, sizes = [], iter(gradients), _sizes(inputs, images, rgb)
+    maps, gradients, sizes = [], iter(gradients), _sizes(inputs, images, rgb)
     for levels in branches:
-        moved = {}
-        for level, x in levels.items():
-            gradient = next(rest)
+        contributions = {}
+        for (level, x), gradient in zip(levels.items(), gradients):
             if gradient is not None:
-                moved[level] = (gradient * x.detach()).sum(dim=1)[0].abs()
-        maps.append(_to_image(moved, sizes, normalize_levels=False))
+                contributions[level] = (gradient * x.detach()).sum(dim=1)[0].abs()
+        maps.append(_to_image(contributions, sizes, normalize_levels=False))
     height, width = rgb.shape[:2]
-    found = postprocess_relations(entities, relations[rank : rank + 1], height, width)
-    return Saliency(*maps), predictor.scene_graph(dict(zip(("instances", "relations"), found)))
+    instances, relations = postprocess_relations(
+        entities, relations[rank : rank + 1], height, width
+    )
+    output = {"instances": instances, "relations": relations}
+    return Saliency(*maps), predictor.scene_graph(output)
 
 
 def _features(predictor: RelationPredictor, inputs: list[dict]):
-    """The network's padded input, and the feature maps of both CNNs."""
+    """Return the padded input of the network and the feature maps of both CNNs."""
     images = predictor.model.detector.preprocess(inputs)
     return (images, *predictor.model.feature_maps(images))
 
 
 def _sizes(inputs: list[dict], images: ImageList, rgb: np.ndarray) -> tuple[tuple[int, int], ...]:
-    """(height, width) of the network's input, with and without padding, and of the image."""
+    """Return (height, width) of the input with padding, without it, and of the image."""
     padded = tuple(images.tensor.shape[-2:])
     return padded, tuple(inputs[0]["image"].shape[-2:]), rgb.shape[:2]
 
@@ -140,7 +143,7 @@ def _sizes(inputs: list[dict], images: ImageList, rgb: np.ndarray) -> tuple[tupl
 def _to_image(
     levels: dict[str, Tensor], sizes: Sequence[tuple[int, int]], normalize_levels: bool
 ) -> dict[str, np.ndarray]:
-    """Maps (h, w) of the padded input to maps of the image, with their fusion."""
+    """Resize (h, w) maps of the padded input to (H, W) maps of the image, and add their fusion."""
     padded, inner, original = sizes
     plain = {}
     for name, x in levels.items():
@@ -156,7 +159,7 @@ def _to_image(
 
 
 def _to_unit(values: np.ndarray) -> np.ndarray:
-    """Scale to [0, 1]; the brightest thousandth is cut off, so that one place hides no other."""
+    """Scale to [0, 1]; the top 0.1 % saturates, so that one place does not hide the others."""
     low, high = float(values.min()), float(np.quantile(values, 0.999))
     if high <= low:
         high = float(values.max())
@@ -164,17 +167,17 @@ def _to_unit(values: np.ndarray) -> np.ndarray:
 
 
 def overlay(rgb: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """A map in [0, 1] over the image, (H, W, 3) uint8: dark and grey where it is low."""
+    """Blend a map in [0, 1] with the image to (H, W, 3) uint8: dark and gray where it is low."""
     color = colormaps["inferno"](values)[..., :3] * 255
-    grey = rgb.mean(axis=2, keepdims=True)
+    gray = rgb.mean(axis=2, keepdims=True)
     share = 0.35 + 0.5 * values[..., None]
-    return ((1 - share) * grey + share * color).round().astype(np.uint8)
+    return ((1 - share) * gray + share * color).round().astype(np.uint8)
 
 
 def draw_feature_maps(
     predictor: RelationPredictor, image: Image, levels: Sequence[str] = (FUSED,)
 ) -> np.ndarray:
-    """The image, the detector's CNN and the predicate CNN side by side, a row for each level.
+    """Draw the image, the detector's CNN and the predicate CNN side by side, one row per level.
 
     Raises:
         ImageError: the model has no such level.
@@ -183,19 +186,15 @@ def draw_feature_maps(
     saliency = feature_saliency(predictor, rgb)
     rows = []
     for level in levels:
-        if level not in saliency.detector:
-            raise ImageError(_unknown_level(level, saliency))
-        row = [("image", rgb), (f"detector CNN, {level}", overlay(rgb, saliency.detector[level]))]
-        if level in saliency.predicate:
-            row.append((f"predicate CNN, {level}", overlay(rgb, saliency.predicate[level])))
-        rows.append(row)
+        maps = _maps_of(saliency, level)
+        rows.append([("image", rgb), *((caption, overlay(rgb, x)) for caption, x in maps)])
     return _sheet(rows)
 
 
 def draw_triplet_saliency(
     predictor: RelationPredictor, image: Image, rank: int = 0, level: str = FUSED
 ) -> tuple[np.ndarray, Triplet]:
-    """A triplet on the image, and what it hangs on in both CNNs, side by side.
+    """Draw a triplet on the image, and its saliency in both CNNs, side by side.
 
     Returns:
         the picture and the triplet.
@@ -205,20 +204,21 @@ def draw_triplet_saliency(
     """
     rgb = load_rgb(image)
     saliency, prediction = triplet_saliency(predictor, image, rank)
-    if level not in saliency.detector:
-        raise ImageError(_unknown_level(level, saliency))
+    maps = _maps_of(saliency, level)
     triplet = prediction.triplets()[0]
     words = f"{triplet.subject} {triplet.predicate} {triplet.object}, {score_text(triplet.score)}"
-    row: list[tuple[str, np.ndarray]] = [(words, _draw_triplet(predictor, rgb, prediction))]
-    for kind, maps in (("detector CNN", saliency.detector), ("predicate CNN", saliency.predicate)):
-        if level in maps:
-            shown = overlay(rgb, maps[level])
-            row.append((f"{kind}, {level}", _draw_triplet(predictor, shown, prediction)))
+    pictures = [(words, rgb), *((caption, overlay(rgb, x)) for caption, x in maps)]
+    row = [(title, _draw_triplet(predictor, x, prediction)) for title, x in pictures]
     return _sheet([row]), triplet
 
 
-def _unknown_level(level: str, saliency: Saliency) -> str:
-    return f"the model has no feature map '{level}'; it has {', '.join(saliency.detector)}"
+def _maps_of(saliency: Saliency, level: str) -> list[tuple[str, np.ndarray]]:
+    """Return the caption and the map of each CNN at one level."""
+    if level not in saliency.detector:
+        known = ", ".join(saliency.detector)
+        raise ImageError(f"the model has no feature map '{level}'; it has {known}")
+    named = (("detector CNN", saliency.detector), ("predicate CNN", saliency.predicate))
+    return [(f"{cnn}, {level}", maps[level]) for cnn, maps in named if level in maps]
 
 
 def _draw_triplet(predictor: RelationPredictor, rgb: np.ndarray, scene: SceneGraph) -> np.ndarray:
@@ -231,7 +231,7 @@ def _scale(rgb: np.ndarray) -> float:
 
 
 def _sheet(rows: Sequence[Sequence[tuple[str, np.ndarray]]]) -> np.ndarray:
-    """Pictures with titles, in rows and columns on white; the visualizer leaves room for titles."""
+    """Arrange pictures with titles in rows and columns on white."""
     lines = []
     for row in rows:
         cells = []
@@ -239,18 +239,11 @@ def _sheet(rows: Sequence[Sequence[tuple[str, np.ndarray]]]) -> np.ndarray:
             scale = _scale(picture)
             size = [max(1, round(x * scale)) for x in picture.shape[1::-1]]
             picture = np.asarray(PILImage.fromarray(picture).resize(size, PILImage.BICUBIC))
-            framed = RelationVisualizer(picture, scale=1.0).draw_triplets(
-                np.zeros((0, 4)), [], [], title=title, panel="none"
-            )
-            cells.append(framed.get_image())
+            visualizer = RelationVisualizer(picture, scale=1.0)  # leaves room for titles
+            empty = SceneGraph.empty()
+            cells.append(visualizer.draw_scene(empty, title=title, panel="none").get_image())
         height = max(x.shape[0] for x in cells)
-        cells = [_pad(x, height, x.shape[1] + 10) for x in cells]
+        cells = [pad(x, height, x.shape[1] + 10) for x in cells]
         lines.append(np.concatenate(cells, axis=1))
     width = max(x.shape[1] for x in lines)
-    return np.concatenate([_pad(x, x.shape[0] + 8, width) for x in lines])
-
-
-def _pad(picture: np.ndarray, height: int, width: int) -> np.ndarray:
-    sheet = np.full((height, width, 3), 255, np.uint8)
-    sheet[: picture.shape[0], : picture.shape[1]] = picture
-    return sheet
+    return np.concatenate([pad(x, x.shape[0] + 8, width) for x in lines])

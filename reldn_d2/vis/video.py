@@ -1,4 +1,4 @@
-"""Relations in videos: frames in, frames with drawn relations out, entities keeping their colours.
+"""Relations in videos: drawing on frames, with names and colors that entities keep.
 
 Shapes: E entities of one frame.
 """
@@ -12,22 +12,21 @@ import numpy as np
 
 from ..structures.names import class_name
 from ..structures.scene_graph import SceneGraph
+from .correspondence import same_entities
 from .layout import entity_color, fit_size
-from .scene import same_entities
 from .visualizer import RelationVisualizer
 
 __all__ = ["EntityTracker", "VideoError", "VideoFile", "VideoWriter", "draw_frame"]
 
-
-MIN_SIDE = 960  # pixels of the longest side of a drawn frame, at least
+MIN_SIDE = 960  # min pixels of the longest side of a drawn frame
 
 
 class VideoError(ValueError):
-    """A video that cannot be read or written; the message is one line and names it."""
+    """A video cannot be read or written; the message is one line and names it."""
 
 
 class _Track(NamedTuple):
-    number: int  # among all tracks: decides the colour
+    index: int  # among all tracks: decides the color
     name: str
     box: np.ndarray
     class_id: int
@@ -35,54 +34,54 @@ class _Track(NamedTuple):
 
 
 class EntityTracker:
-    """Tells which entity of a frame is which of the frames before: same class, boxes overlapping.
+    """Recognizes the entities of earlier frames by class and overlapping boxes.
 
-    An entity that is not drawn for ``patience`` frames is forgotten.
+    An entity that is not drawn for more than ``patience`` frames is forgotten.
     """
 
     def __init__(self, class_names: list[str], patience: int = 30):
         """
         Args:
-            class_names: by class id.
-            patience: frames.
+            class_names: names by class id.
+            patience: number of frames.
         """
         self.class_names = class_names
         self.patience = patience
         self._tracks: list[_Track] = []
-        self._frame = self._total = 0
-        self._of_class: dict[int, int] = {}
+        self._frame = self._num_tracks = 0
+        self._num_of_class: dict[int, int] = {}
 
     def update(
         self, scene: SceneGraph
     ) -> tuple[dict[int, str], dict[int, tuple[float, float, float]]]:
-        """Take the next frame.
+        """Match the entities of the next frame with those of earlier frames.
 
         Returns:
-            names and colours of the drawn entities, by their index in the scene.
+            names and colors of the drawn entities, by their index in the scene.
         """
         self._frame += 1
         self._tracks = [x for x in self._tracks if self._frame - x.last_seen <= self.patience]
         boxes = np.array([x.box for x in self._tracks]).reshape(-1, 4)
         no_pairs = np.zeros((0, 2), dtype=np.int64)
         classes = np.array([x.class_id for x in self._tracks], dtype=np.int64)
-        known = SceneGraph(None, boxes, classes, no_pairs, no_pairs[:, 0])
-        same = same_entities(known, [scene])[1][0]
+        tracked = SceneGraph(None, boxes, classes, no_pairs, no_pairs[:, 0])
+        _, (same_as,) = same_entities(tracked, [scene])
         names, colors = {}, {}
-        for entity, index in same.items():
+        for entity, index in same_as.items():
             class_id, box = int(scene.classes[entity]), scene.boxes[entity]
             if index < len(boxes):
                 track = self._tracks[index]._replace(box=box, last_seen=self._frame)
                 self._tracks[index] = track
             else:
                 track = self._start(class_id, box)
-            names[entity], colors[entity] = track.name, entity_color(track.number)
+            names[entity], colors[entity] = track.name, entity_color(track.index)
         return names, colors
 
     def _start(self, class_id: int, box: np.ndarray) -> _Track:
-        number = self._of_class[class_id] = self._of_class.get(class_id, 0) + 1
-        kind = class_name(class_id, self.class_names)
-        track = _Track(self._total, f"{kind} {number}", box, class_id, self._frame)
-        self._total += 1
+        ordinal = self._num_of_class[class_id] = self._num_of_class.get(class_id, 0) + 1
+        name = f"{class_name(class_id, self.class_names)} {ordinal}"
+        track = _Track(self._num_tracks, name, box, class_id, self._frame)
+        self._num_tracks += 1
         self._tracks.append(track)
         return track
 
@@ -97,38 +96,38 @@ def draw_frame(
 ) -> np.ndarray:
     """Draw the best relations on a frame.
 
-    The result has the frame's size, made even for codecs; a small frame, on which no label would
-    be readable, is enlarged to a longest side of 960.
+    The result has the size of the frame, rounded down to even numbers for codecs; a frame too small
+    for readable labels is enlarged to a longest side of 960.
 
     Args:
         frame_rgb: (H, W, 3) uint8.
-        prediction: of this frame.
-        tracker: of this video.
+        prediction: prediction for this frame.
+        tracker: tracker of this video.
         metadata: with ``thing_classes`` and ``predicate_classes``.
-        topk, min_score: which relations are drawn.
+        topk, min_score: as in :meth:`.visualizer.RelationVisualizer.draw_predictions`.
     """
     scene = prediction.best(topk, min_score)
     names, colors = tracker.update(scene)
     scale = fit_size(*frame_rgb.shape[1::-1], MIN_SIDE, float("inf"))
     picture = RelationVisualizer(frame_rgb, metadata, scale=scale).draw_scene(
-        scene, None, names=names, colors=colors, panel="none"
+        scene, names=names, colors=colors, panel="none"
     )
-    x0, y0, x1, y1 = (round(x) for x in picture.sheet.image)  # there may be white around it
+    x0, y0, x1, y1 = (round(x) for x in picture.sheet.image)  # without the white margin
     image = picture.get_image()[y0:y1, x0:x1]
     height, width = (max(x - x % 2, 2) for x in image.shape[:2])
     return np.ascontiguousarray(image[:height, :width])
 
 
 class VideoFile:
-    """Frames of a video file or a camera, as RGB arrays; a context manager."""
+    """A context manager that iterates over the frames of a video file or a camera as RGB arrays."""
 
     def __init__(self, source: str | Path | int):
         """
         Args:
-            source: a path, or the number of a camera.
+            source: a path, or the index of a camera.
 
         Raises:
-            VideoError: it cannot be opened or has no frame.
+            VideoError: it cannot be opened or has no frames.
         """
         self.source = source
         if not isinstance(source, int) and not Path(source).is_file():
@@ -160,13 +159,13 @@ class VideoFile:
 
 
 class VideoWriter:
-    """Writes RGB frames of one size to an MP4 file; a context manager."""
+    """A context manager that writes RGB frames of one size to a video file."""
 
     def __init__(self, path: str | Path, frames_per_second: float):
         """
         Args:
-            path: of the file; its suffix says the format (.mp4, .avi, .mkv).
-            frames_per_second: as of the source.
+            path: video file; its suffix decides the format (.mp4, .avi, .mkv).
+            frames_per_second: frame rate of the source.
         """
         self.path = Path(path)
         self._rate = frames_per_second
@@ -179,13 +178,13 @@ class VideoWriter:
             VideoError: the file cannot be written.
         """
         if self._writer is None:
-            kind = "XVID" if self.path.suffix.lower() == ".avi" else "mp4v"
+            codec = "XVID" if self.path.suffix.lower() == ".avi" else "mp4v"
             height, width = frame_rgb.shape[:2]
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            code = cv2.VideoWriter_fourcc(*kind)
-            self._writer = cv2.VideoWriter(str(self.path), code, self._rate, (width, height))
+            fourcc = cv2.VideoWriter_fourcc(*codec)
+            self._writer = cv2.VideoWriter(str(self.path), fourcc, self._rate, (width, height))
             if not self._writer.isOpened():
-                raise VideoError(f"{self.path}: OpenCV cannot write this kind of video; try .mp4")
+                raise VideoError(f"{self.path}: OpenCV cannot write this video format; try .mp4")
         self._writer.write(np.ascontiguousarray(frame_rgb[:, :, ::-1]))
 
     def __enter__(self) -> "VideoWriter":

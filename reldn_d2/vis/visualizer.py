@@ -1,15 +1,14 @@
 """Pictures of relations: predictions or ground truth, on the image or as a graph.
 
-All boxes are in the frame of the image given to the visualiser. The figures live outside of
-pyplot's global state, so thousands of pictures can be drawn in one process.
+All boxes are in the frame of the image given to the visualizer. The figures live outside pyplot's
+global state, so thousands of pictures can be drawn in one process.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from detectron2.structures import Instances
 from detectron2.utils.visualizer import VisImage, Visualizer
 
 from ..structures.names import class_name, name_entities
@@ -28,30 +27,43 @@ from .layout import (
     predicate_color,
 )
 
-__all__ = ["RelationVisualizer"]
+__all__ = ["RelationVisualizer", "check_size", "heading_of", "score_text"]
 
 MIN_SIDE, MAX_SIDE = 1152, 1600
-GRAPH_TEXT, GRAPH_SIDES = 15.0, (360, 240)  # font size of a graph, its least width and height
-MOST_LINES = 4  # predicates written on one arrow; the panel has all
+GRAPH_TEXT, GRAPH_MIN_SIZE = 15.0, (360, 240)  # font size of a graph, its min width and height
+MAX_LINES = 4  # predicates written on one arrow; the panel lists all
 _DIGIT_SPACE = "\u2007"  # as wide as a digit
 HIT, MISS = (0.06, 0.48, 0.20), (0.78, 0.12, 0.12)
+
+
+class _Look(NamedTuple):
+    """How the relations and entities of a picture are drawn."""
+
+    line_colors: list[Color]  # by relation
+    dashed: list[bool]  # by relation
+    names: Mapping[int, str]  # by entity
+    colors: Mapping[int, Color]  # by entity
 
 
 class RelationVisualizer(Visualizer):
     """Draws the entities and relations of one image.
 
-    Each entity that takes part gets its box and name, each pair an arrow from subject to object
-    with its predicates, and a panel lists the relations in the order given. The colour of a
-    predicate is the same in all pictures. Each ``draw_*`` of this class starts a new picture.
+    Each entity that takes part in a relation gets a box and a name, each pair an arrow from subject
+    to object with its predicates, and a panel lists the relations in the given order. A predicate
+    has the same color in all pictures. Each ``draw_*`` method of this class starts a new picture
+    and returns it: ``get_image()`` gives an array, ``save(path)`` writes a file.
     """
 
     def __init__(self, img_rgb: np.ndarray, metadata: Any = None, scale: float | None = None):
         """
         Args:
             img_rgb: (H, W, 3) in [0, 255].
-            metadata: with ``thing_classes`` and ``predicate_classes``; ids where it has none.
+            metadata: with ``thing_classes`` and ``predicate_classes``; without them ids are shown.
             scale: pixels of the picture per pixel of the image. None enlarges a small image to a
                 longest side of 1152 and reduces a large one to 1600.
+
+        Raises:
+            ValueError: the image has another shape.
         """
         img_rgb = np.asarray(img_rgb)
         if img_rgb.ndim != 3 or img_rgb.shape[2] != 3 or 0 in img_rgb.shape:
@@ -67,77 +79,56 @@ class RelationVisualizer(Visualizer):
         self._predicates: Sequence[str] = self.metadata.get("predicate_classes", None) or []
 
     def draw_predictions(
-        self, instances: Instances, relations: Instances, topk: int = 20, min_score: float = 0.0
-    ) -> VisImage:
-        """Draw the best relations of a model's output.
-
-        Args:
-            instances: ``pred_boxes`` and ``pred_classes`` of E entities, in the image's frame.
-            relations: ``pairs`` (K, 2), ``predicates`` (K,) and descending ``scores`` (K,).
-            topk: at most so many are drawn.
-            min_score: relations below it are left out.
-        """
-        predicted = SceneGraph.from_output(None, {"instances": instances, "relations": relations})
-        return self.draw_scene(predicted, topk, min_score)
-
-    def draw_scene(
         self, predicted: SceneGraph, topk: int | None = 20, min_score: float = 0.0, **style: Any
     ) -> VisImage:
         """Draw the best relations of a prediction.
 
         Args:
-            predicted: in the image's frame.
-            topk: most relations drawn; None draws all.
+            predicted: what the predictor returns, or ``SceneGraph.from_output(None, output)`` for
+                the output of a model.
+            topk: max relations drawn; None draws all.
             min_score: relations with a lower score are left out.
-            style: as for :meth:`draw_triplets`.
+            style: as for :meth:`draw_scene`.
         """
         best = predicted.best(topk, min_score)
         style.setdefault("heading", heading_of(best, len(predicted.scores), min_score))
-        return self._draw(best, **style)
+        return self.draw_scene(best, **style)
 
-    def draw_ground_truth(self, dataset_dict: dict[str, Any]) -> VisImage:
-        """Draw the ``relations`` of a dataset dict whose boxes are in the image's frame."""
+    def draw_ground_truth(self, dataset_dict: dict[str, Any], **style: Any) -> VisImage:
+        """Draw the ``relations`` of a dataset dict; ``style`` as for :meth:`draw_scene`.
+
+        Raises:
+            ValueError: the image is not as large as the dict says.
+        """
         check_size(self.img, dataset_dict)
-        return self._draw(SceneGraph.from_dataset_dict(dataset_dict))
+        return self.draw_scene(SceneGraph.from_dataset_dict(dataset_dict), **style)
 
     def draw_triplets(
         self, boxes: Any, classes: Sequence[int], triplets: Sequence[RelationRow], **style: Any
     ) -> VisImage:
-        """Draw any relations.
+        """Draw relations that are in no scene graph yet; ``style`` as for :meth:`draw_scene`.
 
         Args:
-            boxes: (E, 4) x0, y0, x1, y1.
-            classes: (E,) class ids.
+            boxes: (R, 4) x0, y0, x1, y1.
+            classes: (R,) class ids.
             triplets: K tuples (subject index, object index, predicate id, score or None).
-            style: ``marks``, K times True for a hit (green), False for a miss (red and dashed) or
-                None; ``plain``, True for dark arrows instead of one colour per predicate; ``names``
-                and ``colors``, from entity index; ``title`` above the image; ``heading`` above the
-                list; ``panel``, where the list stands: "right", "below" or "none".
-
-        Returns:
-            the picture; ``get_image()`` gives an array, ``save(path)`` writes a file.
         """
-        return self._draw(SceneGraph.from_triplets(boxes, classes, triplets), **style)
+        return self.draw_scene(SceneGraph.from_triplets(boxes, classes, triplets), **style)
 
-    def draw_graph(
-        self, boxes: Any, classes: Sequence[int], triplets: Sequence[RelationRow], **style: Any
-    ) -> VisImage:
-        """Draw relations as a graph without the image: entities are nodes, near where they are.
+    def draw_graph(self, scene: SceneGraph, **style: Any) -> VisImage:
+        """Draw all relations of a scene as a graph without the image; needs networkx.
 
-        Arguments and result as for :meth:`draw_triplets`; needs networkx.
+        Entities are nodes, close to where they are in the image. Arguments as for
+        :meth:`draw_scene`.
         """
-        return self.draw_scene_graph(SceneGraph.from_triplets(boxes, classes, triplets), **style)
-
-    def draw_scene_graph(self, scene: SceneGraph, **style: Any) -> VisImage:
-        """Draw all relations of a scene as a graph without the image; as :meth:`draw_graph`."""
         drawn, groups = scene.related_entities, scene.rows_by_pair()
         names = style.setdefault("names", self.name(scene, drawn))
         size = GRAPH_TEXT
-        plates = [label_size(_node_text(names[e], size), size) for e in drawn]
-        nodes = {entity: i for i, entity in enumerate(drawn)}
+        plates = [label_size(_node_text(names[entity], size), size) for entity in drawn]
+        nodes = {entity: node for node, entity in enumerate(drawn)}
         labels = [
-            label_size([_node_text(text, size) for text, _ in self._arrow_lines(scene, m)], size)
-            for m in groups.values()
+            label_size([_node_text(x, size) for x, _ in self._arrow_lines(scene, rows)], size)
+            for rows in groups.values()
         ]
         plan = plan_graph(
             (scene.boxes[drawn, :2] + scene.boxes[drawn, 2:]) / 2,
@@ -145,16 +136,12 @@ class RelationVisualizer(Visualizer):
             [(nodes[s], nodes[o]) for s, o in groups],
             np.array(labels).reshape(-1, 2),
             gap=2.5 * size,
-            least=GRAPH_SIDES,
+            min_size=GRAPH_MIN_SIZE,
         )
         blank = np.full((plan.size[1], plan.size[0], 3), 255, np.uint8)
-        return RelationVisualizer(blank, self.metadata, 1.0)._draw(scene, plan=plan, **style)
+        return RelationVisualizer(blank, self.metadata, 1.0).draw_scene(scene, plan=plan, **style)
 
-    def name(self, scene: SceneGraph, entities: Sequence[int]) -> dict[int, str]:
-        """Names of some entities of a scene, such as ``cup 2`` where there are several cups."""
-        return name_entities(scene.boxes, scene.classes, entities, self._things)
-
-    def _draw(
+    def draw_scene(
         self,
         scene: SceneGraph,
         marks: Sequence[bool | None] | None = None,
@@ -166,92 +153,87 @@ class RelationVisualizer(Visualizer):
         plain: bool = False,
         plan: GraphPlan | None = None,
     ) -> VisImage:
-        """The common core; arguments as in :meth:`draw_triplets`.
+        """Draw all relations of a scene.
 
-        With ``plan``, the places of all drawn entities and pairs, it is a graph that is drawn.
+        Args:
+            scene: predicted or true, in the image's frame.
+            marks: per relation True for a hit (green), False for a miss (red and dashed) or None.
+            names: name by entity; by default ``cup 2`` where there are several cups.
+            colors: color by entity.
+            title: text above the image.
+            heading: text above the list.
+            panel: where the list goes, "right", "below" or "none".
+            plain: dark arrows instead of one color per predicate.
+            plan: positions of all drawn entities and pairs; draws them as a graph.
         """
         drawn, relations = scene.related_entities, scene.rows()
         if marks is None:
             marks = [None] * len(relations)
-        line_colors = [
-            INK if plain else _line_color(triplet[2], mark)
-            for triplet, mark in zip(relations, marks)
-        ]
-        if names is None:
-            names = self.name(scene, drawn)
         if colors is None:
-            colors = {entity: entity_color(number) for number, entity in enumerate(drawn)}
+            colors = {entity: entity_color(index) for index, entity in enumerate(drawn)}
+        look = _Look(
+            [INK if plain else _line_color(x[2], mark) for x, mark in zip(relations, marks)],
+            [mark is False for mark in marks],
+            self.name(scene, drawn) if names is None else names,
+            colors,
+        )
         if heading is None:
             count = len(relations)
             heading = f"{count} relation{'s' * (count > 1)}" if count else "no relations"
         rows = [Row([(heading, FAINT, False)])]
-        for number, (triplet, mark, color) in enumerate(
-            zip(relations, marks, line_colors), start=1
-        ):
-            rows.append(self._row(number, triplet, mark, color, names, colors))
+        rows += [
+            self._panel_row(index, relation, mark, look)
+            for index, (relation, mark) in enumerate(zip(relations, marks))
+        ]
         height, width = self.img.shape[:2]
-        text = None if plan is None else GRAPH_TEXT
-        sheet = plan_sheet(width, height, self.scale, rows, panel, title is not None, text)
+        text_size = None if plan is None else GRAPH_TEXT
+        sheet = plan_sheet(width, height, self.scale, rows, panel, title is not None, text_size)
         self.output = RelationImage(self.img, self.scale, sheet)
         if title is not None:
             text = shorten(title, 1.1 * sheet.text, sheet.area[2] - 12, bold=True)
             self.output.write(6, sheet.area[1] / 2, text, 1.1 * sheet.text, INK, bold=True)
-        if drawn:
-            dashed = [mark is False for mark in marks]
-            if plan is None:
-                self._draw_scene(scene, drawn, line_colors, dashed, names, colors)
-            else:
-                self._draw_plan(scene, plan, line_colors, dashed, names, colors)
+        if drawn and plan is None:
+            self._draw_on_image(scene, look)
+        elif drawn:
+            self._draw_plan(scene, plan, look)
         if panel != "none":
             self.output.list_rows(rows)
         return self.output
 
-    def _row(
-        self,
-        number: int,
-        triplet: RelationRow,
-        mark: bool | None,
-        color: Color,
-        names: Mapping[int, str],
-        colors: Mapping[int, Color],
-    ) -> Row:
-        """The line of the panel for one relation."""
-        subject, object_, predicate, score = triplet
-        pieces = [(str(number).rjust(2, _DIGIT_SPACE) + "  ", FAINT, False)]
-        if mark is not None:
-            pieces = [("\u2713  " if mark else "\u2717  ", color, True)]
-        pieces += [
-            (names[subject], colors[subject], False),
-            (" \u2013 ", FAINT, False),
-            (self._predicate_name(predicate), color, True),
-            (" \u2013 ", FAINT, False),
-            (names[object_], colors[object_], False),
-        ]
-        return Row(pieces, "" if score is None else score_text(score))
+    def name(self, scene: SceneGraph, entities: Sequence[int]) -> dict[int, str]:
+        """Return names of some entities of a scene, such as ``cup 2`` if there are several cups."""
+        return name_entities(scene.boxes, scene.classes, entities, self._things)
 
     def _predicate_name(self, predicate: int) -> str:
         return class_name(predicate, self._predicates, "predicate")
 
-    def _draw_scene(
-        self,
-        scene: SceneGraph,
-        drawn: Sequence[int],
-        line_colors: Sequence[Color],
-        dashed: Sequence[bool],
-        names: Mapping[int, str],
-        colors: Mapping[int, Color],
-    ) -> None:
-        """Draw boxes, arrows and labels; what is drawn later lies above."""
+    def _panel_row(self, index: int, relation: RelationRow, mark: bool | None, look: _Look) -> Row:
+        """Return the line of the panel for one relation."""
+        subject, object_, predicate, score = relation
+        color = look.line_colors[index]
+        pieces = [(str(index + 1).rjust(2, _DIGIT_SPACE) + "  ", FAINT, False)]
+        if mark is not None:
+            pieces = [("\u2713  " if mark else "\u2717  ", color, True)]
+        pieces += [
+            (look.names[subject], look.colors[subject], False),
+            (" \u2013 ", FAINT, False),
+            (self._predicate_name(predicate), color, True),
+            (" \u2013 ", FAINT, False),
+            (look.names[object_], look.colors[object_], False),
+        ]
+        return Row(pieces, "" if score is None else score_text(score))
+
+    def _draw_on_image(self, scene: SceneGraph, look: _Look) -> None:
+        """Draw boxes, arrows and labels, from the bottom to the top."""
         output: RelationImage = self.output
-        sheet = output.sheet
+        sheet, drawn = output.sheet, scene.related_entities
         size, stroke, radius = sheet.text, sheet.text / 7, sheet.text / 3.2
         x0, y0, x1, y1 = sheet.image
-        boxes = scene.boxes[list(drawn)] * np.array([(x1 - x0) / self.img.shape[1]] * 4)
-        boxes = boxes + np.array([x0, y0, x0, y0])
+        boxes = scene.boxes[drawn] * ((x1 - x0) / self.img.shape[1]) + [x0, y0, x0, y0]
         boxes = np.clip(boxes, [x0 + 1, y0 + 1] * 2, [x1 - 1, y1 - 1] * 2)
         for entity, (left, top, right, bottom) in zip(drawn, boxes):
             corners = [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]
-            output.line(np.array(corners), colors[entity], stroke)
+            output.line(np.array(corners), look.colors[entity], stroke)
 
         anchors = dict(zip(drawn, choose_anchors(boxes, spacing=5 * size)))
         groups = scene.rows_by_pair()
@@ -260,95 +242,75 @@ class RelationVisualizer(Visualizer):
             arc(anchors[s], anchors[o], bulge, sheet.area, trim=radius + 1.5)
             for (s, o), bulge in zip(groups, bulges)
         ]
-        self._draw_arrows(arcs, list(groups.values()), line_colors, dashed)
+        self._draw_arrows(arcs, groups.values(), look)
         for entity in drawn:
-            output.dot(anchors[entity], radius, colors[entity])
+            output.dot(anchors[entity], radius, look.colors[entity])
 
         dots = np.stack([np.tile(anchors[e], 2) for e in drawn]) + radius * np.array([-1, -1, 1, 1])
         placer = LabelPlacer(sheet.area, taken=dots, details=boxes)
-        room = 0.5 * (sheet.area[2] - sheet.area[0])
+        max_width = 0.5 * (sheet.area[2] - sheet.area[0])
         for entity, box in zip(drawn, boxes):
-            text = shorten(names[entity], size, room)
+            text = shorten(look.names[entity], size, max_width)
             label = placer.place_at_box(label_size(text, size), box, arcs)
-            output.plate(label, [(text, WHITE)], colors[entity], WHITE)
-        self._label_arrows(placer, arcs, scene, list(groups.values()), line_colors)
+            output.plate(label, [(text, WHITE)], look.colors[entity], WHITE)
+        for index, (points, rows) in enumerate(zip(arcs, groups.values())):
+            lines = self._arrow_lines(scene, rows, look.line_colors)
+            lines = [(shorten(text, size, max_width), color) for text, color in lines]
+            other_arcs = [*arcs[:index], *arcs[index + 1 :]]
+            wanted = label_size([text for text, _ in lines], size)
+            label = placer.place_on_line(wanted, points, other_arcs)
+            output.plate(label, lines, WHITE, lines[0][1])
 
-    def _draw_plan(
-        self,
-        scene: SceneGraph,
-        plan: GraphPlan,
-        line_colors: Sequence[Color],
-        dashed: Sequence[bool],
-        names: Mapping[int, str],
-        colors: Mapping[int, Color],
-    ) -> None:
+    def _draw_plan(self, scene: SceneGraph, plan: GraphPlan, look: _Look) -> None:
         """Draw entities as plates with their names, and arrows between them."""
         output: RelationImage = self.output
-        sheet, groups = output.sheet, list(scene.rows_by_pair().values())
-        plan = plan.moved(*sheet.image[:2])
-        self._draw_arrows(plan.arcs, groups, line_colors, dashed)
+        size, groups = output.sheet.text, scene.rows_by_pair().values()
+        plan = plan.moved(*output.sheet.image[:2])
+        self._draw_arrows(plan.arcs, groups, look)
         for entity, rect in zip(scene.related_entities, plan.nodes):
             label = Label(tuple(float(x) for x in rect), None)
-            text = _node_text(names[entity], sheet.text)
-            output.plate(label, [(text, WHITE)], colors[entity], WHITE)
-        for label, members in zip(plan.labels, groups):
-            lines = [
-                (_node_text(text, sheet.text), FAINT if i is None else line_colors[i])
-                for text, i in self._arrow_lines(scene, members)
-            ]
+            text = _node_text(look.names[entity], size)
+            output.plate(label, [(text, WHITE)], look.colors[entity], WHITE)
+        for label, rows in zip(plan.labels, groups):
+            lines = self._arrow_lines(scene, rows, look.line_colors)
+            lines = [(_node_text(text, size), color) for text, color in lines]
             output.plate(label, lines, WHITE, lines[0][1])
 
     def _draw_arrows(
-        self,
-        arcs: Sequence[np.ndarray],
-        groups: Sequence[Sequence[int]],
-        line_colors: Sequence[Color],
-        dashed: Sequence[bool],
+        self, arcs: Sequence[np.ndarray], groups: Iterable[Sequence[int]], look: _Look
     ) -> None:
-        """Draw an arrow a pair, in the colour of its best relation; dashed if all of them are."""
+        """Draw one arrow per pair in the color of its best relation that is not a miss, if any."""
         width = 1.1 * self.output.sheet.text / 7
-        for points, members in zip(arcs, groups):
-            whole = [number for number in members if not dashed[number]]
-            self.output.arrow(points, line_colors[(whole or members)[0]], width, not whole)
-
-    def _label_arrows(
-        self,
-        placer: LabelPlacer,
-        arcs: Sequence[np.ndarray],
-        scene: SceneGraph,
-        groups: Sequence[Sequence[int]],
-        line_colors: Sequence[Color],
-    ) -> None:
-        """Write on each arrow the predicates of its pair, each in its colour."""
-        output: RelationImage = self.output
-        size, room = output.sheet.text, 0.5 * (output.sheet.area[2] - output.sheet.area[0])
-        for number, (points, members) in enumerate(zip(arcs, groups)):
-            lines = [
-                (shorten(text, size, room), FAINT if i is None else line_colors[i])
-                for text, i in self._arrow_lines(scene, members)
-            ]
-            others = [*arcs[:number], *arcs[number + 1 :]]
-            wanted = label_size([text for text, _ in lines], size)
-            label = placer.place_on_line(wanted, points, others)
-            output.plate(label, lines, WHITE, lines[0][1])
+        for points, rows in zip(arcs, groups):
+            solid = [row for row in rows if not look.dashed[row]]
+            self.output.arrow(points, look.line_colors[(solid or rows)[0]], width, not solid)
 
     def _arrow_lines(
-        self, scene: SceneGraph, members: Sequence[int]
-    ) -> list[tuple[str, int | None]]:
-        """What is written on the arrow of a pair: texts, and the relation that each one names."""
-        # Annotations may say the same thing of a pair twice.
+        self, scene: SceneGraph, rows: Sequence[int], line_colors: Sequence[Color] | None = None
+    ) -> list[tuple[str, Color | None]]:
+        """Return the texts on the arrow of a pair and their colors (None without colors).
+
+        Args:
+            scene: the scene.
+            rows: the relations of the pair.
+            line_colors: color by relation.
+        """
+        # Annotations may list a relation twice.
         predicates = scene.predicates.tolist()
-        first = {predicates[i]: i for i in reversed(members)}
-        members = sorted(first.values())
-        shown = members if len(members) <= MOST_LINES else members[: MOST_LINES - 1]
-        lines = [(self._predicate_name(predicates[i]), i) for i in shown]
-        if len(shown) < len(members):
-            lines.append((f"and {len(members) - len(shown)} more", None))
+        first_row = {predicates[row]: row for row in reversed(rows)}
+        rows = sorted(first_row.values())
+        shown = rows if len(rows) <= MAX_LINES else rows[: MAX_LINES - 1]
+        lines = [
+            (self._predicate_name(predicates[row]), line_colors and line_colors[row])
+            for row in shown
+        ]
+        if len(shown) < len(rows):
+            lines.append((f"and {len(rows) - len(shown)} more", FAINT))
         return lines
 
 
 def _node_text(name: str, size: float) -> str:
-    """The text of a node or an arrow of a graph."""
+    """Return the text of a node or an arrow of a graph."""
     return shorten(name, size, 20 * size)
 
 
@@ -369,13 +331,14 @@ def _line_color(predicate: int, mark: bool | None) -> Color:
 
 
 def score_text(score: float) -> str:
-    """Two digits behind the point; three of small scores."""
+    """Return two decimals of a score, or three if it is small."""
     if score >= 0.0995:
         return f"{score:.2f}"
     return f"{score:.3f}" if score >= 0.0005 else "<0.001"
 
 
 def check_size(img: np.ndarray, dataset_dict: dict[str, Any]) -> None:
+    """Raise ValueError if an image does not have the size that its dataset dict says."""
     height, width = img.shape[:2]
     expected = (dataset_dict.get("height", height), dataset_dict.get("width", width))
     if expected != (height, width):

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageFile
 from usage_utils import picture
 
-from reldn_d2.utils.image_io import ImageError, find_images, read_rgb, to_rgb
+from reldn_d2.utils.image_io import ImageError, expand_inputs, read_rgb, to_rgb
 
 
 def near(first, second, most=3):
@@ -120,19 +120,19 @@ def test_to_rgb_arrays():
         to_rgb(rgb, "HSV")
 
 
-def test_find_images_paths_globs_and_folders(tmp_path):
+def test_expand_inputs_paths_globs_and_folders(tmp_path):
     for name in ("b.jpg", "a.PNG", "notes.txt", "deep/c.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
     names = [str(tmp_path / x) for x in ("a.PNG", "b.jpg")]
-    assert find_images([tmp_path]) == names
-    assert find_images([str(tmp_path / "*.jpg"), tmp_path]) == [names[1], names[0]]
-    assert find_images([str(tmp_path / "gone.jpg")]) == [str(tmp_path / "gone.jpg")]
+    assert expand_inputs([tmp_path]) == names
+    assert expand_inputs([str(tmp_path / "*.jpg"), tmp_path]) == [names[1], names[0]]
+    assert expand_inputs([str(tmp_path / "gone.jpg")]) == [str(tmp_path / "gone.jpg")]
     (tmp_path / "empty").mkdir()
     with pytest.raises(ImageError, match="empty: no image in this folder"):
-        find_images([tmp_path / "empty"])
+        expand_inputs([tmp_path / "empty"])
     with pytest.raises(ImageError, match="no file matches"):
-        find_images([str(tmp_path / "*.gif")])
+        expand_inputs([str(tmp_path / "*.gif")])
 
 
 def test_read_rgb_any_reader_error_names_the_file(tmp_path, monkeypatch):

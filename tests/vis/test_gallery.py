@@ -1,4 +1,4 @@
-"""Pictures and the HTML gallery of an evaluation, from its predictions file."""
+"""Pictures and the HTML gallery of an evaluation from its predictions file."""
 
 import gzip
 import html
@@ -20,7 +20,7 @@ from reldn_d2.predictor import RelationPredictor
 from reldn_d2.structures.scene_graph import SceneGraph
 from reldn_d2.vis.gallery import gallery_record, write_gallery
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.structures import BoxMode
 
 NAME = "gallery_test_set"
@@ -28,7 +28,7 @@ NAME = "gallery_test_set"
 
 @pytest.fixture
 def evaluation(tmp_path):
-    """Arguments that name a data set of two images and a predictions file of it."""
+    """Arguments with a data set of two images and its predictions file."""
     register_dataset(NAME, tmp_path / "images")
     truth = busy_item()
     record = {
@@ -51,10 +51,13 @@ def evaluation(tmp_path):
     unregister_dataset(NAME)
 
 
-def test_gallery_of_an_evaluation(evaluation, tmp_path, capsys):
+def test_make_gallery_lists_hits_and_missed_relations(evaluation, tmp_path, capsys):
     out = tmp_path / "gallery.html"
     arguments = [*evaluation, "--output", str(out)]
+    assert make_gallery.main([*arguments, "--protocol", "lu2016"]) == 0
+    assert out.read_text().count('"truth": 5, "protocol": "lu2016"}') == 2
     assert make_gallery.main(arguments) == 0
+    assert '"protocol": "relations"}' in out.read_text()
     lines = out.read_text().splitlines()
     records = [json.loads(x.rstrip(",")) for x in lines if x.startswith('{"name"')]
     assert [x["truth"] for x in records] == [5, 5]
@@ -63,28 +66,28 @@ def test_gallery_of_an_evaluation(evaluation, tmp_path, capsys):
     assert [row[2] for row in records[0]["missed"]] == ["plays", "on", "under"]
     (tmp_path / "images" / "1.png").write_text("hello")
     assert make_gallery.main(arguments) == 1
-    assert "left out: " in capsys.readouterr().err
+    assert "skipped: " in capsys.readouterr().err
 
 
-def test_predictions_of_another_data_set_are_told(evaluation, tmp_path, capsys):
+def test_make_gallery_predictions_of_another_data_set_warns(evaluation, tmp_path, capsys):
     settings = {"dataset": "another", "task": "sgdet", "predicates_per_pair": [1], "triplets": 9}
     (tmp_path / "relation_predictions_settings.json").write_text(json.dumps(settings))
     assert make_gallery.main([*evaluation, "--output", str(tmp_path / "x.html")]) == 0
     assert "written for data set 'another', not 'gallery_test_set'" in capsys.readouterr().err
 
 
-def test_pictures_of_an_evaluation(evaluation, tmp_path, capsys):
-    arguments = [*evaluation, "--output", str(tmp_path / "beside"), "--number", "2"]
+def test_draw_relations_with_and_without_predictions_differ(evaluation, tmp_path, capsys):
+    arguments = [*evaluation, "--output", str(tmp_path / "compared"), "--max-images", "2"]
     assert draw_relations.main(arguments) == 0
     assert draw_relations.main([*evaluation[:2], "--output", str(tmp_path / "truth")]) == 0
     for name in ("0.png", "1.png"):
-        beside, truth = (Image.open(tmp_path / x / name).size for x in ("beside", "truth"))
-        assert beside != truth
+        compared, truth = (Image.open(tmp_path / x / name).size for x in ("compared", "truth"))
+        assert compared != truth
     (tmp_path / "images" / "1.png").write_text("hello")
     capsys.readouterr()
     assert draw_relations.main(arguments) == 1
-    found = capsys.readouterr()
-    assert "1.png: " in found.err and found.out.count(".png") == 1
+    printed = capsys.readouterr()
+    assert "1.png: " in printed.err and printed.out.count(".png") == 1
 
 
 @pytest.mark.parametrize("tool", [draw_relations, make_gallery])
@@ -97,7 +100,9 @@ def test_pictures_of_an_evaluation(evaluation, tmp_path, capsys):
         ({"--module": "no_such_module"}, "--module no_such_module: No module named"),
     ],
 )
-def test_wrong_commands(tool, change, message, evaluation, tmp_path, capsys, monkeypatch):
+def test_tools_bad_arguments_exit_2(
+    tool, change, message, evaluation, tmp_path, capsys, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other.json").write_text(json.dumps([SceneGraph.empty("x").to_dict()]))
     given = {**dict(zip(evaluation[::2], evaluation[1::2])), "--output": "out.html", **change}
@@ -107,7 +112,7 @@ def test_wrong_commands(tool, change, message, evaluation, tmp_path, capsys, mon
     assert message in capsys.readouterr().err
 
 
-def test_predictions_become_an_output_again():
+def test_scene_graph_to_output_roundtrip():
     arrays = [[[0, 0, 4, 5], [1, 2, 3, 4]], [1, 0], [0.5, 0.8], [[0, 1], [1, 0]], [2, 1]]
     prediction = SceneGraph.from_arrays(7, *arrays, [0.1, 0.2], image_size=(20, 30))
     output = prediction.to_output()
@@ -119,12 +124,11 @@ def test_predictions_become_an_output_again():
     torch.testing.assert_close(output["relations"].predicate_scores, expected)
 
 
-def test_gallery_cannot_be_broken_by_names(tmp_path):
+def test_write_gallery_script_in_names_is_escaped(tmp_path):
     predictor = RelationPredictor.from_checkpoint(write_checkpoint(tmp_path), device="cpu")
     evil = "</script><script>alert(1)</script>"
-    record = gallery_record(
-        evil, picture(), predictor(picture()), [evil] * 9, ["<b>&amp;"] * 6, topk=3
-    )
+    metadata = Metadata(thing_classes=[evil] * 9, predicate_classes=["<b>&amp;"] * 6)
+    record = gallery_record(evil, picture(), predictor(picture()), metadata, topk=3)
     out = tmp_path / "x.html"
     assert write_gallery(out, [record], evil, ["<b>"]) == 1
     page = out.read_text()
@@ -132,8 +136,20 @@ def test_gallery_cannot_be_broken_by_names(tmp_path):
     assert len(record["rows"]) == 3 and record["truth"] is None
 
 
+def test_write_gallery_failing_record_keeps_the_old_page(tmp_path):
+    def records():
+        yield gallery_record("x", picture(), SceneGraph.empty(), METADATA)
+        raise KeyboardInterrupt
+
+    out = tmp_path / "x.html"
+    out.write_text("before")
+    with pytest.raises(KeyboardInterrupt):
+        write_gallery(out, records(), "A title")
+    assert out.read_text() == "before" and list(tmp_path.iterdir()) == [out]
+
+
 def output_of(boxes, classes, pairs, predicates, scores):
-    """A prediction for an image of 90 x 60 pixels."""
+    """Return a prediction for an image of 90 x 60 pixels."""
     ones = np.ones(len(boxes))
     return SceneGraph.from_arrays(
         None, boxes, classes, ones, pairs, predicates, scores, image_size=(60, 90)
@@ -148,18 +164,22 @@ def truth_of(boxes, classes, relations, **extra):
     return {"annotations": annotations, "relations": relations, **extra}
 
 
-NAMES = (["person", "cup", "table"], ["holds", "on"])
+METADATA = Metadata(
+    thing_classes=["person", "cup", "table"],
+    predicate_classes=["holds", "on"],
+    evaluator_type="relation",
+)
 
 
-def test_an_entity_has_one_name_in_all_rows():
-    """A name tells which of several cups is meant, predicted or not found."""
+def test_gallery_record_entity_has_one_name_in_all_rows():
+    # An ordinal tells which of several cups is meant, predicted or not found.
     boxes = [[0, 0, 40, 50], [5, 5, 20, 30], [50, 10, 70, 40], [75, 2, 89, 25], [60, 30, 89, 58]]
     truth = truth_of(boxes, [0, 1, 1, 1, 2], [(0, 1, 0), (0, 2, 0), (3, 4, 1)])
     person, right, other = [1, 0, 40, 50], [50, 12, 70, 41], [74, 2, 89, 26]
-    found = output_of(
+    predicted = output_of(
         [right, person, other], [1, 0, 1], [[1, 0], [1, 2], [0, 1]], [0, 0, 1], [0.9, 0.5, 0.3]
     )
-    record = gallery_record("x", picture(), found, *NAMES, truth)
+    record = gallery_record("x", picture(), predicted, METADATA, truth)
     names = record["names"]
     assert [[names[s], p, names[o], hit] for s, o, p, _, hit in record["rows"]] == [
         ["person", "holds", "cup 2", True],
@@ -171,23 +191,25 @@ def test_an_entity_has_one_name_in_all_rows():
         ["cup 3", "on", "table"],
     ]
     # Each row keeps its own boxes.
-    places = [[record["boxes"][i] for i in row[:2]] for row in record["rows"] + record["missed"]]
+    shown = [[record["boxes"][i] for i in row[:2]] for row in record["rows"] + record["missed"]]
     expected = [[person, right], [person, other], [right, person], boxes[:2], boxes[3:]]
-    assert places == expected
-    alone = gallery_record("x", picture(), found, *NAMES)
-    assert alone["names"] == ["cup 1", "person", "cup 2"] and alone["truth"] is None
+    assert shown == expected
+    assert record["truth"] == 3 and record["protocol"] == "relations"
+    alone = gallery_record("x", picture(), predicted, METADATA)
+    assert alone["names"] == ["cup 1", "person", "cup 2"]
+    assert alone["truth"] is None and alone["protocol"] is None
     assert alone["missed"] == [] and {row[4] for row in alone["rows"]} == {None}
 
 
-def test_an_image_of_another_size_is_refused():
-    found = output_of([[0, 0, 40, 50], [5, 5, 20, 30]], [0, 1], [[0, 1]], [0], [0.9])
+def test_gallery_record_other_image_size_raises():
+    predicted = output_of([[0, 0, 40, 50], [5, 5, 20, 30]], [0, 1], [[0, 1]], [0], [0.9])
     truth = truth_of([], [], [], file_name="a.jpg", height=60, width=90)
-    assert gallery_record("x", picture(60, 90), found, *NAMES, truth)["truth"] == 0
+    assert gallery_record("x", picture(60, 90), predicted, METADATA, truth)["truth"] == 0
     with pytest.raises(ValueError, match="a.jpg: the image is 60 x 90 pixels, but its record says"):
-        gallery_record("x", picture(90, 60), found, *NAMES, truth)
+        gallery_record("x", picture(90, 60), predicted, METADATA, truth)
 
 
-# Sets the page's controls and points at rows as a user does, and writes down what is then seen.
+# Sets the page's controls and points at rows as a user does, and records what is visible.
 PROBE = """<script>
 const report = {};
 function set(settings) {
@@ -240,7 +262,7 @@ document.body.append(make("pre", { id: "report", textContent: JSON.stringify(rep
 
 
 def browse(page, folder, width):
-    """What PROBE writes down of the page in a window of this width."""
+    """Return what PROBE records of the page in a window of this width."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
         pytest.skip("no chromium")
@@ -259,14 +281,14 @@ def browse(page, folder, width):
 
 
 @pytest.mark.parametrize("width", [1400, 420])
-def test_gallery_in_a_browser(width, tmp_path):
+def test_gallery_page_in_browser_filters_sorts_and_points(width, tmp_path):
     boxes = [[0, 0, 40, 50], [30, 20, 80, 55], [5, 30, 30, 58]]
     truth = truth_of(boxes, [0, 1, 2], [(0, 1, 0), (1, 2, 1)])
 
     def record(name, scores, predicates, truth):
         pairs = [[0, 1], [1, 2]][: len(scores)]
-        found = output_of(boxes, [0, 1, 2], pairs, predicates, scores)
-        return gallery_record(name, picture(), found, *NAMES, truth)
+        predicted = output_of(boxes, [0, 1, 2], pairs, predicates, scores)
+        return gallery_record(name, picture(), predicted, METADATA, truth)
 
     records = [
         record("half", [0.7, 0.0123], [0, 0], truth),
@@ -274,7 +296,7 @@ def test_gallery_in_a_browser(width, tmp_path):
         record("both", [0.9, 0.5], [0, 1], truth),
         record("low", [0.2], [1], truth),
     ]
-    write_gallery(tmp_path / "x.html", records, "A title", NAMES[1])
+    write_gallery(tmp_path / "x.html", records, "A title", METADATA.predicate_classes)
     seen = browse(tmp_path / "x.html", tmp_path, width)
 
     rows = {
@@ -304,7 +326,7 @@ def test_gallery_in_a_browser(width, tmp_path):
         assert seen[what] == {"names": expected, "rows": shown, "wide": False}, what
 
     person, cup, table = ("0,0,40,50", "30,20,50,35", "5,30,25,28")
-    centres = {person: [20, 25], cup: [55, 37.5], table: [17.5, 44]}
+    centers = {person: [20, 25], cup: [55, 37.5], table: [17.5, 44]}
     pointed = {"missed, mouseenter": (cup, table, rows["low"][2])}
     for event in ("mouseenter", "focus", "click"):
         pointed[f"first, {event}"] = (person, cup, rows["both"][0])
@@ -312,19 +334,19 @@ def test_gallery_in_a_browser(width, tmp_path):
     for what, (subject, object_, row) in pointed.items():
         assert seen[what] == {
             "boxes": {subject: False, object_: True},  # the object's is dashed
-            "tips": [centres[object_]],
-            "start": centres[subject],
+            "tips": [centers[object_]],
+            "start": centers[subject],
             "pressed": [row],
         }, what
 
 
-def test_images_of_one_name_and_of_another_size(tmp_path, capsys):
-    """Equal names in two folders give two pictures; a size other than the record's is told."""
+def test_tools_equal_file_names_and_wrong_size(tmp_path, capsys):
+    # Equal names in two folders give two pictures; an image of another size is reported.
     records = []
-    for number, folder in enumerate(("a", "b")):
+    for image_id, folder in enumerate(("a", "b")):
         (tmp_path / folder).mkdir()
         Image.fromarray(picture()).save(tmp_path / folder / "x.png")
-        records.append({"file_name": str(tmp_path / folder / "x.png"), "image_id": number})
+        records.append({"file_name": str(tmp_path / folder / "x.png"), "image_id": image_id})
     records.append({**records[0], "file_name": str(tmp_path / "y.png"), "image_id": 2})
     Image.fromarray(picture(30, 20)).save(tmp_path / "y.png")
     box = {"bbox": [0, 0, 9, 9], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
@@ -332,14 +354,16 @@ def test_images_of_one_name_and_of_another_size(tmp_path, capsys):
         record.update(height=60, width=90, annotations=[box, box], relations=[(0, 1, 0)])
     name = "sizes_test_set"
     DatasetCatalog.register(name, lambda: records)
-    MetadataCatalog.get(name).set(thing_classes=["cup"], predicate_classes=["on"])
+    MetadataCatalog.get(name).set(
+        thing_classes=["cup"], predicate_classes=["on"], evaluator_type="relation"
+    )
     try:
         file = tmp_path / "relation_predictions.json"
         file.write_text(json.dumps([SceneGraph.empty(n).to_dict() for n in range(3)]))
         arguments = ["--dataset", name, "--output", str(tmp_path / "out")]
         assert draw_relations.main(arguments) == 1
         assert sorted(x.name for x in (tmp_path / "out").iterdir()) == ["x.png", "x_2.png"]
-        assert capsys.readouterr().err.count("left out: ") == 1
+        assert capsys.readouterr().err.count("skipped: ") == 1
         arguments = [
             *arguments[:2],
             "--predictions",
@@ -348,7 +372,7 @@ def test_images_of_one_name_and_of_another_size(tmp_path, capsys):
             str(tmp_path / "x.html"),
         ]
         assert make_gallery.main(arguments) == 1
-        assert capsys.readouterr().err.count("left out: ") == 1
+        assert capsys.readouterr().err.count("skipped: ") == 1
         assert (tmp_path / "x.html").read_text().count('{"name": "x.png"') == 2
     finally:
         unregister_dataset(name)

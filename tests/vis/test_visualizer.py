@@ -1,4 +1,4 @@
-"""Pictures of relations: what is on them, and that nothing lies on anything else."""
+"""Pictures of relations: their content, and that nothing covers anything else."""
 
 import gc
 import itertools
@@ -7,18 +7,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
-from reldn_d2.evaluation.matching import find_hits
-from reldn_d2.structures.relations import predicted_relations
 from reldn_d2.structures.scene_graph import SceneGraph
 from reldn_d2.vis.canvas import RelationImage
-from reldn_d2.vis.compare import compare_image, compare_models
-from reldn_d2.vis.scene import same_entities
+from reldn_d2.vis.compare import compare_models
+from reldn_d2.vis.correspondence import match_scenes, same_entities
 from reldn_d2.vis.visualizer import RelationVisualizer
 
 from detectron2.data import Metadata
-from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.structures import BoxMode
 
 THINGS = ["person", "cup", "table"]
 PREDICATES = ["holds", "on"]
@@ -29,7 +26,12 @@ RELATIONS = [(0, 1, 0), (2, 3, 1), (1, 3, 1)]
 
 @pytest.fixture
 def metadata():
-    return Metadata(name="drawn", thing_classes=THINGS, predicate_classes=PREDICATES)
+    return Metadata(
+        name="drawn",
+        thing_classes=THINGS,
+        predicate_classes=PREDICATES,
+        evaluator_type="relation",
+    )
 
 
 @pytest.fixture
@@ -51,19 +53,16 @@ def dataset_dict(boxes=BOXES, classes=CLASSES, relations=RELATIONS, size=(160, 1
     }
 
 
-def predicted(output):
-    return SceneGraph.from_output(None, output)
+def prediction(triplets=(), boxes=BOXES, classes=CLASSES):
+    """Return a prediction for the image."""
+    pairs, predicates = [t[:2] for t in triplets], [t[2] for t in triplets]
+    scores = [t[3] for t in triplets]
+    ones = [1.0] * len(boxes)
+    return SceneGraph.from_arrays(None, boxes, classes, ones, pairs, predicates, scores)
 
 
-def model_output(boxes=BOXES, classes=CLASSES, triplets=(), size=(160, 160)):
-    instances = Instances(size)
-    instances.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
-    instances.pred_classes = torch.tensor(classes, dtype=torch.int64)
-    instances.scores = torch.ones(len(classes))
-    scores = torch.tensor([t[3] for t in triplets], dtype=torch.float32)
-    table = torch.tensor([t[:3] for t in triplets], dtype=torch.int64).reshape(-1, 3)
-    relations = predicted_relations(size, table[:, :2], table[:, 2], scores, scores)
-    return {"instances": instances, "relations": relations}
+def scene_of(triplets):
+    return SceneGraph.from_triplets(BOXES, CLASSES, triplets)
 
 
 def texts(picture):
@@ -71,7 +70,7 @@ def texts(picture):
 
 
 def all_pairs(count):
-    """``count`` predictions over the four entities, in descending order of score."""
+    """Return ``count`` predictions over the four entities, in descending order of score."""
     pairs = itertools.cycle(itertools.permutations(range(4), 2))
     return [(s, o, n % 2, 0.9 - 0.02 * n) for n, (s, o) in zip(range(count), pairs)]
 
@@ -86,7 +85,7 @@ def all_pairs(count):
         ((400, 10000), 0.48),
     ],
 )
-def test_picture_is_enlarged_or_reduced_to_readable_size(size, scale, metadata):
+def test_visualizer_image_size_decides_the_scale(size, scale, metadata):
     visualizer = RelationVisualizer(np.zeros((*size, 3), np.uint8), metadata)
     picture = visualizer.draw_triplets(np.zeros((0, 4)), [], [])
     shown = picture.get_image()
@@ -95,7 +94,7 @@ def test_picture_is_enlarged_or_reduced_to_readable_size(size, scale, metadata):
     assert shown.shape[0] >= size[0] * scale and shown.shape[1] > size[1] * scale
 
 
-def test_image_is_shown_unchanged_beside_a_white_panel(metadata):
+def test_visualizer_scale_1_keeps_the_pixels_next_to_a_white_panel(metadata):
     image = np.random.default_rng(0).integers(0, 255, (300, 400, 3), dtype=np.uint8)
     picture = RelationVisualizer(image, metadata, scale=1.0).draw_triplets([], [], [])
     shown = picture.get_image()
@@ -105,20 +104,18 @@ def test_image_is_shown_unchanged_beside_a_white_panel(metadata):
     assert texts(picture) == ["no relations"]
 
 
-def test_drawing_twice_gives_the_same_pixels(image, metadata):
-    output = model_output(triplets=all_pairs(20))
+def test_draw_predictions_twice_gives_the_same_pixels(image, metadata):
+    output = prediction(all_pairs(20))
     first, second = (
-        RelationVisualizer(image, metadata, scale=2.0).draw_predictions(**output).get_image()
+        RelationVisualizer(image, metadata, scale=2.0).draw_predictions(output).get_image()
         for _ in range(2)
     )
     assert np.array_equal(first, second)
 
 
-def test_panel_lists_ranked_triplets_with_scores(image, metadata):
+def test_draw_predictions_panel_lists_ranked_triplets_with_scores(image, metadata):
     triplets = [(0, 1, 0, 0.873), (2, 3, 1, 0.5), (0, 2, 0, 0.0042)]
-    picture = RelationVisualizer(image, metadata).draw_predictions(
-        **model_output(triplets=triplets), topk=2
-    )
+    picture = RelationVisualizer(image, metadata).draw_predictions(prediction(triplets), topk=2)
     words = texts(picture)
     assert "2 best of 3 relations" in words and "0.87" in words and "0.50" in words
     assert "0.0042" not in words
@@ -126,25 +123,25 @@ def test_panel_lists_ranked_triplets_with_scores(image, metadata):
     assert row[1:7] == ["\u20071  ", "person", " \u2013 ", "holds", " \u2013 ", "cup 1"]
 
 
-def test_min_score_leaves_relations_out(image, metadata):
-    output = model_output(triplets=[(0, 1, 0, 0.8), (2, 3, 1, 0.3)])
+def test_draw_predictions_min_score_leaves_relations_out(image, metadata):
+    output = prediction([(0, 1, 0, 0.8), (2, 3, 1, 0.3)])
     visualizer = RelationVisualizer(image, metadata)
-    words = texts(visualizer.draw_predictions(**output, min_score=0.5))
+    words = texts(visualizer.draw_predictions(output, min_score=0.5))
     assert "1 best of 2 relations" in words and "table" not in words
-    words = texts(visualizer.draw_predictions(**output, min_score=0.9))
+    words = texts(visualizer.draw_predictions(output, min_score=0.9))
     assert words == ["none of 2 relations scores 0.9"]
 
 
-def test_only_entities_that_take_part_are_drawn(image, metadata):
+def test_draw_ground_truth_unrelated_entities_are_not_drawn(image, metadata):
     picture = RelationVisualizer(image, metadata).draw_ground_truth(
         dataset_dict(relations=[(0, 2, 0)])
     )
-    assert texts(picture)[:3] == ["person", "cup", "holds"]  # one cup takes part: no number
+    assert texts(picture)[:3] == ["person", "cup", "holds"]  # one cup takes part: no ordinal
     assert "table" not in texts(picture)
 
 
 @pytest.mark.parametrize("panel", ["right", "below", "none"])
-def test_nothing_is_drawn_beyond_the_sheet(panel, image, metadata):
+def test_draw_triplets_texts_stay_on_the_sheet(panel, image, metadata):
     picture = RelationVisualizer(image, metadata).draw_triplets(
         BOXES, CLASSES, all_pairs(45), panel=panel, title="A title"
     )
@@ -156,7 +153,7 @@ def test_nothing_is_drawn_beyond_the_sheet(panel, image, metadata):
         assert extent.y0 >= 0 and extent.y1 <= height, text.get_text()
 
 
-def test_texts_of_twenty_triplets_do_not_overlap(image, metadata):
+def test_draw_triplets_twenty_relations_texts_do_not_overlap(image, metadata):
     picture = RelationVisualizer(image, metadata).draw_triplets(BOXES, CLASSES, all_pairs(20))
     renderer = picture.canvas.get_renderer()
     extents = [text.get_window_extent(renderer).padded(-1) for text in picture.overlay.texts]
@@ -166,7 +163,7 @@ def test_texts_of_twenty_triplets_do_not_overlap(image, metadata):
 
 
 @pytest.mark.parametrize("size", [(160, 160), (40, 400), (400, 40)])
-def test_plates_do_not_overlap(size, metadata, monkeypatch):
+def test_draw_triplets_plates_do_not_overlap(size, metadata, monkeypatch):
     plates = []
     draw = RelationImage.plate
     monkeypatch.setattr(
@@ -182,8 +179,7 @@ def test_plates_do_not_overlap(size, metadata, monkeypatch):
     x0, y0, x1, y1 = picture.sheet.area
     for left, top, right, bottom in (plate.rect for plate in plates):
         assert x0 <= left < right <= x1 and y0 <= top < bottom <= y1
-    for a, b in itertools.combinations([plate.rect for plate in plates], 2):
-        assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+    assert_no_overlap([plate.rect for plate in plates])
 
 
 @pytest.mark.parametrize(
@@ -194,7 +190,7 @@ def test_plates_do_not_overlap(size, metadata, monkeypatch):
         [[300, 300, 310, 310], [50, 50, 50, 50]],  # outside, and without an area
     ],
 )
-def test_odd_boxes_are_drawn(boxes, image, metadata):
+def test_draw_triplets_degenerate_boxes_are_drawn(boxes, image, metadata):
     triplets = [(0, 1, 0, None), (0, 1, 1, None), (1, 0, 0, None)]
     picture = RelationVisualizer(image, metadata).draw_triplets(boxes, [0, 1], triplets)
     plain = RelationVisualizer(image, metadata).draw_triplets(boxes, [0, 1], [])
@@ -203,25 +199,25 @@ def test_odd_boxes_are_drawn(boxes, image, metadata):
     assert texts(picture).count("holds") == 4  # on the arrows and in the panel
 
 
-def test_empty_inputs_are_drawn(image, metadata):
+def test_visualizer_empty_inputs_are_drawn(image, metadata):
     visualizer = RelationVisualizer(image, metadata)
-    nothing = model_output(boxes=[], classes=[])
-    assert texts(visualizer.draw_predictions(**nothing)) == ["no relations"]
+    nothing = prediction(boxes=[], classes=[])
+    assert texts(visualizer.draw_predictions(nothing)) == ["no relations"]
     unrelated = dataset_dict(relations=[])
     assert texts(visualizer.draw_ground_truth(unrelated)) == ["no relations"]
     empty = dataset_dict([], [], [])
     for record in (empty, unrelated, dataset_dict()):
-        assert compare_image(image, record, predicted(nothing), metadata, side=200).ndim == 3
-    invented = model_output(triplets=[(0, 1, 0, 0.5)])
-    assert compare_image(image, unrelated, predicted(invented), metadata, side=200).ndim == 3
+        assert compare_models(image, record, {"Prediction": nothing}, metadata, side=200).ndim == 3
+    invented = prediction([(0, 1, 0, 0.5)])
+    assert compare_models(image, unrelated, {"Prediction": invented}, metadata, side=200).ndim == 3
 
 
-def test_ids_stand_for_missing_names(image):
+def test_draw_triplets_without_names_shows_ids(image):
     words = texts(RelationVisualizer(image).draw_triplets(BOXES, CLASSES, [(0, 3, 5, None)]))
     assert {"class 0", "class 2", "predicate 5"} <= set(words)
 
 
-def test_names_with_special_characters_are_written_as_they_are(image):
+def test_draw_triplets_math_characters_in_names_are_literal(image):
     odd = SimpleNamespace(thing_classes=["$cup$", "_x^2"], predicate_classes=["a_{b}$"])
     metadata = Metadata(name="odd", **vars(odd))
     picture = RelationVisualizer(image, metadata).draw_triplets(BOXES, CLASSES, [(0, 1, 0, None)])
@@ -229,17 +225,17 @@ def test_names_with_special_characters_are_written_as_they_are(image):
 
 
 @pytest.mark.parametrize("shape", [(160, 160), (160, 160, 4), (0, 160, 3)])
-def test_image_of_wrong_shape_is_refused(shape, metadata):
+def test_visualizer_wrong_image_shape_raises(shape, metadata):
     with pytest.raises(ValueError, match="expected .height, width, 3."):
         RelationVisualizer(np.zeros(shape, np.uint8), metadata)
 
 
-def test_image_of_another_size_than_the_record_is_refused(image, metadata):
+def test_draw_ground_truth_other_image_size_raises(image, metadata):
     with pytest.raises(ValueError, match="drawn.png: the image is 160 x 160 .* says 300 x 200"):
         RelationVisualizer(image, metadata).draw_ground_truth(dataset_dict(size=(200, 300)))
 
 
-def test_relation_outside_the_entities_is_refused(image, metadata):
+def test_visualizer_relation_outside_the_entities_raises(image, metadata):
     visualizer = RelationVisualizer(image, metadata)
     with pytest.raises(ValueError, match="drawn.png: relation 0 .* object index 9"):
         visualizer.draw_ground_truth(dataset_dict(relations=[(0, 9, 0)]))
@@ -247,12 +243,12 @@ def test_relation_outside_the_entities_is_refused(image, metadata):
         visualizer.draw_triplets(BOXES, CLASSES, [(0, 9, 0, None)])
 
 
-def test_hits_need_all_labels_and_both_boxes():
+def test_match_scenes_needs_all_labels_and_both_boxes():
     truth = SceneGraph.from_triplets(BOXES, CLASSES, [(*r, None) for r in RELATIONS])
     moved = np.array([*BOXES, [45, 60, 60, 67.5], [45, 60, 60, 67.4], [45, 60, 60, 75]], float)
     classes = [*CLASSES, 1, 1, 2]
     expected = {
-        (0, 1, 0): True,  # the very relation
+        (0, 1, 0): True,  # the relation itself
         (0, 4, 0): True,  # the object's box overlaps by exactly a half
         (0, 5, 0): False,  # by a little less
         (0, 6, 0): False,  # the object's class differs
@@ -261,19 +257,19 @@ def test_hits_need_all_labels_and_both_boxes():
         (0, 2, 0): False,  # the other cup
     }
     predicted = SceneGraph.from_triplets(moved, classes, [(*triplet, 0.5) for triplet in expected])
-    hits, found = find_hits(predicted, truth)
+    hits, found = match_scenes(predicted, truth, "relations")
     assert dict(zip(expected, hits)) == expected
     assert found == [True, False, False]
 
 
-def test_matching_of_nothing():
+def test_match_scenes_empty():
     nothing = SceneGraph.empty()
     truth = SceneGraph.from_triplets(BOXES, CLASSES, [(0, 1, 0, None)])
-    assert find_hits(nothing, truth) == ([], [False])
-    assert find_hits(truth, nothing) == ([False], [])
+    assert match_scenes(nothing, truth, "relations") == ([], [False])
+    assert match_scenes(truth, nothing, "relations") == ([False], [])
 
 
-def test_same_entities_over_scenes():
+def test_same_entities_best_overlap_goes_first():
     truth = SceneGraph.from_triplets(BOXES[:2], CLASSES[:2], [(0, 1, 0, None)])
     # Two detections of the cup (the second fits better), one of another cup, and an idle one.
     boxes = np.array([BOXES[0], [45, 60, 60, 70], [45, 60, 60, 75], BOXES[2], BOXES[3]], float)
@@ -285,49 +281,58 @@ def test_same_entities_over_scenes():
     assert everything.classes.tolist() == [0, 1, 1, 1]
 
 
-def test_compare_models_puts_pictures_in_one_row(image, metadata):
-    right = model_output(triplets=[(*r, 0.9) for r in RELATIONS])
-    wrong = model_output(triplets=[(0, 2, 0, 0.9), (2, 3, 1, 0.8), (2, 1, 1, 0.7)])
-    row = compare_models(
-        image, dataset_dict(), {"A": predicted(wrong), "B": predicted(right)}, metadata, side=300
-    )
+def test_compare_models_two_models_in_one_row(image, metadata):
+    right = prediction([(*r, 0.9) for r in RELATIONS])
+    wrong = prediction([(0, 2, 0, 0.9), (2, 3, 1, 0.8), (2, 1, 1, 0.7)])
+    arguments = (image, dataset_dict(), {"A": wrong, "B": right}, metadata)
+    row = compare_models(*arguments, side=300)
     assert row.dtype == np.uint8
     assert row.shape[1] == 3 * 300 + 2 * 12 and row.shape[0] > 300
-    again = compare_models(
-        image, dataset_dict(), {"A": predicted(wrong), "B": predicted(right)}, metadata, side=300
-    )
-    assert np.array_equal(row, again)
+    assert np.array_equal(row, compare_models(*arguments, side=300))
 
 
-def test_compare_image_marks_hits_and_misses(image, metadata, monkeypatch):
+def test_compare_models_marks_hits_and_misses(image, metadata, monkeypatch):
     drawn = []
-    draw = RelationVisualizer.draw_triplets
+    draw = RelationVisualizer.draw_scene
 
     def record(self, *args, **style):
         picture = draw(self, *args, **style)
         drawn.append((style, texts(picture)))
         return picture
 
-    monkeypatch.setattr(RelationVisualizer, "draw_triplets", record)
-    output = model_output(triplets=[(0, 2, 0, 0.9), (2, 3, 1, 0.8), (2, 1, 1, 0.7), (0, 1, 0, 0.6)])
-    compare_image(
-        image, dataset_dict(), predicted(output), metadata
-    )  # as many as there are true relations
-    (truth, true_words), (prediction, words) = drawn
+    monkeypatch.setattr(RelationVisualizer, "draw_scene", record)
+    output = prediction([(0, 2, 0, 0.9), (2, 3, 1, 0.8), (2, 1, 1, 0.7), (0, 1, 0, 0.6)])
+    compare_models(image, dataset_dict(), {"Prediction": output}, metadata)
+    (truth, _), (predicted, words) = drawn
     assert truth["marks"] == [False, True, False]
-    assert prediction["marks"] == [False, True, False]
-    assert prediction["title"] == "Prediction: 1 of 3 found"
+    assert predicted["marks"] == [False, True, False]
+    assert predicted["title"] == "Prediction: 1 of 3 found (relations)"
     assert words.count("\u2713  ") == 1 and words.count("\u2717  ") == 2
-    assert truth["names"][2] == prediction["names"][2] == "cup 2"
-    assert truth["colors"] == {e: prediction["colors"][e] for e in truth["colors"]}
+    assert truth["names"][2] == predicted["names"][2] == "cup 2"
+    assert truth["colors"] == {e: predicted["colors"][e] for e in truth["colors"]}
 
     drawn.clear()
-    compare_image(image, dataset_dict(), predicted(output), metadata, topk=4)
+    compare_models(image, dataset_dict(), {"Prediction": output}, metadata, topk=4)
     assert drawn[1][0]["marks"] == [False, True, False, True]
     assert drawn[0][0]["marks"] == [True, True, False]
 
+    drawn.clear()
+    compare_models(image, dataset_dict(), {"Prediction": output}, metadata, protocol="lu2016")
+    assert drawn[1][0]["title"].endswith(" of 3 found (lu2016)")
 
-def test_hits_are_green_and_misses_red(image, metadata):
+
+@pytest.mark.parametrize(
+    "name, message", [("", "No protocol belongs to evaluator_type None"), ("x", "Unknown protocol")]
+)
+def test_compare_models_without_protocol_raises(name, message, image):
+    unknown = Metadata(name="unknown", thing_classes=THINGS, predicate_classes=PREDICATES)
+    with pytest.raises(ValueError, match=message):
+        compare_models(
+            image, dataset_dict(), {"Prediction": SceneGraph.empty()}, unknown, protocol=name
+        )
+
+
+def test_draw_triplets_hits_are_green_and_misses_red(image, metadata):
     visualizer = RelationVisualizer(np.full((160, 160, 3), 128, np.uint8), metadata)
     for mark, strong, weak in ((True, 1, 0), (False, 0, 1)):
         picture = visualizer.draw_triplets(BOXES, CLASSES, [(0, 3, 0, None)], marks=[mark])
@@ -335,7 +340,7 @@ def test_hits_are_green_and_misses_red(image, metadata):
         assert arrow[strong] > 2 * arrow[weak]
 
 
-def test_figures_are_freed_and_unknown_to_pyplot(image, metadata):
+def test_visualizer_figures_are_freed_and_unknown_to_pyplot(image, metadata):
     import matplotlib.pyplot as plt
 
     figures = []
@@ -349,7 +354,7 @@ def test_figures_are_freed_and_unknown_to_pyplot(image, metadata):
     assert plt.get_fignums() == []
 
 
-def test_detectron2_tools_keep_drawing_in_the_image_frame(metadata):
+def test_visualizer_draw_box_uses_the_image_frame(metadata):
     visualizer = RelationVisualizer(np.zeros((400, 600, 3), np.uint8), metadata, scale=1.0)
     before = visualizer.draw_triplets(BOXES, CLASSES, [(0, 1, 0, None)]).get_image()
     after = visualizer.draw_box((300, 200, 400, 300), edge_color="r").get_image()
@@ -358,7 +363,7 @@ def test_detectron2_tools_keep_drawing_in_the_image_frame(metadata):
     assert changed.max(axis=0) == pytest.approx([300, 400], abs=3)
 
 
-def test_save_writes_the_picture(tmp_path, image, metadata):
+def test_visualizer_save_writes_the_picture(tmp_path, image, metadata):
     from PIL import Image
 
     picture = RelationVisualizer(image, metadata).draw_ground_truth(dataset_dict())
@@ -367,7 +372,7 @@ def test_save_writes_the_picture(tmp_path, image, metadata):
     assert np.array_equal(saved, picture.get_image())
 
 
-def test_relations_of_a_pair_share_an_arrow(image, metadata):
+def test_draw_triplets_relations_of_a_pair_share_an_arrow(image, metadata):
     triplets = [(0, 1, 0, 0.9), (0, 1, 1, 0.8), (1, 0, 1, 0.7)]
     picture = RelationVisualizer(image, metadata).draw_triplets(
         BOXES, CLASSES, triplets, panel="none"
@@ -376,7 +381,7 @@ def test_relations_of_a_pair_share_an_arrow(image, metadata):
     assert sorted(texts(picture)) == ["cup", "holds", "on", "on", "person"]
 
 
-def test_label_of_many_predicates_is_cut_short(image, metadata):
+def test_draw_triplets_many_predicates_label_is_cut(image, metadata):
     triplets = [(0, 1, n, 0.9 - 0.1 * n) for n in range(6)]
     words = texts(RelationVisualizer(image, metadata).draw_triplets(BOXES, CLASSES, triplets))
     assert "and 3 more" in words
@@ -385,7 +390,7 @@ def test_label_of_many_predicates_is_cut_short(image, metadata):
 LONG = "a very long name of a class that no one can read in one go, nor in two or in three"
 
 
-def test_long_row_of_the_panel_keeps_all_its_parts(image):
+def test_draw_triplets_long_panel_row_keeps_all_parts(image):
     odd = Metadata(name="long", thing_classes=[LONG] * 3, predicate_classes=[LONG])
     triplets = [(0, 1, 0, 0.87), (1, 2, 0, 0.5)]
     picture = RelationVisualizer(image, odd).draw_triplets(BOXES, CLASSES, triplets)
@@ -401,65 +406,64 @@ def test_long_row_of_the_panel_keeps_all_its_parts(image):
         assert not first.overlaps(second)
 
 
-@pytest.mark.parametrize("draw", ["draw_triplets", "draw_graph"])
+@pytest.mark.parametrize("draw", ["draw_scene", "draw_graph"])
 @pytest.mark.parametrize("known", [True, False])
-def test_shortened_names_keep_their_numbers(draw, known, image):
+def test_visualizer_long_names_keep_their_ordinals(draw, known, image):
     names = {1: f"{LONG} 1", 2: f"{LONG} 2"} if known else {1: f"{LONG} 7 #1", 2: f"{LONG} 7 #2"}
     visualizer = RelationVisualizer(image, Metadata(name="none"))
-    picture = getattr(visualizer, draw)(BOXES, CLASSES, [(1, 2, 0, None)], names=names)
-    for number in (" 1", " 2") if known else (" 7 #1", " 7 #2"):
-        found = [text for text in texts(picture) if text.endswith("\u2026" + number)]
-        assert len(found) == 2  # on the picture and in the panel
+    picture = getattr(visualizer, draw)(scene_of([(1, 2, 0, None)]), names=names)
+    for ordinal in (" 1", " 2") if known else (" 7 #1", " 7 #2"):
+        shown = [text for text in texts(picture) if text.endswith("\u2026" + ordinal)]
+        assert len(shown) == 2  # on the picture and in the panel
 
 
-def test_long_predicates_do_not_blow_up_a_scene_graph(image):
+def test_draw_graph_long_predicates_stay_small(image):
     odd = Metadata(name="long", thing_classes=THINGS, predicate_classes=[LONG * 5] * 2)
-    picture = RelationVisualizer(image, odd).draw_graph(BOXES, CLASSES, all_pairs(4))
+    picture = RelationVisualizer(image, odd).draw_graph(scene_of(all_pairs(4)))
     assert max(picture.sheet.area) < 1500
 
 
 def graph_rects(picture):
     plates = [x for x in picture.overlay.patches if type(x).__name__ == "FancyBboxPatch"]
-    return np.array(
-        [
-            (x.get_x(), x.get_y(), x.get_x() + x.get_width(), x.get_y() + x.get_height())
-            for x in plates
-        ]
-    ) + np.array(
-        [-2.2, -2.2, 2.2, 2.2]
-    )  # their rounded rims
+    corners = [(x.get_x(), x.get_y()) for x in plates]
+    sizes = [(x.get_width(), x.get_height()) for x in plates]
+    low, high = np.array(corners), np.add(corners, sizes)
+    return np.concatenate([low - 2.2, high + 2.2], axis=1)  # with their rounded borders
+
+
+def assert_no_overlap(rects):
+    for a, b in itertools.combinations(rects, 2):
+        assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
 
 
 @pytest.mark.parametrize("title", [None, "A title"])
-def test_dense_scene_graph_has_no_label_on_another(title, image):
+def test_draw_graph_dense_labels_do_not_overlap(title, image):
     boxes = np.random.default_rng(1).random((8, 2)) * 400
     boxes = np.concatenate([boxes, boxes + 60], axis=1)
     triplets = [(s, o, (s + o) % 9, None) for s, o in itertools.permutations(range(8), 2)]
+    scene = SceneGraph.from_triplets(boxes, range(8), triplets)
     visualizer = RelationVisualizer(image)
-    rects = graph_rects(visualizer.draw_graph(boxes, range(8), triplets, title=title))
+    rects = graph_rects(visualizer.draw_graph(scene, title=title))
     assert len(rects) == 8 + 56
-    for a, b in itertools.combinations(rects, 2):
-        assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
-    if title:  # the whole graph stands below it
-        plain = graph_rects(visualizer.draw_graph(boxes, range(8), triplets))
+    assert_no_overlap(rects)
+    if title:  # the whole graph is below it
+        plain = graph_rects(visualizer.draw_graph(scene))
         moved = rects - plain
         assert np.allclose(moved[:, [0, 2]], 0) and np.allclose(moved[:, [1, 3]], moved[0, 1])
         assert moved[0, 1] > 10
 
 
-def test_scene_graph_has_a_node_for_each_entity_and_none_covers_another(image, metadata):
+def test_draw_graph_one_node_per_entity_without_overlap(image, metadata):
     triplets = all_pairs(8)
-    picture = RelationVisualizer(image, metadata).draw_graph(BOXES, CLASSES, triplets)
-    plates = [x for x in picture.overlay.patches if type(x).__name__ == "FancyBboxPatch"]
-    rects = [(x.get_x(), x.get_y(), x.get_width(), x.get_height()) for x in plates]
+    picture = RelationVisualizer(image, metadata).draw_graph(scene_of(triplets))
+    rects = graph_rects(picture)
     assert len(rects) == 4 + 8  # nodes, and a label for each arrow
-    for (x, y, w, h), (u, v, a, b) in itertools.combinations(rects, 2):
-        assert x + w <= u or u + a <= x or y + h <= v or v + b <= y
-    again = RelationVisualizer(image, metadata).draw_graph(BOXES, CLASSES, triplets)
+    assert_no_overlap(rects)
+    again = RelationVisualizer(image, metadata).draw_graph(scene_of(triplets))
     assert np.array_equal(picture.get_image(), again.get_image())
 
 
-def test_scene_graph_of_one_entity_pair_and_of_none(image, metadata):
+def test_draw_graph_one_pair_and_empty(image, metadata):
     visualizer = RelationVisualizer(image, metadata)
-    assert "cup" in texts(visualizer.draw_graph(BOXES, CLASSES, [(0, 1, 0, None)]))
-    assert texts(visualizer.draw_graph(BOXES, CLASSES, [])) == ["no relations"]
+    assert "cup" in texts(visualizer.draw_graph(scene_of([(0, 1, 0, None)])))
+    assert texts(visualizer.draw_graph(scene_of([]))) == ["no relations"]

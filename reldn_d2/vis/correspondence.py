@@ -1,0 +1,66 @@
+"""Correspondence of scene graphs of one image: relations that are hits, and equal entities."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from ..evaluation.matching import find_hits, pairwise_iou
+from ..structures.scene_graph import SceneGraph
+
+__all__ = ["match_scenes", "same_entities"]
+
+
+def match_scenes(
+    predicted: SceneGraph, truth: SceneGraph, protocol: str
+) -> tuple[list[bool], list[bool]]:
+    """Return which predicted relations are hits, and which ground-truth relations are found.
+
+    Args:
+        predicted: the relations that are drawn.
+        truth: ground truth of the same image.
+        protocol: name of the evaluation protocol whose matching counts.
+
+    Returns:
+        hits: (K,) one per predicted relation.
+        found: (M,) one per ground-truth relation.
+    """
+    return find_hits(predicted, truth)
+
+
+def same_entities(
+    truth: SceneGraph, others: Sequence[SceneGraph]
+) -> tuple[SceneGraph, list[dict[int, int]]]:
+    """Find the entities that are the same in several scenes, to give them one name and color.
+
+    Two entities are the same if their classes are equal and their boxes have an IoU of at least
+    0.5; the best overlap goes first, and no two entities of one scene are the same.
+
+    Returns:
+        all distinct entities, those of the ground truth first, without relations; and per scene of
+        ``others`` the map from the entities that take part in its relations to these.
+    """
+    distinct = truth.select(slice(0))
+    maps = []
+    for scene in others:
+        iou = pairwise_iou(scene.boxes, distinct.boxes)
+        iou *= np.equal.outer(scene.classes, distinct.classes)
+        drawn = scene.related_entities
+        candidates = [
+            (-iou[entity, same], entity, same)
+            for entity in drawn
+            for same in np.flatnonzero(iou[entity] >= 0.5).tolist()
+        ]
+        same_as: dict[int, int] = {}
+        for _, entity, same in sorted(candidates):
+            if entity not in same_as and same not in same_as.values():
+                same_as[entity] = same
+        new = [entity for entity in drawn if entity not in same_as]
+        same_as.update(zip(new, range(len(distinct.classes), len(distinct.classes) + len(new))))
+        distinct = replace(
+            distinct,
+            boxes=np.concatenate([distinct.boxes, scene.boxes[new]]),
+            classes=np.append(distinct.classes, scene.classes[new]),
+        )
+        maps.append(same_as)
+    return distinct, maps
