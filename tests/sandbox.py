@@ -78,8 +78,17 @@ def enter_checkout(folder: Path, monkeypatch) -> None:
         monkeypatch.setitem(toy._SPLITS, split, (seed, 6))
     # Neural Motifs' 5,000 validation images would leave none of the few for training.
     monkeypatch.setitem(load_visual_genome.__wrapped__.__kwdefaults__, "num_val_images", 1)
-    # It starts a dozen programs to find compilers, in every run.
+    # Slow and of no effect on a run: a search for compilers, a conversion of the config for every
+    # key that default_setup reads, and plots of 50 to 100 predicates.
     monkeypatch.setattr("detectron2.engine.defaults.collect_env_info", lambda: "")
+    monkeypatch.setattr("detectron2.engine.defaults._try_get_key", _get_key)
+    monkeypatch.setattr("reldn_d2.evaluation.per_predicate.PredicateTable.draw", lambda *args: None)
+
+
+def _get_key(cfg: CfgNode, key: str, *other_names: str, default=None):
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg
 
 
 def write_images(folder: Path, names) -> list[str]:
@@ -98,7 +107,9 @@ def _relation_json(names, shift: int) -> dict:
         x0, y0, x1, y1 = BOXES[i]
         return {"category": i, "bbox": [y0 + shift, y1, x0 + shift, x1]}
 
-    relations = [{"subject": entity(s), "object": entity(o), "predicate": p} for s, o, p in RELATIONS]
+    relations = [
+        {"subject": entity(s), "object": entity(o), "predicate": p} for s, o, p in RELATIONS
+    ]
     return {name: relations for name in names}
 
 
@@ -118,7 +129,9 @@ def _write_visual_genome(folder: Path) -> None:
     count = 8
     scale = 1024 / WIDTH
     corners = np.tile(np.array(BOXES, float), (count, 1)) * scale
-    boxes = np.concatenate([corners[:, :2] + corners[:, 2:], 2 * (corners[:, 2:] - corners[:, :2])], 1)
+    boxes = np.concatenate(
+        [corners[:, :2] + corners[:, 2:], 2 * (corners[:, 2:] - corners[:, :2])], 1
+    )
     relations = np.array(RELATIONS)
     first_box = np.arange(count) * len(BOXES)
     first_relation = np.arange(count) * len(RELATIONS)
@@ -142,7 +155,11 @@ def _write_visual_genome(folder: Path) -> None:
             for name, array in {**arrays, **more}.items():
                 file[name] = array
         dicts = {}
-        for key, names in (("label", VG_CLASSES), ("predicate", VG_PREDICATES), ("attribute", ["old"])):
+        for key, names in (
+            ("label", VG_CLASSES),
+            ("predicate", VG_PREDICATES),
+            ("attribute", ["old"]),
+        ):
             dicts[f"{key}_to_idx"] = {name: i for i, name in enumerate(names, 1)}
             dicts[f"idx_to_{key}"] = {str(i): name for i, name in enumerate(names, 1)}
         write_json(folder / f"VG-SGG-dicts{suffix}.json", dicts)
@@ -249,10 +266,12 @@ def write_backbone(file: Path, cfg: CfgNode) -> None:
         torch.save(weights, file)
         return
     prefix = "backbone.bottom_up."
-    weights = {
-        name.removeprefix(prefix): tensor.numpy()
-        for name, tensor in state.items()
-        if name.startswith(prefix)
-    }
+    weights = {}
+    for name, tensor in state.items():
+        if name.startswith(prefix):
+            # Random residual branches double the activations in each of 33 blocks; trained ones
+            # with BatchNorm do not.
+            scale = 0.01 if name.endswith(("stem.conv1.weight", "conv3.weight")) else 1.0
+            weights[name.removeprefix(prefix)] = scale * tensor.numpy()
     content = {"model": weights, "__author__": "test", "matching_heuristics": True}
     file.write_bytes(pickle.dumps(content))

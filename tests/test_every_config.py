@@ -140,11 +140,30 @@ def check_results(results, folder, task):
         values = [value for value in metrics.values() if value == value]
         assert values and all(-1 <= value for value in values), block
     if task != "bbox":
-        predictions = json.loads((folder / f"inference/{task}/relation_predictions.json").read_text())
+        predictions = json.loads(
+            (folder / f"inference/{task}/relation_predictions.json").read_text()
+        )
         assert any(record["relations"]["scores"] for record in predictions)
 
 
-@pytest.mark.parametrize("yaml", LEAVES)
+# Leaves whose promise is known to be broken
+BROKEN = {
+    "configs/Toy/Detectors/mask_rcnn_FPN.yaml": "the built-in dataset has no masks, so the detector "
+    "cannot be trained as docs/detectors.md says: toy/dataset.py has to add segmentation",
+}
+
+
+@pytest.mark.parametrize(
+    "yaml",
+    [
+        (
+            pytest.param(x, marks=pytest.mark.xfail(strict=True, reason=BROKEN[x]))
+            if x in BROKEN
+            else x
+        )
+        for x in LEAVES
+    ],
+)
 def test_config_trains_and_evaluates(yaml, run, in_checkout):
     started = time.time()
     run.provide(yaml)
