@@ -4,7 +4,9 @@ Run from this folder, configs and documented commands work unchanged: datasets a
 format of their official files, and downloads are already in Detectron2's cache.
 """
 
+import importlib.util
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 
 import h5py
@@ -14,6 +16,7 @@ from data_files import HEADER, write_csv, write_json
 from model_utils import ROOT
 from PIL import Image
 
+import reldn_d2
 from reldn_d2.data.datasets.openimages import OPENIMAGES_PREDICATES
 from reldn_d2.data.datasets.visual_genome import (
     VG_CLASSES,
@@ -24,7 +27,8 @@ from reldn_d2.data.datasets.vrd import VRD_CLASSES, VRD_PREDICATES
 from reldn_d2.modeling.backbone.vgg import TORCHVISION_NAMES
 
 from detectron2.checkpoint.catalog import ModelCatalog
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
 
 WIDTH, HEIGHT = 96, 64
@@ -49,6 +53,60 @@ NARROW = (
     *("DATALOADER.NUM_WORKERS", 0, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 2),
     *("SOLVER.REFERENCE_WORLD_SIZE", 0, "SEED", 1),
 )
+
+
+YAMLS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml"))
+LEAVES = [yaml for yaml in YAMLS if not yaml.rsplit("/", 1)[1].startswith("Base-")]
+
+
+def merged(yaml: str | Path, *options) -> CfgNode:
+    """The config of a YAML file, whose path is relative to the repository or absolute."""
+    cfg = get_cfg()
+    reldn_d2.add_reldn_config(cfg)
+    reldn_d2.merge_config(cfg, str(ROOT / yaml), [str(x) for x in options])
+    return cfg
+
+
+# The config that writes a checkpoint, by OUTPUT_DIR/model_final.pth
+PRODUCERS = {f"{merged(yaml).OUTPUT_DIR}/model_final.pth": yaml for yaml in LEAVES}
+
+
+class Runner:
+    """Calls ``main`` of train_net.py in a checkout, with a narrow network and two iterations."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        spec = importlib.util.spec_from_file_location("train_net_in_sandbox", ROOT / "train_net.py")
+        self.train_net = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self.train_net)
+
+    def __call__(self, yaml: str, *options, flags: Sequence[str] = ()):
+        """Return the results of the evaluation; ``flags`` are those of Detectron2's parser."""
+        values = [str(value) for value in (*NARROW, *options)]
+        args = ["--config-file", yaml, *flags, *values]
+        return self.train_net.main(default_argument_parser().parse_args(args))
+
+    def provide(self, yaml: str, *options) -> None:
+        """Make what a config starts from, unless an earlier run has: WEIGHTS, detection files."""
+        cfg = merged(self.folder / yaml, *NARROW, *options)
+        weights = cfg.MODEL.WEIGHTS
+        if "://" in weights:
+            file = cached_download(self.folder / "cache", weights)
+            if not file.exists():
+                write_backbone(file, cfg)
+        elif weights and not (self.folder / weights).exists():
+            if weights in PRODUCERS:
+                self.provide(PRODUCERS[weights])
+                self(PRODUCERS[weights])
+            else:  # the detectors of configs/Toy/Detectors, trained as docs/detectors.md says
+                kind = "RetinaNet" if "retinanet" in yaml else "GeneralizedRCNN"
+                folder = weights.removesuffix("/model_final.pth")
+                as_detector = ("MODEL.META_ARCHITECTURE", kind, "MODEL.WEIGHTS", "")
+                self(yaml, *as_detector, "OUTPUT_DIR", folder)
+        if cfg.DATASETS.DETECTION_FILES_TEST:
+            both = str((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
+            detector = ("MODEL.WEIGHTS", weights, "DATASETS.TEST", both)
+            self(PRODUCERS[weights], *detector, flags=["--eval-only"])
 
 
 def write_checkout(folder: Path) -> Path:
@@ -110,7 +168,7 @@ def _relation_json(names, shift: int) -> dict:
     relations = [
         {"subject": entity(s), "object": entity(o), "predicate": p} for s, o, p in RELATIONS
     ]
-    return {name: relations for name in names}
+    return dict.fromkeys(names, relations)
 
 
 def _write_vrd(folder: Path) -> None:

@@ -1,38 +1,15 @@
-"""Every YAML of ``configs/``: what it names exists, and ``train_net.py`` trains and evaluates it."""
+"""Every YAML of ``configs/`` names what exists, trains and is evaluated by ``train_net.py``."""
 
-import importlib.util
 import json
-import time
 
 import pytest
 from model_utils import ROOT
-from sandbox import NARROW, cached_download, write_backbone
+from sandbox import LEAVES, PRODUCERS, YAMLS, Runner, cached_download, merged
 
-import reldn_d2
 from reldn_d2.structures.relations import TASKS
 from reldn_d2.utils.protocols import PROTOCOLS, find_protocol
 
-from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import default_argument_parser
-
-YAMLS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml"))
-LEAVES = [yaml for yaml in YAMLS if not yaml.rsplit("/", 1)[1].startswith("Base-")]
-
-
-def merged(yaml, *options):
-    cfg = get_cfg()
-    reldn_d2.add_reldn_config(cfg)
-    reldn_d2.merge_config(cfg, str(ROOT / yaml), [str(x) for x in options])
-    return cfg
-
-
-# OUTPUT_DIR/model_final.pth of each detector config
-PRODUCERS = {
-    f"{cfg.OUTPUT_DIR}/model_final.pth": yaml
-    for yaml in LEAVES
-    if (cfg := merged(yaml)).MODEL.META_ARCHITECTURE != "RelDN"
-}
 
 
 def is_detector(yaml):
@@ -89,47 +66,9 @@ def test_every_config_writes_into_its_own_folder():
 # --------------------------------------------------------------------------- train_net.py runs it
 
 
-@pytest.fixture(scope="module")
-def train_net():
-    spec = importlib.util.spec_from_file_location("train_net_of_configs", ROOT / "train_net.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def run(in_checkout, train_net):
-    """Call train_net.py in the checkout; ``run.detector`` first trains what a config starts from."""
-
-    def run(yaml, *options, flags=()):
-        values = [str(value) for value in (*NARROW, *options)]
-        args = ["--config-file", yaml, *flags, *values]
-        return train_net.main(default_argument_parser().parse_args(args))
-
-    def provide(yaml):
-        """Make WEIGHTS (and files with detections) of a config, unless an earlier test has."""
-        cfg = merged(yaml, *NARROW)
-        weights = cfg.MODEL.WEIGHTS
-        if "://" in weights:
-            file = cached_download(in_checkout / "cache", weights)
-            if not file.exists():
-                write_backbone(file, cfg)
-        elif weights and not (in_checkout / weights).exists():
-            if weights in PRODUCERS:
-                provide(PRODUCERS[weights])
-                run(PRODUCERS[weights])
-            else:
-                kind = "RetinaNet" if "retinanet" in yaml else "GeneralizedRCNN"
-                folder = weights.removesuffix("/model_final.pth")
-                options = ("MODEL.META_ARCHITECTURE", kind, "MODEL.WEIGHTS", "")
-                run(yaml, *options, "OUTPUT_DIR", folder)
-        if cfg.DATASETS.DETECTION_FILES_TEST:
-            both = str((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
-            detector = ("MODEL.WEIGHTS", weights, "DATASETS.TEST", both)
-            run(PRODUCERS[weights], *detector, flags=["--eval-only"])
-
-    run.provide = provide
-    return run
+def run(in_checkout):
+    return Runner(in_checkout)
 
 
 def check_results(results, folder, task):
@@ -148,8 +87,8 @@ def check_results(results, folder, task):
 
 # Leaves whose promise is known to be broken
 BROKEN = {
-    "configs/Toy/Detectors/mask_rcnn_FPN.yaml": "the built-in dataset has no masks, so the detector "
-    "cannot be trained as docs/detectors.md says: toy/dataset.py has to add segmentation",
+    "configs/Toy/Detectors/mask_rcnn_FPN.yaml": "the built-in dataset has no masks to train the "
+    "detector on: toy/dataset.py has to add segmentation",
 }
 
 
@@ -165,7 +104,6 @@ BROKEN = {
     ],
 )
 def test_config_trains_and_evaluates(yaml, run, in_checkout):
-    started = time.time()
     run.provide(yaml)
     cfg = merged(yaml)
     folder = in_checkout / cfg.OUTPUT_DIR
@@ -174,7 +112,6 @@ def test_config_trains_and_evaluates(yaml, run, in_checkout):
             run(yaml)
         own = ("MODEL.WEIGHTS", f"{cfg.OUTPUT_DIR}/model_final.pth")
         check_results(run(yaml, *own, flags=["--eval-only"]), folder, "bbox")
-        print(f"{yaml}: {time.time() - started:.1f} s")
         return
     untrained = "--eval-only" in (ROOT / yaml).read_text()
     if untrained:  # the frequency baselines
@@ -187,4 +124,30 @@ def test_config_trains_and_evaluates(yaml, run, in_checkout):
     for task in ("sgcls", "prdcls"):
         options = (*own, "TEST.RELATIONS.TASK", task)
         check_results(run(yaml, *options, flags=["--eval-only"]), folder, task)
-    print(f"{yaml}: {time.time() - started:.1f} s")
+
+
+@pytest.mark.parametrize(
+    ("yaml", "train", "test"),
+    [
+        ("VG/reldn_VGG16", "visual_genome_attributes_train", "visual_genome_attributes_test"),
+        ("VG/reldn_VGG16", "visual_genome_released_train", "visual_genome_released_val"),
+        (
+            "OpenImages/mini_reldn_X_101_64x4d_FPN",
+            "openimages_vrd_v6_train",
+            "openimages_vrd_v6_test",
+        ),
+        (
+            "OpenImages/mini_reldn_X_101_64x4d_FPN",
+            "openimages_vrd_released_train",
+            "openimages_vrd_released_val",
+        ),
+    ],
+)
+def test_config_trains_on_other_files_of_the_dataset(yaml, train, test, run, in_checkout):
+    """Files that no YAML names: attributes, V6, and the JSON files of the authors."""
+    yaml = f"configs/{yaml}.yaml"
+    run.provide(yaml)
+    datasets = ("DATASETS.TRAIN", str((train,)), "DATASETS.TEST", str((test,)))
+    run(yaml, *datasets, "OUTPUT_DIR", f"output/{train}")
+    written = json.loads((in_checkout / f"output/{train}/results_sgdet.json").read_text())
+    assert all(any("R@50" in name for name in metrics) for metrics in list(written.values())[:1])
