@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import runpy
 import subprocess
 import sys
 
@@ -17,6 +18,11 @@ from reldn_d2.utils.protocols import PROTOCOLS
 from detectron2.data import DatasetCatalog
 
 TOY = "configs/Toy/reldn.yaml"
+BUILTIN = [
+    name
+    for name in DatasetCatalog.list()
+    if name.startswith(("toy_vrd", "vrd_", "visual_genome", "openimages_vrd"))
+]
 
 
 @pytest.fixture
@@ -40,7 +46,7 @@ def default_predictions(in_checkout):
                 name,
                 marks=pytest.mark.xfail(
                     strict=True,
-                    reason="utils/protocols.py: by default a model has to keep the k of all protocols",
+                    reason="utils/protocols.py: keep the k of all protocols by default",
                 ),
             )
             if name in ("lu2016", "motifs", "released")
@@ -52,6 +58,14 @@ def default_predictions(in_checkout):
 def test_default_predictions_any_protocol_scores_them(default_predictions, protocol):
     arguments = ["--dataset", "toy_vrd_test", "--predictions", str(default_predictions)]
     assert evaluate_relations.main([*arguments, "--protocol", protocol]) == 0
+
+
+@pytest.mark.parametrize("name", BUILTIN)
+def test_builtin_dataset_passes_the_check(name, in_checkout, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["check", name])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("reldn_d2.data.check", run_name="__main__", alter_sys=True)
+    assert end.value.code == 0, capsys.readouterr().out
 
 
 @pytest.mark.xfail(
