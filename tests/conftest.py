@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+# The built-in datasets are then read from ./datasets: a test that needs some runs in a folder with
+# small ones (sandbox.py), and no test depends on what the user has.
+os.environ.pop("DETECTRON2_DATASETS", None)
+
 _REPOSITORY = Path(__file__).resolve().parents[1]
 _ANNOTATIONS = "vrd/json_dataset/annotations_train.json"
 
@@ -76,3 +80,20 @@ def predictor(checkpoint):
     from reldn_d2.predictor import RelationPredictor
 
     return RelationPredictor.from_checkpoint(checkpoint, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory) -> Path:
+    """A small checkout with every built-in dataset and a cache of its own (sandbox.py)."""
+    from sandbox import write_checkout
+
+    return write_checkout(tmp_path_factory.mktemp("checkout"))
+
+
+@pytest.fixture
+def in_checkout(checkout, monkeypatch) -> Path:
+    """Run a test in that checkout, with few drawn images and without slow log lines."""
+    from sandbox import enter_checkout
+
+    enter_checkout(checkout, monkeypatch)
+    return checkout
