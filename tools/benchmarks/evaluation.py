@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 
 from reldn_d2.evaluation import SceneGraphEvaluator
-from reldn_d2.evaluation.ground_truth import ImagePair
-from reldn_d2.evaluation.matching import pairwise_iou
+from reldn_d2.evaluation.batches import ImagePair
 from reldn_d2.evaluation.predictions_io import read_predictions, write_predictions
-from reldn_d2.evaluation.scores import Settings
-from reldn_d2.evaluation.sgg import recall_metrics
+from reldn_d2.evaluation.protocol_metrics import Settings, block_name
+from reldn_d2.evaluation.scoring import score
+from reldn_d2.structures.boxes_np import pairwise_iou
 from reldn_d2.structures.scene_graph import SceneGraph
+from reldn_d2.utils.protocols import PROTOCOLS
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
@@ -31,7 +32,7 @@ from .measure import describe, print_table
 
 NAME = "benchmark_of_visual_genomes_size"
 NUM_CLASSES, NUM_PREDICATES = 150, 50
-TOPK, KS = (20, 50, 100), (1, 0)
+RECALL_AT, KS = (20, 50, 100), (1, None)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,6 +106,14 @@ def predictions(dicts: Sequence[dict[str, Any]], triplets: int) -> Iterator[Scen
         )
 
 
+def motifs_metrics(
+    images: Sequence[ImagePair], settings: Settings
+) -> dict[int | None, dict[str, float]]:
+    """Score by the protocol ``motifs``; metrics for each k."""
+    results = score(images, PROTOCOLS["motifs"], settings).results
+    return {k: results[block_name("motifs", settings.task, k)] for k in KS}
+
+
 def plain_metrics(images: Sequence[ImagePair], seen: np.ndarray) -> dict[tuple[int, str], float]:
     """R@n, mR@n and zR@n with and without graph constraint, image by image."""
     known = {tuple(x) for x in seen.tolist()}
@@ -118,9 +127,9 @@ def plain_metrics(images: Sequence[ImagePair], seen: np.ndarray) -> dict[tuple[i
             kept, times = [], {}
             for i, pair in enumerate(map(tuple, prediction.pairs.tolist())):
                 times[pair] = times.get(pair, 0) + 1
-                if k == 0 or times[pair] <= k:
+                if k is None or times[pair] <= k:
                     kept.append(i)
-            best = prediction.select(np.array(kept, dtype=np.int64)[: max(TOPK)])
+            best = prediction.select(np.array(kept, dtype=np.int64)[: max(RECALL_AT)])
             equal = (gt_labels[:, None] == best.labels[None]).all(-1)
             finds: list[list[int]] = [[] for _ in best.scores]
             for g in np.flatnonzero(equal.any(1)):
@@ -133,7 +142,7 @@ def plain_metrics(images: Sequence[ImagePair], seen: np.ndarray) -> dict[tuple[i
                 ]
                 for row in rows[(sides[0] >= 0.5) & (sides[1] >= 0.5)]:
                     finds[row].append(int(g))
-            for n in TOPK:
+            for n in RECALL_AT:
                 found = set().union(*finds[:n]) if finds else set()
                 recalls.setdefault((k, "R", n), []).append(len(found) / len(gt_labels))
                 for p in set(gt_labels[:, 1].tolist()):
@@ -146,7 +155,7 @@ def plain_metrics(images: Sequence[ImagePair], seen: np.ndarray) -> dict[tuple[i
     means = {key: 100 * float(np.mean(values)) for key, values in recalls.items()}
     result = {(key[0], f"{key[1]}@{key[2]}"): means[key] for key in means if len(key) == 3}
     for k in KS:
-        for n in TOPK:
+        for n in RECALL_AT:
             of_predicates = [v for key, v in means.items() if key[:3] == (k, "mR", n)]
             result[k, f"mR@{n}"] = float(np.mean(of_predicates))
     return result
@@ -193,9 +202,9 @@ def run(args: argparse.Namespace) -> None:
         results = timed("evaluate: R, mR, zR, AP, confusions, tables, plots", evaluator.evaluate)
         images = evaluator.joined()
     settings = Settings(
-        evaluator.settings.predicate_names, "sgdet", KS, TOPK, 100, seen_triplets=seen
+        evaluator.settings.predicate_names, "sgdet", KS, RECALL_AT, 100, seen_triplets=seen
     )
-    fast = timed("of which R, mR and zR", recall_metrics, images, settings)
+    fast = timed("of which R, mR, zR, AP, confusions", motifs_metrics, images, settings)
     seconds = float(rows[-1][1].split()[0])
     part = images[: args.plain_images or len(images)]
     started = time.perf_counter()
@@ -203,7 +212,7 @@ def run(args: argparse.Namespace) -> None:
     plain_seconds = (time.perf_counter() - started) * len(images) / len(part)
     scaled = "" if len(part) == len(images) else ", scaled"
     rows.append([f"R, mR and zR in a loop ({len(part)} images{scaled})", f"{plain_seconds:.0f} s"])
-    same = recall_metrics(part, settings)
+    same = motifs_metrics(part, settings)
     for (k, name), value in plain.items():
         if not np.isclose(same[k][name], value, rtol=1e-9):
             raise AssertionError(f"{name}, k={k}: {same[k][name]} and {value} in the plain loop")
@@ -213,10 +222,10 @@ def run(args: argparse.Namespace) -> None:
     )
     print_table(rows, ["", "time", "largest memory so far"], title)
     print(f"\nThe loop takes {plain_seconds / seconds:.0f} times as long, with equal results.")
-    names = [f"{kind}@{n}" for kind in ("R", "mR", "zR") for n in TOPK]
+    names = [f"{kind}@{n}" for kind in ("R", "mR", "zR") for n in RECALL_AT]
     table = [[k or "all", *(f"{fast[k][name]:.2f}" for name in names)] for k in KS]
     print_table(table, ["predicates a pair", *names])
-    assert results["motifs_sgdet_no_constraint"]["R@50"] == fast[0]["R@50"]
+    assert results["motifs_sgdet_no_constraint"]["R@50"] == fast[None]["R@50"]
     DatasetCatalog.remove(NAME)
     MetadataCatalog.remove(NAME)
 
