@@ -18,6 +18,7 @@ import gzip
 import itertools
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import IO, Any
@@ -39,6 +40,7 @@ PREDICTIONS_FILE = "relation_predictions.json"
 _EXPECTED = (
     'a list with one record per image: [{"image_id": ..., "instances": ..., "relations": ...}, ...]'
 )
+_SPACE = re.compile(r"[ \t\r\n]*")
 _LONGEST_TOKEN = 9  # -Infinity; a file that is cut off within a token has an error at its start
 
 
@@ -91,63 +93,44 @@ def _records(file: str, stream: IO[str]) -> Iterator[Any]:
     first = next((line for line in stream if line.strip()), "").lstrip()
     if not first:
         raise ValueError(f"{file}: is empty; expected {_EXPECTED}. Copy or write it again.")
-    if first[0] == "{":
-        yield from _json_lines(file, first, stream)
-        return
-    if first[0] != "[":
-        raise ValueError(f"{file}: begins with {first[:20]!r}; expected {_EXPECTED}.")
+    is_list = first[0] == "["
     index, rest = 0, ""
-    for line in itertools.chain([first[1:]], stream):
+    for line in itertools.chain([first[1:] if is_list else first], stream):
+        if not line.strip():
+            continue
         text = line.strip()
-        if text:
-            try:
-                record = json.loads(text.removesuffix(","))
-            except (RecursionError, ValueError):
-                record = None
-            if record is None or not text.endswith(","):
-                rest = line  # the last record, or a list in another layout, or an error
+        try:
+            record = json.loads(text.removesuffix(",") if is_list else text)
+        except (RecursionError, ValueError) as error:
+            if is_list:
+                rest = line
                 break
-            yield record
-            index += 1
-    yield from _rest_of_list(file, rest + stream.read(), index)
-
-
-def _json_lines(file: str, first: str, stream: IO[str]) -> Iterator[Any]:
-    index = 0
-    for line in itertools.chain([first], stream):
-        if line.strip():
-            try:
-                record = json.loads(line)
-            except (RecursionError, ValueError) as error:
-                if index == 0:
-                    message = f"{file}: begins with {first[:20]!r}; expected {_EXPECTED}."
-                elif isinstance(error, json.JSONDecodeError):
-                    message = _no_json(file, index, error)
-                else:
-                    message = f"{file}: record {index} cannot be read: {error}."
-                raise ValueError(message) from error
-            yield record
-            index += 1
+            if index == 0:
+                begin = f"{file}: begins with {first[:20]!r}; expected {_EXPECTED}."
+                raise ValueError(begin) from error
+            raise ValueError(_unreadable(file, index, error)) from error
+        if is_list and not text.endswith(","):
+            rest = line
+            break
+        yield record
+        index += 1
+    if is_list:  # the last record and the closing bracket, or a list in another layout
+        yield from _rest_of_list(file, rest + stream.read(), index)
 
 
 def _rest_of_list(file: str, text: str, index: int) -> Iterator[Any]:
     """Yield the records in the text from record ``index`` on to the closing bracket."""
     decoder = json.JSONDecoder()
-    position = _skip_space(text, 0)
+    position = _SPACE.match(text).end()
     is_open = index > 0 or text[position : position + 1] != "]"
     while is_open:
         try:
             record, end = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            raise ValueError(_no_json(file, index, error)) from error
-        except (RecursionError, ValueError) as error:  # nested too deeply, too many digits
-            raise ValueError(
-                f"{file}: record {index} cannot be read: {error}. Expected {_EXPECTED}; write the "
-                "file again."
-            ) from error
+        except (RecursionError, ValueError) as error:
+            raise ValueError(_unreadable(file, index, error)) from error
         yield record
         index += 1
-        position = _skip_space(text, end)
+        position = _SPACE.match(text, end).end()
         separator = text[position : position + 1]
         if not separator:
             raise ValueError(_cut_off(file, index))
@@ -158,19 +141,13 @@ def _rest_of_list(file: str, text: str, index: int) -> Iterator[Any]:
             )
         is_open = separator == ","
         if is_open:
-            position = _skip_space(text, position + 1)
-    position = _skip_space(text, position + 1)
+            position = _SPACE.match(text, position + 1).end()
+    position = _SPACE.match(text, position + 1).end()
     if position < len(text):
         raise ValueError(
             f"{file}: {text[position : position + 20]!r} after the closing bracket; expected "
             f"{_EXPECTED}. Merge several lists into one."
         )
-
-
-def _skip_space(text: str, position: int) -> int:
-    while text[position : position + 1] in (" ", "\t", "\r", "\n"):
-        position += 1
-    return position
 
 
 def _cut_off(file: str, index: int) -> str:
@@ -180,8 +157,13 @@ def _cut_off(file: str, index: int) -> str:
     )
 
 
-def _no_json(file: str, index: int, error: json.JSONDecodeError) -> str:
-    """Return the message about a record, depending on whether only its end is missing."""
+def _unreadable(file: str, index: int, error: Exception) -> str:
+    """Return the message about a record that is no JSON, or whose end is missing."""
+    if not isinstance(error, json.JSONDecodeError):  # nested too deeply, too many digits
+        return (
+            f"{file}: record {index} cannot be read: {error}. Expected {_EXPECTED}; write the file "
+            "again."
+        )
     text = error.doc.rstrip()
     # The position of an unterminated string is its beginning, however long it is.
     if error.msg.startswith("Unterminated string") or error.pos >= len(text):
