@@ -59,7 +59,7 @@ def load_predictions(
     """Predictions of a data set by image id, as small arrays.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`.predictions_file.read_predictions`; or an image is
+        FileNotFoundError, ValueError: as :func:`.predictions_io.read_predictions`; or an image is
             not one of the data set's.
     """
     written_for = read_settings(str(file)).get("dataset", metadata.name)

@@ -103,9 +103,9 @@ class DistinctEntities:
 
     def __init__(self, batch: Batch):
         classes, boxes = batch.gt_classes, batch.gt_boxes
-        kept, number = _distinct_rows((batch.gt_box_image, classes, *boxes.T))
+        kept, index_of = _distinct_rows((batch.gt_box_image, classes, *boxes.T))
         self.boxes, self.classes, self.image = boxes[kept], classes[kept], batch.gt_box_image[kept]
-        subjects, objects = number[batch.gt_pairs].T
+        subjects, objects = index_of[batch.gt_pairs].T
         predicates = batch.truth.predicates
         self.num_predicates = int(predicates[subjects != objects].max(initial=0)) + 1
         codes = self.codes(subjects, objects, predicates)[subjects != objects]
@@ -143,9 +143,9 @@ def _distinct_rows(columns: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndar
     is_new[1:] = np.any([column[order][1:] != column[order][:-1] for column in columns], axis=0)
     first = order[is_new]  # the sort is stable: the smallest index of each group
     kept = np.sort(first)
-    number = np.empty(len(order), dtype=np.int64)
-    number[order] = np.searchsorted(kept, first)[np.cumsum(is_new) - 1]
-    return kept, number
+    index_of = np.empty(len(order), dtype=np.int64)
+    index_of[order] = np.searchsorted(kept, first)[np.cumsum(is_new) - 1]
+    return kept, index_of
 
 
 class _PairScores:
