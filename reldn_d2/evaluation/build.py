@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 
 from ..modeling.meta_arch import predicts_relations
@@ -70,7 +71,8 @@ def build_relation_evaluator(
     if not predicts_relations(cfg):
         return box_evaluator(dataset_name, output_folder)
     relations = cfg.TEST.RELATIONS
-    protocol = find_protocol(relations.PROTOCOL, dataset_name)
+    evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
+    protocol = find_protocol(relations.PROTOCOL, evaluator_type, dataset_name)
     recall_at = _reachable(relations.RECALL_AT or protocol.recall_at, relations.TOPK)
     most = max(100, *recall_at, 0)  # all that protocols other than the challenge's look at
     return RelationDatasetEvaluator(

@@ -7,6 +7,7 @@ Triplets of an image are in descending order of their scores.
 
 import numpy as np
 
+from ..structures.boxes_np import pairwise_iou
 from ..structures.ranking import rank_in_group
 from ..structures.scene_graph import SceneGraph
 from ..utils.protocols import PROTOCOLS, Protocol
@@ -20,6 +21,7 @@ __all__ = [
     "first_ranks",
     "match_one_to_one",
     "match_relations",
+    "pairwise_iou",
 ]
 
 

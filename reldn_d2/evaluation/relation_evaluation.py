@@ -86,7 +86,8 @@ class RelationDatasetEvaluator(DatasetEvaluator):
         if task not in TASKS:
             raise ValueError(f"Unknown task {task!r}; expected one of {', '.join(TASKS)}.")
         self._metadata = MetadataCatalog.get(dataset_name)
-        self.protocol = find_protocol(protocol or self.PROTOCOL, dataset_name)
+        evaluator_type = self._metadata.get("evaluator_type", None)
+        self.protocol = find_protocol(protocol or self.PROTOCOL, evaluator_type, dataset_name)
         if predicates_per_pair is None:
             predicates_per_pair = self.protocol.predicates_per_pair
         recall_at = self.protocol.recall_at if recall_at is None else tuple(recall_at)

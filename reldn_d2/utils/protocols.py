@@ -117,11 +117,18 @@ def default_protocol(dataset_name: str) -> Protocol | None:
     return _BY_EVALUATOR_TYPE.get(MetadataCatalog.get(dataset_name).get("evaluator_type", None))
 
 
-def find_protocol(name: str, dataset_name: str | None = None) -> Protocol:
-    """Return a protocol by name or, if the name is empty, the default of a data set.
+def find_protocol(
+    name: str, evaluator_type: str | None = None, dataset_name: str | None = None
+) -> Protocol:
+    """Return a protocol by name or, if the name is empty, the default of an ``evaluator_type``.
+
+    Args:
+        name: a key of :data:`PROTOCOLS`, or empty.
+        evaluator_type: from a data set's metadata.
+        dataset_name: the data set, for the error message.
 
     Raises:
-        ValueError: there is no such protocol, or the data set has no default.
+        ValueError: there is no such protocol, or no default.
     """
     if name:
         if name not in PROTOCOLS:
@@ -130,17 +137,16 @@ def find_protocol(name: str, dataset_name: str | None = None) -> Protocol:
                 f"{', '.join(PROTOCOLS)}."
             )
         return PROTOCOLS[name]
-    protocol = default_protocol(dataset_name)
-    if protocol is None:
-        evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
+    if evaluator_type not in _BY_EVALUATOR_TYPE:
+        who = f"Data set '{dataset_name}'" if dataset_name else "The data set"
         raise ValueError(
-            f"Data set '{dataset_name}' has evaluator_type {evaluator_type!r} in its metadata; "
-            f"protocols are known for: {', '.join(sorted(_BY_EVALUATOR_TYPE))}. Set the one that "
-            f'fits: MetadataCatalog.get("{dataset_name}").evaluator_type = "relation" (any data '
-            "set whose dicts have relations), or name a protocol (TEST.RELATIONS.PROTOCOL): "
+            f"{who} has evaluator_type {evaluator_type!r} in its metadata; protocols are known "
+            f"for: {', '.join(sorted(_BY_EVALUATOR_TYPE))}. Set the one that fits: "
+            f'MetadataCatalog.get("{dataset_name or "NAME"}").evaluator_type = "relation" (any '
+            "data set whose dicts have relations), or name a protocol (TEST.RELATIONS.PROTOCOL): "
             f"{', '.join(PROTOCOLS)}."
         )
-    return protocol
+    return _BY_EVALUATOR_TYPE[evaluator_type]
 
 
 def distinct_limits(values: Iterable[int | None]) -> tuple[int | None, ...]:

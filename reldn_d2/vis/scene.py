@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..structures.boxes_np import pairwise_iou
+from ..evaluation.matching import pairwise_iou
 from ..structures.scene_graph import SceneGraph
 
 __all__ = ["same_entities"]
