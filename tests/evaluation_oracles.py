@@ -6,7 +6,7 @@ NAN = float("nan")
 KINDS = {"relationship": "rel", "phrase": "phr"}
 
 
-def ranked(case, k=0, limit=None, considered=lambda case, triplet: True):
+def ranked(case, k=None, limit=None, considered=lambda case, triplet: True):
     """An image's triplets by score; each pair keeps k, the image ``limit``."""
     kept, times = [], {}
     for triplet in sorted(case.triplets, key=lambda t: -t[3]):
@@ -14,7 +14,7 @@ def ranked(case, k=0, limit=None, considered=lambda case, triplet: True):
             continue
         pair = triplet[:2]
         times[pair] = times.get(pair, 0) + 1
-        if k == 0 or times[pair] <= k:
+        if k is None or times[pair] <= k:
             kept.append(triplet)
     return kept[:limit] if limit else kept
 
@@ -24,7 +24,7 @@ def label_of(case, triplet):
 
 
 def same_label(case, triplet):
-    """Numbers of the image's relations with the triplet's three labels."""
+    """Indices of the image's relations with the triplet's three labels."""
     wanted = label_of(case, triplet)
     return [i for i, label in enumerate(case.gt_labels()) if label == wanted]
 
@@ -39,7 +39,7 @@ def mean(values):
 
 
 def one_to_one(case, triplets, kind):
-    """Numbers of the relations that are found when each triplet takes one that is free."""
+    """Indices of the relations that are found when each triplet takes one that is free."""
     taken = set()
     for triplet in triplets:
         best, best_overlap = None, 0.0
@@ -53,7 +53,7 @@ def one_to_one(case, triplets, kind):
 
 
 def many_to_many(case, triplets):
-    """Numbers of the relations that any of the triplets matches."""
+    """Indices of the relations that any of the triplets matches."""
     return {
         index
         for triplet in triplets
@@ -71,7 +71,7 @@ def pooled(cases, find, counted=lambda label: True):
     return percent(hits, total)
 
 
-def lu2016(cases, ks, topk, task="sgdet", seen=None):
+def lu2016(cases, ks, recall_at, task="sgdet", seen=None):
     results = {}
     kinds = {"relationship": "relationship", "phrase": "phrase"}
     if task == "prdcls":
@@ -79,7 +79,7 @@ def lu2016(cases, ks, topk, task="sgdet", seen=None):
     for k in ks:
         metrics = results[f"lu2016_{task}_k{k}" if k else f"lu2016_{task}"] = {}
         for name, kind in kinds.items():
-            for n in topk:
+            for n in recall_at:
 
                 def find(case, n=n, kind=kind, k=k):
                     return one_to_one(case, ranked(case, k, n), kind)
@@ -91,12 +91,12 @@ def lu2016(cases, ks, topk, task="sgdet", seen=None):
     return results
 
 
-def motifs(cases, ks, topk, num_predicates, task="sgdet", seen=None):
+def motifs(cases, ks, recall_at, num_predicates, task="sgdet", seen=None):
     results = {}
-    names = {1: "graph_constraint", 0: "no_constraint"}
+    names = {1: "graph_constraint", None: "no_constraint"}
     for k in ks:
         metrics = results[f"motifs_{task}_{names.get(k, f'k{k}')}"] = {}
-        for n in topk:
+        for n in recall_at:
             all_, unseen = [], []
             of_predicate = [[] for _ in range(num_predicates)]
             for case in cases:
@@ -122,13 +122,13 @@ def motifs(cases, ks, topk, num_predicates, task="sgdet", seen=None):
 def tested(cases, kind, k, limit, strict, considered=lambda case, triplet: True):
     """(score, predicate, rank in its image, true positive) of all triplets, by score."""
     detections = []
-    for number, case in enumerate(cases):
+    for image, case in enumerate(cases):
         for rank, triplet in enumerate(ranked(case, k, limit, considered)):
             best, best_overlap = None, 0.0
             for index in same_label(case, triplet):
                 overlap = case.overlap(kind, triplet, case.relations[index])
                 if overlap > best_overlap:
-                    best, best_overlap = (number, index), overlap
+                    best, best_overlap = (image, index), overlap
             enough = best_overlap > 0.5 if strict else best_overlap >= 0.5
             detections.append((triplet[3], triplet[2], rank, best if enough else None))
     taken, result = set(), []
@@ -173,7 +173,7 @@ def can_be_judged(case, triplet):
     return all(c in annotated or c in case.verified for c in classes)
 
 
-def openimages(cases, ks, topk, names, task="sgdet"):
+def openimages(cases, ks, recall_at, names, task="sgdet"):
     results = {}
     total = sum(len(case.relations) for case in cases)
     for k in ks:
@@ -183,7 +183,7 @@ def openimages(cases, ks, topk, names, task="sgdet"):
         def recall(n, found=found):
             return percent(sum(d[3] and d[2] < n for d in found["relationship"]), total)
 
-        metrics.update({f"R@{n}": recall(n) for n in topk})
+        metrics.update({f"R@{n}": recall(n) for n in recall_at})
         for kind, suffix in KINDS.items():
             values = precisions(cases, found[kind], len(names))
             metrics[f"mAP_{suffix}"] = mean(values)
@@ -194,12 +194,12 @@ def openimages(cases, ks, topk, names, task="sgdet"):
     return results
 
 
-def released(cases, ks, topk, names, limit, task="sgdet"):
+def released(cases, ks, recall_at, names, limit, task="sgdet"):
     results = {}
     total = sum(len(case.relations) for case in cases)
     for k in ks:
         metrics = results[f"released_{task}_k{k}" if k else f"released_{task}"] = {}
-        for n in topk:
+        for n in recall_at:
             metrics[f"R@{n}"] = pooled(cases, lambda c, n=n, k=k: many_to_many(c, ranked(c, k, n)))
         for kind, suffix in KINDS.items():
             values = precisions(cases, tested(cases, kind, k, limit, True), len(names))
@@ -216,14 +216,14 @@ def released(cases, ks, topk, names, limit, task="sgdet"):
     return results
 
 
-def relations(cases, ks, topk, names, limit, task="sgdet"):
+def relations(cases, ks, recall_at, names, limit, task="sgdet"):
     """Without the accuracies of the confusion report, which have an oracle of their own."""
     results = {}
     for case in cases:
         case.relations = list(dict.fromkeys(case.relations))
     for k in ks:
         metrics = results[f"relations_{task}_k{k}" if k else f"relations_{task}"] = {}
-        for n in ("n", *topk):
+        for n in ("n", *recall_at):
 
             def find(case, n=n, k=k):
                 limit = len(case.relations) if n == "n" else n

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is n
 import reldn_d2  # noqa: E402,F401  # isort: skip  registers the data sets
 from reldn_d2.data.datasets.catalog import add_module_argument, require_dataset
 from reldn_d2.evaluation import evaluate_predictions
-from reldn_d2.evaluation.predictions_io import read_predictions
+from reldn_d2.evaluation.offline import read_file
 from reldn_d2.evaluation.submission import LAYOUTS, write_submission
 from reldn_d2.structures.relations import TASKS
 from reldn_d2.utils.file_io import write_atomically
@@ -31,8 +31,13 @@ from detectron2.data import MetadataCatalog
 from detectron2.utils.logger import setup_logger
 
 
+def limit(text: str) -> int | None:
+    """Parse a number of predicates per pair; ``all`` (or 0) means no limit."""
+    return None if text == "all" else int(text) or None
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line and import the modules that register data sets."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -41,38 +46,45 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--predictions",
         required=True,
-        help="relation_predictions.json, plain or gzipped, or a .csv of the OpenImages challenge",
+        help="relation_predictions.json, or a .csv of the OpenImages challenge; plain or gzipped",
     )
     parser.add_argument(
         "--protocol", default="", choices=list(PROTOCOLS), help="default: the data set's own"
     )
-    parser.add_argument("--task", choices=TASKS, help="default: the one that it was written for")
+    parser.add_argument("--task", choices=TASKS, help="default: the one the file was written for")
     parser.add_argument(
         "--predicates-per-pair",
-        type=int,
+        type=limit,
         nargs="+",
         metavar="K",
-        help="k, each with results of its own; 0: all; default: the protocol's",
+        help="best predicates that count per pair; each value has results of its own; 'all' means "
+        "no limit; default: the protocol's",
     )
     parser.add_argument(
-        "--recall-at", type=int, nargs="+", metavar="N", help="n of R@n; default: the protocol's"
+        "--recall-at",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="the n of R@n; default: the protocol's",
     )
     parser.add_argument(
-        "--train-dataset", help="for zero-shot recall; default: the one that the data set names"
+        "--train-dataset", help="for zero-shot recall; default: the one the data set names"
     )
     parser.add_argument(
-        "--output", help="folder for results.json and for tables and plots of every predicate"
+        "--output", help="folder for results.json and the tables and plots of all predicates"
     )
     parser.add_argument(
-        "--write-submission", metavar="FILE", help="write them as a .csv of the challenge as well"
+        "--write-submission", metavar="FILE", help="also write the predictions as such a .csv"
     )
-    parser.add_argument("--layout", default="server", choices=LAYOUTS, help="of --write-submission")
+    parser.add_argument(
+        "--layout", default="server", choices=LAYOUTS, help="layout of --write-submission"
+    )
     parser.add_argument(
         "--labels",
         metavar="FILE",
-        help="what the classes are called in a .csv of the challenge: the first column of this "
-        "CSV file, in the classes' order (challenge-2018-classes-vrd.csv); default: thing_labels "
-        "of the metadata, or thing_classes",
+        help="names of the classes in a .csv of the challenge: the first column of this CSV file, "
+        "in the order of the classes (challenge-2018-classes-vrd.csv); default: thing_labels of "
+        "the metadata, or thing_classes",
     )
     args = parser.parse_args(arguments)
     try:
@@ -84,13 +96,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def read_labels(file: str) -> list[str]:
-    """The first column of a CSV file."""
+    """Read the first column of a CSV file."""
     with open(file, encoding="utf-8-sig", newline="") as stream:
         return [row[0].strip() for row in csv.reader(stream) if row]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Score; returns the exit status."""
+    """Score a predictions file and return the exit status."""
     args = parse_arguments(arguments)
     setup_logger(name="reldn_d2")
     logging.getLogger("reldn_d2").propagate = False
@@ -107,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
             task=args.task,
             protocol=args.protocol,
             predicates_per_pair=args.predicates_per_pair,
-            topk=args.recall_at,
+            recall_at=args.recall_at,
             labels=labels,
         )
         if args.output:
@@ -120,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
                 json.dump(values, stream, indent=2)
             print(f"Wrote {path}")
         if args.write_submission:
-            predictions = read_predictions(args.predictions)
+            predictions = read_file(args.dataset, args.predictions, labels)
             write_submission(args.dataset, predictions, args.write_submission, args.layout, labels)
             print(f"Wrote {args.write_submission}")
     except (OSError, ValueError) as error:

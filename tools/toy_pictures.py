@@ -7,8 +7,9 @@ import numpy as np
 from draw_relations import Loaded, load_predictions
 from PIL import Image
 
-from reldn_d2.evaluation.matching import find_hits
+from reldn_d2.evaluation.matching import counted_relations, match_relations
 from reldn_d2.structures.scene_graph import SceneGraph
+from reldn_d2.utils.protocols import default_protocol
 from reldn_d2.vis.compare import compare_models
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -22,8 +23,10 @@ TASK = "prdcls"
 
 def count_found(dataset_dict: dict[str, Any], predicted: SceneGraph) -> int:
     """Count the ground-truth relations among the top n triplets, n being their number."""
-    truth = SceneGraph.from_dataset_dict(dataset_dict)
-    return sum(find_hits(predicted.best(len(truth.pairs)), truth)[1])
+    rules = default_protocol(DATASET)
+    truth = counted_relations(SceneGraph.from_dataset_dict(dataset_dict), rules)
+    _, found = match_relations(predicted.best(len(truth.pairs)), truth, rules)
+    return int(found.sum())
 
 
 def draw_pictures(folders: dict[str, Path], output: Path, count: int) -> list[Path]:

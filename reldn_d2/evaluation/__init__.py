@@ -1,10 +1,10 @@
 """Evaluation of relations; ``docs/evaluation.md`` describes the protocols.
 
-The way of the data: :mod:`.records` (dataset dicts and model output as numpy arrays) and
-:mod:`.predictions_file`; :mod:`.tables` joins many images, :mod:`.matching` has the pure functions
-on arrays; one module per rule (:mod:`.lu2016`, :mod:`.motifs`, :mod:`.openimages_score`,
-:mod:`.relations`, :mod:`.average_precision`, :mod:`.confusion`); and the evaluators on top of
-:mod:`.evaluator`.
+From bottom to top: :mod:`.batches` joins the arrays of many images, :mod:`.matching` says which
+triplets find which relations, :mod:`.metrics` has recall and average precision,
+:mod:`.protocol_metrics` the metrics of each protocol of :mod:`reldn_d2.utils.protocols`, and
+:mod:`.scoring` the one loop over images. :mod:`.relation_evaluation` collects a model's
+predictions, :mod:`.offline` reads them from files.
 """
 
 from .box_evaluation import box_evaluator
@@ -15,6 +15,7 @@ from .build import (
     VRDEvaluator,
     build_relation_evaluator,
 )
+from .matching import counted_relations, match_relations
 from .offline import evaluate_predictions
 from .relation_evaluation import RelationDatasetEvaluator
 
@@ -26,5 +27,7 @@ __all__ = [
     "VRDEvaluator",
     "box_evaluator",
     "build_relation_evaluator",
+    "counted_relations",
     "evaluate_predictions",
+    "match_relations",
 ]

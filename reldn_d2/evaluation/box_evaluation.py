@@ -18,23 +18,23 @@ logger = logging.getLogger(__name__)
 
 
 def box_evaluator(dataset_name: str, output_dir: str, distributed: bool = True) -> COCOEvaluator:
-    """Detectron2's ``COCOEvaluator`` for the boxes of any registered data set.
+    """Build Detectron2's ``COCOEvaluator`` for the boxes of any registered data set.
 
-    A data set whose ``evaluator_type`` is "coco" brings its own COCO file. Any other is converted,
-    into a folder that is named after the annotations' fingerprint: Detectron2 would read an older
-    conversion again after the annotations have changed, and would take the ``json_file`` of a data
-    set for a COCO file whatever its format.
+    A data set whose ``evaluator_type`` is "coco" has its own COCO file. Any other is converted into
+    a folder named after the annotations' fingerprint, because Detectron2 would reuse an older
+    conversion after the annotations have changed, and would treat the ``json_file`` of any data set
+    as a COCO file.
 
     Args:
         dataset_name: registered data set in Detectron2's format.
-        output_dir: where the conversion and the results go.
+        output_dir: folder for the conversion and the results.
         distributed: gather the predictions of all processes.
     """
     metadata = MetadataCatalog.get(dataset_name)
     name = dataset_name
     if metadata.get("evaluator_type", None) != "coco":
         file = _convert(dataset_name, output_dir)
-        # A name of its own: the metadata of the data set itself must not point to this file.
+        # A separate name: the metadata of the data set itself must not point to this file.
         name = f"{dataset_name} ({file})"
         converted = MetadataCatalog.get(name)
         converted.json_file = file
@@ -52,16 +52,16 @@ def box_evaluator(dataset_name: str, output_dir: str, distributed: bool = True) 
 
 
 def _convert(dataset_name: str, output_dir: str) -> str:
-    """Write the data set as COCO JSON unless these very annotations are there; the file's path."""
+    """Write the data set as COCO JSON unless that file exists already, and return its path."""
     coco = convert_to_coco_dict(dataset_name)
     coco.setdefault("annotations", [])
-    coco["info"]["date_created"] = ""  # else the fingerprint would change with every call
+    coco["info"]["date_created"] = ""  # otherwise the fingerprint would change with every call
     content = json.dumps(coco)
     fingerprint = hashlib.sha256(content.encode("utf-8")).hexdigest()[:12]
     folder = os.path.join(os.path.abspath(output_dir), f"coco_{fingerprint}")
     file = os.path.join(folder, f"{dataset_name}.json")
     if not os.path.exists(file):
-        # Several processes may do this at once: each writes its own file, the last one stays.
+        # Several processes may do this at once: each writes its own file, the last one is kept.
         with write_atomically(file) as stream:
             stream.write(content)
         logger.info("Wrote the boxes of '%s' in COCO's format to %s", dataset_name, file)

@@ -19,77 +19,43 @@ __all__ = [
     "SceneGraphEvaluator",
     "VRDEvaluator",
     "build_relation_evaluator",
-    "evaluator_class",
 ]
 
 logger = logging.getLogger(__name__)
 
 
 class OpenImagesVRDEvaluator(RelationDatasetEvaluator):
-    """OpenImages VRD: ``released``, as in the paper; the challenge's own rule is ``openimages``.
+    """OpenImages VRD: ``released``, as in the paper; the challenge's own rule is ``openimages``."""
 
-    The rules stand in :mod:`.openimages_score`; the latter uses the dicts' ``verified_labels``.
-    """
-
-    EVALUATOR_TYPE = "openimages_vrd"
+    PROTOCOL = "released"
 
 
 class SceneGraphEvaluator(RelationDatasetEvaluator):
-    """Visual Genome: ``motifs`` (:mod:`.motifs`)."""
+    """Visual Genome: ``motifs``."""
 
-    EVALUATOR_TYPE = "scene_graph"
+    PROTOCOL = "motifs"
 
 
 class VRDEvaluator(RelationDatasetEvaluator):
-    """VRD: ``lu2016`` (:mod:`.lu2016`)."""
+    """VRD: ``lu2016``."""
 
-    EVALUATOR_TYPE = "vrd"
+    PROTOCOL = "lu2016"
 
 
 class RelationEvaluator(RelationDatasetEvaluator):
-    """Any data set of relations: ``relations`` (:mod:`.relations`)."""
+    """Any data set of relations: ``relations``."""
 
-    EVALUATOR_TYPE = "relation"
-
-
-_EVALUATORS: dict[str, type[RelationDatasetEvaluator]] = {
-    str(kind.EVALUATOR_TYPE): kind
-    for kind in (RelationEvaluator, VRDEvaluator, OpenImagesVRDEvaluator, SceneGraphEvaluator)
-}
-
-
-def evaluator_class(dataset_name: str, protocol: str = "") -> type[RelationDatasetEvaluator]:
-    """The evaluator that the data set's metadata names in ``evaluator_type``.
-
-    Args:
-        dataset_name: registered data set.
-        protocol: with a protocol named, a data set without known ``evaluator_type`` is in order.
-
-    Raises:
-        ValueError: no relation evaluator is known for the data set.
-    """
-    evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
-    if evaluator_type not in _EVALUATORS:
-        if protocol:
-            return RelationDatasetEvaluator
-        raise ValueError(
-            f"Data set '{dataset_name}' has evaluator_type {evaluator_type!r} in its metadata; "
-            f"relation evaluators are known for: {', '.join(sorted(_EVALUATORS))}. Set the one "
-            f'that fits: MetadataCatalog.get("{dataset_name}").evaluator_type = "relation" '
-            "(any data set whose dicts have relations), or name a protocol "
-            "(TEST.RELATIONS.PROTOCOL)."
-        )
-    return _EVALUATORS[evaluator_type]
+    PROTOCOL = "relations"
 
 
 def build_relation_evaluator(
     cfg: CfgNode, dataset_name: str, output_folder: str
 ) -> DatasetEvaluator:
-    """The evaluator for what the configured model predicts.
+    """Build the evaluator for the predictions of the configured model.
 
-    RelDN's relations are judged by the evaluator that the data set's metadata names in
-    ``evaluator_type``, by the protocol ``TEST.RELATIONS.PROTOCOL`` or the data set's own; any other
-    meta-architecture is a detector and gets COCO's box AP.
+    RelDN's relations are scored by the protocol ``TEST.RELATIONS.PROTOCOL`` or, if that is empty,
+    by that of the data set's ``evaluator_type``. Any other meta-architecture is a detector and is
+    scored by COCO's box AP.
 
     Args:
         cfg: config with the keys of ``add_reldn_config``.
@@ -98,35 +64,35 @@ def build_relation_evaluator(
             ``DATASETS.TEST`` each gets a folder of its name in there.
 
     Raises:
-        ValueError: no relation evaluator is known for the data set, or no such protocol.
+        ValueError: there is no such protocol, or the data set has none and none is named.
     """
     if len(cfg.DATASETS.TEST) > 1:
         output_folder = os.path.join(output_folder, dataset_name)
     if not predicts_relations(cfg):
         return box_evaluator(dataset_name, output_folder)
     relations = cfg.TEST.RELATIONS
-    kind = evaluator_class(dataset_name, relations.PROTOCOL)
-    protocol = find_protocol(relations.PROTOCOL, kind.EVALUATOR_TYPE)
-    topk = _reachable(relations.RECALL_AT or protocol.recall_at, relations.TOPK)
-    most = max(100, *topk, 0)  # what the protocols other than the challenge's look at
-    return kind(
+    evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
+    protocol = find_protocol(relations.PROTOCOL, evaluator_type, dataset_name)
+    recall_at = _reachable(relations.RECALL_AT or protocol.recall_at, relations.TOPK)
+    most = max(100, *recall_at, 0)  # all that protocols other than the challenge's look at
+    return RelationDatasetEvaluator(
         dataset_name,
         output_folder,
         task=relations.TASK,
         protocol=protocol.name,
         predicates_per_pair=predicates_per_pair(cfg, dataset_name),
-        topk=topk,
-        max_triplets=relations.TOPK if protocol.all_triplets else min(relations.TOPK, most),
+        recall_at=recall_at,
+        topk=relations.TOPK if protocol.all_triplets else min(relations.TOPK, most),
     )
 
 
-def _reachable(topk: Sequence[int], kept: int) -> list[int]:
-    """The n of R@n for which the model keeps enough triplets; the others would say too little."""
-    left_out = [n for n in topk if n > kept]
+def _reachable(recall_at: Sequence[int], topk: int) -> list[int]:
+    """Return the n of R@n for which the model keeps enough triplets; warn about the others."""
+    left_out = [n for n in recall_at if n > topk]
     if left_out:
         logger.warning(
-            "The model keeps %d triplets an image (TEST.RELATIONS.TOPK): %s is left out.",
-            kept,
+            "The model keeps %d triplets per image (TEST.RELATIONS.TOPK): %s is left out.",
+            topk,
             ", ".join(f"R@{n}" for n in left_out),
         )
-    return [n for n in topk if n <= kept]
+    return [n for n in recall_at if n <= topk]

@@ -1,4 +1,4 @@
-"""Recall and average precision of every predicate beside its frequency, to tell head from tail."""
+"""Recall and average precision of each predicate by frequency, from head to tail."""
 
 import json
 import math
@@ -10,6 +10,7 @@ import numpy as np
 from tabulate import tabulate
 
 from ..utils.file_io import write_atomically
+from .metrics import mean_of_defined
 
 __all__ = ["GROUPS", "PredicateTable"]
 
@@ -20,23 +21,23 @@ _COLORS = ("#c6d4e3", "#1f5a94", "#d1701f")
 
 @dataclass(frozen=True)
 class PredicateTable:
-    """All predicates of a data set under one protocol and one k."""
+    """All predicates of a data set under one protocol and one k. P predicates."""
 
     names: tuple[str, ...]
     counts: np.ndarray  # (P,) ground-truth relations
-    training_counts: np.ndarray | None  # (P,) relations of the training set, if it is known
+    training_counts: np.ndarray | None  # (P,) relations of the training set, if known
     recall: np.ndarray  # (P,) percent, NaN where there is no ground truth
     recall_at: int
     average_precision: np.ndarray  # (P,) percent
 
     @property
     def order(self) -> np.ndarray:
-        """Predicates, the most frequent first: in the training set if known, else in this one."""
+        """Predicate ids, the most frequent (in the training set if known) first."""
         frequency = self.counts if self.training_counts is None else self.training_counts
         return np.argsort(-frequency, kind="stable")
 
     def groups(self) -> dict[str, list[int]]:
-        """The predicates of each of :data:`GROUPS`, of those that the ground truth contains."""
+        """Return the ids of the predicates that occur for each of :data:`GROUPS`."""
         present = [int(p) for p in self.order if self.counts[p]]
         return {
             name: part.tolist()
@@ -44,7 +45,7 @@ class PredicateTable:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain types; what is undefined is None."""
+        """Return plain types; undefined values are None. ``number`` is a predicate's id."""
         rows = []
         group_of = {p: name for name, members in self.groups().items() for p in members}
         for p in self.order.tolist():
@@ -53,14 +54,14 @@ class PredicateTable:
             if self.training_counts is not None:
                 row["training_relations"] = int(self.training_counts[p])
             row["relations"] = int(self.counts[p])
-            row["share"] = _known(100.0 * self.counts[p] / max(int(self.counts.sum()), 1))
-            row[f"R@{self.recall_at}"] = _known(self.recall[p])
-            row["AP"] = _known(self.average_precision[p])
+            row["share"] = _defined(100.0 * self.counts[p] / max(int(self.counts.sum()), 1))
+            row[f"R@{self.recall_at}"] = _defined(self.recall[p])
+            row["AP"] = _defined(self.average_precision[p])
             rows.append(row)
         return {"predicates": rows, "groups": self.group_means()}
 
     def group_means(self) -> dict[str, dict[str, float | None]]:
-        """Number of predicates, and means of recall and AP, of head, body and tail."""
+        """Return the number of predicates and the means of recall and AP of head, body and tail."""
         return {
             name: {
                 "number": len(members),
@@ -71,7 +72,7 @@ class PredicateTable:
         }
 
     def to_markdown(self) -> str:
-        """The table, the most frequent predicate first, and the means below it."""
+        """Return the table, the most frequent predicate first, and the means below it."""
         content = self.to_dict()
         keys = [key for key in content["predicates"][0] if key != "number"] if self.names else []
         rows = [[_cell(row[key]) for key in keys] for row in content["predicates"]]
@@ -87,7 +88,7 @@ class PredicateTable:
         )
 
     def draw(self, file: Any, title: str) -> None:
-        """Frequency as bars, recall and AP as points, the most frequent predicate first.
+        """Draw frequency as bars, recall and AP as points, the most frequent predicate first.
 
         Args:
             file: path or binary stream of the PNG.
@@ -122,7 +123,7 @@ class PredicateTable:
         figure.savefig(file, format="png", dpi=110, bbox_inches="tight")
 
     def write(self, folder: str, name: str, title: str) -> list[str]:
-        """Write ``per_predicate_<name>`` as .json, .md and .png; returns the paths."""
+        """Write ``per_predicate_<name>`` as .json, .md and .png and return the paths."""
         paths = [os.path.join(folder, f"per_predicate_{name}.{x}") for x in ("json", "md", "png")]
         with write_atomically(paths[0]) as stream:
             json.dump(self.to_dict(), stream, indent=1)
@@ -133,13 +134,12 @@ class PredicateTable:
         return paths
 
 
-def _known(value: float) -> float | None:
+def _defined(value: float) -> float | None:
     return None if math.isnan(value) else float(value)
 
 
 def _mean(values: np.ndarray) -> float | None:
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else None
+    return _defined(mean_of_defined(values))
 
 
 def _cell(value: Any) -> str:

@@ -1,27 +1,33 @@
-"""``relation_predictions.json``: written record by record, and read so from anyone's file.
+"""Write and read ``relation_predictions.json``, the model's own or anyone's.
 
-The file is a list with one record per image, plain or gzipped::
+The file is a JSON list with one record per image, plain or gzipped::
 
-    {"image_id": same as the data set's,
+    {"image_id": same as in the data set,
      "instances": {"boxes": [[x1, y1, x2, y2], ...], "classes": [int, ...], "scores": [float, ...]},
      "relations": {"pairs": [[subject_index, object_index], ...], "predicates": [int, ...],
                    "scores": [float, ...]}}
 
 Boxes are absolute pixels in the frame of the data set's dicts; classes and predicates are
 contiguous and 0-based; the scores of relations are triplet scores. The order does not matter, but
-equal scores rank as listed. Images may be missing.
+equal scores rank as listed. Images may be missing. A file with one record per line, as
+:func:`write_predictions` writes it, or in JSON Lines without the brackets, is read record by
+record; any other list is read into memory.
 """
 
+import gzip
+import itertools
 import json
 import os
+import re
+import zlib
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import IO, Any
 
 from ..structures.scene_graph import SceneGraph
 from ..utils.file_io import write_atomically
-from .json_stream import list_elements
 
 __all__ = [
+    "PREDICTIONS_FILE",
     "read_predictions",
     "read_settings",
     "settings_file",
@@ -29,17 +35,21 @@ __all__ = [
     "write_settings",
 ]
 
+PREDICTIONS_FILE = "relation_predictions.json"
+
 _EXPECTED = (
     'a list with one record per image: [{"image_id": ..., "instances": ..., "relations": ...}, ...]'
 )
+_SPACE = re.compile(r"[ \t\r\n]*")
+_LONGEST_TOKEN = 9  # -Infinity; a file that is cut off within a token has an error at its start
 
 
 def write_predictions(predictions: Iterable[SceneGraph], file: str) -> None:
-    """Write the file, whole or not at all."""
+    """Write a predictions file atomically."""
     with write_atomically(file) as stream:
         stream.write("[")
-        for number, prediction in enumerate(predictions):
-            stream.write(",\n" if number else "\n")
+        for index, prediction in enumerate(predictions):
+            stream.write(",\n" if index else "\n")
             stream.write(json.dumps(prediction.to_dict(), allow_nan=False))
         stream.write("\n]\n")
 
@@ -47,25 +57,124 @@ def write_predictions(predictions: Iterable[SceneGraph], file: str) -> None:
 def read_predictions(
     file: str, num_classes: int | None = None, num_predicates: int | None = None
 ) -> Iterator[SceneGraph]:
-    """Read a plain or gzipped file, holding one record at a time.
+    """Read a plain or gzipped predictions file.
 
     Args:
-        file: path.
+        file: path; its content says whether it is gzipped.
         num_classes: entity classes of the data set; not checked when None.
         num_predicates: predicates of the data set; not checked when None.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is no such list or is cut off, or a record is wrong; the message names
-            the file, the record and the mend.
+            the file and the record and says how to fix it.
     """
     if not os.path.isfile(file):
         raise FileNotFoundError(
-            f"No predictions file '{file}'. Evaluating writes relation_predictions.json under "
+            f"No predictions file '{file}'. An evaluation writes {PREDICTIONS_FILE} to "
             "OUTPUT_DIR/inference/TASK."
         )
-    for number, record in enumerate(list_elements(file, _EXPECTED)):
-        yield _prediction(record, f"{file}, record {number}", num_classes, num_predicates)
+    with open(file, "rb") as raw:
+        is_gzipped = raw.read(2) == b"\x1f\x8b"
+    index = 0
+    try:
+        with (gzip.open if is_gzipped else open)(file, "rt", encoding="utf-8-sig") as stream:
+            for record in _records(file, stream):
+                yield _prediction(record, f"{file}, record {index}", num_classes, num_predicates)
+                index += 1
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{_cut_off(file, index)} ({error})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: expected {_EXPECTED}, in UTF-8 or gzipped: {error}.") from error
+
+
+def _records(file: str, stream: IO[str]) -> Iterator[Any]:
+    """Yield the records of a list or of JSON Lines, line by line as long as each line is one."""
+    first = next((line for line in stream if line.strip()), "").lstrip()
+    if not first:
+        raise ValueError(f"{file}: is empty; expected {_EXPECTED}. Copy or write it again.")
+    is_list = first[0] == "["
+    index, rest = 0, ""
+    for line in itertools.chain([first[1:] if is_list else first], stream):
+        if not line.strip():
+            continue
+        text = line.strip()
+        try:
+            record = json.loads(text.removesuffix(",") if is_list else text)
+        except (RecursionError, ValueError) as error:
+            if is_list:
+                rest = line
+                break
+            if index == 0:
+                begin = f"{file}: begins with {first[:20]!r}; expected {_EXPECTED}."
+                raise ValueError(begin) from error
+            raise ValueError(_unreadable(file, index, error)) from error
+        if is_list and not text.endswith(","):
+            rest = line
+            break
+        yield record
+        index += 1
+    if is_list:  # the last record and the closing bracket, or a list in another layout
+        yield from _rest_of_list(file, rest + stream.read(), index)
+
+
+def _rest_of_list(file: str, text: str, index: int) -> Iterator[Any]:
+    """Yield the records in the text from record ``index`` on to the closing bracket."""
+    decoder = json.JSONDecoder()
+    position = _SPACE.match(text).end()
+    is_open = index > 0 or text[position : position + 1] != "]"
+    while is_open:
+        try:
+            record, end = decoder.raw_decode(text, position)
+        except (RecursionError, ValueError) as error:
+            raise ValueError(_unreadable(file, index, error)) from error
+        yield record
+        index += 1
+        position = _SPACE.match(text, end).end()
+        separator = text[position : position + 1]
+        if not separator:
+            raise ValueError(_cut_off(file, index))
+        if separator not in ",]":
+            raise ValueError(
+                f"{file}: {text[position : position + 20]!r} after record {index - 1}; expected a "
+                "comma or the closing bracket. Fix the file there."
+            )
+        is_open = separator == ","
+        if is_open:
+            position = _SPACE.match(text, position + 1).end()
+    position = _SPACE.match(text, position + 1).end()
+    if position < len(text):
+        raise ValueError(
+            f"{file}: {text[position : position + 20]!r} after the closing bracket; expected "
+            f"{_EXPECTED}. Merge several lists into one."
+        )
+
+
+def _cut_off(file: str, index: int) -> str:
+    return (
+        f"{file}: ends within record {index}, or before the closing bracket: it is cut off. Copy "
+        "or write it again."
+    )
+
+
+def _unreadable(file: str, index: int, error: Exception) -> str:
+    """Return the message about a record that is no JSON, or whose end is missing."""
+    if not isinstance(error, json.JSONDecodeError):  # nested too deeply, too many digits
+        return (
+            f"{file}: record {index} cannot be read: {error}. Expected {_EXPECTED}; write the file "
+            "again."
+        )
+    text = error.doc.rstrip()
+    # The position of an unterminated string is its beginning, however long it is.
+    if error.msg.startswith("Unterminated string") or error.pos >= len(text):
+        return _cut_off(file, index)
+    if error.pos >= len(text) - _LONGEST_TOKEN and not text.endswith("]"):
+        return _cut_off(file, index)
+    around = error.doc[max(error.pos - 20, 0) : error.pos + 20]
+    return (
+        f"{file}: record {index} is no JSON: {error.msg}, near {around!r}. Fix it, or write the "
+        "file again with a JSON library."
+    )
 
 
 def _prediction(
@@ -104,13 +213,13 @@ def _prediction(
             raise ValueError(
                 f"{where}: {name} {wrong[0]} is not one of the data set's {count}, 0 to "
                 f"{count - 1}. Classes and predicates are contiguous and 0-based, without "
-                '"background" or "no relationship": convert the numbers before writing.'
+                '"background" or "no relationship": convert the ids before writing.'
             )
     return prediction
 
 
 def settings_file(predictions_file: str) -> str:
-    """Where the settings of a predictions file stand: beside it."""
+    """Return the path of a predictions file's settings, in the same folder."""
     stem = predictions_file
     for suffix in (".gz", ".json"):
         stem = stem.removesuffix(suffix)
@@ -118,17 +227,18 @@ def settings_file(predictions_file: str) -> str:
 
 
 def write_settings(file: str, settings: dict[str, Any]) -> None:
-    """Write beside the predictions ``file`` what it was made for, for :func:`read_settings`."""
+    """Write next to a predictions file what it was made for, for :func:`read_settings`."""
     with write_atomically(settings_file(file)) as stream:
         json.dump(settings, stream, indent=2)
 
 
 def read_settings(file: str) -> dict[str, Any]:
-    """What a predictions ``file`` was made for; ``{}`` where nobody has written that down.
+    """Return what a predictions file was made for; ``{}`` if it has no settings.
 
     Returns:
         ``dataset``, ``task``, ``predicates_per_pair`` (for each k in this list the file holds the
-        exact best triplets) and ``triplets`` (how many of them an image; None: all).
+        exact best triplets; None means no limit) and ``triplets`` (how many of them per image; None
+        means all).
 
     Raises:
         ValueError: the settings cannot be read.
@@ -142,7 +252,8 @@ def read_settings(file: str) -> dict[str, Any]:
         return {
             "dataset": settings["dataset"],
             "task": settings["task"],
-            "predicates_per_pair": [int(k) for k in settings["predicates_per_pair"]],
+            # Files that were written before have 0 for no limit.
+            "predicates_per_pair": [int(k or 0) or None for k in settings["predicates_per_pair"]],
             "triplets": None if settings["triplets"] is None else int(settings["triplets"]),
         }
     except (ValueError, KeyError, TypeError) as error:

@@ -1,12 +1,13 @@
-"""Submissions of the OpenImages challenge's visual relationship track, written and read.
+"""Write and read submissions of the OpenImages challenge's visual relationship track.
 
-Two layouts are in use. The challenge's server takes a line an image::
+Two layouts are in use. The challenge's server takes one line per image::
 
     ImageId,PredictionString
     <id>,<score> <label1> <xmin1> <ymin1> <xmax1> <ymax1> <label2> <xmin2> ... <relation> ...
 
-and the challenge's evaluation code a line a triplet, with the columns :data:`COLUMNS`. Coordinates
-are divided by the image's width and height. Labels are OpenImages' identifiers (``/m/04bcr3``).
+and the challenge's evaluation code one line per triplet, with the columns :data:`COLUMNS`.
+Coordinates are divided by the image's width and height. Labels are OpenImages' identifiers
+(``/m/04bcr3``).
 """
 
 import csv
@@ -24,14 +25,21 @@ from ..data.dataset_dict import dicts_without_images
 from ..structures.scene_graph import ImageId, SceneGraph
 from ..utils.file_io import write_atomically
 
-__all__ = ["COLUMNS", "LAYOUTS", "read_submission", "write_submission"]
+__all__ = ["COLUMNS", "LAYOUTS", "is_submission", "read_submission", "write_submission"]
 
 COLUMNS = ("ImageID", "LabelName1", "LabelName2", "RelationshipLabel", "Score") + tuple(
-    f"{side}{number}" for number in (1, 2) for side in ("XMin", "XMax", "YMin", "YMax")
+    f"{side}{entity}" for entity in (1, 2) for side in ("XMin", "XMax", "YMin", "YMax")
 )
 _SERVER_COLUMNS = ("ImageId", "PredictionString")
-_FIELDS = 12  # of a triplet in a PredictionString
+_NUM_FIELDS = 12  # of a triplet in a PredictionString
+# Position in a PredictionString's triplet of each column of COLUMNS from the second on.
+_PLACES = (1, 6, 11, 0, 2, 4, 3, 5, 7, 9, 8, 10)
 LAYOUTS = ("server", "table")
+
+
+def is_submission(file: str) -> bool:
+    """Return whether the file name is that of a submission rather than a predictions file."""
+    return file.endswith((".csv", ".csv.gz"))
 
 
 class _Names(NamedTuple):
@@ -54,20 +62,21 @@ def _names(dataset_name: str, labels: Sequence[str] | None) -> _Names:
     if known is not None and len(known) != len(classes):
         raise ValueError(
             f"{len(classes)} labels for the {len(known)} classes of data set '{dataset_name}'; "
-            "give one for each, in their order."
+            "expected one for each, in their order."
         )
     sizes = {}
     for record in dicts_without_images(dataset_name):
         image_id = record["image_id"]
         if "width" not in record or "height" not in record:
             raise ValueError(
-                f"Data set '{dataset_name}', image {image_id!r}: its size is not known. A "
-                "submission has normalised coordinates; put the images in their place."
+                f"Data set '{dataset_name}', image {image_id!r}: its size is unknown. A "
+                "submission has normalized coordinates; put the images where the data set expects "
+                "them."
             )
         sizes[str(image_id)] = (image_id, float(record["width"]), float(record["height"]))
     for kind, names in (("class", classes), ("predicate", predicates)):
         if len(set(names)) != len(names):
-            raise ValueError(f"Data set '{dataset_name}' has two {kind} names that are equal.")
+            raise ValueError(f"Data set '{dataset_name}' has two equal {kind} names.")
     return _Names(list(classes), list(predicates), sizes)
 
 
@@ -78,26 +87,26 @@ def write_submission(
     layout: str = "server",
     labels: Sequence[str] | None = None,
 ) -> None:
-    """Write predictions as a submission, whole or not at all.
+    """Write predictions as a submission, atomically.
 
     Args:
         dataset_name: registered data set with ``width`` and ``height`` of its images.
-        predictions: of its images; those that are missing get a line without triplets.
+        predictions: of its images; missing images get a line without triplets.
         file: the CSV file.
         layout: ``server`` or ``table``, see above.
-        labels: OpenImages' identifiers of the classes; by default the metadata's ``thing_labels``,
-            or ``thing_classes`` where it has none.
+        labels: OpenImages' identifiers of the classes; default: the metadata's ``thing_labels``, or
+            ``thing_classes`` if it has none.
 
     Raises:
         ValueError: an unknown layout, an image that the data set lacks, or names with blanks.
     """
     if layout not in LAYOUTS:
-        raise ValueError(f"Unknown layout {layout!r}; known are {', '.join(LAYOUTS)}.")
+        raise ValueError(f"Unknown layout {layout!r}; expected one of {', '.join(LAYOUTS)}.")
     names = _names(dataset_name, labels)
     blank = [name for name in (*names.classes, *names.predicates) if len(name.split()) != 1]
     if layout == "server" and blank:
         raise ValueError(
-            f"{blank[0]!r} has a blank, which separates the fields of the server's layout. Give "
+            f"{blank[0]!r} has a space, which separates the fields of the server's layout. Use "
             "OpenImages' identifiers of the classes (labels, or thing_labels in the metadata), "
             'name predicates like "inside_of", or write the layout "table".'
         )
@@ -110,43 +119,29 @@ def write_submission(
             if key not in names.sizes:
                 raise ValueError(f"Data set '{dataset_name}' has no image {key!r}.")
             missing.pop(key, None)
-            rows = [_fields(row, names) for row in _rows(prediction, names)]
+            rows = _rows(prediction, names)
             if layout == "server":
                 writer.writerow((key, " ".join(" ".join(row) for row in rows)))
             else:
-                writer.writerows(_table_row(key, row) for row in rows)
+                writer.writerows([key, *(row[place] for place in _PLACES)] for row in rows)
         if layout == "server":
             writer.writerows((key, "") for key in missing)
 
 
-def _rows(prediction: SceneGraph, names: _Names) -> Iterator[tuple]:
-    """(score, subject class, its box, object class, its box, predicate), boxes normalised."""
+def _rows(prediction: SceneGraph, names: _Names) -> Iterator[list[str]]:
+    """Yield the fields of a PredictionString for each triplet."""
     _, width, height = names.sizes[str(prediction.image_id)]
     boxes = (prediction.boxes / np.array([width, height, width, height])).tolist()
     classes = prediction.classes.tolist()
-    scores, predicates = prediction.scores.tolist(), prediction.predicates.tolist()
-    for (s, o), predicate, score in zip(prediction.pairs.tolist(), predicates, scores):
-        yield score, classes[s], boxes[s], classes[o], boxes[o], predicate
-
-
-def _fields(row: tuple, names: _Names) -> list[str]:
-    score, subject, subject_box, object_, object_box, predicate = row
-    return [
-        repr(score),
-        names.classes[subject],
-        *map(repr, subject_box),
-        names.classes[object_],
-        *map(repr, object_box),
-        names.predicates[predicate],
-    ]
-
-
-# Where the columns of COLUMNS from the second on stand in a triplet of the other layout.
-_PLACES = (1, 6, 11, 0, 2, 4, 3, 5, 7, 9, 8, 10)
-
-
-def _table_row(image: str, fields: Sequence[str]) -> list[str]:
-    return [image, *(fields[place] for place in _PLACES)]
+    for subject, object_, predicate, score in prediction.rows():
+        yield [
+            repr(score),
+            names.classes[classes[subject]],
+            *map(repr, boxes[subject]),
+            names.classes[classes[object_]],
+            *map(repr, boxes[object_]),
+            names.predicates[predicate],
+        ]
 
 
 def read_submission(
@@ -154,17 +149,17 @@ def read_submission(
 ) -> Iterator[SceneGraph]:
     """Read a submission of either layout, plain or gzipped; equal scores rank as listed.
 
-    Coordinates become absolute pixels again, exactly those that :func:`write_submission` was given
-    where these were single-precision numbers, as a model's are.
+    Coordinates become absolute pixels again: exactly those that :func:`write_submission` was given
+    if they were single-precision numbers, as a model's are.
 
     Args:
-        dataset_name: registered data set that it is for.
+        dataset_name: registered data set that the submission is for.
         file: the CSV file.
         labels: as for :func:`write_submission`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line is wrong; the message names it and the mend.
+        ValueError: a line is wrong; the message names it and says how to fix it.
     """
     names = _names(dataset_name, labels)
     rows_of: dict[str, list[Sequence[str]]] = {}  # of a table, whose lines may be in any order
@@ -182,7 +177,7 @@ def read_submission(
             if len(row) != len(header):
                 raise ValueError(
                     f"{where}: {len(row)} fields instead of {len(header)}. The line is cut off or "
-                    "has a comma too many; write the file again."
+                    "has too many commas; write the file again."
                 )
             image = row[0]
             if image not in names.sizes:
@@ -191,11 +186,11 @@ def read_submission(
                     "set that the submission is for."
                 )
             if header == COLUMNS:
-                fields = [row[1 + _PLACES.index(place)] for place in range(_FIELDS)]
+                fields = [row[1 + _PLACES.index(place)] for place in range(_NUM_FIELDS)]
                 rows_of.setdefault(image, []).append(fields)
             else:
                 if image in lines:
-                    raise ValueError(f"{where}: image {image!r} is in line {lines[image]}, too.")
+                    raise ValueError(f"{where}: image {image!r} is in line {lines[image]} as well.")
                 yield _prediction(_split(row[1], where), where, names, image)
             lines.setdefault(image, reader.line_num)
     for image, rows in rows_of.items():
@@ -203,14 +198,14 @@ def read_submission(
 
 
 def _split(text: str, where: str) -> list[Sequence[str]]:
-    """The triplets of a PredictionString."""
+    """Return the triplets of a PredictionString."""
     parts = text.split()
-    if len(parts) % _FIELDS:
+    if len(parts) % _NUM_FIELDS:
         raise ValueError(
-            f"{where}: {len(parts)} parts, which is no multiple of the {_FIELDS} of a triplet. The "
-            "line is cut off or a name has a blank; write it again."
+            f"{where}: {len(parts)} parts, not a multiple of the {_NUM_FIELDS} of a triplet. The "
+            "line is cut off or a name has a space; write it again."
         )
-    return [parts[i : i + _FIELDS] for i in range(0, len(parts), _FIELDS)]
+    return [parts[i : i + _NUM_FIELDS] for i in range(0, len(parts), _NUM_FIELDS)]
 
 
 def _prediction(
@@ -226,9 +221,9 @@ def _prediction(
     scale = np.array([width, height] * 2)
     boxes = _snap(np.asarray(corners).reshape(-1, 4) * scale)
     labels = [label for t in triplets for label in (t[1], t[6])]
-    classes = _numbers(labels, names.classes, "class", where)
-    predicates = _numbers([t[11] for t in triplets], names.predicates, "predicate", where)
-    # Boxes of one class that are equal are one entity again.
+    classes = _ids(labels, names.classes, "class", where)
+    predicates = _ids([t[11] for t in triplets], names.predicates, "predicate", where)
+    # Equal boxes of one class become one entity again.
     keys = np.column_stack([classes, boxes])
     entities, index = np.unique(keys, axis=0, return_inverse=True)
     try:
@@ -246,19 +241,19 @@ def _prediction(
         raise ValueError(f"{where}: {message}") from error
 
 
-def _numbers(labels: Sequence[str], names: Sequence[str], kind: str, where: str) -> np.ndarray:
-    number = {name: i for i, name in enumerate(names)}
-    unknown = [label for label in labels if label not in number]
+def _ids(labels: Sequence[str], names: Sequence[str], kind: str, where: str) -> np.ndarray:
+    id_of = {name: i for i, name in enumerate(names)}
+    unknown = [label for label in labels if label not in id_of]
     if unknown:
         raise ValueError(
             f"{where}: {kind} {unknown[0]!r} is not one of the data set's ({', '.join(names[:3])}, "
             "...). Write the identifiers that the data set uses."
         )
-    return np.asarray([number[label] for label in labels], dtype=np.int64)
+    return np.asarray([id_of[label] for label in labels], dtype=np.int64)
 
 
 def _snap(pixels: np.ndarray) -> np.ndarray:
-    """Undo the rounding of dividing and multiplying, where the number was a float32 before."""
+    """Undo the rounding of division and multiplication of numbers that were float32 before."""
     single = pixels.astype(np.float32).astype(np.float64)
     return np.where(np.abs(single - pixels) <= 4 * np.spacing(np.abs(pixels)), single, pixels)
 
@@ -271,7 +266,7 @@ def _open_text(file: str) -> Any:
 
 @contextmanager
 def _long_fields() -> Iterator[None]:
-    """An image's PredictionString may be longer than what the csv module allows by default."""
+    """Allow a PredictionString that is longer than the csv module's default limit."""
     before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     try:
         yield

@@ -1,4 +1,4 @@
-"""What an evaluation has to know of the training set: its triplets, and how frequent they are."""
+"""The triplets of the training set and their frequencies, as an evaluation needs them."""
 
 import logging
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from ..data.statistics import dataset_statistics
 __all__ = ["TrainingTriplets", "same_names", "training_triplets"]
 
 logger = logging.getLogger(__name__)
-_known: dict[str, tuple[Any, "TrainingTriplets"]] = {}
+_cached: dict[str, tuple[Any, "TrainingTriplets"]] = {}
 
 
 class TrainingTriplets(NamedTuple):
@@ -24,14 +24,14 @@ class TrainingTriplets(NamedTuple):
 
 
 def same_names(metadata: Metadata, train_dataset: str) -> bool:
-    """Whether a training set numbers classes and predicates as a data set does; else a warning.
+    """Return whether two data sets have the same classes and predicates; warn if not.
 
     Args:
-        metadata: of the data set that is evaluated.
+        metadata: metadata of the data set that is evaluated.
         train_dataset: name of the training set; names that its metadata lacks are not compared.
     """
     if train_dataset not in DatasetCatalog:
-        return True  # which training_triplets tells
+        return True  # training_triplets warns about that
     for key in ("thing_classes", "predicate_classes"):
         own, other = (m.get(key, None) for m in (metadata, MetadataCatalog.get(train_dataset)))
         if own is not None and other is not None and list(own) != list(other):
@@ -47,9 +47,9 @@ def same_names(metadata: Metadata, train_dataset: str) -> bool:
 
 
 def training_triplets(dataset_name: str) -> TrainingTriplets | None:
-    """Triplets of a registered training set; None, with a warning, where it cannot be read.
+    """Return the triplets of a registered training set; warn and return None if unreadable.
 
-    They are remembered for as long as the data set stays registered.
+    They are cached as long as the data set stays registered.
     """
     if dataset_name not in DatasetCatalog:
         logger.warning(
@@ -59,11 +59,11 @@ def training_triplets(dataset_name: str) -> TrainingTriplets | None:
         )
         return None
     loader = DatasetCatalog.data[dataset_name]
-    if dataset_name in _known and _known[dataset_name][0] is loader:
-        return _known[dataset_name][1]
+    if dataset_name in _cached and _cached[dataset_name][0] is loader:
+        return _cached[dataset_name][1]
     try:
         statistics = dataset_statistics(dataset_name)
-    except (OSError, ValueError) as error:  # an evaluation does not end for want of these
+    except (OSError, ValueError) as error:  # optional: a failure here does not abort the evaluation
         logger.warning(
             "The training set '%s' cannot be read: zero-shot recall and the predicates' "
             "frequencies in training are left out. (%s)",
@@ -73,5 +73,5 @@ def training_triplets(dataset_name: str) -> TrainingTriplets | None:
         return None
     labels = np.array(sorted(statistics.triplets), dtype=np.int64).reshape(-1, 3)
     result = TrainingTriplets(labels, statistics.predicate_counts)
-    _known[dataset_name] = (loader, result)
+    _cached[dataset_name] = (loader, result)
     return result

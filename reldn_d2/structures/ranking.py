@@ -1,4 +1,4 @@
-"""Ranking triplets and limiting the predicates per pair: pure functions on numpy arrays.
+"""Rank triplets and limit the predicates per pair: pure functions on numpy arrays.
 
 Shapes: K triplets of one image.
 """
@@ -14,7 +14,10 @@ def rank_by_score(scores: np.ndarray) -> np.ndarray:
 
 
 def rank_in_group(codes: np.ndarray) -> np.ndarray:
-    """Return (K,) how many earlier elements have the same code, for each of (K,) integer codes."""
+    """Return (K,) how many earlier elements have the same code, for each of (K,) integer codes.
+
+    For example, [7, 5, 7, 7] gives [0, 0, 1, 2].
+    """
     order = np.argsort(codes, kind="stable")
     ordered = codes[order]
     is_first = np.ones(len(codes), dtype=bool)
@@ -30,7 +33,8 @@ def limit_predicates_per_pair(pairs: np.ndarray, limit: int | None) -> np.ndarra
 
     Args:
         pairs: (K, 2) subject and object indices, in descending order of their triplets' scores.
-        limit: predicates that a pair may have (k); None (or 0) means no limit.
+        limit: predicates that a pair may have (k); None means no limit, and so does 0, which stood
+            for it in files and settings written before.
 
     Returns:
         (K,) bool, True for the rows that stay.

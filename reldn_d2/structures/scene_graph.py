@@ -381,12 +381,12 @@ class SceneGraph:
 
         Args:
             predicates_per_pair: values of k; each pair keeps its k best predicates, all if None.
-            topk: most triplets for each k; None (or 0) means all.
+            topk: most triplets for each k; None means all.
         """
-        kept = np.zeros(len(self.scores), dtype=bool)
+        kept = np.zeros(len(self.pairs), dtype=bool)
         for k in predicates_per_pair:
             rows = np.flatnonzero(limit_predicates_per_pair(self.pairs, k))
-            kept[rows[:topk] if topk else rows] = True
+            kept[rows[:topk]] = True
         return self if kept.all() else self.select(np.flatnonzero(kept))
 
     # ---- other forms ----

@@ -1,92 +1,177 @@
-"""The evaluation protocols by name, and how many predicates a pair each asks a model for.
+"""The evaluation protocols: what each matches, counts and asks of a model.
 
-What each one matches, averages and ignores stands in ``docs/evaluation.md``; the rules themselves
-are in :mod:`reldn_d2.evaluation`. Model and evaluator both ask this module for k, so that a model
-keeps what its evaluation needs.
+See ``docs/evaluation.md`` for the rules in words and :mod:`reldn_d2.evaluation.protocol_metrics`
+for the metrics. Model and evaluator both read k from here, so that a model keeps the triplets that
+its evaluation needs.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
-__all__ = ["DEFAULT_PROTOCOLS", "PROTOCOLS", "Protocol", "find_protocol", "predicates_per_pair"]
+__all__ = [
+    "PROTOCOLS",
+    "Protocol",
+    "default_protocol",
+    "distinct_limits",
+    "find_protocol",
+    "predicates_per_pair",
+]
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is fixed by a protocol's name."""
+    """The rules of one protocol.
+
+    Attributes:
+        evaluator_type: data sets with this ``evaluator_type`` in their metadata use the protocol by
+            default, because the tables of the paper do; None for none.
+        predicates_per_pair: values of k, each with results of its own; None means no limit.
+        recall_at: the n of R@n.
+        matching: which triplets find a relation, for recall:
+
+            - ``one_to_one``: in descending score each triplet takes its best-overlapping relation
+              that is still free;
+            - ``many_to_many``: each triplet finds every relation that it matches;
+            - ``true_positives``: each triplet is tested against its best-overlapping relation, and
+              finds it if no earlier triplet was tested against the same one.
+        recall_overlaps, precision_overlaps: overlaps that recall and average precision use.
+        strict_precision: average precision needs an overlap > 0.5, not >= 0.5.
+        all_triplets: all triplets of an image count, not only the best 100.
+        verified_labels: ignore triplets with a class that nobody looked for in their image.
+        distinct_relations: a relation that is annotated twice counts once.
+        zero_shot: recall over the triplets that the training set lacks is reported.
+    """
 
     name: str
-    predicates_per_pair: tuple[int, ...]  # the values of k; 0: all predicates of a pair
-    recall_at: tuple[int, ...]  # the n of R@n
-    all_triplets: bool = False  # average precision takes every triplet given, not the best 100
+    evaluator_type: str | None
+    predicates_per_pair: tuple[int | None, ...]
+    recall_at: tuple[int, ...]
+    matching: str
+    recall_overlaps: tuple[str, ...] = ("relationship",)
+    precision_overlaps: tuple[str, ...] = ("relationship",)
+    strict_precision: bool = False
+    all_triplets: bool = False
+    verified_labels: bool = False
+    distinct_relations: bool = False
+    zero_shot: bool = False
 
 
+_BOTH = ("relationship", "phrase")
 PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol
     for protocol in (
-        Protocol("lu2016", (1, 10, 70), (50, 100)),
-        Protocol("motifs", (1, 0), (20, 50, 100)),
-        Protocol("openimages", (0,), (50, 100), all_triplets=True),
-        Protocol("released", (2,), (20, 50, 100)),
-        Protocol("relations", (0,), (20, 50, 100)),
+        Protocol(
+            name="lu2016",
+            evaluator_type="vrd",
+            predicates_per_pair=(1, 10, 70),
+            recall_at=(50, 100),
+            matching="one_to_one",
+            recall_overlaps=_BOTH,
+            zero_shot=True,
+        ),
+        Protocol(
+            name="motifs",
+            evaluator_type="scene_graph",
+            predicates_per_pair=(1, None),
+            recall_at=(20, 50, 100),
+            matching="many_to_many",
+            zero_shot=True,
+        ),
+        Protocol(
+            name="openimages",
+            evaluator_type=None,
+            predicates_per_pair=(None,),
+            recall_at=(50, 100),
+            matching="true_positives",
+            precision_overlaps=_BOTH,
+            all_triplets=True,
+            verified_labels=True,
+        ),
+        Protocol(
+            name="released",
+            evaluator_type="openimages_vrd",
+            predicates_per_pair=(2,),
+            recall_at=(20, 50, 100),
+            matching="many_to_many",
+            precision_overlaps=_BOTH,
+            strict_precision=True,
+        ),
+        Protocol(
+            name="relations",
+            evaluator_type="relation",
+            predicates_per_pair=(None,),
+            recall_at=(20, 50, 100),
+            matching="one_to_one",
+            distinct_relations=True,
+        ),
     )
 }
-
-# evaluator_type in a data set's metadata: the protocol of its tables in the paper.
-DEFAULT_PROTOCOLS = {
-    "vrd": "lu2016",
-    "scene_graph": "motifs",
-    "openimages_vrd": "released",
-    "relation": "relations",
-}
+_BY_EVALUATOR_TYPE = {p.evaluator_type: p for p in PROTOCOLS.values() if p.evaluator_type}
 
 
-def find_protocol(name: str, evaluator_type: str | None = None) -> Protocol:
-    """A protocol by its name or, if that is empty, the default of an ``evaluator_type``.
+def default_protocol(dataset_name: str) -> Protocol | None:
+    """Return the protocol of a data set's ``evaluator_type``; None if it has none."""
+    return _BY_EVALUATOR_TYPE.get(MetadataCatalog.get(dataset_name).get("evaluator_type", None))
+
+
+def find_protocol(
+    name: str, evaluator_type: str | None = None, dataset_name: str | None = None
+) -> Protocol:
+    """Return a protocol by name or, if the name is empty, the default of an ``evaluator_type``.
+
+    Args:
+        name: a key of :data:`PROTOCOLS`, or empty.
+        evaluator_type: from a data set's metadata.
+        dataset_name: the data set, for the error message.
 
     Raises:
-        ValueError: neither is known.
+        ValueError: there is no such protocol, or no default.
     """
     if name:
         if name not in PROTOCOLS:
             raise ValueError(
-                f"Unknown protocol {name!r} (TEST.RELATIONS.PROTOCOL); known are "
+                f"Unknown protocol {name!r} (TEST.RELATIONS.PROTOCOL); expected one of "
                 f"{', '.join(PROTOCOLS)}."
             )
         return PROTOCOLS[name]
-    if evaluator_type not in DEFAULT_PROTOCOLS:
+    if evaluator_type not in _BY_EVALUATOR_TYPE:
+        who = f"Data set '{dataset_name}'" if dataset_name else "The data set"
         raise ValueError(
-            f"No protocol belongs to evaluator_type {evaluator_type!r}; one does to each of "
-            f"{', '.join(DEFAULT_PROTOCOLS)}. Set it in the data set's metadata, or name a "
-            f"protocol (TEST.RELATIONS.PROTOCOL): {', '.join(PROTOCOLS)}."
+            f"{who} has evaluator_type {evaluator_type!r} in its metadata; protocols are known "
+            f"for: {', '.join(sorted(_BY_EVALUATOR_TYPE))}. Set the one that fits: "
+            f'MetadataCatalog.get("{dataset_name or "NAME"}").evaluator_type = "relation" (any '
+            "data set whose dicts have relations), or name a protocol (TEST.RELATIONS.PROTOCOL): "
+            f"{', '.join(PROTOCOLS)}."
         )
-    return PROTOCOLS[DEFAULT_PROTOCOLS[evaluator_type]]
+    return _BY_EVALUATOR_TYPE[evaluator_type]
 
 
-def predicates_per_pair(cfg: CfgNode, dataset_name: str | None = None) -> tuple[int, ...]:
-    """The values of k that are to be evaluated, and that a model has to keep triplets for.
+def distinct_limits(values: Iterable[int | None]) -> tuple[int | None, ...]:
+    """Return the distinct values of k; 0, which meant no limit once, becomes None."""
+    return tuple(dict.fromkeys(k or None for k in values))
+
+
+def predicates_per_pair(cfg: CfgNode, dataset_name: str | None = None) -> tuple[int | None, ...]:
+    """Return the values of k to evaluate, for each of which a model has to keep its best triplets.
 
     Args:
-        cfg: config with the keys of ``add_reldn_config``. What
-            ``TEST.RELATIONS.PREDICATES_PER_PAIR`` lists is taken; where it is empty, what the
-            protocols ask for.
+        cfg: config with the keys of ``add_reldn_config``.
+            ``TEST.RELATIONS.PREDICATES_PER_PAIR`` decides; if it is empty, the protocols do.
         dataset_name: the data set whose protocol is asked; None: all of ``DATASETS.TEST``.
 
     Returns:
-        Distinct values, 0 standing for all predicates; (1,) where no protocol is known.
+        Distinct values, None for no limit; (1,) if no protocol is known.
     """
     relations = cfg.TEST.RELATIONS
     if relations.PREDICATES_PER_PAIR:
-        return tuple(dict.fromkeys(relations.PREDICATES_PER_PAIR))
-    names = cfg.DATASETS.TEST if dataset_name is None else (dataset_name,)
-    values = []
+        return distinct_limits(relations.PREDICATES_PER_PAIR)
     if relations.PROTOCOL:
-        values.extend(find_protocol(relations.PROTOCOL).predicates_per_pair)
-    else:
-        for name in names:
-            evaluator_type = MetadataCatalog.get(name).get("evaluator_type", None)
-            if evaluator_type in DEFAULT_PROTOCOLS:
-                values.extend(find_protocol("", evaluator_type).predicates_per_pair)
-    return tuple(dict.fromkeys(values)) or (1,)
+        return find_protocol(relations.PROTOCOL).predicates_per_pair
+    names = cfg.DATASETS.TEST if dataset_name is None else (dataset_name,)
+    protocols = [protocol for protocol in map(default_protocol, names) if protocol]
+    return distinct_limits(k for protocol in protocols for k in protocol.predicates_per_pair) or (
+        1,
+    )

@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from ..evaluation.matching import counted_relations, match_relations
 from ..structures.scene_graph import SceneGraph
 from ..utils.protocols import find_protocol
 from .canvas import pad
-from .correspondence import match_scenes, same_entities
+from .correspondence import same_entities
 from .layout import entity_color
 from .visualizer import RelationVisualizer, check_size, heading_of
 
@@ -46,13 +47,13 @@ def compare_models(
         ValueError: the image does not have the size of ``dataset_dict``, the protocol is unknown,
             or the data set has none.
     """
-    protocol = find_protocol(protocol, metadata.get("evaluator_type", None)).name
+    rules = find_protocol(protocol, metadata.get("evaluator_type", None))
     check_size(img_rgb, dataset_dict)
-    truth = SceneGraph.from_dataset_dict(dataset_dict)
+    truth = counted_relations(SceneGraph.from_dataset_dict(dataset_dict), rules)
     if topk is None:
         topk = len(truth.pairs) or 5
     scenes = [predicted.best(topk) for predicted in predictions.values()]
-    matches = [match_scenes(scene, truth, protocol) for scene in scenes]
+    matches = [match_relations(scene, truth, rules) for scene in scenes]
     distinct, maps = same_entities(truth, scenes)
     maps = [{entity: entity for entity in truth.related_entities}] + maps
     drawn = sorted({same for same_as in maps for same in same_as.values()})
@@ -63,7 +64,7 @@ def compare_models(
     marks = [matches[0][1] if len(matches) == 1 else None] + [hits for hits, _ in matches]
     titles, headings = ["Ground truth"], [None]
     for (name, predicted), scene, (_, found) in zip(predictions.items(), scenes, matches):
-        titles.append(f"{name}: {sum(found)} of {len(found)} found ({protocol})")
+        titles.append(f"{name}: {sum(found)} of {len(found)} found ({rules.name})")
         headings.append(heading_of(scene, len(predicted.scores)))
     pictures = [
         visualizer.draw_scene(

@@ -1,31 +1,14 @@
-"""Correspondence of scene graphs of one image: relations that are hits, and equal entities."""
+"""Entities that are the same in several scene graphs of one image."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from ..evaluation.matching import find_hits, pairwise_iou
+from ..structures.boxes_np import pairwise_iou
 from ..structures.scene_graph import SceneGraph
 
-__all__ = ["match_scenes", "same_entities"]
-
-
-def match_scenes(
-    predicted: SceneGraph, truth: SceneGraph, protocol: str
-) -> tuple[list[bool], list[bool]]:
-    """Return which predicted relations are hits, and which ground-truth relations are found.
-
-    Args:
-        predicted: the relations that are drawn.
-        truth: ground truth of the same image.
-        protocol: name of the evaluation protocol whose matching counts.
-
-    Returns:
-        hits: (K,) one per predicted relation.
-        found: (M,) one per ground-truth relation.
-    """
-    return find_hits(predicted, truth)
+__all__ = ["same_entities"]
 
 
 def same_entities(

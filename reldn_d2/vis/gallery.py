@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..evaluation.matching import counted_relations, match_relations
 from ..structures.names import class_name, name_entities
 from ..structures.scene_graph import RelationRow, SceneGraph
 from ..utils.file_io import write_atomically
 from ..utils.protocols import find_protocol
-from .correspondence import match_scenes, same_entities
+from .correspondence import same_entities
 from .layout import predicate_color
 from .visualizer import check_size
 
@@ -69,10 +70,11 @@ def gallery_record(
     hits: list[bool | None] = [None] * len(scene.pairs)
     missed: list[RelationRow] = []
     if dataset_dict is not None:
-        protocol = find_protocol(protocol, metadata.get("evaluator_type", None)).name
+        rules = find_protocol(protocol, metadata.get("evaluator_type", None))
+        protocol = rules.name
         check_size(image, dataset_dict)
-        truth = SceneGraph.from_dataset_dict(dataset_dict)
-        hits, found = match_scenes(scene, truth, protocol)
+        truth = counted_relations(SceneGraph.from_dataset_dict(dataset_dict), rules)
+        hits, found = (x.tolist() for x in match_relations(scene, truth, rules))
         missed = [row for row, is_found in zip(truth.rows(), found) if not is_found]
     # The page shows the predicted boxes and, of missed relations, the true ones.
     distinct, (same_as,) = same_entities(truth, [scene])

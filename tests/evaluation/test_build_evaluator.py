@@ -18,7 +18,7 @@ from reldn_d2.evaluation import (
     box_evaluator,
     build_relation_evaluator,
 )
-from reldn_d2.utils.protocols import predicates_per_pair
+from reldn_d2.utils.protocols import default_protocol, predicates_per_pair
 
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -39,11 +39,11 @@ def cfg():
     return result
 
 
-def test_build_picks_by_metadata(dataset, cfg, tmp_path, caplog):
+def test_build_relation_evaluator_picks_protocol_by_metadata(dataset, cfg, tmp_path, caplog):
     cfg.TEST.RELATIONS.TASK = "prdcls"
-    cfg.TEST.RELATIONS.PREDICATES_PER_PAIR = [1, 0]
+    cfg.TEST.RELATIONS.PREDICATES_PER_PAIR = [1, 0]  # what None was called before
     evaluator = build_relation_evaluator(cfg, NAME, str(tmp_path))
-    assert isinstance(evaluator, RelationEvaluator)
+    assert evaluator.protocol.name == "relations"
     results = run(evaluator)
     assert list(results) == ["relations_prdcls_k1", "relations_prdcls"]
     assert (tmp_path / "relation_predictions.json").exists()
@@ -54,7 +54,7 @@ def test_build_picks_by_metadata(dataset, cfg, tmp_path, caplog):
     cfg.DATASETS.TEST = (NAME, "another")
     with caplog.at_level(logging.WARNING):
         evaluator = build_relation_evaluator(cfg, NAME, str(tmp_path))
-    assert isinstance(evaluator, VRDEvaluator)
+    assert evaluator.protocol.name == "lu2016"
     assert "TEST.RELATIONS.TOPK): R@100 is left out" in caplog.text
     assert list(run(evaluator)["lu2016_prdcls_k1"]) == ["predicate R@50"]
     assert (tmp_path / NAME / "relation_predictions.json").exists()
@@ -77,19 +77,19 @@ def test_build_picks_by_metadata(dataset, cfg, tmp_path, caplog):
         (
             "scene_graph",
             SceneGraphEvaluator,
-            (1, 0),
+            (1, None),
             ["motifs_sgdet_graph_constraint", "motifs_sgdet_no_constraint"],
         ),
-        ("relation", RelationEvaluator, (0,), ["relations_sgdet"]),
+        ("relation", RelationEvaluator, (None,), ["relations_sgdet"]),
     ],
 )
-def test_each_data_set_has_the_protocol_of_its_tables(
+def test_build_relation_evaluator_default_and_named_protocol(
     dataset, cfg, tmp_path, evaluator_type, kind, ks, tasks
 ):
     del dataset.evaluator_type
     dataset.evaluator_type = evaluator_type
     evaluator = build_relation_evaluator(cfg, NAME, str(tmp_path))
-    assert isinstance(evaluator, kind)
+    assert evaluator.protocol is kind(NAME).protocol is default_protocol(NAME)
     # The model keeps what is evaluated.
     assert predicates_per_pair(cfg) == evaluator.settings.predicates_per_pair == ks
     results = run(evaluator)
@@ -98,37 +98,37 @@ def test_each_data_set_has_the_protocol_of_its_tables(
     # Another protocol for the same data set, by name.
     cfg.TEST.RELATIONS.PROTOCOL, cfg.TEST.RELATIONS.RECALL_AT = "openimages", [10]
     evaluator = build_relation_evaluator(cfg, NAME, str(tmp_path))
-    assert predicates_per_pair(cfg) == evaluator.settings.predicates_per_pair == (0,)
+    assert predicates_per_pair(cfg) == evaluator.settings.predicates_per_pair == (None,)
     metrics = run(evaluator)["openimages_sgdet"]
     assert metrics["R@10"] == metrics["score"] == 100 and "R@50" not in metrics
-    cfg.TEST.RELATIONS.PREDICATES_PER_PAIR = [3, 1, 3]
-    assert predicates_per_pair(cfg) == (3, 1)
+    cfg.TEST.RELATIONS.PREDICATES_PER_PAIR = [3, 0, 3, None]
+    assert predicates_per_pair(cfg) == (3, None)
     assert "openimages_sgdet_k3" in run(build_relation_evaluator(cfg, NAME, str(tmp_path)))
     cfg.TEST.RELATIONS.PROTOCOL = "openimage"
     with pytest.raises(ValueError, match="'openimage'.*PROTOCOL.*lu2016, motifs, openimages"):
         build_relation_evaluator(cfg, NAME, str(tmp_path))
 
 
-@pytest.mark.parametrize(("protocol", "ks"), [("motifs", (1, 0)), ("lu2016", (1, 10, 70))])
-def test_the_model_keeps_what_the_protocol_asks_for(protocol, ks):
+@pytest.mark.parametrize(("protocol", "ks"), [("motifs", (1, None)), ("lu2016", (1, 10, 70))])
+def test_model_keeps_the_triplets_of_its_protocol(protocol, ks):
     model = small_model("TEST.RELATIONS.PROTOCOL", protocol)
     assert model.relation_head.predicates_per_pair == ks
 
 
-def test_a_protocol_named_needs_no_evaluator_type(dataset, cfg, tmp_path):
+def test_named_protocol_needs_no_evaluator_type(dataset, cfg, tmp_path):
     del dataset.evaluator_type
     assert predicates_per_pair(cfg) == (1,)  # nothing is known
     cfg.TEST.RELATIONS.PROTOCOL = "released"
     assert "released_sgdet_k2" in run(build_relation_evaluator(cfg, NAME, str(tmp_path)))
-    with pytest.raises(ValueError, match="evaluator_type None.*vrd, scene_graph"):
+    with pytest.raises(ValueError, match="evaluator_type None.*relation, scene_graph, vrd"):
         RelationDatasetEvaluator(NAME)
 
 
-def test_only_what_can_count_is_kept(dataset):
+def test_process_keeps_only_triplets_that_can_count(dataset):
     """All pairs with all predicates, of which an image keeps the best of every k."""
     record = dataset_dicts()[0]
     triplets = [(s, o, p) for s in range(5) for o in range(5) if s != o for p in range(3)]
-    evaluator = SceneGraphEvaluator(NAME, max_triplets=10, topk=(10,))
+    evaluator = SceneGraphEvaluator(NAME, topk=10, recall_at=(10,))
     evaluator.process([record], [output(record, triplets)])
     (kept,) = evaluator._predictions
     # The best ten, and the best of each of ten pairs.
@@ -136,7 +136,7 @@ def test_only_what_can_count_is_kept(dataset):
     assert evaluator.joined()[0][1] is kept
 
 
-def test_zero_shot_and_training_frequencies_come_from_the_training_set(dataset, tmp_path, caplog):
+def test_evaluate_takes_zero_shot_and_frequencies_from_training_set(dataset, tmp_path, caplog):
     def training():
         records = dataset_dicts()
         records[0]["relations"] = [(0, 2, 0), (0, 3, 0), (0, 1, 2)]  # person holds cup, ...
@@ -192,7 +192,7 @@ def test_zero_shot_and_training_frequencies_come_from_the_training_set(dataset, 
     MetadataCatalog.remove("evaluation_training_set")
 
 
-def test_detectors_get_box_ap(dataset, cfg, tmp_path):
+def test_build_relation_evaluator_detector_gets_box_ap(dataset, cfg, tmp_path):
     """With file names as image ids, in a metadata that has a json_file of its own format."""
     cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
     dataset.json_file = "annotations_test.json"

@@ -6,10 +6,18 @@ import numpy as np
 import pytest
 from evaluation_utils import ground_truth, loop_iou, loop_union, prediction
 
-from reldn_d2.evaluation.confusion import confusion_report, merge_repeated
+from reldn_d2.evaluation.batches import Batch, batches
+from reldn_d2.evaluation.confusion import ConfusionCounter, DistinctEntities
 
 PERSON, CUP, DRUM = 0, 1, 2
 HOLDS, ON = 0, 1
+
+
+def confusion_report(images, predicates_per_pair=None, topk=100):
+    counter = ConfusionCounter([predicates_per_pair], topk)
+    for batch in batches(images):
+        counter.add(batch)
+    return counter.report(predicates_per_pair)
 
 
 def report(gt, triplets, boxes=None, classes=None, **options):
@@ -33,7 +41,7 @@ PLAYERS = ground_truth(
 )
 
 
-def test_true_cup_must_come_first():
+def test_instance_accuracy_true_cup_must_come_first():
     right = report(CUPS, [(0, 1, HOLDS, 0.9), (0, 2, HOLDS, 0.8), (0, 3, ON, 0.95)])
     assert right["instance_accuracy"] == right["instance_accuracy_object"] == 100.0
     assert right["instance_cases"] == right["instance_cases_object"] == 1
@@ -48,7 +56,7 @@ def test_true_cup_must_come_first():
         assert report(CUPS, triplets)["instance_accuracy"] == 0.0
 
 
-def test_annotated_rivals_are_left_out():
+def test_instance_accuracy_leaves_out_annotated_rivals():
     two_held = ground_truth(CUPS.boxes, CUPS.classes, [(0, 1, HOLDS), (0, 2, HOLDS)])
     triplets = [(0, 1, HOLDS, 0.8), (0, 2, HOLDS, 0.9), (0, 3, HOLDS, 0.85)]
     result = report(two_held, triplets)
@@ -57,7 +65,7 @@ def test_annotated_rivals_are_left_out():
     assert report(all_held, triplets)["instance_cases"] == 0  # nothing left to confuse
 
 
-def test_subject_side_mirrors_the_object_side():
+def test_instance_accuracy_subject_side_mirrors_object_side():
     mirrored = ground_truth(CUPS.boxes, CUPS.classes, [(1, 0, ON)])
     result = report(mirrored, [(1, 0, ON, 0.9), (2, 0, ON, 0.8)])
     assert result["instance_accuracy_subject"] == 100.0 and result["instance_cases_subject"] == 1
@@ -65,13 +73,13 @@ def test_subject_side_mirrors_the_object_side():
     assert report(mirrored, [(1, 0, ON, 0.7), (2, 0, ON, 0.8)])["instance_accuracy"] == 0.0
 
 
-def test_subject_is_no_rival_of_its_own_object():
+def test_instance_accuracy_subject_is_no_rival_of_its_own_object():
     # Cup on cup: the only other cup is the subject itself.
     stacked = ground_truth([[0, 0, 5, 5], [0, 4, 5, 9]], [CUP, CUP], [(0, 1, ON)])
     assert report(stacked, [(0, 1, ON, 0.9)])["instance_cases"] == 0
 
 
-def test_detected_boxes_belong_to_the_entity_they_overlap_best():
+def test_instance_accuracy_detected_box_belongs_to_best_overlapping_entity():
     boxes = [[0, 0, 20, 38], [21, 0, 25, 5], [20, 0, 25, 4], [31, 0, 35, 5], [0, 50, 9, 60]]
     classes = [PERSON, CUP, CUP, CUP, CUP]
     # Two detections of the true cup: the better triplet counts. The stray box belongs to nothing.
@@ -83,16 +91,16 @@ def test_detected_boxes_belong_to_the_entity_they_overlap_best():
     assert report(CUPS, triplets, boxes, classes)["instance_accuracy"] == 0.0
 
 
-def test_only_the_best_triplets_count():
+def test_confusion_counter_only_the_best_triplets_count():
     triplets = [(0, 3, ON, 0.95), (0, 1, HOLDS, 0.9)]
-    assert report(CUPS, triplets, limit=1)["instance_accuracy"] == 0.0
-    assert report(CUPS, triplets, limit=2)["instance_accuracy"] == 100.0
+    assert report(CUPS, triplets, topk=1)["instance_accuracy"] == 0.0
+    assert report(CUPS, triplets, topk=2)["instance_accuracy"] == 100.0
     two = [(0, 1, ON, 0.95), (0, 1, HOLDS, 0.9)]
     assert report(CUPS, two, predicates_per_pair=1)["instance_accuracy"] == 0.0
     assert report(CUPS, two, predicates_per_pair=2)["instance_accuracy"] == 100.0
 
 
-def test_pairing_by_hand():
+def test_pairing_accuracy_by_hand():
     true = [(0, 2, HOLDS, 0.9), (1, 3, HOLDS, 0.8)]
     result = report(PLAYERS, true + [(0, 3, HOLDS, 0.7), (1, 2, HOLDS, 0.7)])
     assert result["pairing_accuracy"] == 100.0 and result["pairing_cases"] == 2
@@ -105,7 +113,7 @@ def test_pairing_by_hand():
     assert result["pairing_accuracy"] == 0.0
 
 
-def test_pairing_cases_need_a_pair_near_by():
+def test_pairing_accuracy_cases_need_a_pair_nearby():
     far = PLAYERS.boxes.copy()
     far[[1, 3], ::2] += 100
     assert report(ground_truth(far, PLAYERS.classes, PLAYERS.relations), [])["pairing_cases"] == 0
@@ -130,20 +138,20 @@ def test_pairing_cases_need_the_same_predicate_and_subject_class():
     assert report(mutual, [])["pairing_cases"] == 0
 
 
-def test_entities_annotated_twice_are_one():
+def test_distinct_entities_annotated_twice_are_one():
     gt = ground_truth(
         np.concatenate([CUPS.boxes, CUPS.boxes[1:2], CUPS.boxes[1:2]]),
         [PERSON, CUP, CUP, CUP, CUP, DRUM],  # the last: the same box under another class
         [(0, 4, HOLDS), (0, 1, HOLDS), (0, 5, HOLDS), (4, 1, ON)],
     )
-    merged = merge_repeated(gt)
+    merged = DistinctEntities(Batch([(gt, prediction([], [], []))]))
     assert merged.classes.tolist() == [PERSON, CUP, CUP, CUP, DRUM]
     assert merged.relations.tolist() == [[0, 1, HOLDS], [0, 4, HOLDS]]
     result = report(gt, [(0, 4, HOLDS, 0.9), (0, 2, HOLDS, 0.5)])
     assert result["instance_cases"] == 1 and result["instance_accuracy"] == 100.0
 
 
-def test_no_images_and_empty_images():
+def test_confusion_counter_no_images_or_empty_images_gives_nan():
     empty = ground_truth([], [], [])
     for images in (
         [],
@@ -240,7 +248,7 @@ def random_image(rng):
     return ground_truth(gt_boxes, gt_classes, relations), pred_boxes, pred_classes, triplets
 
 
-def test_report_equals_the_loops():
+def test_confusion_counter_random_images_equal_loops():
     rng = np.random.default_rng(0)
     images = []
     keys = {"object": ("instance", "_object"), "subject": ("instance", "_subject")}

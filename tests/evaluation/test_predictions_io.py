@@ -1,4 +1,4 @@
-"""The predictions file, anyone's, its errors, and the tool that scores it."""
+"""Predictions files of any origin, their errors, and the tool that scores them."""
 
 import gzip
 import json
@@ -11,8 +11,6 @@ import pytest
 from evaluation_utils import random_case, run_tool
 
 from reldn_d2.evaluation import VRDEvaluator, evaluate_predictions
-from reldn_d2.evaluation.ground_truth import load_ground_truth
-from reldn_d2.evaluation.json_stream import _CHUNK
 from reldn_d2.evaluation.predictions_io import (
     read_predictions,
     read_settings,
@@ -20,6 +18,7 @@ from reldn_d2.evaluation.predictions_io import (
     write_predictions,
     write_settings,
 )
+from reldn_d2.evaluation.relation_evaluation import load_ground_truth
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
@@ -89,7 +88,7 @@ def write(path, content):
     return str(path)
 
 
-def test_a_file_of_any_shape_gives_the_numbers_of_the_model(cases, records, tmp_path):
+def test_evaluate_predictions_any_json_layout_gives_the_models_metrics(cases, records, tmp_path):
     expected = evaluated(cases)
     assert 0 < expected["lu2016_sgdet_k1"]["relationship R@50"] < 100
     texts = {
@@ -98,6 +97,9 @@ def test_a_file_of_any_shape_gives_the_numbers_of_the_model(cases, records, tmp_
         "pretty": json.dumps(records, indent=4),
         "tight": json.dumps(records, separators=(",", ":")),
         "spaced": "\ufeff \n[\n" + " ,\n\n ".join(map(json.dumps, records)) + "\n ]\n\n",
+        "lines": "\n".join(map(json.dumps, records)),
+        "first_beside_bracket": "[" + ",\n".join(map(json.dumps, records)) + "]",
+        "mixed": json.dumps(records[:2])[:-1] + ",\n" + json.dumps(records[2:], indent=1)[1:],
     }
     for name, text in texts.items():
         path = tmp_path / f"{name}.json"
@@ -108,7 +110,7 @@ def test_a_file_of_any_shape_gives_the_numbers_of_the_model(cases, records, tmp_
     np.testing.assert_equal(evaluate_predictions(NAME, str(zipped)), expected)
 
 
-def test_what_is_written_is_read_back_exactly(cases, tmp_path):
+def test_predictions_file_roundtrip(cases, tmp_path):
     file = str(tmp_path / "predictions.json")
     predictions = [
         type(p)(**{**vars(p), "image_id": i}) for i, (_, p) in zip(IDS, (c.pair() for c in cases))
@@ -118,21 +120,44 @@ def test_what_is_written_is_read_back_exactly(cases, tmp_path):
         np.testing.assert_equal(vars(after), vars(before))
 
 
-def test_records_longer_than_what_is_read_at_once(cases, records, tmp_path):
-    blank = " " * (_CHUNK - 10)
+def test_read_predictions_long_records_and_spaces(cases, records, tmp_path):
+    size = 1 << 20
+    blank = " " * (size - 10)
     text = "[" + blank + json.dumps(records[0]).replace('"image_id"', blank * 3 + '"image_id"')
     path = write(tmp_path / "long.json", text + "," + json.dumps(records[1]) + blank + "]" + blank)
     assert [p.image_id for p in read_predictions(path)] == IDS[:2]
     for item in records:
-        item["mask"] = "a" * (_CHUNK * 2 // 3)  # a field of their own, longer than a look-ahead
+        item["mask"] = "a" * (size * 2 // 3)  # an additional field
     path = write(tmp_path / "fields.json", records)
     assert [p.image_id for p in read_predictions(path)] == IDS
-    Path(path).write_text(Path(path).read_text()[: -_CHUNK // 2])
+    Path(path).write_text(Path(path).read_text()[: -size // 2])
     with pytest.raises(ValueError, match="fields.json: ends within record 5.*cut off"):
         list(read_predictions(path))
 
 
-def test_images_may_be_missing_and_lists_empty(cases, records, tmp_path, caplog):
+@pytest.mark.parametrize("end", ["\n]\n", ""])
+def test_read_predictions_one_record_per_line_is_streamed(cases, records, tmp_path, end):
+    """The records before a damaged one are yielded before the file is read any further."""
+    start, separator = ("[\n", ",\n") if end else ("", "\n")
+    lines = [json.dumps(x) for x in records]
+    path = write(tmp_path / "lines.json", start + separator.join([*lines, '{"image', *lines]) + end)
+    reader = read_predictions(path)
+    assert [next(reader).image_id for _ in IDS] == IDS
+    # An open string runs to the end of the line, or of the rest of a list.
+    with pytest.raises(ValueError, match="lines.json: .*record 6"):
+        next(reader)
+
+
+@pytest.mark.parametrize("damage", range(1, 9))
+def test_read_predictions_truncated_anywhere_names_the_record(cases, records, tmp_path, damage):
+    for text in (json.dumps(records), "[\n" + ",\n".join(map(json.dumps, records)) + "\n]\n"):
+        for cut in range(len(text) * damage // 9, len(text) * damage // 9 + 25):
+            path = write(tmp_path / "cut.json", text[:cut])
+            with pytest.raises(ValueError, match=r"cut.json: ends within record \d.*cut off"):
+                list(read_predictions(path))
+
+
+def test_evaluate_predictions_missing_images_and_empty_list(cases, records, tmp_path, caplog):
     path = write(tmp_path / "some.json", records[:3])
     with caplog.at_level(logging.WARNING):
         some = evaluate_predictions(NAME, path)
@@ -142,7 +167,7 @@ def test_images_may_be_missing_and_lists_empty(cases, records, tmp_path, caplog)
     with caplog.at_level(logging.WARNING):
         none = evaluate_predictions(NAME, str(tmp_path / "none.json"))
     assert none["lu2016_sgdet_k1"]["relationship R@50"] == 0
-    assert "Not one of the 0 predicted triplets" in caplog.text
+    assert "None of the 0 predicted triplets" in caplog.text
 
 
 def change(path, value):
@@ -183,7 +208,7 @@ def change(path, value):
         (lambda records: records.__setitem__(2, 7), ": expected an object .* found 7"),
     ],
 )
-def test_wrong_records_are_named(cases, records, tmp_path, apply, message):
+def test_evaluate_predictions_wrong_record_raises(cases, records, tmp_path, apply, message):
     apply(records)
     path = write(tmp_path / "predictions.json", records)
     message = message.replace("IMG", "(image 'image_2.jpg'):")
@@ -202,13 +227,15 @@ def test_wrong_records_are_named(cases, records, tmp_path, apply, message):
         (lambda text: "[" * 100000, "record 0 cannot be read: .*recursion.* Expected a list"),
         (lambda text: text[1:-1], "begins with '{.*expected a list with one record per image"),
         (lambda text: text.replace('}, {"rel', '} {"rel', 1), "after record 0; expected a comma"),
-        (lambda text: text + text, r"'\[.* after the closing bracket.*merged"),
+        (lambda text: text + text, r"'\[.* after the closing bracket.*Merge"),
         (lambda text: text.replace('"image_id"', "image_id", 2), "record 0 is no JSON: Expecting"),
         (lambda text: text[:-1] + ", ]", "record 6 is no JSON: .*, near"),
     ],
 )
 @pytest.mark.parametrize("zipped", [False, True])
-def test_damaged_files_are_named(cases, records, tmp_path, damage, message, zipped):
+def test_evaluate_predictions_damaged_file_raises(
+    cases, records, tmp_path, damage, message, zipped
+):
     text = damage(json.dumps(records))
     path = tmp_path / "damaged.json"
     path.write_bytes(gzip.compress(text.encode()) if zipped else text.encode())
@@ -217,7 +244,9 @@ def test_damaged_files_are_named(cases, records, tmp_path, damage, message, zipp
     assert not (tmp_path / "out").exists()
 
 
-def test_cut_off_gzip_files_and_other_files_are_named(cases, records, tmp_path):
+def test_evaluate_predictions_truncated_gzip_binary_or_missing_file_raises(
+    cases, records, tmp_path
+):
     path = tmp_path / "cut.json.gz"
     path.write_bytes(gzip.compress(json.dumps(records).encode())[:-20])
     with pytest.raises(ValueError, match="cut.json.gz: ends within .*cut off"):
@@ -233,7 +262,7 @@ def test_cut_off_gzip_files_and_other_files_are_named(cases, records, tmp_path):
 
 
 def many_pairs(num_predicates):
-    """An image with 110 triplets, each pair with so many predicates."""
+    """Return an image with 110 triplets, each pair with the given number of predicates."""
     num = 11
     pairs = [(s, o) for s in range(num) for o in range(num) if s != o]
     rows = [(s, o, p) for s, o in pairs for p in range(num_predicates)][:110]
@@ -252,9 +281,9 @@ def many_pairs(num_predicates):
     }
 
 
-def test_a_file_of_one_predicate_a_pair_cannot_be_scored_for_more(cases, tmp_path, caplog):
+def test_evaluate_predictions_file_for_another_k_raises_or_warns(cases, tmp_path, caplog):
     path = write(tmp_path / "one.json", [many_pairs(1)])
-    with pytest.raises(ValueError, match=r"cannot hold them for \[10, 70\].*per-pair 1"):
+    with pytest.raises(ValueError, match=r"cannot contain those for \[10, 70\].*per-pair 1"):
         evaluate_predictions(NAME, path)
     assert "lu2016_sgdet_k1" in evaluate_predictions(NAME, path, predicates_per_pair=[1])
     assert "too low" not in caplog.text
@@ -265,35 +294,37 @@ def test_a_file_of_one_predicate_a_pair_cannot_be_scored_for_more(cases, tmp_pat
     assert "in 1 images fewer than 100 triplets are left when a pair keeps 1" in caplog.text
 
 
-def test_the_challenge_takes_what_it_is_given(cases, tmp_path):
+def test_evaluate_predictions_openimages_takes_any_triplets(cases, tmp_path):
     path = write(tmp_path / "one.json", [many_pairs(1)])
     assert "openimages_sgdet" in evaluate_predictions(NAME, path, protocol="openimages")
-    with pytest.raises(ValueError, match=r"cannot hold them for \[2\].*per-pair 1"):
+    with pytest.raises(ValueError, match=r"cannot contain those for \[2\].*per-pair 1"):
         evaluate_predictions(NAME, path, protocol="openimages", predicates_per_pair=[2])
-    with pytest.raises(ValueError, match=r"cannot hold them for \[0\].*per-pair 1"):
+    with pytest.raises(ValueError, match=r"cannot contain those for \[all\].*per-pair 1"):
         evaluate_predictions(NAME, path, protocol="motifs")
 
 
-def test_settings_beside_the_file_say_what_it_holds(cases, records, tmp_path, caplog):
+def test_evaluate_predictions_checks_the_settings_file(cases, records, tmp_path, caplog):
     path = write(tmp_path / "relation_predictions.json", records)
-    settings = dict(dataset=NAME, task="prdcls", predicates_per_pair=[1, 0], triplets=100)
+    settings = dict(dataset=NAME, task="prdcls", predicates_per_pair=[1, None], triplets=100)
     write_settings(path, settings)
     assert settings_file(path) == settings_file(path + ".gz")
     assert Path(settings_file(path)).name == "relation_predictions_settings.json"
+    assert read_settings(path) == settings
+    write_settings(path, dict(settings, predicates_per_pair=[1, 0]))  # as it was written before
     assert read_settings(path) == settings
     # k = 70 is all three predicates; k = 10 as well.
     assert list(evaluate_predictions(NAME, path))[:2] == ["lu2016_prdcls_k1", "lu2016_prdcls_k10"]
     assert "motifs_sgdet_graph_constraint" in evaluate_predictions(
         NAME, path, protocol="motifs", task="sgdet"
     )
-    with pytest.raises(ValueError, match=r"for \[1, 0\] .*'released' .*\[2\].*PER_PAIR \[2\]"):
+    with pytest.raises(ValueError, match=r"for \[1, all\] .*'released' .*\[2\].*PER_PAIR \[2\]"):
         evaluate_predictions(NAME, path, protocol="released")
     with pytest.raises(ValueError, match="best 100 triplets .* R@200 .*TOPK 200"):
-        evaluate_predictions(NAME, path, topk=[200])
+        evaluate_predictions(NAME, path, recall_at=[200])
     write_settings(path, dict(settings, dataset="another"))
     with caplog.at_level(logging.WARNING):
         evaluate_predictions(NAME, path)
-    assert f"for data set 'another', and is scored on '{NAME}'" in caplog.text
+    assert f"for data set 'another' and is scored on '{NAME}'" in caplog.text
     Path(settings_file(path)).write_text("{}")
     with pytest.raises(ValueError, match="settings.json: expected dataset, task.*Remove the file"):
         evaluate_predictions(NAME, path)
@@ -302,20 +333,20 @@ def test_settings_beside_the_file_say_what_it_holds(cases, records, tmp_path, ca
 # The tool.
 
 
-def test_the_challenge_leaves_out_what_a_file_holds_for_another_k(cases, records, tmp_path):
+def test_evaluate_predictions_openimages_ignores_triplets_for_another_k(cases, records, tmp_path):
     """Of a file for k = 1 and all, only the best triplets of all, as the model would give them."""
-    options = dict(protocol="openimages", predicates_per_pair=[0], topk=[3])
-    union = evaluated(cases, **dict(options, predicates_per_pair=[1, 0]), max_triplets=3)
+    options = dict(protocol="openimages", predicates_per_pair=[None], recall_at=[3])
+    union = evaluated(cases, **dict(options, predicates_per_pair=[1, None]), topk=3)
     expected = {name: union[name] for name in ("openimages_sgdet", "confusion_sgdet")}
     path = write(tmp_path / "predictions.json", records)
-    settings = dict(dataset=NAME, task="sgdet", predicates_per_pair=[1, 0], triplets=3)
+    settings = dict(dataset=NAME, task="sgdet", predicates_per_pair=[1, None], triplets=3)
     without = evaluate_predictions(NAME, path, **options)["openimages_sgdet"]
     assert without["mAP_rel"] != expected["openimages_sgdet"]["mAP_rel"]
     write_settings(path, settings)
     np.testing.assert_equal(evaluate_predictions(NAME, path, **options), expected)
 
 
-def test_the_tool_scores_what_the_evaluator_wrote(cases, tmp_path, capsys):
+def test_evaluate_relations_tool_scores_what_the_evaluator_wrote(cases, tmp_path, capsys):
     live = evaluated(cases, output_dir=str(tmp_path / "live"), protocol="motifs", task="sgcls")
     path = tmp_path / "live/relation_predictions.json"
     out = tmp_path / "out"
@@ -332,13 +363,13 @@ def test_the_tool_scores_what_the_evaluator_wrote(cases, tmp_path, capsys):
     assert not (out / "relation_predictions.json").exists()
 
 
-def test_options_of_the_tool(cases, records, tmp_path, capsys):
+def test_evaluate_relations_tool_options(cases, records, tmp_path, capsys):
     path = write(tmp_path / "theirs.json", records)
     call = ["--dataset", NAME, "--predictions", path, "--output", tmp_path / "out"]
-    options = ["--task", "prdcls", "--predicates-per-pair", 3, 1, "--recall-at", 5]
+    options = ["--task", "prdcls", "--predicates-per-pair", 3, "all", "--recall-at", 5]
     assert run_tool([*call, *options, "--train-dataset", NAME]) == 0
     results = json.loads((tmp_path / "out/results.json").read_text())
-    assert list(results)[:2] == ["lu2016_prdcls_k3", "lu2016_prdcls_k1"]
+    assert list(results)[:2] == ["lu2016_prdcls_k3", "lu2016_prdcls"]
     # Against itself as the training set, nothing is unseen.
     assert results["lu2016_prdcls_k3"]["zero-shot predicate R@5"] is None
     assert set(results["lu2016_prdcls_k3"]) == {"predicate R@5", "zero-shot predicate R@5"}
@@ -353,7 +384,7 @@ def test_options_of_the_tool(cases, records, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_vrd_scored_as_its_own_predictions(full_vrd_annotations, tmp_path):
+def test_evaluate_predictions_vrd_as_its_own_predictions(full_vrd_annotations, tmp_path):
     """Without images: 100, where no pair of boxes has more relations than it may predict."""
     name = "vrd_test_of_the_tests"
     from reldn_d2.data.datasets.vrd import register_vrd

@@ -9,10 +9,12 @@ from evaluation_utils import Case, data_sets, random_case
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from reldn_d2.evaluation import generic as relations
-from reldn_d2.evaluation import lu2016, openimages_score
-from reldn_d2.evaluation import sgg as motifs
-from reldn_d2.evaluation.scores import Settings
+from reldn_d2.evaluation import batches, match_relations, scoring
+from reldn_d2.evaluation.confusion import ConfusionCounter
+from reldn_d2.evaluation.matching import counted_relations
+from reldn_d2.evaluation.protocol_metrics import METRICS, Settings
+from reldn_d2.evaluation.scoring import Scores, score
+from reldn_d2.utils.protocols import PROTOCOLS
 
 NAMES = ("on", "holds", "plays")
 # How many random data sets each protocol is compared on. The seed is fixed: a failure stays one.
@@ -20,7 +22,7 @@ CASES = 2000
 FIXED = dict(derandomize=True, deadline=None, database=None)
 FIXED["suppress_health_check"] = list(HealthCheck)
 thousands = settings(max_examples=CASES, **FIXED)
-TOPK = (1, 3, 50)
+RECALL_AT = (1, 3, 50)
 triplet_sets = st.none() | st.sets(
     st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(0, 2)), max_size=14
 )
@@ -38,52 +40,107 @@ def assert_equal(actual, expected):
 
 def settings_for(ks, seen=None, **options):
     table = None if seen is None else np.array(sorted(seen), dtype=np.int64).reshape(-1, 3)
-    return Settings(NAMES, predicates_per_pair=ks, topk=TOPK, seen_triplets=table, **options)
+    return Settings(
+        NAMES, predicates_per_pair=ks, recall_at=RECALL_AT, seen_triplets=table, **options
+    )
 
 
+@pytest.fixture
+def no_accuracies(monkeypatch):
+    """Leave out the confusions, which have tests of their own and take half of the time here."""
+    monkeypatch.setattr(ConfusionCounter, "add", lambda self, batch: None)
+
+
+def scored(protocol, cases, options) -> Scores:
+    return score([c.pair() for c in cases], PROTOCOLS[protocol], options)
+
+
+def blocks(protocol, cases, options):
+    """The protocol's blocks of results, without the accuracies, which have tests of their own."""
+    results = {}
+    for block, metrics in scored(protocol, cases, options).results.items():
+        if not block.startswith("confusion"):
+            results[block] = {
+                name: value
+                for name, value in metrics.items()
+                if "accuracy" not in name and "cases" not in name
+            }
+    return results
+
+
+@pytest.mark.usefixtures("no_accuracies")
 @thousands
 @given(data_sets(), triplet_sets, st.sampled_from(["sgdet", "prdcls"]))
-def test_lu2016(cases, seen, task):
-    actual = lu2016.score([c.pair() for c in cases], settings_for((1, 2, 70), seen, task=task))
-    assert_equal(actual.results, oracles.lu2016(cases, (1, 2, 70), TOPK, task, seen))
+def test_lu2016_random_cases_equal_loops(cases, seen, task):
+    actual = blocks("lu2016", cases, settings_for((1, 2, 70), seen, task=task))
+    assert_equal(actual, oracles.lu2016(cases, (1, 2, 70), RECALL_AT, task, seen))
 
 
+@pytest.mark.usefixtures("no_accuracies")
 @thousands
 @given(data_sets(), triplet_sets)
-def test_motifs(cases, seen):
-    actual = motifs.score([c.pair() for c in cases], settings_for((1, 0, 2), seen))
-    assert_equal(actual.results, oracles.motifs(cases, (1, 0, 2), TOPK, len(NAMES), seen=seen))
+def test_motifs_random_cases_equal_loops(cases, seen):
+    ks = (1, None, 2)
+    actual = blocks("motifs", cases, settings_for(ks, seen))
+    assert_equal(actual, oracles.motifs(cases, ks, RECALL_AT, len(NAMES), seen=seen))
 
 
+@pytest.mark.usefixtures("no_accuracies")
 @thousands
 @given(data_sets())
-def test_openimages(cases):
-    ks = (0, 2)
-    images = [c.pair() for c in cases]
-    actual = openimages_score.score_openimages(images, settings_for(ks, max_triplets=0))
-    assert_equal(actual.results, oracles.openimages(cases, ks, TOPK, NAMES))
+def test_openimages_random_cases_equal_loops(cases):
+    ks = (None, 2)
+    actual = blocks("openimages", cases, settings_for(ks, topk=None))
+    assert_equal(actual, oracles.openimages(cases, ks, RECALL_AT, NAMES))
 
 
+@pytest.mark.usefixtures("no_accuracies")
 @thousands
 @given(data_sets(), st.sampled_from([100, 4]))
-def test_released(cases, limit):
-    images = [c.pair() for c in cases]
-    actual = openimages_score.score_released(images, settings_for((2, 1), max_triplets=limit))
-    assert_equal(actual.results, oracles.released(cases, (2, 1), TOPK, NAMES, limit))
+def test_released_random_cases_equal_loops(cases, limit):
+    actual = blocks("released", cases, settings_for((2, 1), topk=limit))
+    assert_equal(actual, oracles.released(cases, (2, 1), RECALL_AT, NAMES, limit))
 
 
-@settings(max_examples=CASES // 2, **FIXED)  # the accuracies, tested elsewhere, take the time
+@pytest.mark.usefixtures("no_accuracies")
+@settings(max_examples=CASES // 2, **FIXED)
 @given(data_sets(), st.sampled_from([100, 4]))
-def test_relations(cases, limit):
+def test_relations_random_cases_equal_loops(cases, limit):
+    actual = blocks("relations", cases, settings_for((None, 1), topk=limit))
+    assert_equal(actual, oracles.relations(cases, (None, 1), RECALL_AT, NAMES, limit))
+
+
+@pytest.mark.usefixtures("no_accuracies")
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@settings(max_examples=100, **FIXED)
+@given(cases=data_sets(), shown=st.sampled_from([1, 3, 50]), k=st.sampled_from([None, 1, 2]))
+def test_match_relations_found_is_the_recall_numerator(protocol, cases, shown, k):
+    """Of the triplets shown, the protocol counts as many finds as a picture of each image shows."""
     images = [c.pair() for c in cases]
-    actual = relations.score(images, settings_for((0, 1), max_triplets=limit)).results
-    for metrics in actual.values():
-        for name in [x for x in metrics if "accuracy" in x or "cases" in x]:
-            del metrics[name]
-    assert_equal(actual, oracles.relations(cases, (0, 1), TOPK, NAMES, limit))
+    options = Settings(NAMES, "sgdet", (k,), (shown,), topk=None)
+    metrics, *_ = score(images, PROTOCOLS[protocol], options).results.values()
+    numerators, totals, shares = 0, 0, []
+    for truth, predicted in images:
+        # The protocol ranks the triplets that are left after k and the verified labels.
+        batch = batches.Batch([(truth, predicted)])
+        judgeable = batch.judgeable if PROTOCOLS[protocol].verified_labels else None
+        kept = predicted.select(np.flatnonzero(batch.ranks(k, judgeable) < shown))
+        hits, found = match_relations(kept, truth, protocol, k)
+        counted = len(counted_relations(truth, PROTOCOLS[protocol]).pairs)
+        assert len(hits) == len(kept.pairs) and len(found) == len(truth.pairs)
+        assert found.sum() <= counted and hits.any() == found.any()
+        if PROTOCOLS[protocol].matching != "many_to_many":
+            assert hits.sum() == found.sum()
+        numerators, totals = numerators + int(found.sum()), totals + counted
+        shares += [found.sum() / counted] if counted else []
+    name = f"relationship R@{shown}" if protocol == "lu2016" else f"R@{shown}"
+    expected = 100 * np.mean(shares) if protocol == "motifs" and shares else math.nan
+    if protocol != "motifs" and totals:
+        expected = 100 * numerators / totals
+    np.testing.assert_allclose(metrics[name], expected, rtol=1e-12)
 
 
-def test_the_random_cases_are_neither_hopeless_nor_trivial():
+def test_random_cases_have_varied_recall():
     """Most have something to find, and what is found differs by k, n, kind and protocol."""
     rng = np.random.default_rng(0)
     cases = [random_case(rng, 5, 5, 2, 3, ("near", "ties", "repeated")) for _ in range(200)]
@@ -91,25 +148,38 @@ def test_the_random_cases_are_neither_hopeless_nor_trivial():
     values = [v for metrics in found.values() for v in metrics.values()]
     assert 1 < min(values) < max(values) < 99
     assert len(set(values)) == len(values) - 2  # the best triplet is the same for every k
-    official = oracles.openimages(cases, (0,), (50,), NAMES)["openimages_sgdet"]
-    authors = oracles.released(cases, (0,), (50,), NAMES, 100)["released_sgdet"]
+    official = oracles.openimages(cases, (None,), (50,), NAMES)["openimages_sgdet"]
+    authors = oracles.released(cases, (None,), (50,), NAMES, 100)["released_sgdet"]
     for name in ("R@50", "mAP_rel", "mAP_phr", "score"):
         assert abs(official[name] - authors[name]) > 0.1, name
 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])
-def test_batches_do_not_matter(size, monkeypatch):
-    from reldn_d2.evaluation import batches as tables
-
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_score_batch_size_changes_nothing(protocol, size, monkeypatch):
     rng = np.random.default_rng(5)
-    images = [random_case(rng, 5, 5, 2, 3).pair() for _ in range(20)]
-    whole = [motifs.score(images, settings_for((1, 0))), lu2016.score(images, settings_for((1,)))]
-    whole.append(openimages_score.score_openimages(images, settings_for((0,))))
-    monkeypatch.setattr(tables.batches, "__defaults__", (size,))
-    parts = [motifs.score(images, settings_for((1, 0))), lu2016.score(images, settings_for((1,)))]
-    parts.append(openimages_score.score_openimages(images, settings_for((0,))))
-    for a, b in zip(whole, parts):
-        np.testing.assert_equal(a.results, b.results)
+    cases = [random_case(rng, 5, 5, 2, 3) for _ in range(20)]
+    options = settings_for((1, None), seen={(0, 1, 1)})
+    whole = scored(protocol, cases, options)
+    monkeypatch.setattr(batches.batches, "__defaults__", (size,))
+    np.testing.assert_equal(scored(protocol, cases, options).results, whole.results)
+
+
+def test_score_builds_each_batch_once(monkeypatch):
+    built = []
+
+    def counted(images):
+        built.extend(batches.batches(images))
+        return iter(built)
+
+    monkeypatch.setattr(scoring, "batches", counted)
+    rng = np.random.default_rng(5)
+    scored("motifs", [random_case(rng, 5, 5, 2, 3) for _ in range(20)], settings_for((1, None)))
+    assert len(built) == 1
+
+
+def test_protocols_all_have_metrics():
+    assert list(METRICS) == list(PROTOCOLS)
 
 
 # By hand. Two persons (class 0), each holding (1) a cup (class 1); the first also looks at (0) it.
@@ -128,17 +198,17 @@ def scene(triplets, boxes=None, classes=None, **options):
     )
 
 
-def score(module, cases, ks, topk=(1, 2, 50), seen=None, **options):
+def score_cases(protocol, cases, ks, recall_at=(1, 2, 50), seen=None, **options):
     table = None if seen is None else np.array(seen).reshape(-1, 3)
-    given_ = Settings(NAMES, "sgdet", ks, topk, seen_triplets=table, **options)
-    return module([c.pair() for c in cases], given_).results
+    given_ = Settings(NAMES, "sgdet", ks, recall_at, seen_triplets=table, **options)
+    return blocks(protocol, cases, given_)
 
 
 def test_motifs_by_hand():
     # A wrong triplet first, then both predicates of the first pair, the rarer one first.
     first = scene([(0, 3, 1, 0.9), (0, 2, 0, 0.8), (0, 2, 1, 0.7)])
     second = scene([])  # counts 0
-    results = score(motifs.score, [first, second], (1, 0), seen=[(0, 1, 1)])
+    results = score_cases("motifs", [first, second], (1, None), seen=[(0, 1, 1)])
     constrained = results["motifs_sgdet_graph_constraint"]
     free = results["motifs_sgdet_no_constraint"]
     # With the constraint only "looks at" is found, one of three: (1/3 + 0) / 2.
@@ -152,7 +222,7 @@ def test_motifs_by_hand():
     assert free["zR@50"] == free["zR@2"] == 50 and free["zR@1"] == 0
 
 
-def test_one_prediction_may_find_several_with_motifs_only():
+def test_many_to_many_one_triplet_finds_several_relations():
     twice = Case(
         gt_boxes=[PERSON_1, CUP_1, [*CUP_1[:3], 5]],
         gt_classes=[0, 1, 1],
@@ -161,15 +231,15 @@ def test_one_prediction_may_find_several_with_motifs_only():
         classes=[0, 1],
         triplets=[(0, 1, 1, 0.9)],
     )
-    found = score(motifs.score, [twice], (1,))["motifs_sgdet_graph_constraint"]
+    found = score_cases("motifs", [twice], (1,))["motifs_sgdet_graph_constraint"]
     assert found["R@1"] == 100
-    assert score(openimages_score.score_released, [twice], (2,))["released_sgdet_k2"]["R@1"] == 100
-    assert score(lu2016.score, [twice], (1,))["lu2016_sgdet_k1"]["relationship R@1"] == 50
-    official = score(openimages_score.score_openimages, [twice], (0,))["openimages_sgdet"]
+    assert score_cases("released", [twice], (2,))["released_sgdet_k2"]["R@1"] == 100
+    assert score_cases("lu2016", [twice], (1,))["lu2016_sgdet_k1"]["relationship R@1"] == 50
+    official = score_cases("openimages", [twice], (None,))["openimages_sgdet"]
     assert official["R@1"] == 50
 
 
-def test_lu2016_takes_the_next_best_where_average_precision_does_not():
+def test_lu2016_second_triplet_takes_the_free_relation():
     """Two equal detections of one of two cups that overlap: the second one takes the other cup."""
     overlapping = Case(
         gt_boxes=[PERSON_1, [10, 0, 20, 10], [10, 0, 20, 8]],
@@ -179,16 +249,16 @@ def test_lu2016_takes_the_next_best_where_average_precision_does_not():
         classes=[0, 1, 1],
         triplets=[(0, 1, 1, 0.9), (0, 2, 1, 0.8)],
     )
-    assert score(lu2016.score, [overlapping], (1,))["lu2016_sgdet_k1"]["relationship R@2"] == 100
-    official = score(openimages_score.score_openimages, [overlapping], (0,))["openimages_sgdet"]
+    assert score_cases("lu2016", [overlapping], (1,))["lu2016_sgdet_k1"]["relationship R@2"] == 100
+    official = score_cases("openimages", [overlapping], (None,))["openimages_sgdet"]
     assert official["R@2"] == 50 and official["AP_rel-holds"] == 50
 
 
-def test_official_score_by_hand():
+def test_openimages_score_by_hand():
     # "holds": hit, miss, hit of 2: (1 + 2/3) / 2. "on": found: 1. The phrase of the swapped cup
     # differs too much from both true phrases to count.
     triplets = [(0, 2, 1, 0.9), (0, 3, 1, 0.8), (1, 3, 1, 0.7), (0, 2, 0, 0.6)]
-    metrics = score(openimages_score.score_openimages, [scene(triplets)], (0,))["openimages_sgdet"]
+    metrics = score_cases("openimages", [scene(triplets)], (None,))["openimages_sgdet"]
     holds = 100 * (1 + 2 / 3) / 2
     assert metrics["AP_rel-holds"] == metrics["AP_phr-holds"] == pytest.approx(holds)
     assert metrics["AP_rel-on"] == 100 and math.isnan(metrics["AP_rel-plays"])
@@ -201,7 +271,7 @@ def test_official_score_by_hand():
 
 def test_released_score_by_hand():
     triplets = [(0, 2, 1, 0.9), (0, 3, 1, 0.8), (1, 3, 1, 0.7), (0, 2, 0, 0.6)]
-    metrics = score(openimages_score.score_released, [scene(triplets)], (2,))["released_sgdet_k2"]
+    metrics = score_cases("released", [scene(triplets)], (2,))["released_sgdet_k2"]
     holds = 100 * (1 + 2 / 3) / 2
     assert metrics["mAP_rel"] == pytest.approx((holds + 100 + 0) / 3)  # "plays" counts 0
     assert metrics["wmAP_rel"] == pytest.approx(2 / 3 * holds + 1 / 3 * 100)
@@ -209,10 +279,10 @@ def test_released_score_by_hand():
     assert metrics["score_wtd"] == pytest.approx(20 + 0.8 * (2 / 3 * holds + 1 / 3 * 100))
 
 
-def test_an_overlap_of_one_half_separates_official_and_released():
+def test_overlap_of_one_half_counts_for_openimages_but_not_for_released():
     half = scene([(0, 2, 1, 0.9)], [[0, 0, 10, 10], PERSON_2, CUP_1, CUP_2])
-    official = score(openimages_score.score_openimages, [half], (0,))["openimages_sgdet"]
-    authors = score(openimages_score.score_released, [half], (2,))["released_sgdet_k2"]
+    official = score_cases("openimages", [half], (None,))["openimages_sgdet"]
+    authors = score_cases("released", [half], (2,))["released_sgdet_k2"]
     assert official["AP_rel-holds"] == 50 and authors["AP_rel-holds"] == 0
     assert official["R@1"] == authors["R@1"] == pytest.approx(100 / 3)
 
@@ -226,56 +296,54 @@ def test_an_overlap_of_one_half_separates_official_and_released():
         ({3: 0}, 100),  # something else is absent
     ],
 )
-def test_verified_labels_by_hand(verified, precision):
+def test_openimages_verified_labels_by_hand(verified, precision):
     boxes = [*SCENE["gt_boxes"], [50, 50, 60, 60]]
     triplets = [(0, 4, 0, 0.9), (0, 2, 0, 0.8)]
     case = scene(triplets, boxes, [0, 0, 1, 1, 2], verified=verified)
-    metrics = score(openimages_score.score_openimages, [case], (0,))["openimages_sgdet"]
+    metrics = score_cases("openimages", [case], (None,))["openimages_sgdet"]
     assert metrics["AP_rel-on"] == precision
     # The rank among an image's best is that among those that are not ignored.
     assert metrics["R@1"] == (pytest.approx(100 / 3) if precision == 100 else 0)
     # The authors' code knows nothing of it.
-    assert (
-        score(openimages_score.score_released, [case], (2,))["released_sgdet_k2"]["AP_rel-on"] == 50
-    )
+    assert score_cases("released", [case], (2,))["released_sgdet_k2"]["AP_rel-on"] == 50
 
 
-def test_one_class_absent_and_the_other_unknown_is_a_false_positive():
+def test_openimages_one_class_absent_other_unknown_is_a_false_positive():
     boxes = [*SCENE["gt_boxes"], [50, 50, 60, 60], [70, 50, 80, 60]]
     triplets = [(4, 5, 0, 0.9), (0, 2, 0, 0.8)]
     case = scene(triplets, boxes, [0, 0, 1, 1, 2, 3], verified={2: 0})
-    metrics = score(openimages_score.score_openimages, [case], (0,))["openimages_sgdet"]
+    metrics = score_cases("openimages", [case], (None,))["openimages_sgdet"]
     assert metrics["AP_rel-on"] == 50
     case.verified = {2: 1}  # present, the other unknown: nothing can be said
-    metrics = score(openimages_score.score_openimages, [case], (0,))["openimages_sgdet"]
+    metrics = score_cases("openimages", [case], (None,))["openimages_sgdet"]
     assert metrics["AP_rel-on"] == 100
 
 
-def test_zero_shot_of_lu2016_by_hand():
+def test_lu2016_zero_shot_by_hand():
     case = scene([(0, 2, 0, 0.9), (0, 2, 1, 0.8)])
-    metrics = score(lu2016.score, [case], (70,), seen=[(0, 0, 1)])["lu2016_sgdet_k70"]
+    metrics = score_cases("lu2016", [case], (70,), seen=[(0, 0, 1)])["lu2016_sgdet_k70"]
     # Unseen: "holds", twice, of which one is found, behind "on" as before.
     assert metrics["zero-shot relationship R@1"] == 0
     assert metrics["zero-shot relationship R@2"] == 50
-    nothing_unseen = score(lu2016.score, [case], (70,), seen=[(0, 0, 1), (0, 1, 1)])
+    nothing_unseen = score_cases("lu2016", [case], (70,), seen=[(0, 0, 1), (0, 1, 1)])
     assert math.isnan(nothing_unseen["lu2016_sgdet_k70"]["zero-shot phrase R@50"])
 
 
 @pytest.mark.parametrize(
-    ("module", "ks", "recall"),
+    ("protocol", "ks", "recall"),
     [
-        (lu2016.score, (0,), [100, 50, math.nan]),
-        (motifs.score, (0,), [50, 25, math.nan]),  # the second image counts 0
-        (openimages_score.score_openimages, (0,), [100, 50, math.nan]),
-        (openimages_score.score_released, (2,), [100, 50, math.nan]),
-        (relations.score, (0,), [100, 50, math.nan]),
+        ("lu2016", (None,), [100, 50, math.nan]),
+        ("motifs", (None,), [50, 25, math.nan]),  # the second image counts 0
+        ("openimages", (None,), [100, 50, math.nan]),
+        ("released", (2,), [100, 50, math.nan]),
+        ("relations", (None,), [100, 50, math.nan]),
     ],
 )
-def test_predicates_one_by_one_at_the_largest_n(module, ks, recall):
+def test_score_predicate_tables_use_the_largest_n(protocol, ks, recall):
     first = scene([(0, 3, 1, 0.9), (0, 2, 0, 0.8), (0, 2, 1, 0.7)])
-    cases = [first, scene([])] if module is motifs.score else [first]
+    cases = [first, scene([])] if protocol == "motifs" else [first]
     given_ = Settings(NAMES, "sgdet", ks, (50, 1, 2), training_counts=np.array([1, 7, 0]))
-    (table,) = module([c.pair() for c in cases], given_).predicates.values()
+    (table,) = scored(protocol, cases, given_).predicates.values()
     assert table.recall_at == 50
     np.testing.assert_allclose(table.recall, recall)
     assert table.counts.tolist() == [len(cases), 2 * len(cases), 0]

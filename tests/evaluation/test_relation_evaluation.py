@@ -34,7 +34,7 @@ def dataset():
         yield metadata
 
 
-def test_ground_truth_as_prediction_gives_100(dataset):
+def test_evaluate_ground_truth_as_prediction_gives_100(dataset):
     (task, metrics), *rest = run(RelationEvaluator(NAME, task="prdcls")).items()
     assert task == "relations_prdcls" and not rest
     cases = {name for name in metrics if "cases" in name}
@@ -54,7 +54,7 @@ def test_ground_truth_as_prediction_gives_100(dataset):
             assert vrd_metrics == {k: metrics[k] for k in vrd_metrics} and len(vrd_metrics) == 8
 
 
-def test_wrong_pairs_give_0_and_a_warning(dataset, caplog):
+def test_evaluate_wrong_pairs_give_0_and_a_warning(dataset, caplog):
     wrong = {"a_1.jpg": [(0, 3, 0), (1, 2, 0), (0, 4, 1)]}  # swapped cups; next to a cup
     with caplog.at_level(logging.WARNING):
         metrics = run(RelationEvaluator(NAME), lambda r: wrong.get(r["image_id"], []))[
@@ -63,15 +63,15 @@ def test_wrong_pairs_give_0_and_a_warning(dataset, caplog):
     # The cups have one class, but not one box: no triplet matches.
     for name, value in metrics.items():
         assert "cases" in name or name == "AP-wears" or value == 0.0, name
-    assert "Not one of the 3 predicted triplets in 3 images matched" in caplog.text
-    assert all(f"({number})" in caplog.text for number in (1, 2, 3))
+    assert "None of the 3 predicted triplets in 3 images matched" in caplog.text
+    assert all(f"({cause})" in caplog.text for cause in (1, 2, 3))
     caplog.clear()
     run(RelationEvaluator(NAME))
     assert "matched" not in caplog.text
 
 
-def test_k_names_the_results(dataset):
-    evaluator = RelationEvaluator(NAME, predicates_per_pair=[1, 0], topk=(20,))
+def test_evaluate_names_the_blocks_after_k(dataset):
+    evaluator = RelationEvaluator(NAME, predicates_per_pair=[1, None], recall_at=(20,))
     # Both predicates of one pair: only the better one counts for k = 1.
     results = run(
         evaluator, lambda r: [(0, 2, 0), (0, 2, 1), (1, 3, 0), (0, 1, 1)][: 9 * len(r["relations"])]
@@ -93,7 +93,7 @@ def test_k_names_the_results(dataset):
     assert metrics == {"predicate R@50": 100.0, "predicate R@100": 100.0}
 
 
-def test_vrd_phrases_and_relationships_differ(dataset):
+def test_vrd_evaluator_phrases_and_relationships_differ(dataset):
     # The second person's cup for the first one's: the relationship's object box is wrong, while the
     # enclosing boxes (0..27.5 and 0..30.5 of one height) overlap by 90 %.
     metrics = run(VRDEvaluator(NAME), lambda r: [(0, 3, 0)] if r["relations"] else [])[
@@ -103,7 +103,7 @@ def test_vrd_phrases_and_relationships_differ(dataset):
     assert metrics["phrase R@50"] == pytest.approx(100 / 3)
 
 
-def test_repeated_annotations_count_once_for_the_generic_evaluator(dataset):
+def test_relation_evaluator_repeated_annotations_count_once(dataset):
     def repeated():
         records = dataset_dicts()
         records[0]["relations"] = [(0, 2, 0), (0, 2, 0), (1, 3, 0)]
@@ -121,14 +121,14 @@ def test_repeated_annotations_count_once_for_the_generic_evaluator(dataset):
     assert recall == pytest.approx(200 / 3)
 
 
-def test_images_that_were_not_processed_count(dataset, caplog):
+def test_evaluate_unprocessed_images_count_as_empty(dataset, caplog):
     with caplog.at_level(logging.WARNING):
         metrics = run(RelationEvaluator(NAME), only=["b_1.jpg"])["relations_sgdet"]
     assert metrics["R@n"] == metrics["mAP"] == metrics["instance_accuracy"] == 0.0
     assert "2 of the 3 images" in caplog.text
 
 
-def test_predictions_file(dataset, tmp_path):
+def test_evaluate_writes_the_predictions_file(dataset, tmp_path):
     folder = tmp_path / "new" / "inference"
     run(RelationEvaluator(NAME, str(folder)), only=["c_1.jpg", "a_1.jpg"])
     tables = {f"per_predicate_relations_sgdet.{x}" for x in ("json", "md", "png")}
@@ -150,7 +150,7 @@ def test_predictions_file(dataset, tmp_path):
     assert records[1]["relations"] == {name: [] for name in fields}
 
 
-def test_nothing_is_written_half(dataset, tmp_path, monkeypatch):
+def test_evaluate_full_disk_leaves_no_file(dataset, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
@@ -160,7 +160,7 @@ def test_nothing_is_written_half(dataset, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
-def test_data_set_without_relations_gives_nan(dataset, caplog):
+def test_evaluate_data_set_without_relations_gives_nan(dataset, caplog):
     DatasetCatalog.remove(NAME)
     DatasetCatalog.register(NAME, lambda: dataset_dicts()[1:])
     with caplog.at_level(logging.WARNING):
@@ -181,8 +181,8 @@ def change(output_, key, field, value):
     [
         ("relations", "scores", [0.9, math.nan, 0.7], "'a_1.jpg': NaN or infinite scores"),
         ("relations", "pairs", [[0, 1], [0, 5], [1, 0]], r"pair 1 is \(0, 5\), but there are 5"),
-        ("relations", "predicates", [0, 3, 1], "predictions have number 3, but predicate_classes"),
-        ("instances", "pred_classes", [0, 0, 1, 2, 1], "number 2, but thing_classes has the 2"),
+        ("relations", "predicates", [0, 3, 1], "predictions have the id 3, but predicate_classes"),
+        ("instances", "pred_classes", [0, 0, 1, 2, 1], "the id 2, but thing_classes has 2"),
         (
             "instances",
             "pred_boxes",
@@ -191,7 +191,7 @@ def change(output_, key, field, value):
         ),
     ],
 )
-def test_bad_predictions_are_errors(dataset, tmp_path, key, field, value, message):
+def test_process_bad_predictions_raise(dataset, tmp_path, key, field, value, message):
     record = dataset_dicts()[0]
     value = torch.tensor(value) if isinstance(value, list) else value
     bad = change(output(record, record["relations"]), key, field, value)
@@ -202,7 +202,7 @@ def test_bad_predictions_are_errors(dataset, tmp_path, key, field, value, messag
     assert os.listdir(tmp_path) == []
 
 
-def test_unknown_images_and_detector_output_are_errors(dataset):
+def test_evaluate_unknown_image_or_detector_output_raises(dataset):
     record = dataset_dicts()[0]
     evaluator = RelationEvaluator(NAME)
     evaluator.process([{"image_id": 7}], [output(record, [])])
@@ -218,10 +218,10 @@ def test_unknown_images_and_detector_output_are_errors(dataset):
     [
         (lambda r: r[1].update(image_id="a_1.jpg"), "'a_1.jpg': occurs twice"),
         (lambda r: r[0].update(relations=[(0, 9, 0)]), "'a_1.jpg': relation 0 .* 5 annotations"),
-        (lambda r: r[0].update(relations=[(0, 1, 3)]), "annotations have number 3, but predicate_"),
+        (lambda r: r[0].update(relations=[(0, 1, 3)]), "annotations have the id 3, but predicate_"),
     ],
 )
-def test_bad_ground_truth_is_an_error(dataset, change_records, message):
+def test_evaluate_bad_ground_truth_raises(dataset, change_records, message):
     def records():
         result = dataset_dicts()
         change_records(result)
@@ -233,15 +233,17 @@ def test_bad_ground_truth_is_an_error(dataset, change_records, message):
         RelationEvaluator(NAME).evaluate()
 
 
-def test_bad_settings_are_errors(dataset):
-    with pytest.raises(ValueError, match="'sgget'; known are sgdet, sgcls, prdcls"):
+def test_evaluator_bad_settings_raise(dataset):
+    with pytest.raises(ValueError, match="'sgget'; expected one of sgdet, sgcls, prdcls"):
         RelationEvaluator(NAME, task="sgget")
     with pytest.raises(ValueError, match="PREDICATES_PER_PAIR"):
         VRDEvaluator(NAME, predicates_per_pair=[])
-    with pytest.raises(ValueError, match="each n is at least 1.*RECALL_AT"):
-        VRDEvaluator(NAME, topk=[0])
+    with pytest.raises(ValueError, match="or None for no limit"):
+        VRDEvaluator(NAME, predicates_per_pair=[1, -1])
+    with pytest.raises(ValueError, match="each n of R@n must be at least 1.*RECALL_AT"):
+        VRDEvaluator(NAME, recall_at=[0])
     with pytest.raises(ValueError, match="R@100 needs 100 triplets.*only 50"):
-        RelationEvaluator(NAME, max_triplets=50)
+        RelationEvaluator(NAME, topk=50)
     with pytest.raises(ValueError, match="no_such_metadata.*no predicate_classes"):
         RelationEvaluator("no_such_metadata")
     MetadataCatalog.remove("no_such_metadata")
@@ -252,7 +254,7 @@ class GroundTruthModel(torch.nn.Module):
         return [output(record, record["relations"]) for record in inputs]
 
 
-def test_detectron2_takes_the_results(dataset, caplog):
+def test_evaluator_works_with_detectron2_tools(dataset, caplog):
     """inference_on_dataset, EvalHook, the printed table and verify_results."""
     loader = [[record] for record in dataset_dicts() * 3]
     evaluator = RelationEvaluator(NAME)
@@ -282,12 +284,12 @@ def _random_records():
     rng = np.random.default_rng(0)
     cases = [random_case(rng, 5, 5, 2, 3, ("near", "ties")) for _ in range(9)]
     records = []
-    for number, case in enumerate(cases):
+    for image_id, case in enumerate(cases):
         annotations = [
             {"bbox": b, "bbox_mode": BoxMode.XYXY_ABS, "category_id": c}
             for b, c in zip(case.gt_boxes, case.gt_classes)
         ]
-        record = dict(image_id=number, annotations=annotations, relations=case.relations)
+        record = dict(image_id=image_id, annotations=annotations, relations=case.relations)
         records.append(dict(record, verified_labels=case.verified))
     return cases, records
 
@@ -307,8 +309,8 @@ def _evaluate_in_process(rank, folder, world_size):
         evaluator = RelationDatasetEvaluator(
             NAME, output, protocol=protocol, seen_triplets=[(0, 1, 1), (1, 0, 0)]
         )
-        for number in range(rank, len(cases), world_size):
-            evaluator.add(replace(cases[number].pair()[1], image_id=number))
+        for image_id in range(rank, len(cases), world_size):
+            evaluator.add(replace(cases[image_id].pair()[1], image_id=image_id))
         results[protocol] = evaluator.evaluate()
     with open(os.path.join(folder, f"{rank}.json"), "w") as file:
         json.dump(results, file)
@@ -320,7 +322,7 @@ def _evaluate_in_process(rank, folder, world_size):
         MetadataCatalog.remove(NAME)
 
 
-def test_two_processes_give_the_numbers_of_one(tmp_path):
+def test_evaluate_two_processes_equal_one(tmp_path):
     for name, world_size in (("together", 2), ("alone", 1)):
         (tmp_path / name).mkdir()
         if world_size > 1:

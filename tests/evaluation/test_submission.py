@@ -64,7 +64,7 @@ def images():
 
 
 @pytest.mark.parametrize("layout", ["server", "table"])
-def test_reading_back_gives_the_same_score(images, tmp_path, layout):
+def test_submission_roundtrip_gives_the_same_score(images, tmp_path, layout):
     file = str(tmp_path / "submission.csv")
     evaluator = OpenImagesVRDEvaluator(NAME, protocol="openimages")
     for prediction in images[:-1]:  # one image without predictions
@@ -84,7 +84,7 @@ def test_reading_back_gives_the_same_score(images, tmp_path, layout):
         np.testing.assert_array_equal(after.boxes[after.pairs], before.boxes[before.pairs])
 
 
-def test_the_layouts(images, tmp_path):
+def test_write_submission_layouts_by_hand(images, tmp_path):
     one = SceneGraph.from_arrays(
         IDS[3], [[0, 256, 192, 512], [96, 0, 768, 1024]], [0, 1], [1, 1], [[1, 0]], [2], [0.75]
     )
@@ -110,7 +110,7 @@ def test_the_layouts(images, tmp_path):
         ("ImageId,PredictionString\nffff,\n", "line 2: data set .* has no image 'ffff'"),
         ("ImageId,PredictionString\nID,0.5 a b\n", "line 2: 3 parts, .*multiple of the 12"),
         ("ImageId,PredictionString\nID\n", "line 2: 1 fields instead of 2. The line is cut off"),
-        ("ImageId,PredictionString\nID,\nID,\n", "line 3: image '0{16}' is in line 2, too"),
+        ("ImageId,PredictionString\nID,\nID,\n", "line 3: image '0{16}' is in line 2 as well"),
         ("ImageId,PredictionString\nID,high A 0 0 1 1 B 0 0 1 1 holds\n", "'high'. Scores and"),
         ("ImageId,PredictionString\nID,.5 A 0 0 1 1 C 0 0 1 1 holds\n", "class 'C' is not one"),
         ("ImageId,PredictionString\nID,.5 A 0 0 1 1 B 0 0 1 1 at\n", "predicate 'at' is not one"),
@@ -118,7 +118,7 @@ def test_the_layouts(images, tmp_path):
         ("ImageId,PredictionString\nID,.5 A 1 0 0 1 B 0 0 1 1 holds\n", "ends before it begins"),
     ],
 )
-def test_wrong_lines_are_named(images, tmp_path, text, message):
+def test_read_submission_wrong_line_raises(images, tmp_path, text, message):
     path = tmp_path / "wrong.csv"
     text = text.replace("ID,", f"{IDS[0]},").replace("ID\n", f"{IDS[0]}\n")
     text = text.replace(" A ", f" {CLASSES[0]} ").replace(" B ", f" {CLASSES[1]} ")
@@ -128,13 +128,13 @@ def test_wrong_lines_are_named(images, tmp_path, text, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_what_cannot_be_written(images, tmp_path):
+def test_write_submission_unusable_input_raises(images, tmp_path):
     file = tmp_path / "submission.csv"
-    with pytest.raises(ValueError, match="'kaggle'; known are server, table"):
+    with pytest.raises(ValueError, match="'kaggle'; expected one of server, table"):
         write_submission(NAME, images, str(file), "kaggle")
-    with pytest.raises(ValueError, match="'a guitar' has a blank"):
+    with pytest.raises(ValueError, match="'a guitar' has a space"):
         write_submission(NAME, images, str(file), labels=["person", "a guitar"])
-    with pytest.raises(ValueError, match="two class names that are equal"):
+    with pytest.raises(ValueError, match="has two equal class names"):
         write_submission(NAME, images, str(file), labels=["person", "person"])
     with pytest.raises(ValueError, match="1 labels for the 2 classes of data set 'submission_"):
         write_submission(NAME, images, str(file), labels=["person"])
@@ -144,12 +144,12 @@ def test_what_cannot_be_written(images, tmp_path):
     dicts = [{k: v for k, v in r.items() if k != "width"} for r in DatasetCatalog.get(NAME)]
     DatasetCatalog.remove(NAME)
     DatasetCatalog.register(NAME, lambda: dicts)
-    with pytest.raises(ValueError, match="its size is not known"):
+    with pytest.raises(ValueError, match="its size is unknown"):
         write_submission(NAME, images, str(file))
     assert not file.exists()
 
 
-def test_the_tool_writes_and_reads_submissions(images, tmp_path):
+def test_evaluate_relations_tool_writes_and_reads_submissions(images, tmp_path):
     """With the classes' identifiers from a file, as the metadata has other names."""
     metadata = MetadataCatalog.get(NAME)
     del metadata.thing_classes
@@ -165,9 +165,15 @@ def test_the_tool_writes_and_reads_submissions(images, tmp_path):
     assert run_tool([*call, "--predictions", target, "--output", outputs[1]]) == 0
     results = [json.loads(Path(x, "results.json").read_text()) for x in outputs]
     assert results[0] == results[1] and results[0]["openimages_sgdet"]["score"] > 0
+    # A submission can be written again, here in the other layout.
+    again = str(tmp_path / "again.csv")
+    assert run_tool([*call, "--predictions", target, "--write-submission", again]) == 0
+    third = str(tmp_path / "third")
+    assert run_tool([*call, "--predictions", again, "--output", third]) == 0
+    assert json.loads(Path(third, "results.json").read_text()) == results[0]
 
 
-def test_missing_verified_labels_are_told(images, caplog):
+def test_openimages_missing_verified_labels_warns(images, caplog):
     dicts = [
         {k: v for k, v in r.items() if k != "verified_labels"} for r in DatasetCatalog.get(NAME)
     ]

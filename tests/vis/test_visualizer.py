@@ -11,7 +11,7 @@ import pytest
 from reldn_d2.structures.scene_graph import SceneGraph
 from reldn_d2.vis.canvas import RelationImage
 from reldn_d2.vis.compare import compare_models
-from reldn_d2.vis.correspondence import match_scenes, same_entities
+from reldn_d2.vis.correspondence import same_entities
 from reldn_d2.vis.visualizer import RelationVisualizer
 
 from detectron2.data import Metadata
@@ -241,32 +241,6 @@ def test_visualizer_relation_outside_the_entities_raises(image, metadata):
         visualizer.draw_ground_truth(dataset_dict(relations=[(0, 9, 0)]))
     with pytest.raises(ValueError, match="object index 9"):
         visualizer.draw_triplets(BOXES, CLASSES, [(0, 9, 0, None)])
-
-
-def test_match_scenes_needs_all_labels_and_both_boxes():
-    truth = SceneGraph.from_triplets(BOXES, CLASSES, [(*r, None) for r in RELATIONS])
-    moved = np.array([*BOXES, [45, 60, 60, 67.5], [45, 60, 60, 67.4], [45, 60, 60, 75]], float)
-    classes = [*CLASSES, 1, 1, 2]
-    expected = {
-        (0, 1, 0): True,  # the relation itself
-        (0, 4, 0): True,  # the object's box overlaps by exactly a half
-        (0, 5, 0): False,  # by a little less
-        (0, 6, 0): False,  # the object's class differs
-        (0, 1, 1): False,  # the predicate differs
-        (1, 0, 0): False,  # subject and object are swapped
-        (0, 2, 0): False,  # the other cup
-    }
-    predicted = SceneGraph.from_triplets(moved, classes, [(*triplet, 0.5) for triplet in expected])
-    hits, found = match_scenes(predicted, truth, "relations")
-    assert dict(zip(expected, hits)) == expected
-    assert found == [True, False, False]
-
-
-def test_match_scenes_empty():
-    nothing = SceneGraph.empty()
-    truth = SceneGraph.from_triplets(BOXES, CLASSES, [(0, 1, 0, None)])
-    assert match_scenes(nothing, truth, "relations") == ([], [False])
-    assert match_scenes(truth, nothing, "relations") == ([False], [])
 
 
 def test_same_entities_best_overlap_goes_first():

@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 
 from reldn_d2.evaluation import SceneGraphEvaluator
+from reldn_d2.evaluation.batches import ImagePair
 from reldn_d2.evaluation.predictions_io import read_predictions, write_predictions
-from reldn_d2.evaluation.scores import Settings
-from reldn_d2.evaluation.sgg import recall_metrics
+from reldn_d2.evaluation.protocol_metrics import Settings, block_name
+from reldn_d2.evaluation.scoring import score
 from reldn_d2.structures.scene_graph import SceneGraph
+from reldn_d2.utils.protocols import PROTOCOLS
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
@@ -28,7 +30,7 @@ __all__ = ["add_arguments", "run"]
 
 NAME = "benchmark_evaluation"
 NUM_CLASSES, NUM_PREDICATES = 150, 50
-TOPK, KS = (20, 50, 100), (1, 0)  # n of R@n; predicates per pair, 0: all
+RECALL_AT, KS = (20, 50, 100), (1, None)  # n of R@n; predicates per pair
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +68,14 @@ def draw_predictions(dicts: Sequence[dict[str, Any]], num_triplets: int) -> Iter
         yield SceneGraph.from_arrays(
             record["image_id"], detected, labels, box_scores, pairs, predicates, scores
         )
+
+
+def motifs_metrics(
+    images: Sequence[ImagePair], settings: Settings
+) -> dict[int | None, dict[str, float]]:
+    """Score by the protocol ``motifs``; metrics for each k."""
+    results = score(images, PROTOCOLS["motifs"], settings).results
+    return {k: results[block_name("motifs", settings.task, k)] for k in KS}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -109,22 +119,22 @@ def run(args: argparse.Namespace) -> None:
         results, _ = timed("R, mR, zR, AP, confusions, tables, plots", evaluator.evaluate)
         images = evaluator.joined()
     names = evaluator.settings.predicate_names
-    settings = Settings(names, "sgdet", KS, TOPK, 100, seen_triplets=seen)
-    metrics, seconds = timed("R, mR and zR alone", recall_metrics, images, settings)
+    settings = Settings(names, "sgdet", KS, RECALL_AT, 100, seen_triplets=seen)
+    metrics, seconds = timed("R, mR, zR, AP, confusions alone", motifs_metrics, images, settings)
     part = images[: args.plain_images or len(images)]
-    plain, spent = time_once(recalls_in_loops, part, seen, KS, TOPK)
+    plain, spent = time_once(recalls_in_loops, part, seen, KS, RECALL_AT)
     plain_seconds = spent.wall * len(images) / len(part)
     scaled = "" if len(part) == len(images) else ", scaled"
     rows.append([f"R, mR and zR in a loop ({len(part)} images{scaled})", f"{plain_seconds:.0f} s"])
-    same = recall_metrics(part, settings)
+    same = motifs_metrics(part, settings)
     for (k, name), value in plain.items():
         if not np.isclose(same[k][name], value, rtol=1e-9):
             raise AssertionError(f"{name}, k={k}: {same[k][name]} and {value} in the plain loop")
-    assert results["motifs_sgdet_no_constraint"]["R@50"] == metrics[0]["R@50"]
+    assert results["motifs_sgdet_no_constraint"]["R@50"] == metrics[None]["R@50"]
     title = f"{len(images)} images, {args.relations} relations, {args.triplets} triplets per image"
     print_table(rows, ["", "time", "peak memory so far"], title)
     print(f"\nThe loop takes {plain_seconds / seconds:.0f} times as long, with equal results.")
-    columns = [f"{kind}@{n}" for kind in ("R", "mR", "zR") for n in TOPK]
+    columns = [f"{kind}@{n}" for kind in ("R", "mR", "zR") for n in RECALL_AT]
     table = [[k or "all", *(f"{metrics[k][name]:.2f}" for name in columns)] for k in KS]
     print_table(table, ["predicates per pair", *columns])
     DatasetCatalog.remove(NAME)

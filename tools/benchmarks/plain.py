@@ -224,14 +224,17 @@ def _iou(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
 
 
 def recalls_in_loops(
-    images: Sequence[tuple[Any, Any]], seen: np.ndarray, ks: Sequence[int], topk: Sequence[int]
+    images: Sequence[tuple[Any, Any]],
+    seen: np.ndarray,
+    ks: Sequence[int | None],
+    topk: Sequence[int],
 ) -> dict[tuple[int, str], float]:
     """Compute R@n, mR@n and zR@n in percent, image by image, as the code of papers does.
 
     Args:
         images: ground truth and prediction of each image.
         seen: (T, 3) labels of the training set's triplets.
-        ks: numbers of predicates per pair; 0 means all.
+        ks: numbers of predicates per pair; None means all.
         topk: values of n.
     """
     known = set(map(tuple, seen.tolist()))
@@ -243,7 +246,7 @@ def recalls_in_loops(
             kept, times = [], defaultdict(int)
             for rank, pair in enumerate(map(tuple, prediction.pairs.tolist())):
                 times[pair] += 1
-                if k == 0 or times[pair] <= k:
+                if k is None or times[pair] <= k:
                     kept.append(rank)
             best = prediction.select(np.array(kept, dtype=np.int64)[: max(topk)])
             equal = (truth.labels[:, None] == best.labels[None]).all(-1)
