@@ -165,3 +165,16 @@ def detector_config(kind, *options):
 def model_of(kind, *options):
     torch.manual_seed(0)
     return build_model(detector_config(kind, "MODEL.WEIGHTS", "", *options))
+
+
+def released_state(tool, cfg):
+    """Return random weights under the released names, in the released shapes."""
+    torch.manual_seed(0)
+    state = {}
+    for name, value in build_model(cfg).state_dict().items():
+        rule = tool.rule_of(name, cfg)
+        if rule is not None:
+            background = 4 if "bbox_pred" in name else 0  # their boxes of the background
+            assert rule.name not in state
+            state[rule.name] = torch.randn(value.shape[0] + background, *value.shape[1:])
+    return state

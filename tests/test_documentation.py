@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from model_utils import CLASSES, PREDICATES, ROOT, write_dataset
+from model_utils import CLASSES, PREDICATES, ROOT, released_state, write_dataset
 from PIL import Image
 from sandbox import NARROW, PRODUCERS, Runner, enter_checkout, merged, write_checkout
 from usage_utils import picture, write_checkpoint
@@ -34,7 +34,6 @@ from reldn_d2.vis.video import VideoWriter
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_argument_parser
-from detectron2.modeling import build_model
 
 FILES = [
     "README.md",
@@ -240,8 +239,7 @@ def write_released_checkpoint(file: Path, config: str) -> None:
 
     cfg = merged(config, *NARROW)
     cfg.merge_from_list(list(tool.RELEASED))
-    model = build_model(cfg)
-    torch.save({"model": tool.to_theirs(model.state_dict(), cfg)}, file)
+    torch.save({"model": released_state(tool, cfg)}, file)
 
 
 @pytest.fixture(scope="module")

@@ -68,9 +68,6 @@ def test_builtin_dataset_passes_the_check(name, in_checkout, monkeypatch, capsys
     assert end.value.code == 0, capsys.readouterr().out
 
 
-@pytest.mark.xfail(
-    strict=True, reason="tools/evaluate_relations.py reads a .csv as JSON for --write-submission"
-)
 def test_write_submission_of_a_csv_gives_the_same_csv(in_checkout):
     names = ["--dataset", "openimages_vrd_mini_val", "--protocol", "openimages"]
     names += ["--labels", "datasets/openimages_vrd/challenge-2018-classes-vrd.csv", "--predictions"]

@@ -53,7 +53,7 @@ def compare_models(
     if topk is None:
         topk = len(truth.pairs) or 5
     scenes = [predicted.best(topk) for predicted in predictions.values()]
-    matches = [match_relations(scene, truth, rules) for scene in scenes]
+    matches = [[x.tolist() for x in match_relations(scene, truth, rules)] for scene in scenes]
     distinct, maps = same_entities(truth, scenes)
     maps = [{entity: entity for entity in truth.related_entities}] + maps
     drawn = sorted({same for same_as in maps for same in same_as.values()})

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 import torch.nn.functional as F
-from model_utils import ROOT, TINY, busy_item, small_config
+from model_utils import ROOT, TINY, busy_item, released_state, small_config
 
 import reldn_d2
 from reldn_d2 import RelDNCheckpointer
@@ -38,19 +38,6 @@ def resnet_config():
 
 def vgg_config():
     return small_config(*TINY, config="configs/Toy/Detectors/faster_rcnn_VGG16.yaml")
-
-
-def released_state(tool, cfg):
-    """Random weights under the released names, in the released shapes."""
-    torch.manual_seed(0)
-    state = {}
-    for name, value in build_model(cfg).state_dict().items():
-        rule = tool.rule_of(name, cfg)
-        if rule is not None:
-            background = 4 if "bbox_pred" in name else 0  # their boxes of the background
-            assert rule.name not in state
-            state[rule.name] = torch.randn(value.shape[0] + background, *value.shape[1:])
-    return state
 
 
 @pytest.mark.parametrize("config", [resnet_config, vgg_config])

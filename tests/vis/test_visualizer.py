@@ -296,7 +296,7 @@ def test_compare_models_marks_hits_and_misses(image, metadata, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name, message", [("", "No protocol belongs to evaluator_type None"), ("x", "Unknown protocol")]
+    "name, message", [("", "has evaluator_type None"), ("x", "Unknown protocol")]
 )
 def test_compare_models_without_protocol_raises(name, message, image):
     unknown = Metadata(name="unknown", thing_classes=THINGS, predicate_classes=PREDICATES)
