@@ -19,6 +19,7 @@ from detectron2.structures import Boxes, BoxMode, Instances
 
 from .graph_formats import to_networkx
 from .names import class_name
+from .prediction_checks import check_entities, check_relations
 from .ranking import limit_predicates_per_pair, rank_by_score
 from .relations import check_relation_triplets, predicted_relations
 
@@ -233,42 +234,10 @@ class SceneGraph:
                 image.
         """
         where = f"Prediction of image {image_id!r}"
-        boxes = _array(boxes, "boxes", where, float, 4)
-        classes = _array(classes, "classes", where, int)
-        box_scores = _array(box_scores, "box scores", where, float)
-        pairs = _array(pairs, "pairs", where, int, 2)
-        predicates = _array(predicates, "predicates", where, int)
-        scores = _array(scores, "scores", where, float)
-        if not len(boxes) == len(classes) == len(box_scores):
-            raise ValueError(
-                f"{where}: {len(boxes)} boxes, {len(classes)} classes and {len(box_scores)} box "
-                "scores; each box needs one class and one score."
-            )
-        if not len(pairs) == len(predicates) == len(scores):
-            raise ValueError(
-                f"{where}: {len(pairs)} pairs, {len(predicates)} predicates and {len(scores)} "
-                "triplet scores; each triplet needs one of each."
-            )
-        if predicate_scores is not None:
-            predicate_scores = _array(predicate_scores, "predicate scores", where, float)
-            if len(predicate_scores) != len(scores):
-                raise ValueError(
-                    f"{where}: {len(predicate_scores)} predicate scores for {len(scores)} triplets."
-                )
-        outside = np.flatnonzero(((pairs < 0) | (pairs >= len(boxes))).any(axis=1))
-        if len(outside):
-            raise ValueError(
-                f"{where}: pair {outside[0]} is {tuple(pairs[outside[0]].tolist())}, but there are "
-                f"{len(boxes)} boxes. Pairs are 0-based indices into the image's boxes: if boxes "
-                "were dropped after the pairs were made, remap the pairs."
-            )
-        inverted = np.flatnonzero((boxes[:, 2:] < boxes[:, :2]).any(axis=1))
-        if len(inverted):
-            raise ValueError(
-                f"{where}: box {inverted[0]} is {boxes[inverted[0]].tolist()}, which ends before "
-                "it begins. Boxes are [x1, y1, x2, y2] in pixels; convert [x, y, width, height] or "
-                "[y1, x1, y2, x2], and sort the corners."
-            )
+        boxes, classes, box_scores = check_entities(boxes, classes, box_scores, where)
+        pairs, predicates, scores, predicate_scores = check_relations(
+            pairs, predicates, scores, predicate_scores, len(boxes), where
+        )
         order = rank_by_score(scores)
         return cls(
             image_id=image_id,
@@ -457,39 +426,3 @@ class SceneGraph:
         See :func:`reldn_d2.structures.graph_formats.to_networkx`.
         """
         return to_networkx(self, related_only)
-
-
-def _array(values: Any, name: str, where: str, kind: type, width: int = 0) -> np.ndarray:
-    """Return an (L,) or (L, width) array, int32 or finite float64.
-
-    Raises:
-        ValueError: another shape or type, or NaN or infinity.
-    """
-    shape = {0: "a flat list", 2: "a list of [subject, object]", 4: "a list of [x1, y1, x2, y2]"}[
-        width
-    ]
-    try:
-        array = np.asarray(values)
-    except ValueError as error:
-        raise ValueError(f"{where}: {name} differ in length; expected {shape}.") from error
-    if array.size == 0:
-        array = array.reshape((0, width) if width else (0,)).astype(kind)
-    if array.ndim != (2 if width else 1) or (width and array.shape[1] != width):
-        raise ValueError(f"{where}: {name} have the shape {array.shape}; expected {shape}.")
-    if array.dtype.kind not in ("iu" if kind is int else "iuf"):
-        wanted = "integers (0-based)" if kind is int else "numbers"
-        raise ValueError(f"{where}: {name} are {str(array.tolist()):.60}; expected {wanted}.")
-    if kind is int:
-        limits = np.iinfo(np.int32)
-        if array.size and (array.min() < limits.min or array.max() > limits.max):
-            raise ValueError(f"{where}: {name} have values beyond 32 bits.")
-        return array.astype(np.int32)
-    array = array.astype(np.float64)
-    wrong = np.argwhere(~np.isfinite(array))
-    if len(wrong):
-        raise ValueError(
-            f"{where}: NaN or infinite {name}, the first at index {int(wrong[0, 0])}. The model "
-            "has diverged (lower the learning rate, check the losses) or its checkpoint is broken; "
-            "in a file, leave out entries without a finite value."
-        )
-    return array
