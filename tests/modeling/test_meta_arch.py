@@ -9,6 +9,7 @@ from model_utils import (
     busy_item,
     empty_item,
     give_distinct_statistics,
+    item,
     one_box_item,
     small_config,
     small_model,
@@ -285,6 +286,20 @@ def test_reldn_each_task_output_contract_holds(task):
         torch.testing.assert_close(relations.scores, relations.predicate_scores)
     else:
         assert ((found.scores > 1 / 10) & (found.scores < 1)).all()
+
+
+@pytest.mark.parametrize("task", ["sgcls", "prdcls"])
+def test_reldn_given_boxes_are_all_paired_and_keep_their_classes(task):
+    """The overlap filter concerns detected boxes only. The first three boxes are equal."""
+    model = small_model(
+        *("TEST.RELATIONS.TASK", task, "TEST.RELATIONS.TOPK", 1000, f"{HEAD}.OVERLAP_FILTER", True)
+    )
+    boxes = [[10, 5, 40, 60]] * 3 + [[60, 25, 75, 40]]
+    (result,) = predict(model, [item(boxes, [3, 1, 3, 7])])
+    pairs = {tuple(x) for x in result["relations"].pairs.tolist()}
+    assert pairs == set(itertools.permutations(range(4), 2))
+    if task == "prdcls":
+        assert result["instances"].pred_classes.tolist() == [3, 1, 3, 7]
 
 
 def test_reldn_sgcls_takes_best_class_but_not_background():

@@ -18,7 +18,7 @@ Registry for relation heads, which predict the predicates of pairs of entities.
 
 The registered object is called with ``obj(cfg, entity_shape, predicate_shape)``: the output shapes
 of the detector's and of the predicate backbone, as dicts from feature name to ShapeSpec. It is used
-like :class:`reldn_d2.modeling.relation_head.RelDNHead`.
+like :class:`reldn_d2.modeling.relation_head.RelDNHead`, whose ``forward`` describes the arguments.
 """
 
 

@@ -240,6 +240,8 @@ def instances(boxes, classes, training=True, scores=None):
     result = Instances((100, 120))
     result.set("proposal_boxes" if training else "pred_boxes", Boxes(boxes))
     result.set("gt_classes" if training else "pred_classes", classes)
+    if training:  # the entities are the ground truth
+        result.gt_index = torch.arange(len(classes))
     if scores is not None:
         result.scores = scores
     return result
@@ -358,6 +360,32 @@ def test_relation_head_predictions_equal_plain_loops():
         )
     assert found.image_size == (100, 120)
     assert [len(x) for x in none] == [0, 0] and none[0].pairs.shape == (0, 2)
+
+
+def test_relation_head_overlap_filter_spares_given_boxes():
+    head = table_head(overlap_filter=True, topk=100, predicates_per_pair=(None,)).eval()
+    boxes = torch.tensor([[0.0, 0, 10, 10], [5, 5, 20, 20], [50, 50, 60, 60]])
+    entities = [instances(boxes, torch.tensor([0, 1, 2]), False, torch.ones(3))]
+    with torch.no_grad():
+        (detected,), (given,) = (head({}, None, entities, boxes_given=x) for x in (False, True))
+    assert {tuple(x) for x in detected.pairs.tolist()} == {(0, 1), (1, 0)}
+    assert {tuple(x) for x in given.pairs.tolist()} == set(itertools.permutations(range(3), 2))
+
+
+def test_relation_head_overlap_filter_keeps_ground_truth_pairs_in_training():
+    """With and without the filter the losses of boxes that are the ground truth are equal."""
+    boxes = torch.tensor([[20.0 * i, 0, 20 * i + 10, 10] for i in range(4)])  # none overlaps
+    classes = torch.tensor([0, 1, 1, 2])
+    losses = []
+    for overlap_filter in (False, True):
+        with EventStorage() as storage:
+            head = table_head(overlap_filter=overlap_filter)
+            target = ground_truth(boxes, classes, [(0, 1, 3), (2, 3, 0)])
+            losses.append(head({}, None, [instances(boxes, classes)], [target]))
+            numbers = {name: value for name, (value, _) in storage.latest().items()}
+        assert numbers["reldn/num_positive_pairs"] == 2
+        assert numbers["reldn/num_negative_pairs"] == 10
+    assert losses[0] == losses[1] and losses[0]["loss_predicate"] > 0
 
 
 def test_pair_logits_two_images_equal_sum_of_modules_per_pair():
