@@ -232,19 +232,19 @@ def test_build_optimizer_parameter_groups_have_expected_rates():
         if isinstance(module, torch.nn.BatchNorm2d)
         for p in module.parameters()
     }
-    slow_names = ("predicate_backbone.", "relation_head.subject_box_head.")
-    slow_names += ("relation_head.object_box_head.", "relation_head.predicate_box_head.")
+    slow_names = ("predicate_backbone.", "relation_head.predicate_box_head.")
+    table = "relation_head.semantic.table.weight"
     kinds = set()
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             assert id(parameter) not in found
             continue
-        slow, bias = name.startswith(slow_names), name.endswith(".bias")
+        slow, bias = name.startswith(slow_names), name.endswith(".bias") or name == table
         rate, decay = found[id(parameter)]
         assert rate == pytest.approx(0.01 * (0.1 if slow else 1) * (2 if bias else 1)), name
         assert decay == (0.0 if bias or id(parameter) in norms else 1e-4), name
         kinds.add((slow, bias))
-    assert len(kinds) == 4
+    assert len(kinds) == 4 and model.get_parameter(table).requires_grad
 
 
 def test_build_optimizer_unknown_name_raises():
