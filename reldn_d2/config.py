@@ -96,6 +96,8 @@ def _add_relation_head(cfg: CfgNode) -> None:
     head.SEMANTIC = CN()
     head.SEMANTIC.ENABLED = True  # f_sem
     head.SEMANTIC.FREEZE = False  # do not train the counted log-frequencies
+    # Data sets that the frequencies are counted on; empty: DATASETS.TRAIN.
+    head.SEMANTIC.COUNT_DATASETS = ()
 
     head.SPATIAL = CN()
     head.SPATIAL.ENABLED = True  # f_spt

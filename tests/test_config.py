@@ -188,6 +188,14 @@ def test_yaml_released_hyperparameters():
     for cfg in (full, mini, vg, vrd):
         assert cfg.MODEL.ROI_RELATION_HEAD.OVERLAP_FILTER
         assert cfg.INPUT.MIN_SIZE_TRAIN == (800,) and cfg.INPUT.MAX_SIZE_TRAIN == 1333
+        model, is_vgg = cfg.MODEL, cfg.MODEL.BACKBONE.NAME == "build_vgg16_backbone"
+        assert model.RPN.POST_NMS_TOPK_TRAIN == 2000
+        assert model.RPN.PRE_NMS_TOPK_TRAIN == (12000 if is_vgg else 2000)
+        for head in (model.ROI_BOX_HEAD, model.ROI_RELATION_HEAD):
+            assert (head.POOLER_RESOLUTION or 7) == 7
+            assert head.POOLER_SAMPLING_RATIO == (0 if is_vgg else 2)
+            assert head.POOLER_TYPE == "ROIAlignV2"
+        assert model.ROI_RELATION_HEAD.FC6_DROPOUT == 0.5
 
 
 def test_yaml_ablations_differ_in_one_setting_only():
