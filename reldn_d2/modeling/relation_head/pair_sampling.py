@@ -5,7 +5,7 @@ Shapes: R entities of one image, Q sampled pairs, C predicates.
 Pairs are drawn as masks over the (R, R) grid of an image, so that no pair is drawn twice and the
 pairs of all losses can be joined: each distinct pair passes through the head once. All draws use
 the same random key per pair. So each draw is uniform over its candidates, as if it were the only
-one, and the draws share as many pairs as possible.
+one, and the draws share as many pairs as their preferences allow.
 """
 
 from dataclasses import dataclass
