@@ -87,11 +87,17 @@ def _add_relation_head(cfg: CfgNode) -> None:
     head.POOLER_SAMPLING_RATIO = 2
     head.POOLER_TYPE = "ROIAlignV2"
     head.NO_FC7_RELU = True  # leave out the last ReLU of the three box heads, as released
-    head.OVERLAP_FILTER = True  # only pairs whose boxes overlap, in training and at test time
+    # Dropout after fc6 in the three box heads, in training; read by VGG16BoxHead.
+    head.FC6_DROPOUT = 0.5
+    # Leave out pairs of detected boxes, in training pairs of proposals, that do not overlap. Pairs
+    # of given boxes (SGCLS, PRDCLS) and pairs with a ground-truth box in training are all used.
+    head.OVERLAP_FILTER = True
 
     head.SEMANTIC = CN()
     head.SEMANTIC.ENABLED = True  # f_sem
     head.SEMANTIC.FREEZE = False  # do not train the counted log-frequencies
+    # Data sets that the frequencies are counted on; empty: DATASETS.TRAIN.
+    head.SEMANTIC.COUNT_DATASETS = ()
 
     head.SPATIAL = CN()
     head.SPATIAL.ENABLED = True  # f_spt
@@ -127,7 +133,9 @@ def _add_data_solver_and_test(cfg: CfgNode) -> None:
     cfg.DATASETS.DETECTION_FILES_TEST = ()
 
     cfg.SOLVER.OPTIMIZER = "SGD"  # or "AdamW"
-    cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1  # lr factor of predicate backbone and relation box heads
+    # lr factor of the predicate backbone and the predicate box head; the subject and the object box
+    # head learn at the full rate.
+    cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1
     # The best checkpoint is kept as model_best.pth. METRIC is a result of the evaluation, such as
     # "relations_sgdet/R@n"; empty keeps none. It needs TEST.EVAL_PERIOD.
     cfg.SOLVER.BEST_CHECKPOINT = CN()

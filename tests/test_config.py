@@ -1,5 +1,8 @@
 """The config keys, helpful errors, and every YAML of the repository."""
 
+import re
+import shlex
+
 import pytest
 import torch
 from model_utils import CLASSES, PREDICATES, ROOT, small_config
@@ -8,8 +11,9 @@ import reldn_d2
 from reldn_d2 import config
 from reldn_d2.config import UnknownKeyError
 from reldn_d2.modeling import RelDN
+from reldn_d2.modeling.losses.contrastive import NORMALIZATIONS
 
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultTrainer
 from detectron2.modeling import build_model
 
@@ -188,6 +192,34 @@ def test_yaml_released_hyperparameters():
     for cfg in (full, mini, vg, vrd):
         assert cfg.MODEL.ROI_RELATION_HEAD.OVERLAP_FILTER
         assert cfg.INPUT.MIN_SIZE_TRAIN == (800,) and cfg.INPUT.MAX_SIZE_TRAIN == 1333
+        model, is_vgg = cfg.MODEL, cfg.MODEL.BACKBONE.NAME == "build_vgg16_backbone"
+        assert model.RPN.POST_NMS_TOPK_TRAIN == 2000
+        assert model.RPN.PRE_NMS_TOPK_TRAIN == (12000 if is_vgg else 2000)
+        for head in (model.ROI_BOX_HEAD, model.ROI_RELATION_HEAD):
+            assert (head.POOLER_RESOLUTION or 7) == 7
+            assert head.POOLER_SAMPLING_RATIO == (0 if is_vgg else 2)
+            assert head.POOLER_TYPE == "ROIAlignV2"
+        assert model.ROI_RELATION_HEAD.FC6_DROPOUT == 0.5
+
+
+def test_docs_options_for_the_released_behavior_are_accepted():
+    """The last column of the table in docs/training.md, as typed in a shell."""
+    text = (ROOT / "docs/training.md").read_text().partition("## Differences from the released")[2]
+    rows = [line.split("|")[4] for line in text.splitlines() if line.startswith("| ")]
+    commands = [x for row in rows for x in re.findall(r"`([A-Z][\w.]+ [^`]+)`", row)]
+    assert len(commands) == 13
+    cfg = merged("configs/OpenImages/mini_reldn_X_101_64x4d_FPN.yaml")
+    before = cfg.clone()
+    for command in commands:
+        key, value = shlex.split(command)
+        reldn_d2.merge_config(cfg, None, [key, value])
+    assert cfg.MODEL.ROI_RELATION_HEAD.SEMANTIC.COUNT_DATASETS == ("openimages_vrd_train",)
+    assert set(cfg.DATASETS.TRAIN) <= set(DatasetCatalog.list())
+    assert cfg.MODEL.ROI_RELATION_HEAD.LOSS.NORMALIZATION in NORMALIZATIONS
+    assert cfg.MODEL.ANCHOR_GENERATOR.OFFSET == 0.5 != before.MODEL.ANCHOR_GENERATOR.OFFSET
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        build_model(cfg)
 
 
 def test_yaml_ablations_differ_in_one_setting_only():

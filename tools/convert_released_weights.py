@@ -6,9 +6,9 @@ Example::
         --config-file configs/OpenImages/reldn_X_101_64x4d_FPN.yaml
 
 The config describes the checkpoint: backbone, classes, predicates, modules. Next to the new
-checkpoint a YAML file is written, with that config and the released code's image preprocessing, to
-be used with it. The released checkpoint must have every weight of the model; its unused weights are
-listed.
+checkpoint a YAML file is written, with that config and the released code's image preprocessing,
+anchors and RoIAlign, to be used with it. The released checkpoint must have every weight of the
+model; its unused weights are listed.
 """
 
 import argparse
@@ -24,20 +24,17 @@ from torch import Tensor
 import reldn_d2
 from reldn_d2.checkpoint.detection_checkpoint import read_checkpoint
 from reldn_d2.modeling.backbone.vgg import TORCHVISION_NAMES
+from reldn_d2.modeling.relation_head.predictors import SpatialModule
 from reldn_d2.utils.file_io import write_atomically
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 
-# How the released code (and Detectron before it) preprocesses images and pools features.
-RELEASED = (
-    *("INPUT.FORMAT", "BGR", "MODEL.PIXEL_MEAN", [102.9801, 115.9465, 122.7717]),
-    *("MODEL.PIXEL_STD", [1.0, 1.0, 1.0], "MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIAlign"),
-    *("MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO", 2),
-    *("MODEL.ROI_RELATION_HEAD.POOLER_TYPE", "ROIAlign"),
-)
 _FROZEN_BN_EPSILON = 1e-5
+
+# Buffers that the released code has no counterpart of.
+_OURS_ONLY = ("running_mean", "running_var", "counted", "feature_version")
 
 # Our module: their module. Box heads and backbones occur several times.
 _HEADS = {
@@ -74,6 +71,30 @@ _BACKGROUND_FIRST = (
     "relation_head.spatial.4",
     "detector.model.roi_heads.box_predictor.cls_score",
 )
+
+
+def released_options(cfg: CfgNode) -> list:
+    """Return the options that make a model compute what the released code computes.
+
+    They concern images, anchors and RoIAlign: what the weights were trained with and no weight
+    holds.
+
+    Args:
+        cfg: of the model; only its backbone is read.
+    """
+    is_fpn = _is_fpn(cfg)
+    options: list = ["INPUT.FORMAT", "BGR", "MODEL.PIXEL_MEAN", [102.9801, 115.9465, 122.7717]]
+    options += ["MODEL.PIXEL_STD", [1.0, 1.0, 1.0]]
+    # Their anchors are centered in the cells of the feature map, not in the corners.
+    options += ["MODEL.ANCHOR_GENERATOR.OFFSET", 0.5]
+    for head in ("ROI_BOX_HEAD", "ROI_RELATION_HEAD"):
+        options += [f"MODEL.{head}.POOLER_TYPE", "ROIAlign"]  # without the half-pixel shift
+        options += [f"MODEL.{head}.POOLER_SAMPLING_RATIO", 2 if is_fpn else 0]
+    return options
+
+
+def _is_fpn(cfg: CfgNode) -> bool:
+    return "FPN" in cfg.MODEL.BACKBONE.NAME.upper()
 
 
 def background_last(x: Tensor, dim: int = 0) -> Tensor:
@@ -157,7 +178,7 @@ def rule_of(name: str, cfg: CfgNode) -> Rule | None:
         ValueError: if the released code has no such module.
     """
     layer, _, kind = name.rpartition(".")
-    if kind in ("running_mean", "running_var", "counted"):
+    if kind in _OURS_ONLY:
         return None
     if layer in _LAYERS:
         theirs, num_classes = f"{_LAYERS[layer]}.{kind}", cfg.MODEL.ROI_HEADS.NUM_CLASSES
@@ -172,7 +193,7 @@ def rule_of(name: str, cfg: CfgNode) -> Rule | None:
     if parent in _HEADS and leaf in _FULLY_CONNECTED:
         return Rule(f"{_HEADS[parent]}.{_FULLY_CONNECTED[leaf]}.{kind}")
     if parent == "detector.model.proposal_generator.rpn_head" and leaf in _RPN:
-        prefix = "RPN.FPN_RPN_" if "FPN" in cfg.MODEL.BACKBONE.NAME.upper() else "RPN.RPN_"
+        prefix = "RPN.FPN_RPN_" if _is_fpn(cfg) else "RPN.RPN_"
         return _rpn_rule(cfg, leaf, f"{prefix}{_RPN[leaf]}.{kind}")
     for ours, theirs in _BODIES.items():
         if layer.startswith(f"{ours}."):
@@ -203,13 +224,15 @@ def _usual_names(state: dict[str, Tensor], vgg: bool) -> dict[str, Tensor]:
 
 
 def _constant(name: str, like: Tensor) -> Tensor:
-    """Make a weight that only we have: statistics of an affine BatchNorm, or the table's flag.
+    """Make one of the buffers in ``_OURS_ONLY``.
 
     The released BatchNorms are affine maps, which are frozen BatchNorms of mean 0 and variance 1
-    (less epsilon).
+    (less epsilon). The frequency table is counted, and the spatial features are the released ones.
     """
     if name.endswith("counted"):
         return torch.ones_like(like, device="cpu")
+    if name.endswith("feature_version"):
+        return torch.tensor(SpatialModule.FEATURE_VERSION)
     value = 1.0 - _FROZEN_BN_EPSILON if name.endswith("running_var") else 0.0
     return torch.full(like.shape, value)
 
@@ -290,7 +313,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--options", nargs="*", default=[], help="KEY VALUE overrides")
     args = parser.parse_args(arguments)
     cfg = reldn_d2.load_config(args.config_file)
-    cfg.merge_from_list(list(RELEASED))
+    cfg.merge_from_list(released_options(cfg))
     reldn_d2.merge_config(cfg, None, [*args.options, "MODEL.WEIGHTS", str(args.target)])
     convert(args.source, args.target, cfg, args.allow_pickle)
     print(f"Wrote {args.target}. Evaluate it with --config-file {args.target.with_suffix('.yaml')}")

@@ -10,7 +10,7 @@ from .reldn_checkpoint import (
     RelDNCheckpointer,
     build_checkpointer,
     initialize_relation_branch,
-    pretrained_modules,
+    pretrained_predicate_modules,
 )
 
 __all__ = [
@@ -20,6 +20,6 @@ __all__ = [
     "fetch",
     "from_torchvision_vgg16",
     "initialize_relation_branch",
-    "pretrained_modules",
+    "pretrained_predicate_modules",
     "read_checkpoint",
 ]

@@ -24,7 +24,7 @@ __all__ = [
     "RelDNCheckpointer",
     "build_checkpointer",
     "initialize_relation_branch",
-    "pretrained_modules",
+    "pretrained_predicate_modules",
 ]
 
 logger = logging.getLogger(__name__)
@@ -33,16 +33,18 @@ _RELDN_PREFIXES = ("detector.model.", "relation_head.", "predicate_backbone.")
 _SEMANTIC_TABLE = "relation_head.semantic.table.weight"
 
 
-def pretrained_modules(model: RelDN) -> list[nn.Module]:
-    """Return the parts of the relation branch that start from trained weights.
+def pretrained_predicate_modules(model: RelDN) -> list[nn.Module]:
+    """Return the predicate backbone and the predicate box head if they start from trained weights.
 
-    They get a lower learning rate than the others.
+    They get a lower learning rate than the others, also than the subject and the object box head.
     """
-    head, detector = model.relation_head, model.detector
     modules = []
     if model.predicate_backbone is not None and model.predicate_weights != "":
         modules.append(model.predicate_backbone)
-    return modules + [x for x in head.box_heads if _same_structure(x, detector.box_head)]
+    box_head = model.relation_head.predicate_box_head
+    if box_head is not None and _same_structure(box_head, model.detector.box_head):
+        modules.append(box_head)
+    return modules
 
 
 def initialize_relation_branch(model: RelDN, allow_pickle: bool = False) -> None:

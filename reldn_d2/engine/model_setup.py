@@ -1,6 +1,7 @@
 """Fitting a model to its data sets: the numbers of classes and the frequency table."""
 
 import logging
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -42,7 +43,8 @@ def check_counts(cfg: CfgNode, model: nn.Module) -> None:
     elif cfg.MODEL.META_ARCHITECTURE in _NUM_CLASSES_KEYS:
         key = _NUM_CLASSES_KEYS[cfg.MODEL.META_ARCHITECTURE]
         expected = [("thing_classes", key, cfg.MODEL[key.split(".")[1]].NUM_CLASSES)]
-    for dataset in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)):
+    counted = cfg.MODEL.ROI_RELATION_HEAD.SEMANTIC.COUNT_DATASETS if expected[1:] else ()
+    for dataset in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST, *counted)):
         for field, key, count in expected:
             names = MetadataCatalog.get(dataset).get(field, None)
             if names is not None and len(names) != count:
@@ -53,10 +55,12 @@ def check_counts(cfg: CfgNode, model: nn.Module) -> None:
 
 
 def ensure_frequency_table(cfg: CfgNode, model: nn.Module) -> RelationStatistics | None:
-    """Fill the semantic module's table from ``DATASETS.TRAIN`` unless a checkpoint had it.
+    """Fill the semantic module's table from the annotations unless a checkpoint had it.
+
+    It is counted on ``DATASETS.TRAIN``, or on ``SEMANTIC.COUNT_DATASETS`` if that is set.
 
     Args:
-        cfg: names the training sets and says whether pairs must overlap.
+        cfg: names these data sets and says whether pairs must overlap.
         model: possibly wrapped for distributed training.
 
     Returns:
@@ -66,11 +70,32 @@ def ensure_frequency_table(cfg: CfgNode, model: nn.Module) -> RelationStatistics
     semantic = getattr(getattr(model, "relation_head", None), "semantic", None)
     if semantic is None or bool(semantic.counted):
         return None
-    statistics = training_statistics_of(cfg.DATASETS.TRAIN)
-    counts = statistics.table(cfg.MODEL.ROI_RELATION_HEAD.OVERLAP_FILTER)
+    training = training_statistics_of(cfg.DATASETS.TRAIN)
+    names = tuple(cfg.MODEL.ROI_RELATION_HEAD.SEMANTIC.COUNT_DATASETS) or cfg.DATASETS.TRAIN
+    counted = training if names == cfg.DATASETS.TRAIN else _statistics_of(names, training, cfg)
+    counts = counted.table(cfg.MODEL.ROI_RELATION_HEAD.OVERLAP_FILTER)
     semantic.set_log_frequencies(log_frequencies(counts))
     logger.info(
-        f"Counted {int(counts[..., :-1].sum())} relations of {statistics.num_images} images of "
-        f"{', '.join(cfg.DATASETS.TRAIN)} for the semantic module's frequency table."
+        f"Counted {int(counts[..., :-1].sum())} relations of {counted.num_images} images of "
+        f"{', '.join(names)} for the semantic module's frequency table."
     )
-    return statistics
+    return training
+
+
+def _statistics_of(
+    names: Sequence[str], training: RelationStatistics, cfg: CfgNode
+) -> RelationStatistics:
+    """Return the statistics of ``SEMANTIC.COUNT_DATASETS``, whose names must be the training set's.
+
+    Raises:
+        ValueError: if classes or predicates differ.
+    """
+    counted = training_statistics_of(names)
+    for field in ("thing_classes", "predicate_classes"):
+        if getattr(counted, field) != getattr(training, field):
+            raise ValueError(
+                f"MODEL.ROI_RELATION_HEAD.SEMANTIC.COUNT_DATASETS is {', '.join(names)}, which has "
+                f"other {field}, or in another order, than {', '.join(cfg.DATASETS.TRAIN)} "
+                "(DATASETS.TRAIN). Count on a data set with the same ones."
+            )
+    return counted

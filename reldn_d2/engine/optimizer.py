@@ -6,7 +6,7 @@ from torch import nn
 from detectron2.config import CfgNode
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 
-from ..checkpoint.reldn_checkpoint import pretrained_modules
+from ..checkpoint.reldn_checkpoint import pretrained_predicate_modules
 from ..modeling.meta_arch import RelDN
 
 __all__ = ["build_optimizer"]
@@ -17,9 +17,9 @@ _OPTIMIZERS = ("SGD", "AdamW")
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """Build Detectron2's optimizer with RelDN's parameter groups.
 
-    Parts that start from trained weights (predicate backbone, relation box heads) learn at
-    ``SOLVER.BACKBONE_MULTIPLIER`` times the base rate; biases and norms follow Detectron2's keys.
-    Frozen parameters are left out.
+    The predicate backbone and the predicate box head learn at ``SOLVER.BACKBONE_MULTIPLIER`` times
+    the base rate if they start from trained weights. Biases and norms follow Detectron2's keys; the
+    frequency table counts as a bias. Frozen parameters are left out.
 
     Raises:
         ValueError: if ``SOLVER.OPTIMIZER`` is unknown or all parameters are frozen.
@@ -31,15 +31,23 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         bias_lr_factor=solver.BIAS_LR_FACTOR,
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
     )
-    pretrained: list[nn.Module] = pretrained_modules(model) if isinstance(model, RelDN) else []
-    pretrained_ids = {id(p) for module in pretrained for p in module.parameters()}
-    groups = get_default_optimizer_params(
-        nn.ModuleList(pretrained), base_lr=solver.BASE_LR * solver.BACKBONE_MULTIPLIER, **common
-    )
-    for group in get_default_optimizer_params(model, base_lr=solver.BASE_LR, **common):
-        group["params"] = [p for p in group["params"] if id(p) not in pretrained_ids]
-        groups.append(group)
-    groups = [group for group in groups if group["params"]]
+    slow: list[nn.Module] = []
+    tables: dict[str, nn.Parameter] = {}
+    if isinstance(model, RelDN):
+        slow = pretrained_predicate_modules(model)
+        if getattr(model.relation_head, "semantic", None) is not None:
+            tables["bias"] = model.relation_head.semantic.table.weight
+    groups, grouped = [], set()
+    for module, rate in (
+        (nn.ModuleList(slow), solver.BASE_LR * solver.BACKBONE_MULTIPLIER),
+        (nn.ParameterDict(tables), solver.BASE_LR),  # under the name of a bias
+        (model, solver.BASE_LR),
+    ):
+        own = get_default_optimizer_params(module, base_lr=rate, **common)
+        for group in own:
+            group["params"] = [p for p in group["params"] if id(p) not in grouped]
+        groups += [group for group in own if group["params"]]
+        grouped |= {id(p) for group in own for p in group["params"]}
     if not groups:
         raise ValueError(
             "Nothing in this model is trained. To evaluate the frequency table alone, use "

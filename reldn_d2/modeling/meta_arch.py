@@ -151,7 +151,9 @@ class RelDN(nn.Module):
         features, stages = self._detector_features(images)
         entities = self._entities(batched_inputs, images, features)
         predicate_features = self._predicate_features(images, stages)
-        relations = self.relation_head(features, predicate_features, entities)
+        relations = self.relation_head(
+            features, predicate_features, entities, boxes_given=self.task != "sgdet"
+        )
         results = []
         for x, size, found, related in zip(batched_inputs, images.image_sizes, entities, relations):
             if do_postprocess:

@@ -23,10 +23,12 @@ import reldn_d2
 from reldn_d2 import RelDNCheckpointer, initialize_relation_branch
 from reldn_d2.checkpoint import DetectorCheckpointer, build_checkpointer
 from reldn_d2.engine import RelDNTrainer, ensure_frequency_table
+from reldn_d2.engine.model_setup import check_counts
 from reldn_d2.modeling.relation_head.predictors import SemanticModule
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
+from detectron2.data import MetadataCatalog
 from detectron2.utils.events import EventStorage
 from detectron2.utils.file_io import PathHandler, PathManager
 
@@ -208,6 +210,35 @@ def test_ensure_frequency_table_counts_once(tmp_path, dataset, monkeypatch):
     ensure_frequency_table(cfg, small_model("MODEL.ROI_RELATION_HEAD.SEMANTIC.ENABLED", False))
     ensure_frequency_table(cfg, small_model(config=DETECTOR))
     assert torch.equal(model.relation_head.semantic.table.weight, table)
+
+
+def test_ensure_frequency_table_counts_on_the_named_data_sets(tmp_path, dataset):
+    """The checkpoint still describes the training set."""
+    larger, key = "a_larger_set", "MODEL.ROI_RELATION_HEAD.SEMANTIC.COUNT_DATASETS"
+    register_dataset(larger, tmp_path / "more", count=9)
+    try:
+        own, other = small_model(), small_model()
+        ensure_frequency_table(small_config(*options(tmp_path)), own)
+        cfg = small_config(*options(tmp_path), key, (larger,))
+        statistics = ensure_frequency_table(cfg, other)
+        assert statistics.num_images == 4
+        wanted = small_model()
+        ensure_frequency_table(
+            small_config(*options(tmp_path), "DATASETS.TRAIN", (larger,)), wanted
+        )
+        table = other.relation_head.semantic.table.weight
+        assert torch.equal(table, wanted.relation_head.semantic.table.weight)
+        assert not torch.equal(table, own.relation_head.semantic.table.weight)
+        MetadataCatalog.get(larger).__dict__["predicate_classes"] = PREDICATES[::-1]
+        with pytest.raises(ValueError, match=f"COUNT_DATASETS is {larger}, .*predicate_classes"):
+            ensure_frequency_table(cfg, small_model())
+        with pytest.raises(
+            ValueError, match=r"NUM_PREDICATES is 6, but the data set 'a_larger_set"
+        ):
+            MetadataCatalog.get(larger).__dict__["predicate_classes"] = PREDICATES[:5]
+            check_counts(cfg, small_model())
+    finally:
+        unregister_dataset(larger)
 
 
 @pytest.mark.parametrize("semantic", [True, False])

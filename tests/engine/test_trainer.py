@@ -183,14 +183,17 @@ def test_build_train_loader_reads_the_data_set_once(tmp_path, dataset, monkeypat
     assert read == [DATASET]
 
 
-def test_mixed_precision_on_cpu_trains(tmp_path, dataset):
+@pytest.mark.parametrize("entities", ["ground_truth", "proposals"])
+def test_mixed_precision_on_cpu_trains(tmp_path, dataset, entities):
     more = ("SOLVER.MAX_ITER", 2, "SOLVER.IMS_PER_BATCH", 1, "DATASETS.TEST", ())
+    more += ("MODEL.RELDN.TRAIN_ENTITIES", entities)
     losses, trainer = run(tmp_path / "amp", *more, "SOLVER.AMP.ENABLED", True)
     plain, _ = run(tmp_path / "plain", *more)
     assert isinstance(trainer._trainer, CPUAMPTrainer)
     assert len(losses) == 2 and all(np.isfinite(x) for x in losses.values())
     assert losses != plain  # the precision does differ
-    assert losses[0] == pytest.approx(plain[0], rel=0.05)
+    if entities == "ground_truth":  # of proposals, rounding changes which ones match
+        assert losses[0] == pytest.approx(plain[0], rel=0.05)
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
 
 

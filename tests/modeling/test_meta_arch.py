@@ -9,6 +9,7 @@ from model_utils import (
     busy_item,
     empty_item,
     give_distinct_statistics,
+    item,
     one_box_item,
     small_config,
     small_model,
@@ -231,19 +232,19 @@ def test_build_optimizer_parameter_groups_have_expected_rates():
         if isinstance(module, torch.nn.BatchNorm2d)
         for p in module.parameters()
     }
-    slow_names = ("predicate_backbone.", "relation_head.subject_box_head.")
-    slow_names += ("relation_head.object_box_head.", "relation_head.predicate_box_head.")
+    slow_names = ("predicate_backbone.", "relation_head.predicate_box_head.")
+    table = "relation_head.semantic.table.weight"
     kinds = set()
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             assert id(parameter) not in found
             continue
-        slow, bias = name.startswith(slow_names), name.endswith(".bias")
+        slow, bias = name.startswith(slow_names), name.endswith(".bias") or name == table
         rate, decay = found[id(parameter)]
         assert rate == pytest.approx(0.01 * (0.1 if slow else 1) * (2 if bias else 1)), name
         assert decay == (0.0 if bias or id(parameter) in norms else 1e-4), name
         kinds.add((slow, bias))
-    assert len(kinds) == 4
+    assert len(kinds) == 4 and model.get_parameter(table).requires_grad
 
 
 def test_build_optimizer_unknown_name_raises():
@@ -285,6 +286,20 @@ def test_reldn_each_task_output_contract_holds(task):
         torch.testing.assert_close(relations.scores, relations.predicate_scores)
     else:
         assert ((found.scores > 1 / 10) & (found.scores < 1)).all()
+
+
+@pytest.mark.parametrize("task", ["sgcls", "prdcls"])
+def test_reldn_given_boxes_are_all_paired_and_keep_their_classes(task):
+    """The overlap filter concerns detected boxes only. The first three boxes are equal."""
+    model = small_model(
+        *("TEST.RELATIONS.TASK", task, "TEST.RELATIONS.TOPK", 1000, f"{HEAD}.OVERLAP_FILTER", True)
+    )
+    boxes = [[10, 5, 40, 60]] * 3 + [[60, 25, 75, 40]]
+    (result,) = predict(model, [item(boxes, [3, 1, 3, 7])])
+    pairs = {tuple(x) for x in result["relations"].pairs.tolist()}
+    assert pairs == set(itertools.permutations(range(4), 2))
+    if task == "prdcls":
+        assert result["instances"].pred_classes.tolist() == [3, 1, 3, 7]
 
 
 def test_reldn_sgcls_takes_best_class_but_not_background():

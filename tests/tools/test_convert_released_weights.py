@@ -2,6 +2,7 @@
 
 import importlib.util
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,6 @@ from model_utils import ROOT, TINY, busy_item, released_state, small_config
 
 import reldn_d2
 from reldn_d2 import RelDNCheckpointer
-from reldn_d2.modeling.relation_head.predictors import spatial_features
 
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes
@@ -134,6 +134,33 @@ def test_to_ours_vgg_under_other_container_names_gives_the_same(tool):
     assert all(torch.equal(ours[name], again[name]) for name in ours)
 
 
+def released_spatial_vector(subject, object_, height, width):
+    """The released code's 28 values of one pair of XYXY boxes, written down from its formula."""
+
+    def delta(first, second):
+        w1, h1 = first[2] - first[0], first[3] - first[1]
+        w2, h2 = second[2] - second[0], second[3] - second[1]
+        x1, y1 = first[0] + 0.5 * w1, first[1] + 0.5 * h1
+        x2, y2 = second[0] + 0.5 * w2, second[1] + 0.5 * h2
+        return [
+            (x2 - x1) / w1,
+            (y2 - y1) / h1,
+            np.log(w2 / w1),
+            np.log(h2 / h1),
+            (x1 - x2) / w2,
+            (y1 - y2) / h2,
+        ]
+
+    def position(box):
+        w, h = box[2] - box[0], box[3] - box[1]
+        relative = [box[0] / width, box[1] / height, (box[0] + w) / width, (box[1] + h) / height]
+        return [*relative, w * h / (width * height)]
+
+    union = np.concatenate([np.minimum(subject, object_)[:2], np.maximum(subject, object_)[2:]])
+    deltas = [*delta(subject, object_), *delta(subject, union), *delta(union, object_)]
+    return np.array([*deltas, *position(subject), *position(object_)])
+
+
 def test_converted_head_gives_the_probabilities_of_the_released_formula(tool):
     """The released relation head, written out on the released weights."""
     cfg = resnet_config()
@@ -179,14 +206,38 @@ def test_converted_head_gives_the_probabilities_of_the_released_formula(tool):
         scores = scores + layer("RelDN.prd_obj_scores", thing)
         table = theirs["RelDN.freq_bias.rel_baseline.weight"]
         scores = scores + table[classes[s] * 9 + classes[o]]
-        sizes = torch.tensor([size], dtype=torch.float32).expand(4, 2)
-        x = spatial_features(boxes.tensor[s], boxes.tensor[o], sizes)
+        table = boxes.tensor.double().numpy()
+        x = [released_spatial_vector(table[i], table[j], *size) for i, j in pairs.tolist()]
+        x = torch.tensor(np.array(x), dtype=torch.float32)
         x = F.leaky_relu(layer("RelDN.spt_cls_feats.0", x), 0.1)
         x = F.leaky_relu(layer("RelDN.spt_cls_feats.2", x), 0.1)
-        probabilities = (scores + layer("RelDN.spt_cls_scores", x)).softmax(dim=1)
+        spatial = layer("RelDN.spt_cls_scores", x)
+        probabilities = (scores + spatial).softmax(dim=1)
+    assert spatial.std() > 0.01  # the spatial part matters
     torch.testing.assert_close(ours[:, :-1], probabilities[:, 1:])  # their first is ours last
     torch.testing.assert_close(ours[:, -1], probabilities[:, 0])
     assert ours.std() > 1e-3
+
+
+@pytest.mark.parametrize("config, ratio", [(resnet_config, 2), (vgg_config, 0)])
+def test_main_writes_released_anchors_pooling_and_pixels(tool, tmp_path, config, ratio):
+    cfg = config()
+    source, yaml = tmp_path / "model_step1.pth", tmp_path / "experiment.yaml"
+    torch.save({"model": released_state(tool, cfg)}, source)
+    yaml.write_text(cfg.dump())
+    tool.main([str(source), str(tmp_path / "oi.pth"), "--config-file", str(yaml)])
+    model = reldn_d2.load_config(str(tmp_path / "oi.yaml")).MODEL
+    assert model.ANCHOR_GENERATOR.OFFSET == 0.5
+    assert model.PIXEL_MEAN == [102.9801, 115.9465, 122.7717] and model.PIXEL_STD == [1.0] * 3
+    for head in (model.ROI_BOX_HEAD, model.ROI_RELATION_HEAD):
+        assert (head.POOLER_TYPE, head.POOLER_SAMPLING_RATIO) == ("ROIAlign", ratio)
+    # The poolers and anchors of the model that the YAML file describes.
+    built = build_model(reldn_d2.load_config(str(tmp_path / "oi.yaml")))
+    poolers = [built.detector.model.roi_heads.box_pooler, built.relation_head.entity_pooler]
+    for pooler in (*poolers, built.relation_head.predicate_pooler):
+        for level in pooler.level_poolers:
+            assert (level.aligned, level.sampling_ratio) == (False, ratio)
+    assert built.detector.model.proposal_generator.anchor_generator.offset == 0.5
 
 
 def test_converted_frozen_norms_equal_the_released_affine_maps(tool):

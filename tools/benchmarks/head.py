@@ -52,6 +52,7 @@ def draw_batch(num_boxes: int, shapes: Shapes, device: str) -> tuple:
     entities = Instances(size)
     entities.proposal_boxes = Boxes(targets.gt_boxes.tensor[source] + shift.to(device))
     entities.gt_classes = targets.gt_classes[source]
+    entities.gt_index = torch.full_like(entities.gt_classes, -1)  # proposals
     maps, predicate_maps = (feature_maps(shapes, device, seed) for seed in (1, 2))
     predicate_maps = {name: x.requires_grad_() for name, x in predicate_maps.items()}
     return maps, predicate_maps, [entities], [(targets, relations.to(device))]

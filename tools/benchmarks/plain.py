@@ -130,6 +130,7 @@ def plain_head_losses(head, features, predicate_features, proposals, targets) ->
         relations.gt_pairs,
         relations.gt_predicates,
         num_predicates=head.num_predicates,
+        gt_index=entities.gt_index,
         overlap_filter=head.overlap_filter,
         iou_threshold=head.pair_iou_threshold,
     )

@@ -117,6 +117,8 @@ def register_all_visual_genome(root: str) -> None:
             os.path.join(folder, "image_data.json"),
             os.path.join(folder, "VG_100K"),
             split,
+            # Trained and counted without them, as in Neural Motifs and the released code.
+            keep_images_without_relations=train_dataset is not None,
             merge_duplicates=train_dataset is None,
             metadata=_metadata(train_dataset),
         )

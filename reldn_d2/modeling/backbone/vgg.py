@@ -117,20 +117,26 @@ def build_vgg16_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> VGG16:
 
 @ROI_BOX_HEAD_REGISTRY.register()
 class VGG16BoxHead(nn.Sequential):
-    """fc6 and fc7 of VGG16, on (R, C, 7, 7); d is ``MODEL.ROI_BOX_HEAD.FC_DIM``, 4096 in VGG16."""
+    """fc6 and fc7 of VGG16, on (R, C, 7, 7); d is ``MODEL.ROI_BOX_HEAD.FC_DIM``, 4096 in VGG16.
+
+    The dropout after fc6 is off in a detector and on in the relation head, see
+    :func:`..relation_head.build.build_visual_parts`.
+    """
 
     @configurable
-    def __init__(self, input_shape: ShapeSpec, *, fc_dim: int = 4096):
+    def __init__(self, input_shape: ShapeSpec, *, fc_dim: int = 4096, dropout: float = 0.0):
         """
         Args:
             input_shape: channels, height and width of a pooled ROI.
             fc_dim: d.
+            dropout: share of the values after fc6 that are set to 0 in training.
         """
         size = input_shape.channels * (input_shape.height or 1) * (input_shape.width or 1)
         layers = OrderedDict(
             flatten=nn.Flatten(),
             fc6=nn.Linear(size, fc_dim),
             fc6_relu=nn.ReLU(),
+            fc6_dropout=nn.Dropout(dropout),
             fc7=nn.Linear(fc_dim, fc_dim),
             fc7_relu=nn.ReLU(),
         )

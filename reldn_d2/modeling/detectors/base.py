@@ -175,8 +175,9 @@ def label_entities(
 ) -> list[Instances]:
     """Choose training entities: boxes that match a ground-truth box, with its class (section 5).
 
-    The ground-truth boxes are appended to the proposals; up to ``max_entities`` of the boxes that
-    match are drawn at random.
+    The ground-truth boxes are appended to the proposals, and up to ``max_entities`` boxes that
+    match are drawn at random: first the ground-truth boxes, then proposals. A ground-truth box
+    keeps its own class, whatever other boxes are equal to it.
 
     Args:
         proposals: candidate boxes of each image; may be empty.
@@ -185,10 +186,13 @@ def label_entities(
         max_entities: max entities per image.
 
     Returns:
-        ``proposal_boxes`` and ``gt_classes`` of each image.
+        ``proposal_boxes``, ``gt_classes`` and ``gt_index`` of each image; the latter is the index
+        of a ground-truth box among the targets, and -1 for a proposal.
     """
     entities = []
     for boxes, target in zip(proposals, targets):
+        own = torch.arange(len(target), device=boxes.device)
+        gt_index = torch.cat([own.new_full((len(boxes),), -1), own])
         boxes = Boxes.cat([boxes, target.gt_boxes])
         result = Instances(target.image_size)
         if len(target) == 0:
@@ -196,9 +200,13 @@ def label_entities(
             matched = chosen
         else:
             overlap, matched = pairwise_iou(target.gt_boxes, boxes).max(dim=0)
-            drawn = sample_mask(overlap >= iou_threshold, max_entities, max_entities)
+            is_own = gt_index >= 0
+            matched = torch.where(is_own, gt_index, matched)
+            candidates = is_own | (overlap >= iou_threshold)
+            drawn = sample_mask(candidates, max_entities, max_entities, preferred=is_own)
             chosen = drawn.nonzero().squeeze(1)
         result.proposal_boxes = boxes[chosen]
         result.gt_classes = target.gt_classes[matched[chosen]]
+        result.gt_index = gt_index[chosen]
         entities.append(result)
     return entities

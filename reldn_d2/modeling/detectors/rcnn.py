@@ -4,6 +4,9 @@ Shapes: R boxes of one image, K entity classes, d values per ROI vector, c chann
 Boxes are XYXY in pixels of the network's input.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import Tensor, nn
 
 from detectron2.config import CfgNode, configurable
@@ -16,6 +19,27 @@ from detectron2.structures import Boxes, Instances
 from .base import ENTITY_DETECTOR_REGISTRY, EntityDetector
 
 __all__ = ["C4RCNNDetector", "CascadeRCNNDetector", "GeneralizedRCNNDetector", "Res5BoxHead"]
+
+
+@contextmanager
+def _training_limits(proposal_generator: nn.Module | None) -> Iterator[None]:
+    """Let an RPN in eval mode keep as many proposals as in training, while the block runs.
+
+    Other proposal generators, which have no such limits, stay as they are.
+    """
+    limits = [
+        getattr(proposal_generator, name)  # {is training: limit}
+        for name in ("pre_nms_topk", "post_nms_topk")
+        if isinstance(getattr(proposal_generator, name, None), dict)
+    ]
+    before = [limit[False] for limit in limits]
+    try:
+        for limit in limits:
+            limit[False] = limit[True]
+        yield
+    finally:
+        for limit, value in zip(limits, before):
+            limit[False] = value
 
 
 @ENTITY_DETECTOR_REGISTRY.register()
@@ -68,7 +92,14 @@ class GeneralizedRCNNDetector(EntityDetector):
         return self.model.proposal_generator(images, features, None)[0]
 
     def propose(self, batched_inputs, images, features) -> list[Boxes]:
-        return [x.proposal_boxes for x in self._proposals(batched_inputs, images, features)]
+        """Return the RPN's proposals, as many as in the detector's own training.
+
+        ``MODEL.RPN.PRE_NMS_TOPK_TRAIN`` and ``POST_NMS_TOPK_TRAIN`` apply, although the detector is
+        frozen and in eval mode.
+        """
+        with _training_limits(self.model.proposal_generator):
+            proposals = self._proposals(batched_inputs, images, features)
+        return [x.proposal_boxes for x in proposals]
 
     def detect(self, batched_inputs, images, features) -> list[Instances]:
         proposals = self._proposals(batched_inputs, images, features)

@@ -8,6 +8,7 @@ from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.roi_heads.box_head import build_box_head
 from detectron2.utils.registry import Registry
 
+from ..backbone.vgg import VGG16BoxHead
 from .predictors import VisualModule, without_last_relu
 
 __all__ = ["ROI_RELATION_HEAD_REGISTRY", "build_relation_head", "build_visual_parts"]
@@ -18,7 +19,7 @@ Registry for relation heads, which predict the predicates of pairs of entities.
 
 The registered object is called with ``obj(cfg, entity_shape, predicate_shape)``: the output shapes
 of the detector's and of the predicate backbone, as dicts from feature name to ShapeSpec. It is used
-like :class:`reldn_d2.modeling.relation_head.RelDNHead`.
+like :class:`reldn_d2.modeling.relation_head.RelDNHead`, whose ``forward`` describes the arguments.
 """
 
 
@@ -63,6 +64,8 @@ def build_visual_parts(
         channels = shape[in_features[0]].channels
         pooled = ShapeSpec(channels=channels, height=resolution, width=resolution)
         built = build_box_head(cfg, pooled)
+        if isinstance(built, VGG16BoxHead):
+            built.fc6_dropout.p = head.FC6_DROPOUT
         return without_last_relu(built) if head.NO_FC7_RELU else built
 
     parts = {"entity_pooler": pooler(entity_shape)}

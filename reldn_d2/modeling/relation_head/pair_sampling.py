@@ -5,7 +5,7 @@ Shapes: R entities of one image, Q sampled pairs, C predicates.
 Pairs are drawn as masks over the (R, R) grid of an image, so that no pair is drawn twice and the
 pairs of all losses can be joined: each distinct pair passes through the head once. All draws use
 the same random key per pair. So each draw is uniform over its candidates, as if it were the only
-one, and the draws share as many pairs as possible.
+one, and the draws share as many pairs as their preferences allow.
 """
 
 from dataclasses import dataclass
@@ -71,6 +71,9 @@ def sample_pairs(
     """Draw the pairs of one image for L0 and for both sides of L1-L3.
 
     L0 takes up to ``num_positive`` positive pairs and fills up to ``num_pairs`` with negative ones.
+    Annotated pairs of ground-truth boxes come before other positive pairs. All of them take part,
+    even more than ``num_positive``, but not more than ``num_pairs``.
+
     With subjects as anchors L1-L3 take up to ``num_anchor_positive`` positive pairs and up to
     ``num_anchor_negative`` negative ones whose subject matches a ground-truth subject, those first
     whose object matches a ground-truth object; with objects as anchors the other way round.
@@ -84,8 +87,8 @@ def sample_pairs(
     """
     positive, negative = grid.positive, grid.negative
     keys = random_keys(positive, generator)
-    num_positive = min(num_positive, num_pairs)
-    chosen = sample_mask(positive, num_positive, num_positive, keys=keys)
+    num_positive = grid.annotated.sum().clamp(min=min(num_positive, num_pairs), max=num_pairs)
+    chosen = sample_mask(positive, num_positive, num_pairs, preferred=grid.annotated, keys=keys)
     num_negative = num_pairs - chosen.sum()
     for_predicate = chosen | sample_mask(negative, num_negative, num_pairs, keys=keys)
     related = sample_mask(positive, num_anchor_positive, num_anchor_positive, keys=keys)

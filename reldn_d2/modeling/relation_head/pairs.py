@@ -17,7 +17,12 @@ from ...structures.box_ops import boxes_overlap
 __all__ = ["EntityBatch", "PairGrid", "candidate_pairs", "distinct_unions", "match_pairs"]
 
 
-def candidate_pairs(boxes: Tensor, overlap_filter: bool) -> Tensor:
+# Overlap of a ground-truth box with itself: above every IoU, so that no other box, however close,
+# comes before it.
+_SAME_ENTITY = 2.0
+
+
+def candidate_pairs(boxes: Tensor, overlap_filter: bool, exempt: Tensor | None = None) -> Tensor:
     """Find all ordered pairs (i, j), i != j, that a relation may hold between.
 
     Under tracing the number of entities is not written into the graph.
@@ -25,6 +30,7 @@ def candidate_pairs(boxes: Tensor, overlap_filter: bool) -> Tensor:
     Args:
         boxes: (R, 4).
         overlap_filter: leave out pairs whose boxes do not overlap (IoU > 0).
+        exempt: (R,) bool, boxes whose pairs are not filtered; None means no box.
 
     Returns:
         (R, R) bool; row: subject, column: object.
@@ -32,7 +38,10 @@ def candidate_pairs(boxes: Tensor, overlap_filter: bool) -> Tensor:
     index = torch.arange(boxes.shape[0], device=boxes.device)
     candidates = index[:, None] != index[None]
     if overlap_filter:
-        candidates = candidates & boxes_overlap(boxes[:, None], boxes[None])
+        kept = boxes_overlap(boxes[:, None], boxes[None])
+        if exempt is not None:
+            kept = kept | exempt[:, None] | exempt[None]
+        candidates = candidates & kept
     return candidates
 
 
@@ -79,6 +88,7 @@ class PairGrid:
             the last row is empty.
         is_subject: (R,) bool, the entity matches a ground-truth subject.
         is_object: (R,) bool, the entity matches a ground-truth object.
+        annotated: (R, R) bool, pairs of ground-truth boxes with an annotated relation.
     """
 
     candidates: Tensor
@@ -86,6 +96,7 @@ class PairGrid:
     label_sets: Tensor
     is_subject: Tensor
     is_object: Tensor
+    annotated: Tensor
 
     @property
     def positive(self) -> Tensor:
@@ -114,6 +125,7 @@ def match_pairs(
     gt_predicates: Tensor,
     *,
     num_predicates: int,
+    gt_index: Tensor | None = None,
     overlap_filter: bool = False,
     iou_threshold: float = 0.5,
 ) -> PairGrid:
@@ -122,6 +134,7 @@ def match_pairs(
     A pair's overlap with a relation is ``min(IoU(subject, gt subject), IoU(object, gt object))``,
     and 0 if a class differs. The pair is positive if its highest overlap is at least
     ``iou_threshold``; its label set is all predicates of the best matching ground-truth pair.
+    A ground-truth box matches itself best, even if another one has the same box and class.
 
     Args:
         entities: R boxes and (R,) classes.
@@ -129,20 +142,26 @@ def match_pairs(
         gt_pairs: (M, 2) subject and object index into the targets.
         gt_predicates: (M,) predicates.
         num_predicates: C.
-        overlap_filter: see :func:`candidate_pairs`.
+        gt_index: (R,) int64, the target that an entity is, -1 for a proposal; None if all are
+            proposals.
+        overlap_filter: see :func:`candidate_pairs`; pairs with a ground-truth box are exempt.
         iou_threshold: minimum overlap of a positive pair.
     """
     boxes, classes = entities
-    candidates = candidate_pairs(boxes.tensor, overlap_filter)
+    if gt_index is None:
+        gt_index = torch.full_like(classes, -1)
+    candidates = candidate_pairs(boxes.tensor, overlap_filter, exempt=gt_index >= 0)
     sets = _label_sets(gt_pairs, gt_predicates, num_predicates)
     num_entities, num_relations = len(boxes), len(gt_pairs)
     if num_relations == 0 or num_entities == 0:
         none = torch.zeros(num_entities, dtype=torch.bool, device=boxes.device)
         match = torch.full_like(candidates, num_relations, dtype=torch.int64)
-        return PairGrid(candidates, match, sets, none, none)
+        return PairGrid(candidates, match, sets, none, none, torch.zeros_like(candidates))
 
     target_boxes, target_classes = targets
     iou = pairwise_iou(boxes, target_boxes) * (classes[:, None] == target_classes[None])
+    target_index = torch.arange(len(target_boxes), device=boxes.device)
+    iou = iou.masked_fill(gt_index[:, None] == target_index[None], _SAME_ENTITY)
     as_subject, as_object = iou[:, gt_pairs[:, 0]], iou[:, gt_pairs[:, 1]]
     overlap, match = torch.minimum(as_subject[:, None], as_object[None]).max(dim=2)
     return PairGrid(
@@ -151,6 +170,7 @@ def match_pairs(
         label_sets=sets,
         is_subject=(as_subject >= iou_threshold).any(dim=1),
         is_object=(as_object >= iou_threshold).any(dim=1),
+        annotated=overlap == _SAME_ENTITY,  # both ends are the relation's own
     )
 
 

@@ -4,6 +4,9 @@ Shapes: R entities, U union boxes, P pairs, d values per ROI vector, K entity cl
 Boxes are XYXY in pixels of the network's input.
 """
 
+import logging
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -169,16 +172,22 @@ class SemanticModule(nn.Module):
         return self.table(subject_classes * self.num_classes + object_classes)
 
 
+logger = logging.getLogger(__name__)
+
 SPATIAL_FEATURE_SIZE = 28
 _SMALLEST_SIDE = 1.0  # pixels; minimum width and height of a box in a denominator
 
 
 def _box_delta(first: Tensor, second: Tensor) -> Tensor:
-    """Compute Eq 9 between box centres, and the offsets seen from the other box: (P, 6)."""
+    """Compute the released code's form of Eq 9 between box centres: (P, 6).
+
+    The offset from the first to the second box in units of the first, the logarithms of the ratios
+    of their sides, and the offset back in units of the second box.
+    """
     size1 = (first[:, 2:] - first[:, :2]).clamp(min=_SMALLEST_SIDE)
     size2 = (second[:, 2:] - second[:, :2]).clamp(min=_SMALLEST_SIDE)
-    offset = (first[:, :2] + first[:, 2:] - second[:, :2] - second[:, 2:]) / 2
-    return torch.cat([offset / size2, torch.log(size1 / size2), -offset / size1], dim=1)
+    offset = (second[:, :2] + second[:, 2:] - first[:, :2] - first[:, 2:]) / 2
+    return torch.cat([offset / size1, torch.log(size2 / size1), -offset / size2], dim=1)
 
 
 def _box_position(boxes: Tensor, image_sizes: Tensor) -> Tensor:
@@ -191,8 +200,9 @@ def _box_position(boxes: Tensor, image_sizes: Tensor) -> Tensor:
 def spatial_features(subject_boxes: Tensor, object_boxes: Tensor, image_sizes: Tensor) -> Tensor:
     """Compute Eq 11 in its 28-d form ``[D(s, o), D(s, u), D(u, o), c(s), c(o)]``.
 
-    ``D`` is the four values of Eq 9, with offsets between box centres, followed by the two offsets
-    in units of the first box's size; ``c`` is Eq 10 and ``u`` the union box.
+    The order and the signs are those of the released code: ``D(1, 2)`` is ``[(x2 - x1) / w1,
+    (y2 - y1) / h1, log(w2 / w1), log(h2 / h1), (x1 - x2) / w2, (y1 - y2) / h2]`` with the centres
+    (x, y) of the boxes; ``c`` is Eq 10 and ``u`` the union box.
 
     Args:
         subject_boxes, object_boxes: (P, 4).
@@ -215,7 +225,13 @@ def spatial_features(subject_boxes: Tensor, object_boxes: Tensor, image_sizes: T
 
 
 class SpatialModule(nn.Sequential):
-    """MLP 28-64-64-(C + 1) with LeakyReLU(0.1) on :func:`spatial_features`."""
+    """MLP 28-64-64-(C + 1) with LeakyReLU(0.1) on :func:`spatial_features`.
+
+    The buffer ``feature_version`` says which order and signs of the features the weights expect.
+    State dicts of version 1 lack it; their weights are converted when they are loaded.
+    """
+
+    FEATURE_VERSION = 2
 
     def __init__(self, num_predicates: int, hidden_dim: int = 64):
         super().__init__(
@@ -225,3 +241,33 @@ class SpatialModule(nn.Sequential):
             nn.LeakyReLU(0.1),
             nn.Linear(hidden_dim, num_predicates + 1),
         )
+        self.register_buffer("feature_version", torch.tensor(self.FEATURE_VERSION))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        version, weight = f"{prefix}feature_version", f"{prefix}0.weight"
+        if version not in state_dict:
+            state_dict[version] = torch.tensor(self.FEATURE_VERSION)
+            if weight in state_dict:
+                state_dict[weight] = _convert_first_layer(state_dict[weight])
+                logger.info(
+                    f"Converted {weight} to the current order and signs of the spatial features; "
+                    "the predictions stay the same."
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _convert_first_layer(weight: Tensor) -> Tensor:
+    """Convert the first layer from version 1 of the spatial features to version 2.
+
+    Version 1 of ``D(1, 2)`` had its two offsets exchanged and the logarithms negated.
+
+    Args:
+        weight: (h, 28) for version 1; unchanged.
+
+    Returns:
+        (h, 28), which gives the same values on features of version 2.
+    """
+    deltas, positions = weight[:, :18].unflatten(1, (3, 3, 2)), weight[:, 18:]
+    offset2, logarithm, offset1 = deltas.unbind(2)  # by the size of the second, of the first box
+    converted = torch.stack([offset1, -logarithm, offset2], dim=2)
+    return torch.cat([converted.flatten(1), positions], dim=1)

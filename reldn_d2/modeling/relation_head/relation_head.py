@@ -73,7 +73,9 @@ class RelDNHead(nn.Module):
                 backbone's feature maps; None if the visual module does not need them.
             subject_box_head, object_box_head, predicate_box_head: (R, c, h, w) to (R, d); likewise.
             semantic, spatial, visual: the three modules; None switches one off.
-            overlap_filter: use only pairs whose boxes overlap.
+            overlap_filter: leave out pairs of detected boxes (in training: of proposals) that do
+                not overlap. Pairs of given boxes, and in training pairs with a ground-truth box,
+                are all used.
             pair_iou_threshold: minimum overlap of a pair with a ground-truth relation that it
                 matches.
             sampling: keyword arguments of :func:`.pair_sampling.sample_pairs`.
@@ -264,16 +266,21 @@ class RelDNHead(nn.Module):
         predicate_features: dict[str, Tensor] | None,
         entities: list[Instances],
         targets: list[tuple[Instances, Instances]] | None = None,
+        *,
+        boxes_given: bool = False,
     ):
         """Compute losses in training, and the best relations otherwise.
 
         Args:
             features: the detector's feature maps, (N, c, h, w) each.
             predicate_features: the predicate backbone's feature maps; None if not needed.
-            entities: one per image; in training with ``proposal_boxes`` and ``gt_classes``, at test
-                time with ``pred_boxes``, ``pred_classes`` and ``scores``.
+            entities: one per image; in training with ``proposal_boxes``, ``gt_classes`` and
+                ``gt_index`` (see :func:`..detectors.label_entities`), at test time with
+                ``pred_boxes``, ``pred_classes`` and ``scores``.
             targets: in training, the ground-truth ``instances`` (``gt_boxes``, ``gt_classes``) and
                 ``relations`` (``gt_pairs``, ``gt_predicates``) of each image.
+            boxes_given: at test time, whether the boxes are given (SGCLS, PRDCLS) and not detected;
+                then the overlap filter does not apply.
 
         Returns:
             In training a dict of losses, weighted by their lambdas. Otherwise the relations of each
@@ -286,6 +293,7 @@ class RelDNHead(nn.Module):
                 {name: x[i : i + 1] for name, x in features.items()},
                 predicate_features and {n: x[i : i + 1] for n, x in predicate_features.items()},
                 instances,
+                overlap_filter=self.overlap_filter and not boxes_given,
             )
             for i, instances in enumerate(entities)
         ]
@@ -301,13 +309,16 @@ class RelDNHead(nn.Module):
         boxes, classes = [x.proposal_boxes for x in proposals], [x.gt_classes for x in proposals]
         entities = self.encode_entities(features, boxes, classes, [x.image_size for x in proposals])
         samples = []
-        for image_boxes, image_classes, (instances, relations) in zip(boxes, classes, targets):
+        own = [x.gt_index for x in proposals]
+        for image_boxes, image_classes, gt_index, target in zip(boxes, classes, own, targets):
+            instances, relations = target
             grid = match_pairs(
                 (image_boxes, image_classes),
                 (instances.gt_boxes, instances.gt_classes),
                 relations.gt_pairs,
                 relations.gt_predicates,
                 num_predicates=self.num_predicates,
+                gt_index=gt_index,
                 overlap_filter=self.overlap_filter,
                 iou_threshold=self.pair_iou_threshold,
             )
@@ -331,8 +342,7 @@ class RelDNHead(nn.Module):
                 log_first_n(
                     logging.WARNING,
                     f"Iteration {storage.iter}: no pair to train on in {len(proposals)} images. "
-                    "With MODEL.ROI_RELATION_HEAD.OVERLAP_FILTER on, pairs whose boxes do not "
-                    "overlap are left out; images with fewer than two annotations have none.",
+                    "Images with fewer than two annotations have none.",
                     n=3,
                 )
         return result.losses
@@ -342,6 +352,8 @@ class RelDNHead(nn.Module):
         features: dict[str, Tensor],
         predicate_features: dict[str, Tensor] | None,
         instances: Instances,
+        *,
+        overlap_filter: bool,
     ) -> Instances:
         """Rank the triplets of one image; memory is bounded by ``pair_chunk``."""
         entities = self.encode_entities(
@@ -359,7 +371,7 @@ class RelDNHead(nn.Module):
         relations, _ = best_triplets(
             score_pairs,
             instances.scores,
-            instances.pred_boxes.tensor if self.overlap_filter else None,
+            instances.pred_boxes.tensor if overlap_filter else None,
             instances.image_size,
             num_predicates=self.num_predicates,
             predicates_per_pair=self.predicates_per_pair,

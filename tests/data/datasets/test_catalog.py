@@ -16,6 +16,7 @@ from PIL import Image
 import reldn_d2.data.datasets.image_sizes as image_sizes_module
 from reldn_d2.data import RelationDatasetMapper
 from reldn_d2.data.datasets import (
+    builtin,
     register_openimages_vrd,
     register_relation_instances,
 )
@@ -56,6 +57,23 @@ def test_builtin_datasets_register_without_files():
         assert metadata.evaluator_type in ("vrd", "scene_graph", "openimages_vrd", "relation")
         if metadata.get("train_dataset"):
             assert metadata.train_dataset in DatasetCatalog.list()
+
+
+def test_builtin_visual_genome_trains_without_images_that_have_no_relation(monkeypatch):
+    keeps = {}
+    monkeypatch.setattr(
+        builtin,
+        "register_visual_genome",
+        lambda name, *paths, keep_images_without_relations, **options: keeps.update(
+            {name: keep_images_without_relations}
+        ),
+    )
+    builtin.register_all_visual_genome("datasets")
+    assert keeps == {
+        f"visual_genome{kind}_{split}": split != "train"
+        for kind in ("", "_attributes")
+        for split in ("train", "val", "test")
+    }
 
 
 def test_image_sizes_cached_until_image_changes(tmp_path, monkeypatch):

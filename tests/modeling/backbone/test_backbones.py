@@ -20,7 +20,7 @@ from reldn_d2.checkpoint.detection_checkpoint import read_checkpoint
 from reldn_d2.checkpoint.reldn_checkpoint import (
     DetectorCheckpointer,
     initialize_relation_branch,
-    pretrained_modules,
+    pretrained_predicate_modules,
 )
 from reldn_d2.engine.optimizer import build_optimizer
 from reldn_d2.modeling.backbone import VGG16, VGG16BoxHead, share_first_stages
@@ -223,12 +223,8 @@ def test_predicate_backbone_other_kind_loads_its_own_weights(tmp_path, caplog):
         assert torch.equal(value, wanted[name])
     head = model.relation_head
     assert torch.equal(head.subject_box_head.fc1.weight, model.detector.box_head.fc1.weight)
-    assert pretrained_modules(model) == [
-        model.predicate_backbone,
-        head.subject_box_head,
-        head.object_box_head,
-    ]
-    assert random.predicate_backbone not in pretrained_modules(random)
+    assert pretrained_predicate_modules(model) == [model.predicate_backbone]
+    assert random.predicate_backbone not in pretrained_predicate_modules(random)
     sum(losses(model.train()).values()).backward()
     assert all(p.grad is not None for p in model.predicate_backbone.parameters())
     with pytest.raises(ValueError, match="predicate backbone has no map .*'p4'.*IN_FEATURES"):
@@ -278,9 +274,34 @@ def test_precomputed_detector_without_box_head_loads_backbone(tmp_path):
         RelDNCheckpointer(model_of("precomputed")).load(str(tmp_path / "backbone.pth"))
     model = model_of("precomputed", "MODEL.RELDN.PRECOMPUTED_BOX_HEAD", False)
     RelDNCheckpointer(model).load(str(tmp_path / "backbone.pth"))
-    assert model.detector.box_head is None and len(pretrained_modules(model)) == 1
+    assert model.detector.box_head is None and len(pretrained_predicate_modules(model)) == 1
     for name, value in source.state_dict().items():
         assert torch.equal(model.predicate_backbone.state_dict()[name], value)
+
+
+def test_vgg16_relation_box_heads_drop_values_in_training_only():
+    """The released rate, after fc6 of all three; the detector's own head has none."""
+    model = model_of("faster_rcnn_VGG16")
+    assert model.detector.box_head.fc6_dropout.p == 0.0
+    assert set(model.detector.box_head.state_dict()) == {
+        f"{layer}.{kind}" for layer in ("fc6", "fc7") for kind in ("weight", "bias")
+    }
+    x = torch.randn(64, 32, 7, 7)
+    assert len(model.relation_head.box_heads) == 3
+    for box_head in model.relation_head.box_heads:
+        names = list(dict(box_head.named_children()))
+        assert names[1:4] == ["fc6", "fc6_relu", "fc6_dropout"]
+        box_head.train()
+        first, dropout = torch.nn.Sequential(*list(box_head)[:3]), box_head.fc6_dropout
+        before = first(x)
+        after = dropout(before)
+        kept = after != 0
+        torch.testing.assert_close(after[kept], 2 * before[kept])  # a rate of a half
+        assert 0.3 < kept[before > 0].float().mean() < 0.7
+        box_head.eval()
+        assert torch.equal(dropout(before), before)
+    off = model_of("faster_rcnn_VGG16", "MODEL.ROI_RELATION_HEAD.FC6_DROPOUT", 0.0)
+    assert all(head.fc6_dropout.p == 0.0 for head in off.relation_head.box_heads)
 
 
 class Evil:

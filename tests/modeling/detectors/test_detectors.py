@@ -19,7 +19,7 @@ import reldn_d2
 from reldn_d2.checkpoint.reldn_checkpoint import (
     DetectorCheckpointer,
     initialize_relation_branch,
-    pretrained_modules,
+    pretrained_predicate_modules,
 )
 from reldn_d2.engine.defaults import RelDNTrainer, check_counts
 from reldn_d2.engine.optimizer import build_optimizer
@@ -180,15 +180,60 @@ def test_initialize_relation_branch_copies_detector_weights(kind):
             wanted = model.detector.box_head.state_dict()
             assert list(box_head.state_dict()) == list(wanted)
             assert all(torch.equal(x, wanted[n]) for n, x in box_head.state_dict().items())
-    # Without a box head to start from, the relation box heads learn at the full rate.
-    slow = pretrained_modules(model)
-    assert len(slow) == (4 if copied else 1)
+    # Without a box head to start from, the predicate box head learns at the full rate, too.
+    slow = pretrained_predicate_modules(model)
+    assert len(slow) == (2 if copied else 1)
     optimizer = build_optimizer(
         detector_config(kind, "SOLVER.OPTIMIZER", "SGD", "SOLVER.BACKBONE_MULTIPLIER", 0.1), model
     )
     rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
-    weight = next(p for p in model.relation_head.subject_box_head.parameters() if p.ndim > 1)
-    assert rates[id(weight)] == pytest.approx(0.001 * (0.1 if copied else 1.0))
+    head = model.relation_head
+    for box_head, factor in (
+        (head.subject_box_head, 1.0),
+        (head.object_box_head, 1.0),
+        (head.predicate_box_head, 0.1 if copied else 1.0),
+    ):
+        weight = next(p for p in box_head.parameters() if p.ndim > 1)
+        assert rates[id(weight)] == pytest.approx(0.001 * factor)
+
+
+@pytest.mark.parametrize(
+    "kind", ["faster_rcnn_FPN", "faster_rcnn_VGG16", "cascade_rcnn_FPN", "faster_rcnn_C4"]
+)
+def test_propose_keeps_as_many_proposals_as_the_detector_in_training(kind):
+    limits = (
+        *("MODEL.RPN.PRE_NMS_TOPK_TRAIN", 50, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 30),
+        *("MODEL.RPN.PRE_NMS_TOPK_TEST", 9, "MODEL.RPN.POST_NMS_TOPK_TEST", 7),
+        *("MODEL.RPN.NMS_THRESH", 1.0),  # so that the limits decide
+    )
+    model = model_of(kind, *limits).train()
+    detector, batch = model.detector, [busy_item(0), busy_item(1)]
+    images = detector.preprocess(batch)
+    with torch.no_grad():
+        features = detector.extract_features(images)
+        proposals = detector.propose(batch, images, features)
+        assert [len(x) for x in proposals] == [30, 30]
+        # Exactly those of the RPN in training mode; and the detector itself does not change.
+        rpn = detector.model.proposal_generator
+        wanted = rpn.predict_proposals(*_rpn_outputs(rpn.train(), features), images.image_sizes)
+        rpn.eval()
+        for found, x in zip(proposals, wanted):
+            assert torch.equal(found.tensor, x.proposal_boxes.tensor)
+        assert [len(x) for x in detector._proposals(batch, images, features)] == [7, 7]
+    assert not any(module.training for module in detector.modules())
+
+
+def _rpn_outputs(rpn, features):
+    """Anchors, logits and deltas, in the order and shapes of ``predict_proposals``."""
+    maps = [features[name] for name in rpn.in_features]
+    anchors = rpn.anchor_generator(maps)
+    logits, deltas = rpn.rpn_head(maps)
+    logits = [x.permute(0, 2, 3, 1).flatten(1) for x in logits]
+    deltas = [
+        x.view(x.shape[0], -1, 4, *x.shape[-2:]).permute(0, 3, 4, 1, 2).flatten(1, -2)
+        for x in deltas
+    ]
+    return anchors, logits, deltas
 
 
 def test_classify_by_overlap_takes_best_product_of_score_and_iou():

@@ -28,13 +28,22 @@ def iou(a, b):
     return both / (area(a) + area(b) - both) if both > 0 else 0.0
 
 
-def match_in_loops(entities, targets, relations, overlap_filter):
-    """Per pair (i, j): None if it is no candidate, else the acceptable label sets."""
+def match_in_loops(entities, own, targets, relations, overlap_filter):
+    """Per pair (i, j): None if it is no candidate, else the acceptable label sets.
+
+    ``own`` is the target that an entity is, or -1. Only pairs of proposals are filtered. The pair
+    of a relation's own two boxes has exactly the labels of that relation's pair.
+    """
     result = {}
     for i, (box_i, class_i) in enumerate(entities):
         for j, (box_j, class_j) in enumerate(entities):
-            if i == j or (overlap_filter and iou(box_i, box_j) == 0):
+            filtered = overlap_filter and own[i] < 0 and own[j] < 0
+            if i == j or (filtered and iou(box_i, box_j) == 0):
                 result[i, j] = None
+                continue
+            exact = {p for s, o, p in relations if (s, o) == (own[i], own[j])}
+            if exact:
+                result[i, j] = [exact]
                 continue
             best, sets = 0.0, [set()]
             for s, o, _ in relations:
@@ -50,7 +59,7 @@ def match_in_loops(entities, targets, relations, overlap_filter):
     return result
 
 
-def as_grid(entities, targets, relations, **kwargs):
+def as_grid(entities, targets, relations, own=None, **kwargs):
     def split(entries):
         boxes = torch.tensor([box for box, _ in entries]).reshape(-1, 4)
         return Boxes(boxes), torch.tensor([c for _, c in entries], dtype=torch.int64)
@@ -62,6 +71,7 @@ def as_grid(entities, targets, relations, **kwargs):
         table[:, :2],
         table[:, 2],
         num_predicates=NUM_PREDICATES,
+        gt_index=None if own is None else torch.tensor(own, dtype=torch.int64),
         **kwargs,
     )
 
@@ -86,19 +96,24 @@ def scenes(draw):
     )
     relations = [r for r in relations if r[0] != r[1]]
     near = st.sampled_from(targets) if targets else entries
-    entities = draw(st.lists(st.one_of(entries, near), max_size=6))
-    return entities, targets, relations
+    entities = [(x, -1) for x in draw(st.lists(st.one_of(entries, near), max_size=4))]
+    kept = draw(st.sets(indices)) if targets else ()
+    entities += [(targets[i], i) for i in kept]
+    entities = draw(st.permutations(entities))
+    return [x for x, _ in entities], [i for _, i in entities], targets, relations
 
 
 @settings(deadline=None, max_examples=300)
 @given(scenes(), st.booleans())
 def test_match_pairs_random_scenes_equal_plain_loops(scene, overlap_filter):
-    entities, targets, relations = scene
-    grid = as_grid(entities, targets, relations, overlap_filter=overlap_filter)
-    expected = match_in_loops(entities, targets, relations, overlap_filter)
+    entities, own, targets, relations = scene
+    grid = as_grid(entities, targets, relations, own, overlap_filter=overlap_filter)
+    expected = match_in_loops(entities, own, targets, relations, overlap_filter)
+    annotated = {(s, o) for s, o, _ in relations}
     assert grid.match.shape == grid.candidates.shape == (len(entities),) * 2
     for (i, j), sets in expected.items():
         assert bool(grid.candidates[i, j]) == (sets is not None)
+        assert bool(grid.annotated[i, j]) == (i != j and (own[i], own[j]) in annotated)
         if sets is None:
             assert not grid.positive[i, j] and not grid.negative[i, j]
         else:
@@ -147,6 +162,22 @@ def test_match_pairs_overlap_equal_to_threshold_matches():
 def test_match_pairs_repeated_relation_is_one_label():
     grid = as_grid([(BIG, 0), (FAR, 1)], [(BIG, 0), (FAR, 1)], [(0, 1, 2), (0, 1, 2)])
     assert labels_of(grid, 0, 1) == {2}
+
+
+def test_match_pairs_equal_boxes_of_one_class_keep_their_own_labels():
+    targets = [(BIG, 0), (BIG, 0), (FAR, 1)]
+    relations = [(0, 2, 0), (1, 2, 1), (1, 2, 2)]
+    grid = as_grid(targets, targets, relations, own=[0, 1, 2])
+    assert labels_of(grid, 0, 2) == {0} and labels_of(grid, 1, 2) == {1, 2}
+    assert grid.annotated.nonzero().tolist() == [[0, 2], [1, 2]]
+
+
+def test_match_pairs_overlap_filter_spares_pairs_with_a_ground_truth_box():
+    apart = [((20.0 * i, 0.0, 20.0 * i + 10, 10.0), 0) for i in range(4)]
+    grid = as_grid(apart, apart[:2], [(0, 1, 0)], own=[0, 1, -1, -1], overlap_filter=True)
+    wanted = {(i, j) for i in range(4) for j in range(4) if i != j} - {(2, 3), (3, 2)}
+    assert {tuple(pair) for pair in grid.candidates.nonzero().tolist()} == wanted
+    assert grid.positive.nonzero().tolist() == [[0, 1]]
 
 
 def test_candidate_pairs_overlap_filter_drops_touching_and_distant_boxes():
@@ -211,13 +242,17 @@ def test_sample_mask_preferred_are_drawn_first():
     assert drawn[2] == 300 and (drawn[[0, 1, 3]] > 60).all() and drawn[4] == 0
 
 
-def crowded_grid(num_targets=12):
-    """Cups, every third on a table, every third under another; a proposal around every box."""
+def crowded_grid(num_targets=12, ground_truth=False):
+    """Cups, every third on a table, every third under another; a proposal around every box.
+
+    ``ground_truth`` says of the boxes without an offset that they are the ground truth.
+    """
     targets = [((0.0, 0.0, 100.0, 50.0), 1), ((0.0, 50.0, 100.0, 90.0), 1)]
     targets += [((8.0 * i, 10.0, 8.0 * i + 7, 20.0), 0) for i in range(num_targets)]
     entities = targets + [((b[0], b[1], b[2] + 0.5, b[3] + 0.5), c) for b, c in targets]
     relations = [(i + 2, i % 3, i % 3) for i in range(num_targets) if i % 3 < 2] + [(2, 0, 2)]
-    return as_grid(entities, targets, relations)
+    own = [*range(len(targets)), *[-1] * len(targets)] if ground_truth else None
+    return as_grid(entities, targets, relations, own)
 
 
 def table(pairs, mask):
@@ -259,6 +294,28 @@ def test_sample_pairs_counts_and_constraints_hold(asked):
         negatives = mask & ~positive
         assert int(negatives.sum()) == min(int(allowed.sum()), asked["num_anchor_negative"])
         assert all(allowed[i, j] for i, j in table(pairs, negatives))
+
+
+@pytest.mark.parametrize("num_pairs, num_positive", [(64, 20), (64, 3), (6, 3), (6, 20), (0, 0)])
+def test_sample_pairs_annotated_pairs_always_take_part_in_l0(num_pairs, num_positive):
+    grid = crowded_grid(ground_truth=True)
+    annotated = {tuple(x) for x in grid.annotated.nonzero().tolist()}
+    num_all = int(grid.positive.sum())
+    assert len(annotated) == 8 and num_all > 20
+    drawn_before = None
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        pairs = sample_pairs(
+            grid, num_pairs=num_pairs, num_positive=num_positive, generator=generator
+        )
+        positive = table(pairs, pairs.for_predicate & pairs.labels.any(dim=1))
+        assert len(positive) == min(max(len(annotated), num_positive), num_pairs)
+        assert len(positive & annotated) == min(len(annotated), num_pairs)
+        assert int(pairs.for_predicate.sum()) == num_pairs
+        # The rest is drawn, from all other positive pairs.
+        if len(positive) > len(annotated):
+            assert positive != drawn_before
+        drawn_before = positive
 
 
 def test_sample_pairs_negatives_with_related_other_end_come_first():
@@ -374,6 +431,8 @@ def test_label_entities_keeps_matching_proposals_and_ground_truth():
         BIG: 2,
         FAR: 1,
     }
+    own = dict(zip(boxes, entities.gt_index.tolist()))
+    assert own == {(0, 0, 10, 5): -1, (51, 50, 60, 60): -1, BIG: 0, FAR: 1}
     assert entities.image_size == (100, 100)
 
 
@@ -382,5 +441,17 @@ def test_label_entities_respects_limit_and_may_be_empty():
     bounded, none = label_entities(
         [many, many], [target([(BIG, 0)]), target([])], iou_threshold=0.5, max_entities=8
     )
-    assert len(bounded) == 8
+    assert len(bounded) == 8 and len(none.gt_index) == 0
     assert len(none) == 0 and none.proposal_boxes.tensor.shape == (0, 4)
+
+
+@pytest.mark.parametrize("num_proposals", [0, 50])
+def test_label_entities_equal_boxes_keep_their_own_classes(num_proposals):
+    truth = [(BIG, 4), (FAR, 1), (BIG, 2), (BIG, 4)]
+    proposals = Boxes(torch.tensor([list(BIG)] * num_proposals).reshape(-1, 4))
+    (entities,) = label_entities([proposals], [target(truth)], iou_threshold=0.5, max_entities=6)
+    own = {i: c for i, c in zip(entities.gt_index.tolist(), entities.gt_classes.tolist()) if i >= 0}
+    assert own == {0: 4, 1: 1, 2: 2, 3: 4}  # all of them, however many proposals match
+    assert len(entities) == min(4 + num_proposals, 6)
+    for box, index in zip(entities.proposal_boxes.tensor.tolist(), entities.gt_index.tolist()):
+        assert index < 0 or tuple(box) == truth[index][0]

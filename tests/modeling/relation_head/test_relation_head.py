@@ -33,9 +33,9 @@ def test_spatial_features_two_boxes_equal_hand_computed_values():
     subject, object_ = torch.tensor([[10.0, 20, 30, 60]]), torch.tensor([[40.0, 35, 80, 55]])
     # Sizes 20x40 and 40x20, centres (20, 40) and (60, 45); union 70x40 around (45, 40).
     expected = [
-        *(-40 / 40, -5 / 20, math.log(20 / 40), math.log(40 / 20), 40 / 20, 5 / 40),
-        *(-25 / 70, 0, math.log(20 / 70), math.log(40 / 40), 25 / 20, 0),
-        *(-15 / 40, -5 / 20, math.log(70 / 40), math.log(40 / 20), 15 / 70, 5 / 40),
+        *(40 / 20, 5 / 40, math.log(40 / 20), math.log(20 / 40), -40 / 40, -5 / 20),
+        *(25 / 20, 0, math.log(70 / 20), math.log(40 / 40), -25 / 70, 0),
+        *(15 / 70, 5 / 40, math.log(40 / 70), math.log(20 / 40), -15 / 40, -5 / 20),
         *(10 / 200, 20 / 100, 30 / 200, 60 / 100, 20 * 40 / 20000),
         *(40 / 200, 35 / 100, 80 / 200, 55 / 100, 40 * 20 / 20000),
     ]
@@ -75,6 +75,61 @@ def test_spatial_module_layers_match_the_paper():
     assert shapes == [(64, 28), (64, 64), (10, 64)]
     slopes = [x.negative_slope for x in SpatialModule(9) if isinstance(x, torch.nn.LeakyReLU)]
     assert slopes == [0.1, 0.1]
+
+
+def features_of_version_1(subject, object_, size):
+    """The 28 values that checkpoints without a feature version were trained on."""
+
+    def center(box):
+        return [(box[0] + box[2]) / 2, (box[1] + box[3]) / 2]
+
+    def delta(first, second):
+        (x1, y1), (x2, y2) = center(first), center(second)
+        w1, h1, w2, h2 = (b[i + 2] - b[i] for b in (first, second) for i in (0, 1))
+        logarithms = [math.log(w1 / w2), math.log(h1 / h2)]
+        return [(x1 - x2) / w2, (y1 - y2) / h2, *logarithms, (x2 - x1) / w1, (y2 - y1) / h1]
+
+    def position(box):
+        height, width = size
+        area = (box[2] - box[0]) * (box[3] - box[1]) / (height * width)
+        return [box[0] / width, box[1] / height, box[2] / width, box[3] / height, area]
+
+    union = [*map(min, subject[:2], object_[:2]), *map(max, subject[2:], object_[2:])]
+    deltas = [*delta(subject, object_), *delta(subject, union), *delta(union, object_)]
+    return [*deltas, *position(subject), *position(object_)]
+
+
+def test_spatial_module_state_without_version_is_converted_to_the_same_logits(caplog):
+    old = torch.nn.Sequential(*(x for x in SpatialModule(PREDICATES)))
+    subject, object_, size = random_boxes(30), random_boxes(30, seed=1), (100, 120)
+    table = [features_of_version_1(*x, size) for x in zip(subject.tolist(), object_.tolist())]
+    wanted = old(torch.tensor(table))
+    before = {name: x.clone() for name, x in old.state_dict().items()}
+    for prefix in ("", "relation_head.spatial."):
+        holder = SpatialModule(PREDICATES)
+        model = holder
+        for name in reversed(prefix.split(".")[:-1]):
+            model = torch.nn.ModuleDict({name: model})
+        caplog.clear()
+        with caplog.at_level("INFO", logger=head_module.__name__.rpartition(".")[0]):
+            model.load_state_dict({prefix + name: x for name, x in old.state_dict().items()})
+        assert caplog.text.count("Converted") == 1 and f"{prefix}0.weight" in caplog.text
+        found = holder(spatial_features(subject, object_, torch.tensor([size]).expand(30, 2)))
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        # Written again, it is not converted a second time.
+        caplog.clear()
+        again = SpatialModule(PREDICATES)
+        again.load_state_dict({name: x.clone() for name, x in holder.state_dict().items()})
+        assert torch.equal(again[0].weight, holder[0].weight) and "Converted" not in caplog.text
+    assert all(torch.equal(x, before[name]) for name, x in old.state_dict().items())
+    assert int(SpatialModule(PREDICATES).state_dict()["feature_version"]) == 2
+
+
+def test_spatial_module_partial_state_reports_missing_weights():
+    result = SpatialModule(PREDICATES).load_state_dict({}, strict=False)
+    assert sorted(result.missing_keys) == [
+        f"{i}.{x}" for i in (0, 2, 4) for x in ("bias", "weight")
+    ]
 
 
 def test_semantic_module_forward_returns_counted_log_frequencies():
@@ -185,6 +240,8 @@ def instances(boxes, classes, training=True, scores=None):
     result = Instances((100, 120))
     result.set("proposal_boxes" if training else "pred_boxes", Boxes(boxes))
     result.set("gt_classes" if training else "pred_classes", classes)
+    if training:  # the entities are the ground truth
+        result.gt_index = torch.arange(len(classes))
     if scores is not None:
         result.scores = scores
     return result
@@ -303,6 +360,32 @@ def test_relation_head_predictions_equal_plain_loops():
         )
     assert found.image_size == (100, 120)
     assert [len(x) for x in none] == [0, 0] and none[0].pairs.shape == (0, 2)
+
+
+def test_relation_head_overlap_filter_spares_given_boxes():
+    head = table_head(overlap_filter=True, topk=100, predicates_per_pair=(None,)).eval()
+    boxes = torch.tensor([[0.0, 0, 10, 10], [5, 5, 20, 20], [50, 50, 60, 60]])
+    entities = [instances(boxes, torch.tensor([0, 1, 2]), False, torch.ones(3))]
+    with torch.no_grad():
+        (detected,), (given,) = (head({}, None, entities, boxes_given=x) for x in (False, True))
+    assert {tuple(x) for x in detected.pairs.tolist()} == {(0, 1), (1, 0)}
+    assert {tuple(x) for x in given.pairs.tolist()} == set(itertools.permutations(range(3), 2))
+
+
+def test_relation_head_overlap_filter_keeps_ground_truth_pairs_in_training():
+    """With and without the filter the losses of boxes that are the ground truth are equal."""
+    boxes = torch.tensor([[20.0 * i, 0, 20 * i + 10, 10] for i in range(4)])  # none overlaps
+    classes = torch.tensor([0, 1, 1, 2])
+    losses = []
+    for overlap_filter in (False, True):
+        with EventStorage() as storage:
+            head = table_head(overlap_filter=overlap_filter)
+            target = ground_truth(boxes, classes, [(0, 1, 3), (2, 3, 0)])
+            losses.append(head({}, None, [instances(boxes, classes)], [target]))
+            numbers = {name: value for name, (value, _) in storage.latest().items()}
+        assert numbers["reldn/num_positive_pairs"] == 2
+        assert numbers["reldn/num_negative_pairs"] == 10
+    assert losses[0] == losses[1] and losses[0]["loss_predicate"] > 0
 
 
 def test_pair_logits_two_images_equal_sum_of_modules_per_pair():
