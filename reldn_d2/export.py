@@ -23,7 +23,7 @@ from detectron2.structures import Boxes
 from .modeling.detectors import PrecomputedDetector
 from .modeling.meta_arch import RelDN
 from .modeling.relation_head import RelDNHead
-from .modeling.relation_head.pairs import EntityBatch
+from .modeling.relation_head.pairs import EntityBatch, candidate_pairs
 from .utils.file_io import write_atomically
 
 __all__ = ["OUTPUT_NAMES", "RelDNExport", "save_torchscript"]
@@ -80,7 +80,7 @@ class RelDNExport(nn.Module):
 
         size = torch.tensor([list(image.shape[-2:])], dtype=boxes.dtype, device=boxes.device)
         entities = self._encode(features, boxes, classes, size)
-        subjects, objects = all_pairs(boxes, head.overlap_filter)
+        subjects, objects = candidate_pairs(boxes, head.overlap_filter).nonzero().unbind(1)
         logits = head.pair_logits(entities, maps, subjects, objects)
         probabilities = logits.float().softmax(dim=1)[:, :-1]  # without "no relationship"
         pair_scores = box_scores[subjects] * box_scores[objects]
@@ -124,23 +124,8 @@ def _without_gradient_scaling() -> Iterator[None]:
         cascade_rcnn._ScaleGradient = original
 
 
-def all_pairs(boxes: Tensor, overlap_filter: bool) -> tuple[Tensor, Tensor]:
-    """Return the ordered pairs (i, j), i != j, of R boxes as two (P,) index tensors.
-
-    Unlike :func:`.pairs.candidate_pairs`, this can be traced for any number of boxes.
-    """
-    index = torch.arange(boxes.shape[0], device=boxes.device)
-    chosen = index[:, None] != index[None]
-    if overlap_filter:
-        low = torch.maximum(boxes[:, None, :2], boxes[None, :, :2])
-        high = torch.minimum(boxes[:, None, 2:], boxes[None, :, 2:])
-        chosen = chosen & ((high - low).clamp(min=0).prod(dim=2) > 0)
-    pairs = chosen.nonzero()
-    return pairs[:, 0], pairs[:, 1]
-
-
 def rank_triplets(
-    probabilities: Tensor, pair_scores: Tensor, predicates_per_pair: Sequence[int], topk: int
+    probabilities: Tensor, pair_scores: Tensor, predicates_per_pair: Sequence[int | None], topk: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Find what :class:`.topk.TopTriplets` finds, in operations that can be traced for any P.
 
@@ -160,7 +145,7 @@ def rank_triplets(
     kept = torch.zeros_like(scores, dtype=torch.bool)
     for k in predicates_per_pair:
         # Scores are at least 0, so -1 marks triplets beyond the best k of their pair.
-        allowed = scores.masked_fill(rank >= k, -1.0) if k else scores
+        allowed = scores.masked_fill(rank >= k, -1.0) if k is not None else scores
         order = allowed.argsort(descending=True, stable=True)[:topk]
         kept = kept.scatter(0, order, allowed[order] >= 0) | kept
     chosen = kept.nonzero()[:, 0]

@@ -15,7 +15,7 @@ loss  groups of an anchor   positive members             negative members
 L1    one                   pairs with a predicate       pairs without
 L2    one per class of the  the same                     the same
       other end
-L3    one per predicate e   pairs labelled e             pairs without a predicate whose highest
+L3    one per predicate e   pairs labeled e             pairs without a predicate whose highest
                                                          real predicate is e
 ====  ====================  ===========================  ==========================================
 
@@ -80,8 +80,8 @@ class AnchorSides:
 class ContrastiveGroups:
     """The groups of L1, L2 and L3, in this order along the first dimension.
 
-    Each negative pair is in exactly one group per loss and side, so a group that has a margin is
-    stored at the place of its hardest negative.
+    A negative pair is in exactly one group per loss and side, so it is the hardest negative of at
+    most one group, and a group's margin is stored in the slot of its hardest negative.
 
     Attributes:
         is_hardest_negative: (3, S, P) bool, whether the pair is the hardest negative of a group
@@ -102,7 +102,7 @@ class ContrastiveGroups:
             (3, S, P), to be read where ``is_hardest_negative``.
         """
         min_positive = phi.gather(0, self.lowest_positive.flatten()).view_as(self.lowest_positive)
-        max_negative = phi  # each pair is the hardest negative of its own group
+        max_negative = phi  # each pair in the role of the hardest negative of its own group
         return min_positive - max_negative
 
 
@@ -130,7 +130,7 @@ def find_groups(
     """
     (num_sides, num_pairs), num_predicates = sides.sampled.shape, labels.shape[1]
     num_rows = num_sides * num_anchors  # one row per anchor and side
-    is_positive = labels.sum(dim=1) > 0
+    is_positive = labels.any(dim=1)
 
     # Rank 0 is the pair with the smallest affinity. The lowest positive has the largest reversed
     # rank, so that both extremes are a maximum, and -1 can stand for "no such member".
@@ -139,7 +139,7 @@ def find_groups(
     rank.scatter_(0, by_affinity, torch.arange(num_pairs, device=phi.device))
     reversed_rank = num_pairs - 1 - rank
     negative_rank = torch.where(sides.sampled & ~is_positive, rank, -1)
-    positive_rank = torch.where(sides.sampled & is_positive, reversed_rank, -1)
+    reversed_positive_rank = torch.where(sides.sampled & is_positive, reversed_rank, -1)
 
     # Group ids: first one group per row (L1), then K per row (L2), then C per row (L3).
     row = sides.anchor + torch.arange(0, num_rows, num_anchors, device=phi.device)[:, None]
@@ -149,21 +149,21 @@ def find_groups(
     group = torch.stack([row, by_class, by_predicted])  # (3, S, P)
 
     # for pair in pairs:
-    #     hardest_negative[group[pair]] = max(hardest_negative[group[pair]], negative_rank[pair])
-    hardest_negative = _max_per_group(group, negative_rank, sum(num_groups))
-    lowest_positive = torch.cat(
+    #     hardest[group[pair]] = max(hardest[group[pair]], negative_rank[pair])
+    hardest_negative_rank = _max_per_group(group, negative_rank, sum(num_groups))
+    lowest_positive_rank = torch.cat(  # reversed ranks
         [
-            _max_per_group(group[:2], positive_rank, num_groups[0] + num_groups[1]),
+            _max_per_group(group[:2], reversed_positive_rank, num_groups[0] + num_groups[1]),
             _lowest_positive_per_label(labels, reversed_rank, sides.sampled, row, num_rows),
         ]
     )
 
-    has_positive = (lowest_positive >= 0).split(num_groups)
+    has_positive = (lowest_positive_rank >= 0).split(num_groups)
     num_positive_groups = torch.stack(
         [x.view(num_rows, -1).sum(dim=1, dtype=phi.dtype) for x in has_positive]
     )
-    is_hardest = (hardest_negative[group] == negative_rank) & (negative_rank >= 0)
-    lowest_rank = lowest_positive[group]  # of the pair's group, in reversed ranks
+    is_hardest = (hardest_negative_rank[group] == negative_rank) & (negative_rank >= 0)
+    lowest_rank = lowest_positive_rank[group]  # of the pair's group
     return ContrastiveGroups(
         is_hardest_negative=is_hardest & (lowest_rank >= 0),
         lowest_positive=by_affinity.flip(0)[lowest_rank.clamp(min=0)],
@@ -203,7 +203,9 @@ def _lowest_positive_per_label(
     lowest = rank_of_label.new_full((num_rows + 1, labels.shape[1]), -1.0)
     # for pair, e in labels:
     #     lowest[row[pair], e] = max(lowest[row[pair], e], reversed_rank[pair])
-    for rows in torch.where(sampled, row, num_rows):  # per side; the last row is a dump
+    for rows in torch.where(
+        sampled, row, num_rows
+    ):  # per side; unsampled pairs go to a last row, which is dropped
         lowest.scatter_reduce_(0, rows[:, None].expand_as(rank_of_label), rank_of_label, "amax")
     return lowest[:-1].flatten().long()
 

@@ -1,5 +1,7 @@
 """The predicate loss L0: cross entropy over predicates.
 
+L3, the predicate class aware contrastive loss, is in :mod:`.contrastive`.
+
 Shapes: P pairs, C predicates; the last of C + 1 logits is "no relationship".
 """
 

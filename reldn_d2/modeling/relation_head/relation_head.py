@@ -390,10 +390,10 @@ def _check_options(
             f"MODEL.ROI_RELATION_HEAD.LOSS.NORMALIZATION is '{normalization}'; known: "
             f"{', '.join(NORMALIZATIONS)}"
         )
-    if len(predicates_per_pair) == 0 or any(k is not None and k < 0 for k in predicates_per_pair):
+    if len(predicates_per_pair) == 0 or any(k is not None and k < 1 for k in predicates_per_pair):
         raise ValueError(
             f"TEST.RELATIONS.PREDICATES_PER_PAIR is {list(predicates_per_pair)}; expected at least "
-            "one limit per pair, 0 or more; 0 means no limit."
+            "one limit, each 1 or more, or None for no limit."
         )
     if pair_chunk < 1:
         raise ValueError(f"TEST.RELATIONS.PAIR_CHUNK is {pair_chunk}; expected 1 or more pairs.")

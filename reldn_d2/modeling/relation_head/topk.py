@@ -8,8 +8,8 @@ the K-th best triplet so far scores more than the bound of every remaining pair,
 can contribute, and their union boxes are never pooled.
 
 (s, o) and (o, s) have the same bound and the same union box, so they are scored together and the
-box is pooled once. No tighter bound is used: what the semantic and the spatial module say about a
-pair bounds nothing as long as the visual logits of its union box are unknown.
+box is pooled once. No tighter bound is known: until the visual logits of a pair's union box are
+computed, its semantic and spatial logits exclude nothing.
 """
 
 import math
@@ -57,13 +57,13 @@ class TopTriplets:
         """
         Args:
             predicates_per_pair: for each value k the exact ``topk`` best triplets are kept among
-                those whose predicate is one of the k best of its pair; None (or 0) means no limit.
+                those whose predicate is one of the k best of its pair; None means no limit.
             topk: K, number of triplets kept.
             num_predicates: C.
         """
         # A limit of C or more predicates is no limit.
         self.limits = sorted(
-            {min(k or num_predicates, num_predicates) for k in predicates_per_pair}
+            {num_predicates if k is None else min(k, num_predicates) for k in predicates_per_pair}
         )
         self.topk = topk
         self.num_predicates = num_predicates

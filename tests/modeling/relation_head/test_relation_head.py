@@ -191,7 +191,7 @@ def test_visual_module_equals_concatenation(switches):
 
 
 def rank_in_loops(probabilities, pair_scores, k, topk):
-    """Scores of the best triplets with at most k predicates a pair."""
+    """Scores of the best triplets with at most k predicates per pair."""
     scores = []
     for row, pair_score in zip(probabilities.tolist(), pair_scores.tolist()):
         scores += [p * pair_score for p in sorted(row, reverse=True)[: k or len(row)]]
@@ -202,7 +202,7 @@ def rank_in_loops(probabilities, pair_scores, k, topk):
 @given(
     st.integers(0, 8),
     st.integers(1, 5),
-    st.lists(st.sampled_from([0, 1, 2, 7]), min_size=1, max_size=3, unique=True),
+    st.lists(st.sampled_from([None, 1, 2, 7]), min_size=1, max_size=3, unique=True),
     st.integers(1, 12),
     st.booleans(),
     st.integers(0, 10**6),
@@ -228,7 +228,7 @@ def test_top_triplets_random_cases_equal_exhaustive_search(pairs, predicates, ks
         # What an evaluation with k takes from the output: the k best of each pair, then the best.
         found, taken = [], {}
         for (i, _), value in zip(triplets, score.tolist()):
-            if k == 0 or taken.setdefault(i, 0) < k:
+            if k is None or taken.setdefault(i, 0) < k:
                 found.append(value)
                 taken[i] = taken.get(i, 0) + 1
         assert found[:topk] == pytest.approx(expected)
