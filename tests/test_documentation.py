@@ -238,7 +238,7 @@ def write_released_checkpoint(file: Path, config: str) -> None:
     import convert_released_weights as tool
 
     cfg = merged(config, *NARROW)
-    cfg.merge_from_list(list(tool.RELEASED))
+    cfg.merge_from_list(tool.released_options(cfg))
     torch.save({"model": released_state(tool, cfg)}, file)
 
 
