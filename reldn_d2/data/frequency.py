@@ -3,7 +3,7 @@
 Shape shorthand: C entity classes, P predicates; the last of the P + 1 columns is "no relationship".
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,15 +16,20 @@ from .dataset_dict import check_annotations
 
 __all__ = ["PairCounts", "count_pairs", "count_predicates", "log_frequencies"]
 
-_IMAGES_PER_CHUNK = 1000
+_PAIRS_AT_ONCE = 1 << 20  # bounds the memory
 
 
 class PairCounts(NamedTuple):
-    """Counts of the annotations of a data set, by the classes of subject and object."""
+    """Counts of the annotations of a data set, by the classes of subject and object.
+
+    Fields of several data sets with the same names can be added up.
+    """
 
     relations: np.ndarray  # (C, C, P) int64: relations per predicate, every copy counts
     pairs: np.ndarray  # (C, C) int64: ordered pairs of distinct boxes, related or not
     overlapping: np.ndarray  # (C, C) int64: those whose boxes overlap (IoU > 0)
+    related_pairs: int  # ordered pairs of boxes with at least one relation
+    apart_pairs: int  # those whose boxes do not overlap
 
     def table(self, overlap_filter: bool) -> Tensor:
         """Return (C, C, P + 1) int64; see :func:`count_predicates`."""
@@ -32,12 +37,41 @@ class PairCounts(NamedTuple):
         return torch.from_numpy(np.concatenate([self.relations, unrelated[..., None]], axis=2))
 
 
+class _CellCounts:
+    """Counts how often each cell index occurs.
+
+    Small arrays are collected, because one bincount for many images saves a pass over all cells
+    per image.
+    """
+
+    def __init__(self, num_cells: int) -> None:
+        self._counts = np.zeros(num_cells, dtype=np.int64)
+        self._collected: list[np.ndarray] = []
+        self._size = 0
+
+    def add(self, indices: np.ndarray) -> None:
+        """Count an array of cell indices."""
+        self._collected.append(indices)
+        self._size += len(indices)
+        if self._size >= _PAIRS_AT_ONCE:
+            self.total()
+
+    def total(self) -> np.ndarray:
+        """Return the (cells,) int64 counts so far."""
+        if self._collected:
+            indices = np.concatenate(self._collected)
+            self._counts += np.bincount(indices, minlength=len(self._counts))
+            self._collected, self._size = [], 0
+        return self._counts
+
+
 def count_pairs(
     dataset_dicts: Iterable[dict[str, Any]], num_classes: int, num_predicates: int
 ) -> PairCounts:
     """Count relations and pairs of boxes given the classes of subject and object.
 
-    Crowd annotations and their relations are skipped, as in training.
+    Crowd annotations and their relations are skipped, as in training. The memory does not depend
+    on the number of images or of boxes per image.
 
     Args:
         dataset_dicts: Detectron2's dicts with ``"annotations"`` and ``"relations"``.
@@ -47,42 +81,65 @@ def count_pairs(
     Raises:
         ValueError: if a category, predicate or index is out of range; names file and record.
     """
-    cells = num_classes * num_classes
-    counts = [np.zeros(length, dtype=np.int64) for length in (cells * num_predicates, cells, cells)]
-    chunks: list[list[np.ndarray]] = [[], [], []]
-
-    def flush() -> None:
-        for chunk, count in zip(chunks, counts, strict=True):
-            if chunk:
-                count += np.bincount(np.concatenate(chunk), minlength=len(count))
-                chunk.clear()
-
-    # Counting many images with one bincount saves a pass over the C * C * P counts per image.
+    relation_counts = _CellCounts(num_classes * num_classes * num_predicates)
+    overlap_counts = _CellCounts(num_classes * num_classes)
+    pairs = np.zeros((num_classes, num_classes), dtype=np.int64)
+    class_counts: list[np.ndarray] = []
+    related_pairs = apart_pairs = 0
     for record in dataset_dicts:
         check_annotations(record, num_classes, num_predicates)
         annotations = record["annotations"]
-        relations = record.get("relations", ())
         classes = np.array([annotation["category_id"] for annotation in annotations], np.int64)
         not_crowd = np.array([not annotation.get("iscrowd", 0) for annotation in annotations], bool)
-
         boxes = boxes_xyxy(annotations)
-        pair_class = classes[:, None] * num_classes + classes
-        counted = not_crowd[:, None] & not_crowd
+
+        relations = np.array(list(record.get("relations", ())), dtype=np.int64).reshape(-1, 3)
+        if not not_crowd.all():
+            relations = relations[not_crowd[relations[:, :2]].all(axis=1)]
+        subjects, objects, predicates = relations.T
+        cells = classes[subjects] * num_classes + classes[objects]
+        relation_counts.add(cells * num_predicates + predicates)
         if len(relations):
-            subjects, objects, predicates = np.asarray(relations, dtype=np.int64).T
-            related = pair_class[subjects, objects] * num_predicates + predicates
-            chunks[0].append(related[counted[subjects, objects]])
-        np.fill_diagonal(counted, False)
-        chunks[1].append(pair_class[counted])
-        chunks[2].append(pair_class[counted & boxes_overlap(boxes[:, None], boxes)])
-        if len(chunks[1]) == _IMAGES_PER_CHUNK:
-            flush()
-    flush()
+            related = np.array(list(set((subjects * len(boxes) + objects).tolist())))
+            ends = boxes[related // len(boxes)], boxes[related % len(boxes)]
+            related_pairs += len(related)
+            apart_pairs += len(related) - int(boxes_overlap(*ends).sum())
+
+        boxes, classes = boxes[not_crowd], classes[not_crowd]
+        class_counts.append(np.bincount(classes, minlength=num_classes))
+        if len(class_counts) * num_classes >= _PAIRS_AT_ONCE:
+            pairs += _ordered_pairs(class_counts)
+            class_counts.clear()
+        for first, second in _overlapping_pairs(boxes):
+            overlap_counts.add(classes[first] * num_classes + classes[second])
+    if class_counts:
+        pairs += _ordered_pairs(class_counts)
+    shape = (num_classes, num_classes)
+    overlapping = overlap_counts.total().reshape(shape)
     return PairCounts(
-        counts[0].reshape(num_classes, num_classes, num_predicates),
-        counts[1].reshape(num_classes, num_classes),
-        counts[2].reshape(num_classes, num_classes),
+        relation_counts.total().reshape(*shape, num_predicates),
+        pairs,
+        overlapping + overlapping.T,  # of each pair only one order was counted
+        related_pairs,
+        apart_pairs,
     )
+
+
+def _ordered_pairs(class_counts: list[np.ndarray]) -> np.ndarray:
+    """Return (C, C) int64 ordered pairs of distinct boxes, from the (C,) boxes of each image."""
+    per_image = np.array(class_counts, dtype=np.float64)  # fast, and exact below 2**53
+    return (per_image.T @ per_image - np.diag(per_image.sum(axis=0))).astype(np.int64)
+
+
+def _overlapping_pairs(boxes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the indices ``first < second`` of overlapping boxes, a bounded number at a time."""
+    rows_at_once = max(_PAIRS_AT_ONCE // max(len(boxes), 1), 1)
+    for start in range(0, len(boxes), rows_at_once):
+        rows = boxes[start : start + rows_at_once]
+        # Columns before `start` have met these rows already.
+        first, second = np.nonzero(boxes_overlap(rows[:, None], boxes[start:]))
+        upper = first < second
+        yield first[upper] + start, second[upper] + start
 
 
 def count_predicates(
