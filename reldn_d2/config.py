@@ -87,7 +87,9 @@ def _add_relation_head(cfg: CfgNode) -> None:
     head.POOLER_SAMPLING_RATIO = 2
     head.POOLER_TYPE = "ROIAlignV2"
     head.NO_FC7_RELU = True  # leave out the last ReLU of the three box heads, as released
-    head.OVERLAP_FILTER = True  # only pairs whose boxes overlap, in training and at test time
+    # Only pairs of detected boxes that overlap. The configs of the released experiments set it;
+    # related pairs whose boxes do not overlap are then out of reach in SGDET.
+    head.OVERLAP_FILTER = False
 
     head.SEMANTIC = CN()
     head.SEMANTIC.ENABLED = True  # f_sem
