@@ -14,22 +14,23 @@ from ..structures.box_ops import boxes_overlap
 from ..structures.scene_graph import boxes_xyxy
 from .dataset_dict import check_annotations
 
-__all__ = ["PairCounts", "count_pairs", "count_predicates", "log_frequencies"]
+__all__ = [
+    "PairCounts",
+    "count_pairs",
+    "count_predicates",
+    "count_related_pairs",
+    "log_frequencies",
+]
 
 _PAIRS_AT_ONCE = 1 << 20  # bounds the memory
 
 
 class PairCounts(NamedTuple):
-    """Counts of the annotations of a data set, by the classes of subject and object.
-
-    Fields of several data sets with the same names can be added up.
-    """
+    """Counts of the annotations of a data set, by the classes of subject and object."""
 
     relations: np.ndarray  # (C, C, P) int64: relations per predicate, every copy counts
     pairs: np.ndarray  # (C, C) int64: ordered pairs of distinct boxes, related or not
     overlapping: np.ndarray  # (C, C) int64: those whose boxes overlap (IoU > 0)
-    related_pairs: int  # ordered pairs of boxes with at least one relation
-    apart_pairs: int  # those whose boxes do not overlap
 
     def table(self, overlap_filter: bool) -> Tensor:
         """Return (C, C, P + 1) int64; see :func:`count_predicates`."""
@@ -85,7 +86,6 @@ def count_pairs(
     overlap_counts = _CellCounts(num_classes * num_classes)
     pairs = np.zeros((num_classes, num_classes), dtype=np.int64)
     class_counts: list[np.ndarray] = []
-    related_pairs = apart_pairs = 0
     for record in dataset_dicts:
         check_annotations(record, num_classes, num_predicates)
         annotations = record["annotations"]
@@ -99,12 +99,6 @@ def count_pairs(
         subjects, objects, predicates = relations.T
         cells = classes[subjects] * num_classes + classes[objects]
         relation_counts.add(cells * num_predicates + predicates)
-        if len(relations):
-            related = np.array(list(set((subjects * len(boxes) + objects).tolist())))
-            ends = boxes[related // len(boxes)], boxes[related % len(boxes)]
-            related_pairs += len(related)
-            apart_pairs += len(related) - int(boxes_overlap(*ends).sum())
-
         boxes, classes = boxes[not_crowd], classes[not_crowd]
         class_counts.append(np.bincount(classes, minlength=num_classes))
         if len(class_counts) * num_classes >= _PAIRS_AT_ONCE:
@@ -120,9 +114,36 @@ def count_pairs(
         relation_counts.total().reshape(*shape, num_predicates),
         pairs,
         overlapping + overlapping.T,  # of each pair only one order was counted
-        related_pairs,
-        apart_pairs,
     )
+
+
+def count_related_pairs(dataset_dicts: Iterable[dict[str, Any]]) -> tuple[int, int]:
+    """Count the ordered pairs with at least one relation, and those whose boxes do not overlap.
+
+    Crowd annotations are skipped, as in :func:`count_pairs`.
+
+    Args:
+        dataset_dicts: valid dicts with ``"annotations"`` and ``"relations"``.
+
+    Returns:
+        Number of related pairs, and how many of these do not overlap.
+    """
+    related = apart = 0
+    for record in dataset_dicts:
+        annotations = record["annotations"]
+        pairs = {
+            (subject, object_)
+            for subject, object_, _ in record.get("relations", ())
+            if not (
+                annotations[subject].get("iscrowd", 0) or annotations[object_].get("iscrowd", 0)
+            )
+        }
+        if pairs:
+            boxes = boxes_xyxy(annotations)
+            first, second = boxes[np.array(list(pairs))].transpose(1, 0, 2)
+            related += len(pairs)
+            apart += int((~boxes_overlap(first, second)).sum())
+    return related, apart
 
 
 def _ordered_pairs(class_counts: list[np.ndarray]) -> np.ndarray:

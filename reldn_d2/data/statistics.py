@@ -28,7 +28,7 @@ from detectron2.utils.logger import setup_logger
 from .dataset_dict import dicts_without_images
 from .datasets.catalog import DATASET_ERRORS, add_module_argument, require_dataset
 from .datasets.io import cache_paths, write_cache
-from .frequency import PairCounts, count_pairs
+from .frequency import PairCounts, count_pairs, count_related_pairs
 
 __all__ = [
     "RelationStatistics",
@@ -56,6 +56,8 @@ class RelationStatistics:
     counts: PairCounts
     num_images: int
     num_relations: int
+    num_related_pairs: int  # ordered pairs of boxes with at least one relation
+    num_apart_pairs: int  # those whose boxes do not overlap
 
     @property
     def predicate_counts(self) -> np.ndarray:
@@ -95,6 +97,7 @@ class RelationStatistics:
             count_pairs(dataset_dicts, len(thing_classes), len(predicate_classes)),
             len(dataset_dicts),
             sum(len(record.get("relations", ())) for record in dataset_dicts),
+            *count_related_pairs(dataset_dicts),
         )
 
     def description(self) -> dict[str, Any]:
@@ -174,6 +177,8 @@ def training_statistics_of(
         PairCounts(*(sum(arrays) for arrays in zip(*(part.counts for part in parts)))),
         sum(part.num_images for part in parts),
         sum(part.num_relations for part in parts),
+        sum(part.num_related_pairs for part in parts),
+        sum(part.num_apart_pairs for part in parts),
     )
 
 
@@ -269,8 +274,8 @@ def _write(files: Sequence[str], mark: str, statistics: RelationStatistics) -> N
             [
                 statistics.num_images,
                 statistics.num_relations,
-                statistics.counts.related_pairs,
-                statistics.counts.apart_pairs,
+                statistics.num_related_pairs,
+                statistics.num_apart_pairs,
             ]
         ),
         "cells": rows,
@@ -296,11 +301,11 @@ def _read(files: Sequence[str], mark: str | None) -> RelationStatistics | None:
                 predicates = tuple(content["predicate_classes"].tolist())
                 relations = np.zeros((len(classes), len(classes), len(predicates)), np.int64)
                 relations[tuple(content["cells"].T)] = content["relations"]
-                num_images, num_relations, *pairs = content["totals"].tolist()
-                counts = PairCounts(relations, content["pairs"], content["overlapping"], *pairs)
+                counts = PairCounts(relations, content["pairs"], content["overlapping"])
+                totals = content["totals"].tolist()
         except Exception:  # missing, or damaged in any way: count again
             continue
-        return RelationStatistics(classes, predicates, counts, num_images, num_relations)
+        return RelationStatistics(classes, predicates, counts, *totals)
     return None
 
 

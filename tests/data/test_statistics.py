@@ -97,6 +97,7 @@ def test_statistics_cache_roundtrip(register, loads, tmp_path):
     assert second.table(True).equal(first.table(True)) and second.triplets == first.triplets
     assert second.predicate_classes == first.predicate_classes
     assert (second.num_images, second.num_relations) == (2, 3)
+    assert (second.num_related_pairs, second.num_apart_pairs) == (2, 0)
     dataset_statistics("kept", recount=True)
     assert loads == ["kept"] * 2
 
@@ -204,8 +205,9 @@ def test_counting_version_belongs_to_the_results_of_the_loaders(kind, tmp_path, 
     statistics = dataset_statistics(name)
     counts = statistics.counts
     names = statistics.thing_classes, statistics.predicate_classes
-    digest = hashlib.sha256(json.dumps([statistics.description(), names, counts[3:]]).encode())
-    for array in counts[:3]:
+    pairs = statistics.num_related_pairs, statistics.num_apart_pairs
+    digest = hashlib.sha256(json.dumps([statistics.description(), names, pairs]).encode())
+    for array in counts:
         digest.update(array.tobytes())
     result = digest.hexdigest()[:16]
     assert (statistics_module.COUNTING_VERSION, result) == (GOLDEN_VERSION, GOLDEN[kind])
@@ -272,6 +274,7 @@ def test_training_statistics_of_several_datasets(register):
     register("part_2")
     both = training_statistics_of(["part_1", "part_2"])
     assert both.predicate_counts.tolist() == [2, 4] and both.num_images == 4
+    assert (both.num_related_pairs, both.num_apart_pairs) == (4, 0)
     assert both.table(False)[0, 1].tolist() == [2, 2, 3], "plus 1 only once"
     content = coco_content()
     content["predicates"][0]["name"] = "carries"
