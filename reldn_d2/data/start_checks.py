@@ -144,8 +144,8 @@ def training_warnings(statistics: RelationStatistics, cfg: CfgNode) -> list[str]
         cfg: with the keys of :func:`.config.add_reldn_config`.
 
     Raises:
-        ValueError: training is pointless: the training sets have no relation, or no related pair
-            passes the overlap filter.
+        ValueError: training is pointless: the training sets have no relation, or the overlap filter
+            loses all related pairs.
     """
     datasets = f"DATASETS.TRAIN ({', '.join(cfg.DATASETS.TRAIN)})"
     related, apart = statistics.num_related_pairs, statistics.num_apart_pairs
@@ -157,9 +157,8 @@ def training_warnings(statistics: RelationStatistics, cfg: CfgNode) -> list[str]
     overlap_filter = cfg.MODEL.ROI_RELATION_HEAD.OVERLAP_FILTER
     if overlap_filter and apart == related:
         raise ValueError(
-            f"None of the {related} related pairs of {datasets} overlap, and "
-            "MODEL.ROI_RELATION_HEAD.OVERLAP_FILTER keeps only pairs of boxes that do. Set it to "
-            "False."
+            f"None of the {related} related pairs of {datasets} overlap, so SGDET can predict "
+            "none of them with MODEL.ROI_RELATION_HEAD.OVERLAP_FILTER on. Set it to False."
         )
     warnings = []
     if overlap_filter and apart:
