@@ -90,8 +90,10 @@ def _add_relation_head(cfg: CfgNode) -> None:
     # Dropout after fc6 in the three box heads, in training; read by VGG16BoxHead.
     head.FC6_DROPOUT = 0.5
     # Leave out pairs of detected boxes, in training pairs of proposals, that do not overlap. Pairs
-    # of given boxes (SGCLS, PRDCLS) and pairs with a ground-truth box in training are all used.
-    head.OVERLAP_FILTER = True
+    # of given boxes (SGCLS, PRDCLS) and pairs with a ground-truth box in training are all used. The
+    # configs of the released experiments switch it on; in SGDET, related pairs whose boxes do not
+    # overlap are then never predicted.
+    head.OVERLAP_FILTER = False
 
     head.SEMANTIC = CN()
     head.SEMANTIC.ENABLED = True  # f_sem

@@ -222,6 +222,16 @@ def test_docs_options_for_the_released_behavior_are_accepted():
         build_model(cfg)
 
 
+def test_yaml_overlap_filter_is_on_in_released_experiments_only():
+    """Own data sets start from the default or from configs/Base-*.yaml."""
+    assert not reldn_d2.load_config().MODEL.ROI_RELATION_HEAD.OVERLAP_FILTER
+    for yaml in YAMLS:
+        cfg = merged(yaml)
+        released = yaml.startswith(("configs/OpenImages", "configs/VG", "configs/VRD"))
+        expected = released and "freq_VGG16" not in yaml  # the baseline of all pairs
+        assert cfg.MODEL.ROI_RELATION_HEAD.OVERLAP_FILTER == expected, yaml
+
+
 def test_yaml_ablations_differ_in_one_setting_only():
     base = merged("configs/OpenImages/mini_reldn_X_101_64x4d_FPN.yaml")
     for yaml in (x for x in YAMLS if "Ablations" in x):

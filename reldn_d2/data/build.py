@@ -3,6 +3,7 @@
 A resumed run sees exactly the batches that the interrupted run would have seen.
 """
 
+import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetFromList, MapDataset, MetadataCatalog
 from detectron2.data.build import (
     filter_images_with_only_crowd_annotations,
+    get_detection_dataset_dicts,
     load_proposals_into_dataset,
     print_instances_class_histogram,
 )
@@ -25,8 +27,18 @@ from detectron2.utils import comm
 
 from .dataset_dict import check_annotations
 from .detection_files import attach_detections
+from .start_checks import check_records, training_warnings
+from .statistics import training_statistics_of
 
-__all__ = ["TrainLoader", "build_train_loader", "load_training_dicts", "mix_seed"]
+__all__ = [
+    "TrainLoader",
+    "build_train_loader",
+    "load_test_dicts",
+    "load_training_dicts",
+    "mix_seed",
+]
+
+logger = logging.getLogger(__name__)
 
 
 def mix_seed(*values: int) -> int:
@@ -138,31 +150,42 @@ class TrainLoader:
 
 
 def load_training_dicts(
-    cfg: CfgNode, num_classes: int | None, num_predicates: int | None
+    cfg: CfgNode,
+    num_classes: int | None,
+    num_predicates: int | None,
+    with_relations: bool = False,
 ) -> list[dict[str, Any]]:
     """Load and check the dicts of ``DATASETS.TRAIN``, and filter them as Detectron2 does.
+
+    Facts that lose or confuse relations are logged as warnings.
 
     Args:
         cfg: config with ``DATASETS``, ``DATALOADER`` and ``MODEL.LOAD_PROPOSALS``.
         num_classes: number of entity classes to check against; not checked when None.
         num_predicates: number of predicates to check against; not checked when None.
+        with_relations: whether relations are trained, so that the data sets need some.
 
     Raises:
-        ValueError: a record is invalid, or the number of detection files is wrong.
+        FileNotFoundError: images are missing.
+        ValueError: a record is invalid, all boxes have another form than declared, there is no
+            relation to train on, or the number of detection files is wrong.
     """
     names = list(cfg.DATASETS.TRAIN)
     proposals = list(cfg.DATASETS.PROPOSAL_FILES_TRAIN) if cfg.MODEL.LOAD_PROPOSALS else []
     detections = detection_files(cfg, is_train=True)
     dicts: list[dict[str, Any]] = []
+    loaded: dict[str, list[dict[str, Any]]] = {}
     for index, name in enumerate(names):
-        records = DatasetCatalog.get(name)
-        for record in records:
-            check_annotations(record, num_classes, num_predicates)
+        records = loaded[name] = DatasetCatalog.get(name)
+        _check_dataset(name, records, num_classes, num_predicates, is_train=True)
         if proposals:
             records = load_proposals_into_dataset(records, proposals[index])
         if detections:
             records = attach_detections(records, name, detections[index], num_classes)
         dicts.extend(records)
+    if with_relations:
+        for warning in training_warnings(training_statistics_of(names, loaded), cfg):
+            logger.warning(warning)
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         dicts = filter_images_with_only_crowd_annotations(dicts)
     if not dicts:
@@ -171,6 +194,46 @@ def load_training_dicts(
     if classes is not None:
         print_instances_class_histogram(dicts, classes)
     return dicts
+
+
+def _check_dataset(
+    name: str,
+    records: Sequence[dict[str, Any]],
+    num_classes: int | None,
+    num_predicates: int | None,
+    is_train: bool = False,
+) -> None:
+    """Check the annotations, images and boxes of a loaded data set; see :func:`check_records`."""
+    for record in records:
+        if is_train or "annotations" in record:  # a test set may be images alone
+            check_annotations(record, num_classes, num_predicates)
+    check_records(name, records)
+
+
+def load_test_dicts(
+    cfg: CfgNode, name: str, num_classes: int | None, num_predicates: int | None
+) -> list[dict[str, Any]]:
+    """Load and check the dicts of a test set, with its proposals or detections.
+
+    Args:
+        cfg: config with ``DATASETS`` and ``MODEL.LOAD_PROPOSALS``.
+        name: name of the data set; one of ``DATASETS.TEST`` if it has proposals or detections.
+        num_classes: number of entity classes to check against; not checked when None.
+        num_predicates: number of predicates to check against; not checked when None.
+
+    Raises:
+        FileNotFoundError: images are missing.
+        ValueError: a record is invalid, all boxes have another form than declared, or the number of
+            detection files is wrong.
+    """
+    files = detection_files(cfg, is_train=False)
+    proposals = list(cfg.DATASETS.PROPOSAL_FILES_TEST) if cfg.MODEL.LOAD_PROPOSALS else []
+    index = list(cfg.DATASETS.TEST).index(name) if files or proposals else 0
+    dicts = get_detection_dataset_dicts(
+        name, filter_empty=False, proposal_files=proposals[index : index + 1] or None
+    )
+    _check_dataset(name, dicts, num_classes, num_predicates)
+    return attach_detections(dicts, name, files[index], num_classes) if files else dicts
 
 
 def detection_files(cfg: CfgNode, is_train: bool) -> list[str]:
@@ -190,15 +253,25 @@ def detection_files(cfg: CfgNode, is_train: bool) -> list[str]:
 
 
 def build_train_loader(
-    cfg: CfgNode, mapper: Callable, num_classes: int | None, num_predicates: int | None
+    cfg: CfgNode,
+    mapper: Callable,
+    num_classes: int | None,
+    num_predicates: int | None,
+    with_relations: bool = False,
 ) -> TrainLoader:
     """Build a :class:`TrainLoader` for ``DATASETS.TRAIN`` from Detectron2's ``DATALOADER`` keys.
+
+    See :func:`load_training_dicts` for the arguments and the checks. The sets of ``DATASETS.TEST``
+    are checked as well.
 
     Raises:
         ValueError: the batch size is not divisible by the number of processes, or the sampler is
             unknown.
     """
-    dicts = load_training_dicts(cfg, num_classes, num_predicates)
+    dicts = load_training_dicts(cfg, num_classes, num_predicates, with_relations)
+    for name in cfg.DATASETS.TEST:  # now: the evaluation may be many hours away
+        if name not in cfg.DATASETS.TRAIN:
+            _check_dataset(name, DatasetCatalog.get(name), num_classes, num_predicates)
     num_images = len(dicts)  # the sampler must not keep the dicts themselves in memory
     batch, world = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
     if batch % world or batch < world:

@@ -1,12 +1,14 @@
 """Check a registered data set: ``python -m reldn_d2.data.check NAME``.
 
-Print a summary and list every problem with its file, its record and how to fix it. The exit status
-is 0 if the data set is usable, 1 if it is not, and 2 if the command is wrong. To look at the
+Print a summary and list every problem with its file, its record and how to fix it. The headers of
+all images are read, and the pixels of a random sample or, with --decode, of all. The exit status is
+0 if the data set is usable, 1 if it is not, and 2 if the command is wrong. To look at the
 annotations, run ``python tools/draw_relations.py --dataset NAME --output FOLDER``.
 """
 
 import argparse
 import os
+import random
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,15 +25,24 @@ from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode
 from detectron2.utils.logger import setup_logger
 
+from ..structures.box_frames import BoxDiagnosis
 from ..structures.scene_graph import boxes_xyxy
 from .dataset_dict import annotation_problems
 from .datasets.catalog import DATASET_ERRORS, add_module_argument, require_dataset
 from .datasets.io import image_size
+from .start_checks import (
+    apart_pairs_warning,
+    diagnose_dataset,
+    flip_warning,
+    mirrored_predicates,
+)
 from .summary import DatasetSummary
 
 __all__ = ["Report", "check_dataset", "main"]
 
 _TOLERANCE = 1e-3  # pixels that a box may extend beyond its image due to rounding
+_SAMPLE = 50  # images to decode by default
+_SAMPLE_SEED = 2019
 _IMAGE_KEYS = ("file_name", "image_id", "height", "width")
 _THREADS = 8
 
@@ -44,6 +55,7 @@ class Report:
     warnings: list[str] = field(default_factory=list)  # it can be used, but look at these
     summary: DatasetSummary | None = None  # covers the images without errors
     dataset_dicts: list[dict[str, Any]] = field(default_factory=list)
+    decoded_images: int = 0  # images whose pixels were read
 
     @property
     def usable(self) -> bool:
@@ -56,7 +68,8 @@ def check_dataset(name: str, decode: bool = False) -> Report:
 
     Args:
         name: name of the data set.
-        decode: read the pixels of every image, not only its header, to find truncated images.
+        decode: read the pixels of every image, to find truncated ones, and not only of a random
+            sample.
 
     Raises:
         UnknownDatasetError: if there is no such data set.
@@ -86,18 +99,33 @@ def check_dataset(name: str, decode: bool = False) -> Report:
         if not len(value)
     ]
     report.summary = DatasetSummary(*names.values())
-    identified = _check_records(report, *map(len, names.values()))
-    if report.dataset_dicts and not any(x.get("relations") for x in report.dataset_dicts):
-        report.warnings.append(
-            f"data set {name}: none of its images has a relation. Are the relations where the "
-            "loader expects them (docs/own_data.md)?"
-        )
+    diagnosis = _diagnose(report, name)
+    identified = _check_records(report, *map(len, names.values()), diagnosis)
+    _check_relations(report, name)
     _check_images(report, identified, decode)
     return report
 
 
+def _check_relations(report: Report, name: str) -> None:
+    """Warn about relations that training may lose or confuse."""
+    if report.dataset_dicts and not any(x.get("relations") for x in report.dataset_dicts):
+        report.warnings.append(
+            f"data set {name}: none of its images has a relation, so RelDN cannot be trained on "
+            "it. Are the relations where the loader expects them (docs/own_data.md)?"
+        )
+    summary = report.summary
+    if summary.apart_pairs:
+        report.warnings.append(
+            f"data set {name}: {apart_pairs_warning(summary.apart_pairs, summary.related_pairs)}"
+        )
+    used = [x for x, count in zip(summary.predicate_classes, summary.predicate_counts) if count]
+    mirrored = mirrored_predicates(used)
+    if mirrored:
+        report.warnings.append(f"data set {name}: {flip_warning(mirrored)}")
+
+
 def _check_records(
-    report: Report, num_classes: int, num_predicates: int
+    report: Report, num_classes: int, num_predicates: int, diagnosis: BoxDiagnosis | None
 ) -> list[tuple[str, dict[str, Any]]]:
     """Check annotations and relations; return (place in messages, dict) of complete records."""
     seen: dict[str, dict[Any, int]] = {"image_id": {}, "file_name": {}}
@@ -118,7 +146,7 @@ def _check_records(
         complete.append((where, record))
         errors = list(annotation_problems(record, num_classes, num_predicates, where))
         if "annotations" in record:
-            box_errors, box_warnings = _box_problems(record, where)
+            box_errors, box_warnings = _box_problems(record, where, diagnosis)
             errors += box_errors
             report.warnings += box_warnings
         report.errors += errors
@@ -128,8 +156,24 @@ def _check_records(
     return complete
 
 
-def _box_problems(record: dict[str, Any], where: str) -> tuple[list[str], list[str]]:
-    """Return (errors, warnings) about the boxes of an image."""
+def _diagnose(report: Report, name: str) -> BoxDiagnosis | None:
+    """Report and return what all boxes look like if they were read in the wrong frame."""
+    records = []
+    for record in report.dataset_dicts:
+        annotations = record.get("annotations", ())
+        boxes = [x for x in annotations if {"bbox", "bbox_mode"} <= x.keys() and _is_box(x)]
+        records.append({**record, "annotations": boxes})
+    diagnosis = diagnose_dataset(records)
+    if diagnosis is not None:
+        problems = report.errors if diagnosis.certain else report.warnings
+        problems.append(f"data set {name}: {diagnosis.message}")
+    return diagnosis
+
+
+def _box_problems(
+    record: dict[str, Any], where: str, diagnosis: BoxDiagnosis | None
+) -> tuple[list[str], list[str]]:
+    """Return (errors, warnings) about the boxes of an image, unless a diagnosis explains them."""
     errors, warnings = [], []
     width, height = record["width"], record["height"]
     for index, annotation in enumerate(record["annotations"]):
@@ -141,6 +185,8 @@ def _box_problems(record: dict[str, Any], where: str) -> tuple[list[str], list[s
                 f"{place} in mode {annotation['bbox_mode']!r}; expected four finite numbers in a "
                 "BoxMode. Fix or remove it."
             )
+            continue
+        if diagnosis is not None and diagnosis.certain:
             continue
         ((x0, y0, x1, y1),) = boxes_xyxy([annotation]).tolist()
         if x0 > x1 or y0 > y1:
@@ -155,7 +201,9 @@ def _box_problems(record: dict[str, Any], where: str) -> tuple[list[str], list[s
                 f"{place}, which is outside the image of {width} x {height} pixels. Fix or "
                 "remove it."
             )
-        elif min(x0, y0) < -_TOLERANCE or x1 > width + _TOLERANCE or y1 > height + _TOLERANCE:
+        elif diagnosis is None and (
+            min(x0, y0) < -_TOLERANCE or x1 > width + _TOLERANCE or y1 > height + _TOLERANCE
+        ):
             warnings.append(
                 f"{place}, which extends beyond the image of {width} x {height} pixels; "
                 "training clips it."
@@ -201,10 +249,14 @@ def _duplicates(record: dict[str, Any], where: str) -> Iterator[str]:
 def _check_images(
     report: Report, records: Sequence[tuple[str, dict[str, Any]]], decode: bool
 ) -> None:
-    """Read the header or the pixels of every image."""
+    """Read the header of every image, and the pixels of a sample or, with ``decode``, of all."""
+    count = len(records) if decode else min(_SAMPLE, len(records))
+    sample = set(random.Random(_SAMPLE_SEED).sample(range(len(records)), count))
+    report.decoded_images = count
 
-    def problem(item: tuple[str, dict[str, Any]]) -> str | None:
-        where, record = item
+    def problem(item: tuple[int, tuple[str, dict[str, Any]]]) -> str | None:
+        index, (where, record) = item
+        decode = index in sample
         path, annotated = record["file_name"], (record["height"], record["width"])
         if not os.path.isfile(path) and "://" not in path:
             return f"{where}: this image does not exist. Unpack it, or remove the record."
@@ -225,7 +277,7 @@ def _check_images(
 
     with ThreadPoolExecutor(_THREADS) as pool:
         problems = tqdm(
-            pool.map(problem, records),
+            pool.map(problem, enumerate(records)),
             total=len(records),
             desc="Images",
             unit=" images",
@@ -244,7 +296,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("name", metavar="NAME", help="name of a registered data set")
     add_module_argument(parser)
-    parser.add_argument("--decode", action="store_true", help="read the pixels of every image")
+    parser.add_argument(
+        "--decode",
+        action="store_true",
+        help=f"read the pixels of every image; default: of {_SAMPLE} random ones",
+    )
     parser.add_argument(
         "--limit", type=int, help="max errors and max warnings to print; default: all"
     )
@@ -262,6 +318,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{severity}: {text}")
         if len(texts) > len(texts[: args.limit]):
             print(f"... {len(texts)} {severity}s in total; raise --limit to see more")
+    if report.decoded_images < len(report.dataset_dicts):
+        print(
+            f"Decoded {report.decoded_images} of {len(report.dataset_dicts)} images; add --decode "
+            "to read all."
+        )
     verdict = "usable" if report.usable else "NOT usable"
     print(
         f"\n{args.name} is {verdict}: {len(report.errors)} errors, {len(report.warnings)} warnings"

@@ -79,8 +79,23 @@ class RelationDatasetMapper(DatasetMapper):
 
             ``instances`` and ``relations`` are missing without ``"annotations"`` (inference on
             plain images).
+
+        Raises:
+            ValueError: the image cannot be read or mapped, or its annotations are invalid; the
+                message names the file.
         """
-        dataset_dict = copy.deepcopy(dataset_dict)
+        path = str(dataset_dict["file_name"])
+        try:
+            return self._map(copy.deepcopy(dataset_dict))
+        except Exception as error:  # decoders and augmentations raise many types
+            if path in str(error):
+                raise
+            raise ValueError(
+                f"{path}: cannot be mapped to a model input ({type(error).__name__}: {error})."
+            ) from error
+
+    def _map(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        """See :meth:`__call__`; the dict is modified."""
         annotated = self.is_train or "annotations" in dataset_dict or "relations" in dataset_dict
         if annotated:
             check_annotations(dataset_dict, self.num_classes, self.num_predicates)

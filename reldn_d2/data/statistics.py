@@ -8,13 +8,13 @@ Shape shorthand: C entity classes, P predicates.
 
 import argparse
 import hashlib
+import inspect
 import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ from detectron2.utils.logger import setup_logger
 from .dataset_dict import dicts_without_images
 from .datasets.catalog import DATASET_ERRORS, add_module_argument, require_dataset
 from .datasets.io import cache_paths, write_cache
-from .frequency import PairCounts, count_pairs
+from .frequency import PairCounts, count_pairs, count_related_pairs
 
 __all__ = [
     "RelationStatistics",
@@ -39,6 +39,10 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+# Part of the fingerprint. Increment it when a loader or count_pairs gives other results for the
+# same files: the cached statistics of all data sets are then counted again.
+COUNTING_VERSION = 1
 
 ClassTriplet = tuple[int, int, int]  # subject class, predicate, object class
 
@@ -52,6 +56,8 @@ class RelationStatistics:
     counts: PairCounts
     num_images: int
     num_relations: int
+    num_related_pairs: int  # ordered pairs of boxes with at least one relation
+    num_apart_pairs: int  # those whose boxes do not overlap
 
     @property
     def predicate_counts(self) -> np.ndarray:
@@ -91,6 +97,7 @@ class RelationStatistics:
             count_pairs(dataset_dicts, len(thing_classes), len(predicate_classes)),
             len(dataset_dicts),
             sum(len(record.get("relations", ())) for record in dataset_dicts),
+            *count_related_pairs(dataset_dicts),
         )
 
     def description(self) -> dict[str, Any]:
@@ -145,13 +152,20 @@ def dataset_statistics(
     return statistics
 
 
-def training_statistics_of(names: Sequence[str]) -> RelationStatistics:
+def training_statistics_of(
+    names: Sequence[str], dataset_dicts: Mapping[str, Sequence[dict[str, Any]]] | None = None
+) -> RelationStatistics:
     """Return the statistics of several data sets combined.
+
+    Args:
+        names: names of the data sets.
+        dataset_dicts: the dicts of those that are loaded already, by name.
 
     Raises:
         ValueError: if they do not have the same classes and predicates.
     """
-    parts = [dataset_statistics(name) for name in names]
+    loaded = dataset_dicts or {}
+    parts = [dataset_statistics(name, loaded.get(name)) for name in names]
     if not parts:
         raise ValueError("No data set to count: DATASETS.TRAIN is empty.")
     first = parts[0]
@@ -163,6 +177,8 @@ def training_statistics_of(names: Sequence[str]) -> RelationStatistics:
         PairCounts(*(sum(arrays) for arrays in zip(*(part.counts for part in parts)))),
         sum(part.num_images for part in parts),
         sum(part.num_relations for part in parts),
+        sum(part.num_related_pairs for part in parts),
+        sum(part.num_apart_pairs for part in parts),
     )
 
 
@@ -200,33 +216,47 @@ def _require_same_names(
 def fingerprint(name: str) -> str | None:
     """Return a hash of everything that the annotations of a registered data set depend on.
 
-    These are its annotation files, the options of its loader, its names, and the code of this
-    package's data sets.
+    These are the content of its annotation files, its loader and the loader's options, its names,
+    and ``COUNTING_VERSION``. For a function that was registered without
+    :func:`.datasets.catalog.register_dataset`, the source file of the function counts as its
+    loader.
 
     Returns:
-        None for a data set without ``annotation_files`` in its metadata.
+        None if the statistics cannot be cached: the metadata has no ``annotation_files``, or the
+        source of the function is unknown.
 
     Raises:
         FileNotFoundError: if one of the files is missing.
     """
     metadata = MetadataCatalog.get(name)
-    files = metadata.get("annotation_files")
+    files = list(metadata.get("annotation_files") or ())
     if not files:
         return None
     missing = [path for path in files if not PathManager.exists(path)]
     if missing:
         DatasetCatalog.get(name)  # its loader has the best message
         raise FileNotFoundError(f"Data set '{name}' needs {missing[0]}, which does not exist.")
+    if metadata.get("loader") is None:
+        source = _source_file(DatasetCatalog[name])
+        if source is None:
+            return None
+        files.append(source)
     digest = hashlib.sha256()
     fields = ("loader", "thing_classes", "predicate_classes")
-    digest.update(json.dumps([metadata.get(field) for field in fields]).encode())
-    code = Path(__file__).parent
-    for path in [*sorted(map(str, code.rglob("*.py"))), *files]:
+    digest.update(json.dumps([COUNTING_VERSION, *map(metadata.get, fields)]).encode())
+    for path in files:
         digest.update(b"\0file")
         with PathManager.open(path, "rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def _source_file(function: Callable[..., Any]) -> str | None:
+    """Return the file that defines a function; None if there is none, as in an interactive run."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    path = getattr(code, "co_filename", "")
+    return path if os.path.isfile(path) else None
 
 
 def _cache_files(name: str) -> list[str]:
@@ -240,7 +270,14 @@ def _write(files: Sequence[str], mark: str, statistics: RelationStatistics) -> N
         "fingerprint": np.array(mark),
         "thing_classes": np.array(statistics.thing_classes),
         "predicate_classes": np.array(statistics.predicate_classes),
-        "totals": np.array([statistics.num_images, statistics.num_relations]),
+        "totals": np.array(
+            [
+                statistics.num_images,
+                statistics.num_relations,
+                statistics.num_related_pairs,
+                statistics.num_apart_pairs,
+            ]
+        ),
         "cells": rows,
         "relations": statistics.counts.relations[tuple(rows.T)],
         "pairs": statistics.counts.pairs,
@@ -265,10 +302,10 @@ def _read(files: Sequence[str], mark: str | None) -> RelationStatistics | None:
                 relations = np.zeros((len(classes), len(classes), len(predicates)), np.int64)
                 relations[tuple(content["cells"].T)] = content["relations"]
                 counts = PairCounts(relations, content["pairs"], content["overlapping"])
-                num_images, num_relations = content["totals"].tolist()
+                totals = content["totals"].tolist()
         except Exception:  # missing, or damaged in any way: count again
             continue
-        return RelationStatistics(classes, predicates, counts, num_images, num_relations)
+        return RelationStatistics(classes, predicates, counts, *totals)
     return None
 
 

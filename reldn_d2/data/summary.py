@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..structures.box_ops import boxes_overlap
-from ..structures.scene_graph import boxes_xyxy
+from .frequency import count_related_pairs
 
 __all__ = ["DatasetSummary"]
 
@@ -55,12 +54,10 @@ class DatasetSummary:
         for subject, object_, predicate in relations:
             self.predicate_counts[predicate] += 1
             predicates.setdefault((subject, object_), set()).add(predicate)
-        if predicates:
-            boxes = boxes_xyxy(annotations)
-            first, second = boxes[np.array(list(predicates))].transpose(1, 0, 2)
-            self.related_pairs += len(predicates)
-            self.apart_pairs += int((~boxes_overlap(first, second)).sum())
-            self.multi_label_pairs += sum(len(x) > 1 for x in predicates.values())
+        self.multi_label_pairs += sum(len(x) > 1 for x in predicates.values())
+        related, apart = count_related_pairs([record])
+        self.related_pairs += related
+        self.apart_pairs += apart
 
     def text(self, name: str, width: int | None = None) -> str:
         """Return the summary with a bar chart of the predicates.

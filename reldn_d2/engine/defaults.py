@@ -9,15 +9,14 @@ import torch
 from torch import nn
 
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
+from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, TrainerBase
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from ..checkpoint.reldn_checkpoint import build_checkpointer
-from ..data.build import build_train_loader, detection_files
+from ..data.build import build_train_loader, load_test_dicts
 from ..data.dataset_mapper import RelationDatasetMapper
-from ..data.detection_files import attach_detections
 from ..evaluation.build import build_relation_evaluator
 from ..modeling.meta_arch import predicts_relations
 from ..utils.events import RelationStatisticsPrinter
@@ -137,18 +136,14 @@ class RelDNTrainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
         mapper = RelationDatasetMapper(cfg, is_train=True)
-        return build_train_loader(cfg, mapper, mapper.num_classes, mapper.num_predicates)
+        counts = mapper.num_classes, mapper.num_predicates
+        return build_train_loader(cfg, mapper, *counts, with_relations=predicts_relations(cfg))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
         mapper = RelationDatasetMapper(cfg, is_train=False)
-        files = detection_files(cfg, is_train=False)
-        if not files:
-            return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
-        path = files[list(cfg.DATASETS.TEST).index(dataset_name)]
-        dicts = get_detection_dataset_dicts(dataset_name, filter_empty=False)
         return build_detection_test_loader(
-            dataset=attach_detections(dicts, dataset_name, path, mapper.num_classes),
+            dataset=load_test_dicts(cfg, dataset_name, mapper.num_classes, mapper.num_predicates),
             mapper=mapper,
             num_workers=cfg.DATALOADER.NUM_WORKERS,
         )

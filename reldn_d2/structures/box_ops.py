@@ -35,6 +35,10 @@ def boxes_overlap(boxes1: Array, boxes2: Array) -> Array:
     Boxes that only touch do not overlap, and neither does a box without an area.
     """
     library = _library(boxes1)
-    low = library.maximum(boxes1[..., :2], boxes2[..., :2])
-    high = library.minimum(boxes1[..., 2:], boxes2[..., 2:])
-    return (high > low).all(-1)
+    # One axis at a time: half the memory of (..., 2) arrays, for all pairs of an image.
+    x_overlaps, y_overlaps = (
+        library.minimum(boxes1[..., axis + 2], boxes2[..., axis + 2])
+        > library.maximum(boxes1[..., axis], boxes2[..., axis])
+        for axis in (0, 1)
+    )
+    return x_overlaps & y_overlaps

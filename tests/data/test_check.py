@@ -12,6 +12,7 @@ from data_files import pictures, rows_with_problems, write_coco, write_openimage
 from model_utils import ROOT
 from PIL import Image
 
+import reldn_d2.data.check as check_module
 from reldn_d2.data.check import check_dataset, main
 from reldn_d2.data.datasets import register_openimages_vrd
 from reldn_d2.data.summary import DatasetSummary
@@ -68,10 +69,12 @@ def test_check_valid_dataset_prints_summary(register, capsys):
         "related pairs whose boxes do not overlap: 1 of 2 (50.0%)",
         "related pairs with several predicates: 1 of 2 (50.0%)",
         "predicates: 3, 1 of which never occur: on",
-        f"{NAME} is usable: 0 errors, 0 warnings",
+        "1 of 2 related pairs do not overlap and are out of reach in SGDET with MODEL.ROI_RELATION",
+        f"{NAME} is usable: 0 errors, 1 warnings",
     ):
         assert line in printed
-    assert "error:" not in printed and "warning:" not in printed
+    assert "error:" not in printed and printed.count("warning:") == 1
+    assert "Decoded" not in printed, "the sample has all images"
 
 
 def test_summary_bars_are_proportional():
@@ -177,8 +180,62 @@ def test_check_warning_exits_0(register, capsys, case):
     spoil, message = WARNINGS[case]
     register(spoil)
     assert main([NAME]) == 0
-    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("warning:")]
+    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("warning:")]
+    (line,) = [x for x in lines if "related pairs do not overlap" not in x]
     assert message in line and "image 0" in line
+
+
+def test_check_predicates_of_left_and_right_warn_about_flips(register):
+    register(predicate_classes=["left of", "right of", "on"])  # the third never occurs
+    (flip,) = [x for x in check_dataset(NAME).warnings if "random flips" in x]
+    assert "predicates 'left of', 'right of' with random flips" in flip
+    assert "INPUT.RANDOM_FLIP to 'none'" in flip
+
+
+def many_boxes(change):
+    """Replace the boxes of both images with 40 boxes each; ``change`` maps XYXY boxes."""
+
+    def spoil(dicts):
+        rng = np.random.default_rng(0)
+        for record in dicts:
+            low = rng.uniform(0, 0.5, (40, 2)) * (60, 40)
+            boxes = np.concatenate([low, low + rng.uniform(0.1, 0.5, (40, 2)) * (60, 40)], axis=1)
+            record["annotations"] = [
+                {"bbox": box, "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0}
+                for box in change(boxes).tolist()
+            ]
+            record["relations"] = [(0, 1, 0)]
+
+    return spoil
+
+
+WRONG_FRAMES = {
+    "normalized": (lambda x: x / (60, 40, 60, 40), "lie within [0, 1]: they look like fractions"),
+    "xyxy as xywh": (lambda x: x, "do not fit into their images as [x, y, width, height], but"),
+    "yxyx as xywh": (lambda x: x[:, [1, 0, 3, 2]], "they look like [y0, x0, y1, x1]. Convert"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_FRAMES)
+def test_check_wrong_frame_is_one_error(register, capsys, case):
+    change, message = WRONG_FRAMES[case]
+    register(many_boxes(change))
+    assert main([NAME]) == 1
+    printed = capsys.readouterr().out.splitlines()
+    (error,) = [x for x in printed if x.startswith("error:")]
+    assert error.startswith(f"error: data set {NAME}: ") and message in error
+    assert not [x for x in printed if x.startswith("warning:") and "annotation" in x]
+
+
+def test_check_scaled_boxes_are_one_warning(register):
+    def larger(boxes):
+        sizes = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
+        return np.repeat(sizes * 1.3, 2, axis=0) + np.arange(80)[:, None] * 1e-6
+
+    register(many_boxes(larger))
+    report = check_dataset(NAME)
+    (warning,) = [x for x in report.warnings if "do not overlap" not in x]
+    assert "extend beyond their images, up to 1.2" in warning and "larger images" in warning
 
 
 def test_check_limit_counts_all_problems(register, capsys):
@@ -193,11 +250,21 @@ def test_check_limit_counts_all_problems(register, capsys):
     assert len(check_dataset(NAME).errors) == 5
 
 
-def test_check_truncated_image_needs_decode(register):
+def test_check_truncated_image_in_sample_is_error(register):
     register(cut)
-    assert check_dataset(NAME).usable
-    (error,) = check_dataset(NAME, decode=True).errors
+    (error,) = check_dataset(NAME).errors
     assert "b.png): cannot be read as an image" in error
+
+
+def test_check_decodes_sample_by_default_and_all_with_decode(register, capsys, monkeypatch):
+    monkeypatch.setattr(check_module, "_SAMPLE", 1)
+    monkeypatch.setattr(check_module, "_SAMPLE_SEED", 1)  # chooses the first image
+    register(cut)
+    assert main([NAME]) == 0
+    assert "Decoded 1 of 2 images; add --decode to read all." in capsys.readouterr().out
+    assert main([NAME, "--decode"]) == 1
+    printed = capsys.readouterr().out
+    assert "b.png): cannot be read as an image" in printed and "Decoded" not in printed
 
 
 def test_check_lists_all_problems_of_loader(tmp_path, capsys):

@@ -408,3 +408,65 @@ def test_own_data_guide_example_runs(tmp_path, monkeypatch, capsys):
     finally:
         DatasetCatalog.remove("my_data_set")
         MetadataCatalog.remove("my_data_set")
+
+
+def jpeg(path, size=(SIZE, SIZE)):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)).save(
+        path
+    )
+    return path
+
+
+def truncated(path):
+    path.write_bytes(jpeg(path).read_bytes()[:-600])
+
+
+def not_an_image(path):
+    path.write_bytes(b"not an image")
+
+
+UNREADABLE = {
+    "truncated": (truncated, "truncated"),
+    "not an image": (not_an_image, "cannot identify|not an image"),
+    "absent": (lambda path: None, "No such file|no such file"),
+    "another size": (lambda path: jpeg(path, (SIZE, SIZE + 1)), "Mismatched image shape"),
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+@pytest.mark.parametrize("is_train", [True, False])
+def test_mapper_unreadable_image_error_names_the_file(tmp_path, case, is_train):
+    spoil, message = UNREADABLE[case]
+    record = patches_dict(tmp_path, [(0, 0, 9, 9)], [])
+    path = tmp_path / "broken.jpg"
+    spoil(path)
+    record["file_name"] = str(path)
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        mapper(is_train=is_train)(record)
+    assert str(path) in str(error.value)
+
+
+def test_mapper_image_of_too_many_pixels_error_names_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", SIZE * SIZE // 2 - 1)
+    record = patches_dict(tmp_path, [(0, 0, 9, 9)], [])
+    with pytest.raises(ValueError, match="pixels") as error:
+        mapper()(record)
+    assert record["file_name"] in str(error.value)
+
+
+def test_mapper_failing_augmentation_error_names_the_file(tmp_path):
+    class Failing(T.Augmentation):
+        def get_transform(self, image):
+            raise RuntimeError("too small to crop")
+
+    record = patches_dict(tmp_path, [(0, 0, 9, 9)], [])
+    message = rf"^{record['file_name']}: cannot be mapped .*RuntimeError: too small to crop\)\.$"
+    with pytest.raises(ValueError, match=message):
+        mapper([Failing()])(record)
+
+
+def test_mapper_malformed_box_error_names_the_file(tmp_path):
+    record = patches_dict(tmp_path, [(0, 0, 9, 9)], [])
+    record["annotations"][0]["bbox"] = "0 0 9 9"
+    with pytest.raises(ValueError, match=record["file_name"]):
+        mapper()(record)

@@ -1,14 +1,15 @@
 """Predicate counts, compared with loops written from their definition."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from reldn_d2.data import count_predicates, log_frequencies
+from reldn_d2.data import count_predicates, frequency, log_frequencies
 
 from detectron2.structures import BoxMode
 
@@ -72,8 +73,52 @@ def test_count_predicates_equals_loops(dicts, overlap_filter):
     assert torch.equal(counts, count_by_loops(dicts, overlap_filter))
 
 
-def test_count_predicates_several_chunks():
-    """More images than one chunk; the last chunk is not full."""
+@pytest.mark.parametrize("pairs_at_once", [1, 7, 40])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(dicts=dataset_dicts())
+def test_count_pairs_any_chunk_size_equals_loops(monkeypatch, pairs_at_once, dicts):
+    monkeypatch.setattr(frequency, "_PAIRS_AT_ONCE", pairs_at_once)
+    counts = frequency.count_pairs(iter(dicts), CLASSES, PREDICATES)
+    for overlap_filter in (False, True):
+        assert torch.equal(counts.table(overlap_filter), count_by_loops(dicts, overlap_filter))
+
+
+def test_count_pairs_memory_does_not_grow_with_images():
+    """30 images of 1,000 boxes have 30 million pairs; one byte each would exceed the bound."""
+    rng = np.random.default_rng(0)
+
+    def images():
+        for _ in range(30):
+            low = rng.uniform(0, 800, (1000, 2))
+            boxes = np.concatenate([low, low + rng.uniform(5, 200, (1000, 2))], axis=1).tolist()
+            yield image([annotation(box, i % CLASSES) for i, box in enumerate(boxes)], [(0, 1, 0)])
+
+    tracemalloc.start()
+    try:
+        counts = frequency.count_pairs(images(), CLASSES, PREDICATES)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert counts.pairs.sum() == 30 * 1000 * 999
+    assert peak < 90e6
+
+
+def test_count_related_pairs_by_hand():
+    entities = [
+        annotation([0, 0, 4, 4], 0),
+        annotation([2, 2, 6, 6], 1),  # overlaps the first
+        annotation([4, 0, 8, 4], 1),  # only touches the first
+        annotation([2, 2, 3, 3], 1, iscrowd=1),
+    ]
+    relations = [(0, 1, 0), (0, 1, 1), (0, 1, 1), (0, 2, 1), (2, 0, 0), (0, 3, 0)]
+    assert frequency.count_related_pairs([image(entities, relations)] * 2) == (6, 4)
+
+
+def test_count_predicates_several_chunks(monkeypatch):
+    """The last chunk is not full."""
+    monkeypatch.setattr(frequency, "_PAIRS_AT_ONCE", 1000)
     one = image([annotation([0, 0, 4, 4], 0), annotation([2, 2, 6, 6], 1)], [(0, 1, 1)])
     counts = count_predicates([one] * 2345, CLASSES, PREDICATES, True)
     assert counts[0, 1].tolist() == [0, 2345, 2346]

@@ -1,5 +1,6 @@
 """Statistics of registered data sets: the counts, and that the cache is never stale."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -8,16 +9,27 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from data_files import coco_content, write_coco, write_released, write_visual_genome
+from data_files import (
+    coco_content,
+    pictures,
+    released_content,
+    write_coco,
+    write_json,
+    write_openimages,
+    write_released,
+    write_visual_genome,
+)
 from model_utils import register_dataset, small_config, unregister_dataset
 
 import reldn_d2.data.statistics as statistics_module
 from reldn_d2.data import count_predicates
 from reldn_d2.data.datasets import (
+    register_openimages_vrd,
     register_relation_instances,
     register_relation_json,
     register_visual_genome,
 )
+from reldn_d2.data.datasets.vrd import VRD_CLASSES, VRD_PREDICATES, register_vrd
 from reldn_d2.data.statistics import (
     dataset_statistics,
     fingerprint,
@@ -85,6 +97,7 @@ def test_statistics_cache_roundtrip(register, loads, tmp_path):
     assert second.table(True).equal(first.table(True)) and second.triplets == first.triplets
     assert second.predicate_classes == first.predicate_classes
     assert (second.num_images, second.num_relations) == (2, 3)
+    assert (second.num_related_pairs, second.num_apart_pairs) == (2, 0)
     dataset_statistics("kept", recount=True)
     assert loads == ["kept"] * 2
 
@@ -104,7 +117,7 @@ def test_statistics_changed_file_is_recounted(register, loads):
     assert loads == ["changed"] * 2
 
 
-def test_fingerprint_depends_on_options_and_code(register, tmp_path, monkeypatch):
+def test_fingerprint_depends_on_options_names_and_version(register, monkeypatch):
     register("one")
     mark = fingerprint("one")
     assert mark == fingerprint("one")
@@ -113,14 +126,91 @@ def test_fingerprint_depends_on_options_and_code(register, tmp_path, monkeypatch
     register("one", merge_duplicates=True)
     merged = fingerprint("one")
     assert merged != mark, "the options of the loader"
-    code = tmp_path / "package"
-    code.mkdir()
-    (code / "statistics.py").write_text("")
-    (code / "loader.py").write_text("SCALE = 1\n")
-    monkeypatch.setattr(statistics_module, "__file__", str(code / "statistics.py"))
-    first = fingerprint("one")
-    (code / "loader.py").write_text("SCALE = 2\n")
-    assert len({mark, merged, first, fingerprint("one")}) == 4, "the code"
+    monkeypatch.setattr(statistics_module, "COUNTING_VERSION", 2019)
+    assert fingerprint("one") not in (mark, merged), "the version of the counts"
+
+
+def test_fingerprint_ignores_code_of_the_package(register, tmp_path, monkeypatch):
+    """An edit of any file in data/ would otherwise count all data sets again."""
+    register("one")
+    mark = fingerprint("one")
+    opened = []
+    real_open = statistics_module.PathManager.open
+    monkeypatch.setattr(
+        statistics_module.PathManager,
+        "open",
+        lambda path, *rest: opened.append(path) or real_open(path, *rest),
+    )
+    assert fingerprint("one") == mark
+    assert opened == [str(tmp_path / "one/relations.json")]
+
+
+def test_fingerprint_of_own_function_depends_on_its_source(tmp_path, registered):
+    """Functions registered without this package's helper are part of the data set."""
+    name = registered("own_function")
+    (tmp_path / "data.txt").write_text("1")
+    source = tmp_path / "own_module.py"
+
+    def register_from(text):
+        DatasetCatalog.pop(name, None)
+        source.write_text(text)
+        scope = {}
+        exec(compile(text, str(source), "exec"), scope)
+        DatasetCatalog.register(name, scope["load"])
+        return fingerprint(name)
+
+    MetadataCatalog.get(name).set(
+        thing_classes=["a"], predicate_classes=["b"], annotation_files=[str(tmp_path / "data.txt")]
+    )
+    first = register_from("def load():\n    return []\n")
+    assert first == register_from("def load():\n    return []\n")
+    assert first != register_from("def load():\n    return [{}]\n")
+    DatasetCatalog.pop(name)
+    scope = {}
+    exec("def load():\n    return []\n", scope)  # as typed into an interpreter: no file to hash
+    DatasetCatalog.register(name, scope["load"])
+    assert fingerprint(name) is None
+
+
+# What the loaders and count_pairs give for the files of data_files.py, with the version they
+# belong to. When a test fails here, increment COUNTING_VERSION and update both: otherwise cached
+# statistics of real data sets would be stale.
+GOLDEN_VERSION = 1
+GOLDEN = {
+    "coco": "3ca1b0d7d3d07e10",
+    "released": "a91448b73fc92ad2",
+    "visual_genome": "c515021f09f761d4",
+    "openimages": "5188f14bef507d8e",
+    "vrd": "76203e74c5ae1e93",
+}
+
+
+@pytest.mark.parametrize("kind", ["coco", "released", "visual_genome", "openimages", "vrd"])
+def test_counting_version_belongs_to_the_results_of_the_loaders(kind, tmp_path, registered):
+    name = registered(f"golden_{kind}")
+    if kind == "coco":
+        register_relation_instances(name, {}, **write_coco(tmp_path))
+    elif kind == "released":
+        register_relation_json(name, **write_released(tmp_path))
+    elif kind == "visual_genome":
+        register_visual_genome(name, split="train", **write_visual_genome(tmp_path))
+    elif kind == "openimages":
+        register_openimages_vrd(name, **write_openimages(tmp_path))
+    else:
+        write_json(tmp_path / "objects.json", list(VRD_CLASSES))
+        write_json(tmp_path / "predicates.json", list(VRD_PREDICATES))
+        content = json.loads(json.dumps(released_content()).replace("0, 40, 0, 30", "1, 40, 1, 30"))
+        json_file = write_json(tmp_path / "annotations_train.json", content)
+        register_vrd(name, json_file, pictures(tmp_path / "images", ["a.jpg", "b.jpg"]))
+    statistics = dataset_statistics(name)
+    counts = statistics.counts
+    names = statistics.thing_classes, statistics.predicate_classes
+    pairs = statistics.num_related_pairs, statistics.num_apart_pairs
+    digest = hashlib.sha256(json.dumps([statistics.description(), names, pairs]).encode())
+    for array in counts:
+        digest.update(array.tobytes())
+    result = digest.hexdigest()[:16]
+    assert (statistics_module.COUNTING_VERSION, result) == (GOLDEN_VERSION, GOLDEN[kind])
 
 
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 something", None])
@@ -184,6 +274,7 @@ def test_training_statistics_of_several_datasets(register):
     register("part_2")
     both = training_statistics_of(["part_1", "part_2"])
     assert both.predicate_counts.tolist() == [2, 4] and both.num_images == 4
+    assert (both.num_related_pairs, both.num_apart_pairs) == (4, 0)
     assert both.table(False)[0, 1].tolist() == [2, 2, 3], "plus 1 only once"
     content = coco_content()
     content["predicates"][0]["name"] = "carries"
