@@ -5,8 +5,8 @@ import logging
 from torch import nn
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 
+from ..data.datasets.catalog import dataset_names
 from ..data.frequency import log_frequencies
 from ..data.statistics import RelationStatistics, training_statistics_of
 from ..modeling.meta_arch import RelDN
@@ -26,7 +26,8 @@ def check_counts(cfg: CfgNode, model: nn.Module) -> None:
     """Compare a model's numbers of classes and predicates with those of the config's data sets.
 
     Raises:
-        ValueError: if they differ; the message has both counts and the config key.
+        ValueError: if they differ, with both counts and the config key; or if two classes or
+            predicates of a data set have the same name.
     """
     expected = []  # (metadata field, config key, count)
     if isinstance(model, RelDN):
@@ -44,7 +45,7 @@ def check_counts(cfg: CfgNode, model: nn.Module) -> None:
         expected = [("thing_classes", key, cfg.MODEL[key.split(".")[1]].NUM_CLASSES)]
     for dataset in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)):
         for field, key, count in expected:
-            names = MetadataCatalog.get(dataset).get(field, None)
+            names = dataset_names(dataset).get(field)
             if names is not None and len(names) != count:
                 raise ValueError(
                     f"{key} is {count}, but the data set '{dataset}' has {len(names)} {field}. "
@@ -67,6 +68,9 @@ def ensure_frequency_table(cfg: CfgNode, model: nn.Module) -> RelationStatistics
     if semantic is None or bool(semantic.counted):
         return None
     statistics = training_statistics_of(cfg.DATASETS.TRAIN)
+    names = getattr(model, "names", {})
+    owner = f"data set '{cfg.DATASETS.TRAIN[0]}'"
+    statistics = statistics.in_order_of(names, owner, "the model")
     counts = statistics.table(cfg.MODEL.ROI_RELATION_HEAD.OVERLAP_FILTER)
     semantic.set_log_frequencies(log_frequencies(counts))
     logger.info(

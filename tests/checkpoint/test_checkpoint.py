@@ -321,18 +321,6 @@ def test_load_empty_path_warns(caplog):
     assert "MODEL.WEIGHTS is empty: the frozen detector has random weights" in caplog.text
 
 
-@pytest.mark.parametrize("field", ["thing_classes", "predicate_classes"])
-def test_load_other_names_or_order_warns(tmp_path, caplog, field):
-    names = {"thing_classes": CLASSES, "predicate_classes": PREDICATES}
-    RelDNCheckpointer(small_model(), str(tmp_path), **names).save("reldn")
-    path = str(tmp_path / "reldn.pth")
-    RelDNCheckpointer(small_model(), **names).load(path)
-    assert "trained with other" not in caplog.text
-    names[field] = names[field][::-1]
-    RelDNCheckpointer(small_model(), **names).load(path)
-    assert f"reldn.pth was trained with other {field}, or in another order" in caplog.text
-
-
 def test_load_unexpected_weights_logs_their_count(tmp_path, detector, caplog):
     """For example a Mask R-CNN checkpoint for a detector without masks."""
     state = {**detector.state_dict(), "roi_heads.mask_head.mask_fcn1.weight": torch.zeros(2, 2)}
