@@ -126,16 +126,15 @@ class RelDNTrainer(DefaultTrainer):
         """Map the ids of the training data to the model's; check the names of the test sets."""
         for name in self.cfg.DATASETS.TEST:
             dataset_renumbering(self.model, name)
-        # The loader already gives all training sets the order of the first.
-        renumbering = dataset_renumbering(self.model, self.cfg.DATASETS.TRAIN[0])
-        if not renumbering:
-            return
-        if not hasattr(self.data_loader, "renumbering"):
-            raise ValueError(
-                f"Data set '{self.cfg.DATASETS.TRAIN[0]}' lists the names of the checkpoint in "
-                "another order, and this data loader cannot map them. List them in the same order."
-            )
-        self.data_loader.renumbering = renumbering
+        for name in self.cfg.DATASETS.TRAIN[:1]:  # the loader gives the others its order
+            renumbering = dataset_renumbering(self.model, name)
+            if renumbering and not hasattr(self.data_loader, "renumbering"):
+                raise ValueError(
+                    f"Data set '{name}' lists the names of the checkpoint in another order, and "
+                    "this data loader cannot map them. List them in the same order."
+                )
+            if renumbering:
+                self.data_loader.renumbering = renumbering
 
     def run_step(self) -> None:
         """Run one step; if a loss is not finite, stop and report the images of the batch."""
@@ -228,10 +227,11 @@ class RelDNTrainer(DefaultTrainer):
         """
         results: dict[str, Any] = OrderedDict()
         evaluators = [evaluators] if isinstance(evaluators, DatasetEvaluator) else evaluators
+        models = [in_order_of(name, model) for name in cfg.DATASETS.TEST]  # checks all names first
         for index, name in enumerate(cfg.DATASETS.TEST):
             loader = cls.build_test_loader(cfg, name)
             evaluator = evaluators[index] if evaluators else cls.build_evaluator(cfg, name)
-            results[name] = inference_on_dataset(in_order_of(name, model), loader, evaluator)
+            results[name] = inference_on_dataset(models[index], loader, evaluator)
             if comm.is_main_process():
                 logger.info(f"Results for {name} in csv format:")
                 print_csv_format(results[name])

@@ -7,13 +7,15 @@ compares the lists: another order is mapped, other names are an error.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from detectron2.structures import Instances
+
+from .scene_graph import SceneGraph
 
 __all__ = [
     "NAME_FIELDS",
@@ -177,6 +179,23 @@ class Renumbering:
             labels = record["verified_labels"]
             record["verified_labels"] = {self.classes[c]: value for c, value in labels.items()}
         return record
+
+    def scene_graph(self, graph: SceneGraph) -> SceneGraph:
+        """Return a scene graph with new ids, without the model's own output.
+
+        Its names, if it has any, are not changed: they must be those of the new ids.
+        """
+        classes, predicates = graph.classes, graph.predicates
+        verified = graph.verified
+        if self.classes is not None:
+            table = np.array(self.classes, dtype=np.int64)
+            classes = table[classes]
+            verified = np.stack([table[verified[:, 0]], verified[:, 1]], axis=1)
+        if self.predicates is not None:
+            predicates = np.array(self.predicates, dtype=np.int64)[predicates]
+        return replace(
+            graph, classes=classes, predicates=predicates, verified=verified, output=None
+        )
 
     def fields(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return a model's input or output of one image with new ids.

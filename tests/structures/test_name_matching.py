@@ -11,6 +11,7 @@ from reldn_d2.structures.name_matching import (
     match_names,
     require_unique_names,
 )
+from reldn_d2.structures.scene_graph import SceneGraph
 
 OWNERS = ("thing_classes", "data set 'a'", "data set 'b'")
 
@@ -101,3 +102,21 @@ def test_renumbering_fields_maps_instances_and_relations():
     assert found["image"] is item["image"]
     again = ids.inverse().fields(found)
     assert torch.equal(again["instances"].gt_classes, item["instances"].gt_classes)
+
+
+def test_renumbering_scene_graph_maps_classes_and_predicates():
+    graph = SceneGraph(
+        "image",
+        boxes=np.zeros((2, 4)),
+        classes=np.array([0, 2]),
+        pairs=np.array([[0, 1]]),
+        predicates=np.array([1]),
+        verified=np.array([[1, 1], [2, 0]]),
+    )
+    found = Renumbering([2, 0, 1], [1, 0]).scene_graph(graph)
+    assert found.classes.tolist() == [2, 1] and found.predicates.tolist() == [0]
+    assert found.verified.tolist() == [[0, 1], [1, 0]] and found.pairs.tolist() == [[0, 1]]
+    same = Renumbering().scene_graph(graph)
+    assert same.classes is graph.classes and same.predicates is graph.predicates
+    empty = Renumbering([1, 0], [0]).scene_graph(SceneGraph.empty("image"))
+    assert len(empty.classes) == len(empty.predicates) == 0
