@@ -66,8 +66,9 @@ def _add_model(cfg: CfgNode) -> None:
     predicate.WEIGHTS = ""
 
     cfg.MODEL.RELDN.LOAD = CN()  # how MODEL.WEIGHTS is read
-    # If the config has other numbers of classes or predicates than the checkpoint: load the layers
-    # whose shapes match and warn that the others keep their initial weights. False raises an error.
+    # If the config has other classes or predicates than the checkpoint: load the layers that fit
+    # and warn that the others keep their initial weights. False raises an error. RelDN's detector
+    # is not trained, so it must be loaded completely in either case.
     cfg.MODEL.RELDN.LOAD.MATCHING_ONLY = False
     # Unpickle files that hold Python objects. That can run code: only for files that you trust.
     # Tensors and arrays need no such permission.

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import reldn_d2
+from reldn_d2.structures.name_matching import Renumbering
 from reldn_d2.structures.relations import ground_truth_relations
 
 from detectron2.config import CfgNode, get_cfg
@@ -149,6 +150,15 @@ def register_dataset(name: str, folder: Path, count: int = 4) -> None:
     DatasetCatalog.register(name, lambda: dicts)
     MetadataCatalog.get(name).set(
         thing_classes=CLASSES, predicate_classes=PREDICATES, evaluator_type="relation"
+    )
+
+
+def register_permuted_dataset(name: str, of: str) -> None:
+    """Register the same images with classes and predicates in the reverse order of their names."""
+    ids = Renumbering(list(reversed(range(len(CLASSES)))), list(reversed(range(len(PREDICATES)))))
+    DatasetCatalog.register(name, lambda: [ids.dataset_dict(x) for x in DatasetCatalog.get(of)])
+    MetadataCatalog.get(name).set(
+        thing_classes=CLASSES[::-1], predicate_classes=PREDICATES[::-1], evaluator_type="relation"
     )
 
 

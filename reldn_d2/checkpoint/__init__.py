@@ -1,11 +1,7 @@
 """Loading and saving checkpoints of detectors and of RelDN."""
 
-from .detection_checkpoint import (
-    DetectorCheckpointer,
-    fetch,
-    from_torchvision_vgg16,
-    read_checkpoint,
-)
+from .checkpoint_reader import fetch, from_torchvision_vgg16, read_checkpoint
+from .detection_checkpoint import DetectorCheckpointer
 from .reldn_checkpoint import (
     RelDNCheckpointer,
     build_checkpointer,

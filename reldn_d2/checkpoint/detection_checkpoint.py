@@ -1,139 +1,30 @@
-"""Reading checkpoint files without running code in them, and Detectron2's checkpointer made safer.
-
-==========  =====================================================  ==============================
-Suffix      Format                                                 Accepted content
-==========  =====================================================  ==============================
-.pth, .pt   torch's format: ours, Detectron2's, torchvision's      tensors and plain types only
-.pkl        a pickle: Detectron2's model zoo, Caffe2's             arrays and plain types only
-.pyth       torch's format, by pycls                               tensors and plain types only
-==========  =====================================================  ==============================
-
-Any other content is an error unless unpickling is allowed explicitly, because it can run code.
-"""
+"""Detectron2's checkpointer made safer, and aware of the names of classes."""
 
 import logging
 import os
-import pickle
 import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 
-from ..modeling.backbone.vgg import TORCHVISION_NAMES
+from ..structures.name_matching import NAME_FIELDS, NameMismatchError, match_names
 from ..utils.file_io import write_atomically
+from .checkpoint_reader import fetch, from_torchvision_vgg16, read_checkpoint
+from .class_weights import class_weights, model_zoo_classes, num_classes_of
 
-__all__ = ["DetectorCheckpointer", "fetch", "from_torchvision_vgg16", "read_checkpoint"]
+__all__ = ["DetectorCheckpointer"]
 
 logger = logging.getLogger(__name__)
 
 # A BatchNorm buffer that older checkpoints lack and that no model here needs.
 _BATCH_COUNTER = "num_batches_tracked"
-
-# The only globals that a pickle of dicts of numpy arrays refers to.
-_HARMLESS_GLOBALS = {
-    ("_codecs", "encode"),
-    ("builtins", "bytearray"),
-    ("builtins", "complex"),
-    ("builtins", "set"),
-    ("collections", "OrderedDict"),
-    ("collections", "defaultdict"),
-    *(
-        (f"numpy.{core}.{module}", name)
-        for core in ("core", "_core")
-        for module, name in (
-            ("multiarray", "_reconstruct"),
-            ("multiarray", "scalar"),
-            ("numeric", "_frombuffer"),
-        )
-    ),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-}
-
-
-class _ArraysOnlyUnpickler(pickle.Unpickler):
-    """Unpickle dicts, lists, numbers, text and numpy arrays; refuse everything else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _HARMLESS_GLOBALS:
-            raise pickle.UnpicklingError(f"it holds {module}.{name}")
-        return super().find_class(module, name)
-
-
-def fetch(path: str) -> None:
-    """Download a file into the cache, where Detectron2 finds it when it loads the checkpoint.
-
-    Args:
-        path: a URL; Detectron2's own schemes (``detectron2://``) work too.
-
-    Raises:
-        FileNotFoundError: if it cannot be fetched.
-    """
-    try:
-        PathManager.get_local_path(path.split("?")[0])
-    except (OSError, RuntimeError) as error:
-        raise FileNotFoundError(
-            f"The checkpoint '{path}' (MODEL.WEIGHTS) could not be fetched: {error}. Without "
-            "network access, download it on another machine and give the path of the local file."
-        ) from error
-
-
-def read_checkpoint(path: str, allow_pickle: bool = False) -> dict[str, Any]:
-    """Read the content of a checkpoint file.
-
-    Args:
-        path: a local file.
-        allow_pickle: unpickle any Python object, which can run code.
-
-    Raises:
-        ValueError: if the file is broken, or holds Python objects and ``allow_pickle`` is off.
-    """
-    try:
-        if not path.endswith(".pkl"):
-            return torch.load(path, map_location="cpu", weights_only=not allow_pickle)
-        with open(path, "rb") as file:
-            unpickler = pickle.Unpickler if allow_pickle else _ArraysOnlyUnpickler
-            return unpickler(file, encoding="latin1").load()
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} is broken or holds more than tensors and plain types. It was not unpickled, "
-            "because that can run code. If you trust the file, set MODEL.RELDN.LOAD.ALLOW_PICKLE "
-            f"to True (converters: --allow-pickle). ({_unpickling_reason(error)})"
-        ) from error
-    except Exception as error:  # torch's readers fail on other files in many ways
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint: it is broken, truncated or in another "
-            f"format. ({type(error).__name__}: {str(error).partition(chr(10))[0][:200]})"
-        ) from error
-
-
-def _unpickling_reason(error: pickle.UnpicklingError) -> str:
-    """Say what the file holds, without torch's advice to load it unsafely."""
-    text = str(error)
-    match = re.search(r"(?i)unsupported (?:global:? |class )+(\w+(?:\.\w+)+)", text)
-    if match:
-        return f"it holds {match[1]}"
-    match = re.search(r"WeightsUnpickler error: ([^\n]*)", text)
-    return (match[1] if match else text.partition("\n")[0])[:200]
-
-
-def from_torchvision_vgg16(state: dict[str, Any]) -> dict[str, Tensor] | None:
-    """Rename the weights of torchvision's VGG16 to a detector's; None if ``state`` is no VGG16.
-
-    fc8, the ImageNet classifier, is left out because a detector has no use for it.
-    """
-    if not {"features.28.weight", "classifier.0.weight", "classifier.3.weight"} <= set(state):
-        return None
-    return {
-        f"{ours}.{kind}": state[f"{theirs}.{kind}"]
-        for theirs, ours in TORCHVISION_NAMES.items()
-        for kind in ("weight", "bias")
-    }
 
 
 class DetectorCheckpointer(DetectionCheckpointer):
@@ -141,8 +32,16 @@ class DetectorCheckpointer(DetectionCheckpointer):
 
     It reads tensors and plain types only, writes files atomically and raises if a required weight
     is not loaded. It also reads torchvision's VGG16.
+
+    Besides the weights, a saved checkpoint has an entry of plain types (``"detector"``): the class
+    names and the config. A loaded checkpoint gives the model its names, in its order.
+
+    Attributes:
+        description: the entry that is saved.
+        loaded: the entry of the checkpoint that was loaded; empty if it has none.
     """
 
+    entry = "detector"
     backbone_only_hint = "It looks like a backbone only: train the detector on your data set first."
 
     def __init__(
@@ -150,6 +49,9 @@ class DetectorCheckpointer(DetectionCheckpointer):
         model: nn.Module,
         save_dir: str = "",
         *,
+        thing_classes: Sequence[str] | None = None,
+        names_owner: str = "the data set",
+        cfg: CfgNode | None = None,
         matching_only: bool = False,
         allow_pickle: bool = False,
         complete: bool = False,
@@ -157,8 +59,11 @@ class DetectorCheckpointer(DetectionCheckpointer):
     ):
         """
         Args:
-            model: possibly wrapped for distributed training.
+            model: possibly wrapped for distributed training; gets an attribute ``names`` with the
+                names of its classes (and predicates) by metadata field.
             save_dir: folder of checkpoints.
+            thing_classes, cfg: written into saved checkpoints.
+            names_owner: whose names these are, for messages.
             matching_only: load the layers whose shapes match and warn about the others.
             allow_pickle: unpickle files that hold Python objects, which can run code.
             complete: require all weights, not only the backbone's; for evaluation.
@@ -169,6 +74,13 @@ class DetectorCheckpointer(DetectionCheckpointer):
         self.allow_pickle = allow_pickle
         self.complete = complete
         self._path = ""  # as the user gave it, for messages
+        self.names_owner = names_owner
+        self.loaded: dict[str, Any] = {}
+        self.description: dict[str, Any] = {
+            "thing_classes": list(thing_classes or []),
+            "config": cfg.dump() if cfg is not None else "",
+        }
+        self._name_the_model()
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load a file or URL (``detectron2://`` included).
@@ -185,11 +97,13 @@ class DetectorCheckpointer(DetectionCheckpointer):
             )
         if path and "://" in path:
             fetch(path)
-        self._path = path
+        self._path, self.loaded = path, {}
         return super().load(path, *args, **kwargs)
 
     def save(self, name: str, tag: bool = True, **kwargs: Any) -> None:
-        """Save under ``name``; an interruption leaves earlier checkpoints intact.
+        """Save under ``name``, with the entry that the class describes.
+
+        An interruption leaves earlier checkpoints intact.
 
         Args:
             name: without its suffix.
@@ -198,7 +112,7 @@ class DetectorCheckpointer(DetectionCheckpointer):
         """
         if not self.save_dir or not self.save_to_disk:
             return
-        data = {"model": self.model.state_dict()}
+        data = {"model": self.model.state_dict(), self.entry: self.description}
         data.update({key: x.state_dict() for key, x in self.checkpointables.items()}, **kwargs)
         path = os.path.join(self.save_dir, f"{name}.pth")
         logger.info(f"Saving checkpoint to {path}")
@@ -231,16 +145,85 @@ class DetectorCheckpointer(DetectionCheckpointer):
         if "matching_heuristics=True" in self._path.partition("?")[2]:
             data["matching_heuristics"] = True
         data["model"] = from_torchvision_vgg16(data["model"]) or data["model"]
+        if all(name.startswith("module.") for name in data["model"]):  # saved with DDP around it
+            data["model"] = {name.removeprefix("module."): x for name, x in data["model"].items()}
         return data
 
     def _load_model(self, checkpoint: dict[str, Any]):
-        num_weights = len(checkpoint["model"])
+        state, self.loaded = checkpoint["model"], checkpoint.get("detector", {})
+        num_weights = len(state)
+        if class_weights(state) and class_weights(self.model.state_dict()):
+            saved = {**self.loaded, "thing_classes": self._detector_classes(state)}
+            if self._adopt_names(saved, ("thing_classes",)):
+                for name in class_weights(state):  # those of other classes
+                    del state[name]
         incompatible = super()._load_model(checkpoint)
         self._check_loaded(self.model, incompatible, num_weights, "detector", self.complete)
         return incompatible
 
+    def _name_the_model(self) -> None:
+        self.model.names = {x: self.description[x] for x in NAME_FIELDS if self.description.get(x)}
+
+    def _detector_classes(self, state: Mapping[str, Any]) -> list[str] | None:
+        """Return the classes of a detector checkpoint; None, with a warning, if it names none."""
+        num_classes = num_classes_of(state)
+        names = self.loaded.get("thing_classes") or model_zoo_classes(self._path, num_classes)
+        if names and num_classes is not None and len(names) != num_classes:
+            raise ValueError(
+                f"{self._path} names {len(names)} classes, but its weights are for {num_classes}."
+            )
+        if not names and self.description["thing_classes"]:
+            logger.warning(
+                f"{self._path} does not name its classes: they are assumed to be those of "
+                f"{self.names_owner}, in the same order."
+            )
+        return names or None
+
+    def _adopt_names(self, saved: Mapping[str, Any], fields: Sequence[str]) -> list[str]:
+        """Give the model the names of a checkpoint of its own kind, in the checkpoint's order.
+
+        Args:
+            saved: names of the checkpoint by field.
+            fields: fields whose names may differ with ``MATCHING_ONLY``.
+
+        Returns:
+            the fields whose names differ, which keep the data set's names.
+
+        Raises:
+            NameMismatchError: if names differ by more than their order.
+        """
+        different = []
+        for field in NAME_FIELDS:
+            theirs, ours = saved.get(field), self.description.get(field)
+            if not theirs or field not in self.description:
+                continue
+            hint = "Use a data set with the names of the checkpoint."
+            if field in fields:
+                hint += (
+                    " To train the layers of other names from scratch, set "
+                    "MODEL.RELDN.LOAD.MATCHING_ONLY to True."
+                )
+            try:
+                owners = (f"checkpoint {self._path}", self.names_owner)
+                match_names(theirs, ours or theirs, field, *owners, hint=hint)
+            except NameMismatchError as error:
+                if not self.matching_only or field not in fields:
+                    raise
+                logger.warning(f"{error} (MODEL.RELDN.LOAD.MATCHING_ONLY is set.)")
+                different.append(field)
+            else:
+                self.description[field] = list(theirs)
+        self._name_the_model()
+        return different
+
     def _check_loaded(
-        self, module: nn.Module, incompatible: Any, num_weights: int, kind: str, complete: bool
+        self,
+        module: nn.Module,
+        incompatible: Any,
+        num_weights: int,
+        kind: str,
+        complete: bool,
+        frozen: str | None = None,
     ) -> None:
         """Log what was loaded; raise if a required weight is missing.
 
@@ -250,6 +233,8 @@ class DetectorCheckpointer(DetectionCheckpointer):
             num_weights: number of weights in the checkpoint.
             kind: "detector" or "RelDN", for messages.
             complete: require all weights, not only the backbone's.
+            frozen: prefix of the weights that are never trained and must all be loaded, even with
+                ``matching_only``; None if there are none.
         """
         source = f"{kind} checkpoint {self._path}"
         not_loaded = {*incompatible.missing_keys, *(x[0] for x in incompatible.incorrect_shapes)}
@@ -262,11 +247,21 @@ class DetectorCheckpointer(DetectionCheckpointer):
             + (", ".join(f"{count} into {part}" for part, count in counts.items()) or "none")
             + (f"; ignored {len(unexpected)} unexpected weights." if unexpected else ".")
         )
-        if incompatible.incorrect_shapes and not self.matching_only:
+
+        def is_frozen(name: str) -> bool:
+            return frozen is not None and name.startswith(frozen)
+
+        # A frozen layer with random weights would never learn: MATCHING_ONLY does not cover it.
+        shapes = [
+            x for x in incompatible.incorrect_shapes if not self.matching_only or is_frozen(x[0])
+        ]
+        if shapes:
+            fixed = [x for x in shapes if is_frozen(x[0])]
+            advice = _MATCHING_ONLY_ADVICE
+            if fixed:
+                advice = _CLASSES_ADVICE if explain_classes(fixed) else _CONFIG_ADVICE
             raise ValueError(
-                f"{source} does not fit the config: "
-                f"{self._explain_shapes(incompatible.incorrect_shapes)} To load the layers that "
-                "fit and train the others from scratch, set MODEL.RELDN.LOAD.MATCHING_ONLY to True."
+                f"{source} does not fit the config: {self._explain_shapes(shapes)} {advice}"
             )
         if not loaded:
             raise ValueError(
@@ -274,8 +269,9 @@ class DetectorCheckpointer(DetectionCheckpointer):
                 f"{', '.join(list(module.state_dict())[:3])}, ..."
             )
         missing = [x for x in incompatible.missing_keys if _is_required(module, x, complete)]
-        if missing and not self.matching_only:
-            hint = "Build the model with the config that the checkpoint was trained with."
+        missing = [x for x in missing if not self.matching_only or is_frozen(x)]
+        if missing:
+            hint = _CONFIG_ADVICE
             if kind == "detector" and any("roi_heads" in x for x in missing):
                 hint = self.backbone_only_hint
                 if unexpected:
@@ -301,6 +297,17 @@ class DetectorCheckpointer(DetectionCheckpointer):
             shapes: (name, shape in the checkpoint, shape in the model) of each weight.
         """
         return join_reasons(explain_classes(shapes), shapes)
+
+
+_MATCHING_ONLY_ADVICE = (
+    "To load the layers that fit and train the others from scratch, set "
+    "MODEL.RELDN.LOAD.MATCHING_ONLY to True."
+)
+_CONFIG_ADVICE = "Build the model with the config that the checkpoint was trained with."
+_CLASSES_ADVICE = (
+    "RelDN does not train its detector: list all classes of the detector in the data set, or train "
+    "the detector on this data set first."
+)
 
 
 def _is_required(module: nn.Module, name: str, complete: bool) -> bool:

@@ -14,10 +14,13 @@ from torch import nn
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 
+from ..data.datasets.catalog import dataset_names
+from ..modeling.detectors import PrecomputedDetector
 from ..modeling.meta_arch import RelDN
+from ..structures.name_matching import NAME_FIELDS, match_names
 from ..utils.protocols import predicates_per_pair
+from .class_weights import class_weights, take_classes
 from .detection_checkpoint import DetectorCheckpointer, explain_classes, join_reasons
 
 __all__ = [
@@ -118,12 +121,13 @@ class RelDNCheckpointer(DetectorCheckpointer):
     predicates per pair that the model keeps triplets for, and the training set's statistics.
     """
 
+    entry = "reldn"
+
     def __init__(
         self,
         model: nn.Module,
         save_dir: str = "",
         *,
-        thing_classes: Sequence[str] | None = None,
         predicate_classes: Sequence[str] | None = None,
         cfg: CfgNode | None = None,
         **kwargs: Any,
@@ -132,59 +136,109 @@ class RelDNCheckpointer(DetectorCheckpointer):
         Args:
             model: a RelDN, possibly wrapped for distributed training.
             save_dir: folder of checkpoints.
-            thing_classes, predicate_classes, cfg: written into saved checkpoints.
+            predicate_classes, cfg: written into saved checkpoints.
             kwargs: as for :class:`.DetectorCheckpointer`.
         """
-        super().__init__(model, save_dir, **kwargs)
+        super().__init__(model, save_dir, cfg=cfg, **kwargs)
         self.backbone_only_hint = self.model.detector.backbone_only_hint
         self.started_from_detector = False  # whether the last load left the relation head untrained
-        self.description: dict[str, Any] = {
-            "thing_classes": list(thing_classes or []),
-            "predicate_classes": list(predicate_classes or []),
-            "config": cfg.dump() if cfg is not None else "",
+        self.description.update(
+            predicate_classes=list(predicate_classes or []),
             # If the config leaves it to the data set, the data set may be unknown when loading.
-            "predicates_per_pair": list(predicates_per_pair(cfg)) if cfg is not None else [],
-        }
-
-    def save(self, name: str, tag: bool = True, **kwargs: Any) -> None:
-        """Save under ``name``, with the entry that the class describes."""
-        super().save(name, tag, reldn=self.description, **kwargs)
+            predicates_per_pair=list(predicates_per_pair(cfg)) if cfg is not None else [],
+        )
+        self._name_the_model()
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Load a detector or a RelDN checkpoint; see :meth:`.DetectorCheckpointer.load`."""
+        """Load a detector or a RelDN checkpoint; see :meth:`.DetectorCheckpointer.load`.
+
+        The order of a RelDN checkpoint's names becomes that of the model. A detector's classes are
+        brought into the order of the data set, which may also have only some of them.
+        """
         if not path:
             logger.warning("MODEL.WEIGHTS is empty: the frozen detector has random weights.")
-        extra = super().load(path, *args, **kwargs)
-        saved = extra.get("reldn", {})
-        if saved.get("statistics"):  # a resumed run saves them again
-            self.description["statistics"] = saved["statistics"]
-        for field in ("thing_classes", "predicate_classes"):
-            theirs, ours = saved.get(field), self.description[field]
-            if theirs and ours and theirs != ours:
-                logger.warning(
-                    f"{path} was trained with other {field}, or in another order, than the data "
-                    f"set has: {theirs[:3]}... instead of {ours[:3]}... Predicted ids "
-                    "follow the order of the checkpoint."
-                )
-        return extra
+        return super().load(path, *args, **kwargs)
 
     def _load_model(self, checkpoint: dict[str, Any]):
-        names = [name.removeprefix("module.") for name in checkpoint["model"]]
-        if any(name.startswith(_RELDN_PREFIXES) for name in names):
+        state = checkpoint["model"]
+        num_weights = len(state)
+        if any(name.startswith(_RELDN_PREFIXES) for name in state):
+            self.loaded = checkpoint.get(self.entry, {})
+            different = self._adopt_reldn_names()
             incompatible = DetectionCheckpointer._load_model(self, checkpoint)
-            self._check_loaded(self.model, incompatible, len(names), "RelDN", True)
+            self._check_loaded(
+                self.model, incompatible, num_weights, "RelDN", True, frozen="detector."
+            )
             semantic = getattr(self.model.relation_head, "semantic", None)
             skipped = [x[0] for x in incompatible.incorrect_shapes] + incompatible.missing_keys
-            if semantic is not None and _SEMANTIC_TABLE in skipped:
+            if semantic is not None and (different or _SEMANTIC_TABLE in skipped):
                 semantic.counted.fill_(False)  # so that the trainer counts the table again
+            elif self.loaded.get("statistics"):  # a resumed run saves them again
+                self.description["statistics"] = self.loaded["statistics"]
             return incompatible
 
         detector = DetectionCheckpointer(self.model.detector.model)
+        self.loaded = checkpoint.get("detector", {})
+        self._take_detector_classes(detector, state)
         incompatible = detector._load_model(checkpoint)
-        self._check_loaded(detector.model, incompatible, len(names), "detector", True)
+        self._check_loaded(detector.model, incompatible, num_weights, "detector", True, frozen="")
         initialize_relation_branch(self.model, self.allow_pickle)
         self.started_from_detector = True
         return incompatible
+
+    def _adopt_reldn_names(self) -> list[str]:
+        """Give the model the checkpoint's names; see ``DetectorCheckpointer._adopt_names``."""
+        fields = ["predicate_classes"]
+        if not class_weights(self.model.detector.model.state_dict()):
+            fields.append("thing_classes")  # a detector without classes of its own
+        known = any(self.description[field] for field in NAME_FIELDS)
+        if known and not any(self.loaded.get(field) for field in NAME_FIELDS):
+            logger.warning(
+                f"{self._path} does not name its classes and predicates: they are assumed to be "
+                f"those of {self.names_owner}, in the same order."
+            )
+        return self._adopt_names(self.loaded, fields)
+
+    def _take_detector_classes(
+        self, detector: DetectionCheckpointer, state: dict[str, Any]
+    ) -> None:
+        """Bring the class weights of a detector checkpoint into the order of the data set.
+
+        Args:
+            detector: checkpointer of the detector.
+            state: weights of the checkpoint by name; changed in place.
+
+        Raises:
+            NameMismatchError: if the detector lacks a class of the data set.
+            ValueError: if the classes of this type of detector cannot be reordered.
+        """
+        if isinstance(self.model.detector, PrecomputedDetector):
+            return  # its files, not the checkpoint, have the classes
+        theirs, ours = self._detector_classes(state), self.description["thing_classes"]
+        if not theirs or not ours:
+            return
+        source = f"detector checkpoint {self._path}"
+        hint = (
+            "RelDN does not train its detector: list classes of the detector only, or train the "
+            "detector on this data set first."
+        )
+        indices = match_names(
+            ours, theirs, "thing_classes", self.names_owner, source, allow_more=True, hint=hint
+        )
+        if indices is None:
+            return
+        if not class_weights(state):
+            raise ValueError(
+                f"thing_classes: {self.names_owner} lists the classes of {source} in another "
+                "order, and the class weights of this type of detector are not known. List them "
+                f"in the order of the detector: {', '.join(theirs)}."
+            )
+        detector._convert_ndarray_to_tensor(state)
+        take_classes(state, indices, len(theirs))
+        logger.info(
+            f"thing_classes: took the {len(ours)} classes of {self.names_owner} by name from the "
+            f"{len(theirs)} of {source}."
+        )
 
     def _explain_shapes(self, shapes: list[tuple]) -> str:
         """Name the counts of classes and predicates of both sides, and the first shapes."""
@@ -222,21 +276,23 @@ def build_checkpointer(cfg: CfgNode, model: nn.Module, **kwargs: Any) -> Detecto
     """Build the :class:`RelDNCheckpointer` of a RelDN or the checkpointer of any other model.
 
     Args:
-        cfg: config of the model; its first data set gives the names that a checkpoint keeps.
+        cfg: config of the model; its first data set with names gives those of the model, until a
+            checkpoint that has names is loaded.
         model: possibly wrapped for distributed training.
         kwargs: as for :class:`.DetectorCheckpointer`, to override what the config says.
     """
     kwargs.setdefault("matching_only", cfg.MODEL.RELDN.LOAD.MATCHING_ONLY)
     kwargs.setdefault("allow_pickle", cfg.MODEL.RELDN.LOAD.ALLOW_PICKLE)
+    kwargs.setdefault("cfg", cfg)
+    for dataset in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        names = dataset_names(dataset)
+        if names:
+            kwargs.setdefault("names_owner", f"data set '{dataset}'")
+            kwargs.setdefault("thing_classes", names.get("thing_classes"))
+            break
+    else:
+        names = {}
     if not isinstance(getattr(model, "module", model), RelDN):
         return DetectorCheckpointer(model, cfg.OUTPUT_DIR, **kwargs)
-    names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
-    metadata = MetadataCatalog.get(names[0]) if names else None
-    return RelDNCheckpointer(
-        model,
-        cfg.OUTPUT_DIR,
-        thing_classes=metadata and metadata.get("thing_classes"),
-        predicate_classes=metadata and metadata.get("predicate_classes"),
-        cfg=cfg,
-        **kwargs,
-    )
+    kwargs.setdefault("predicate_classes", names.get("predicate_classes"))
+    return RelDNCheckpointer(model, cfg.OUTPUT_DIR, **kwargs)

@@ -25,7 +25,9 @@ from detectron2.data.build import (
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
 
+from ..structures.name_matching import Renumbering
 from .dataset_dict import check_annotations
+from .datasets.catalog import dataset_names
 from .detection_files import attach_detections
 from .start_checks import check_records, training_warnings
 from .statistics import training_statistics_of
@@ -66,6 +68,7 @@ class _SeededDataset(Dataset):
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
+        self.renumbering = Renumbering()
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -73,7 +76,7 @@ class _SeededDataset(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         index, seed = key
         with _own_randomness(seed):
-            return self.dataset[index]
+            return self.renumbering.fields(self.dataset[index])
 
 
 def _as_list(batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -88,6 +91,7 @@ class TrainLoader:
     are skipped without reading an image. The augmentation of each image has its own seed.
 
     Attributes:
+        renumbering: maps the ids of the data set to those of the model; set it before iterating.
         dataset: the dataset dicts, serialized; iterable.
         seed: determines the order and the augmentations; the same on all processes.
         start: index of the first batch.
@@ -121,6 +125,14 @@ class TrainLoader:
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed, self.start = seed, 0
+
+    @property
+    def renumbering(self) -> Renumbering:
+        return self._mapped.renumbering
+
+    @renumbering.setter
+    def renumbering(self, renumbering: Renumbering) -> None:
+        self._mapped.renumbering = renumbering
 
     def seek(self, start: int, seed: int | None = None) -> None:
         """Start with batch ``start``; call this before iterating."""
@@ -157,6 +169,7 @@ def load_training_dicts(
 ) -> list[dict[str, Any]]:
     """Load and check the dicts of ``DATASETS.TRAIN``, and filter them as Detectron2 does.
 
+    Ids of classes and predicates are those of the first data set; others are mapped by name.
     Facts that lose or confuse relations are logged as warnings.
 
     Args:
@@ -167,8 +180,9 @@ def load_training_dicts(
 
     Raises:
         FileNotFoundError: images are missing.
-        ValueError: a record is invalid, all boxes have another form than declared, there is no
-            relation to train on, or the number of detection files is wrong.
+        ValueError: a record is invalid, the data sets have different names, all boxes have another
+            form than declared, there is no relation to train on, or the number of detection files
+            is wrong.
     """
     names = list(cfg.DATASETS.TRAIN)
     proposals = list(cfg.DATASETS.PROPOSAL_FILES_TRAIN) if cfg.MODEL.LOAD_PROPOSALS else []
@@ -182,6 +196,10 @@ def load_training_dicts(
             records = load_proposals_into_dataset(records, proposals[index])
         if detections:
             records = attach_detections(records, name, detections[index], num_classes)
+        if index:
+            owners = (f"data set '{name}'", f"data set '{names[0]}'")
+            ids = Renumbering.between(dataset_names(name), dataset_names(names[0]), *owners)
+            records = [ids.dataset_dict(record) for record in records] if ids else records
         dicts.extend(records)
     if with_relations:
         for warning in training_warnings(training_statistics_of(names, loaded), cfg):

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode
 from detectron2.utils.logger import setup_logger
@@ -28,7 +28,12 @@ from detectron2.utils.logger import setup_logger
 from ..structures.box_frames import BoxDiagnosis
 from ..structures.scene_graph import boxes_xyxy
 from .dataset_dict import annotation_problems
-from .datasets.catalog import DATASET_ERRORS, add_module_argument, require_dataset
+from .datasets.catalog import (
+    DATASET_ERRORS,
+    add_module_argument,
+    dataset_names,
+    require_dataset,
+)
 from .datasets.io import image_size
 from .start_checks import (
     apart_pairs_warning,
@@ -78,11 +83,11 @@ def check_dataset(name: str, decode: bool = False) -> Report:
     report = Report()
     try:
         report.dataset_dicts = DatasetCatalog.get(name)
+        found = dataset_names(name)
     except DATASET_ERRORS as error:
         report.errors += getattr(error, "problems", [str(error)])
         return report
-    metadata = MetadataCatalog.get(name)
-    names = {key: metadata.get(key) for key in ("thing_classes", "predicate_classes")}
+    names = {key: found.get(key) for key in ("thing_classes", "predicate_classes")}
     for key, value in names.items():
         if value is None:
             report.errors.append(

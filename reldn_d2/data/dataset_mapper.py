@@ -8,13 +8,15 @@ import numpy as np
 import torch
 
 from detectron2.config import CfgNode, configurable
-from detectron2.data import DatasetMapper, MetadataCatalog
+from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 
+from ..structures.name_matching import match_names
 from ..structures.relations import ground_truth_relations, remap_relations
 from ..structures.scene_graph import boxes_xyxy
 from .dataset_dict import check_annotations
+from .datasets.catalog import dataset_names as names_of
 from .detection_files import transform_detections
 
 __all__ = ["RelationDatasetMapper"]
@@ -167,17 +169,10 @@ def _count_names(dataset_names: Sequence[str], key: str) -> int | None:
     """Return the number of classes or predicates of the data sets, None if it is not set.
 
     Raises:
-        ValueError: if the data sets do not have the same names.
+        NameMismatchError: if the data sets do not have the same names, in whatever order.
     """
-    lists: list[Sequence[str]] = []
-    for dataset_name in dataset_names:
-        names = getattr(MetadataCatalog.get(dataset_name), key, None)
-        if names is None:
-            continue
-        if lists and list(names) != list(lists[0]):
-            raise ValueError(
-                f"The data sets {', '.join(dataset_names)} have different {key}: they cannot be "
-                f"used together. The first has {len(lists[0])} names, {dataset_name} {len(names)}."
-            )
-        lists.append(names)
-    return len(lists[0]) if lists else None
+    lists = {name: names_of(name).get(key) for name in dataset_names}
+    named = [(name, names) for name, names in lists.items() if names is not None]
+    for name, names in named[1:]:
+        match_names(names, named[0][1], key, f"data set '{name}'", f"data set '{named[0][0]}'")
+    return len(named[0][1]) if named else None

@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
+from ..structures.name_matching import Renumbering
 from .dataset_dict import dicts_without_images
 from .datasets.catalog import DATASET_ERRORS, add_module_argument, require_dataset
 from .datasets.io import cache_paths, write_cache
@@ -78,6 +79,41 @@ class RelationStatistics:
     def table(self, overlap_filter: bool) -> Tensor:
         """Return (C, C, P + 1) int64 for the semantic module, "no relationship" last."""
         return self.counts.table(overlap_filter)
+
+    def in_order_of(
+        self,
+        other: "RelationStatistics | Mapping[str, Sequence[str]]",
+        owner: str,
+        other_owner: str,
+    ) -> "RelationStatistics":
+        """Return the same counts with the ids of another list of classes and predicates.
+
+        Args:
+            other: statistics, or names by metadata field.
+            owner, other_owner: whose counts and names these are, for messages.
+
+        Raises:
+            NameMismatchError: if the names differ by more than their order.
+        """
+        wanted = other if isinstance(other, Mapping) else vars(other)
+        ids = Renumbering.between(vars(self), wanted, owner, other_owner)
+        if not ids:
+            return self
+        old = ids.inverse()  # for each new id, where its counts are now
+        classes = np.arange(len(self.thing_classes)) if old.classes is None else old.classes
+        predicates = (
+            np.arange(len(self.predicate_classes)) if old.predicates is None else old.predicates
+        )
+        return replace(
+            self,
+            thing_classes=tuple(self.thing_classes[i] for i in classes),
+            predicate_classes=tuple(self.predicate_classes[i] for i in predicates),
+            counts=PairCounts(
+                self.counts.relations[np.ix_(classes, classes, predicates)],
+                self.counts.pairs[np.ix_(classes, classes)],
+                self.counts.overlapping[np.ix_(classes, classes)],
+            ),
+        )
 
     @classmethod
     def count(
@@ -155,22 +191,22 @@ def dataset_statistics(
 def training_statistics_of(
     names: Sequence[str], dataset_dicts: Mapping[str, Sequence[dict[str, Any]]] | None = None
 ) -> RelationStatistics:
-    """Return the statistics of several data sets combined.
+    """Return the statistics of several data sets combined, in the first one's order of names.
 
     Args:
         names: names of the data sets.
         dataset_dicts: the dicts of those that are loaded already, by name.
 
     Raises:
-        ValueError: if they do not have the same classes and predicates.
+        NameMismatchError: if they do not have the same classes and predicates.
     """
     loaded = dataset_dicts or {}
     parts = [dataset_statistics(name, loaded.get(name)) for name in names]
     if not parts:
         raise ValueError("No data set to count: DATASETS.TRAIN is empty.")
     first = parts[0]
-    for name, part in zip(names, parts, strict=True):
-        _require_same_names((names[0], first), (name, part), "cannot be counted together")
+    owner = f"data set '{names[0]}'"
+    parts = [part.in_order_of(first, f"data set '{x}'", owner) for x, part in zip(names, parts)]
     return RelationStatistics(
         first.thing_classes,
         first.predicate_classes,
@@ -190,7 +226,8 @@ def zero_shot_triplets(test: str, train: str | None = None) -> frozenset[ClassTr
         train: name of the training set; the ``train_dataset`` of the test set's metadata when None.
 
     Raises:
-        ValueError: if there is no training set, or the two have different classes or predicates.
+        ValueError: if there is no training set, or the two have different classes or predicates;
+            another order is mapped.
     """
     train = train or MetadataCatalog.get(test).get("train_dataset")
     if train is None:
@@ -199,18 +236,8 @@ def zero_shot_triplets(test: str, train: str | None = None) -> frozenset[ClassTr
             "metadata."
         )
     of_test, of_train = dataset_statistics(test), dataset_statistics(train)
-    _require_same_names((test, of_test), (train, of_train), "have no comparable triplets")
+    of_train = of_train.in_order_of(of_test, f"data set '{train}'", f"data set '{test}'")
     return of_test.triplets - of_train.triplets
-
-
-def _require_same_names(
-    one: tuple[str, RelationStatistics], other: tuple[str, RelationStatistics], consequence: str
-) -> None:
-    for field in ("thing_classes", "predicate_classes"):
-        if getattr(one[1], field) != getattr(other[1], field):
-            raise ValueError(
-                f"The data sets {one[0]} and {other[0]} have different {field}: they {consequence}."
-            )
 
 
 def fingerprint(name: str) -> str | None:

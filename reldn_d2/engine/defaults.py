@@ -3,6 +3,8 @@
 import logging
 import os
 import weakref
+from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, TrainerBase
+from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
@@ -24,6 +27,15 @@ from ..utils.file_io import write_results
 from .hooks import FiniteLossCheck, ResumableBestCheckpointer, SeedEachIteration
 from .model_setup import check_counts, ensure_frequency_table
 from .optimizer import build_optimizer
+from .renumbered_model import dataset_renumbering, in_order_of
+from .resume import (
+    changed_keys,
+    log_changed_keys,
+    optimizer_state,
+    separate_from_earlier_run,
+    use_rates_of,
+    with_saved_solver,
+)
 from .train_loop import build_simple_trainer, create_ddp_model
 
 __all__ = ["RelDNTrainer"]
@@ -83,11 +95,24 @@ class RelDNTrainer(DefaultTrainer):
         """Load the weights as Detectron2 does; a new run also counts the frequency table.
 
         A resumed run sees exactly the batches and random choices that the interrupted run would
-        have seen.
+        have seen. If ``SOLVER`` has other values than the checkpoint's config, these take effect.
+
+        Raises:
+            NameMismatchError: if a data set has other classes or predicates than the checkpoint;
+                another order is mapped.
         """
-        if resume and self.checkpointer.has_checkpoint():
+        resumed = resume and self.checkpointer.has_checkpoint()
+        if resumed:
             self.checkpointer.matching_only = False  # the run's own checkpoint fits completely
+        elif resume:
+            logger.warning(
+                f"No last_checkpoint in {self.cfg.OUTPUT_DIR}: --resume starts a new run from "
+                "MODEL.WEIGHTS."
+            )
         super().resume_or_load(resume=resume)
+        self._map_names()
+        if not resumed and comm.is_main_process():
+            separate_from_earlier_run(self.cfg.OUTPUT_DIR)
         if hasattr(self.data_loader, "seek"):
             self.data_loader.seek(self.start_iter, self.seed)
         elif self.start_iter:
@@ -95,6 +120,20 @@ class RelDNTrainer(DefaultTrainer):
         statistics = ensure_frequency_table(self.cfg, self.model)
         if statistics is not None:
             self.checkpointer.description["statistics"] = statistics.description()
+
+    def _map_names(self) -> None:
+        """Map the ids of the training data to the model's; check the names of the test sets."""
+        for name in self.cfg.DATASETS.TEST:
+            dataset_renumbering(self.model, name)
+        for name in self.cfg.DATASETS.TRAIN[:1]:  # the loader gives the others its order
+            renumbering = dataset_renumbering(self.model, name)
+            if renumbering and not hasattr(self.data_loader, "renumbering"):
+                raise ValueError(
+                    f"Data set '{name}' lists the names of the checkpoint in another order, and "
+                    "this data loader cannot map them. List them in the same order."
+                )
+            if renumbering:
+                self.data_loader.renumbering = renumbering
 
     def run_step(self) -> None:
         """Run one step; if a loss is not finite, stop and report the images of the batch."""
@@ -115,13 +154,31 @@ class RelDNTrainer(DefaultTrainer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super(DefaultTrainer, self).load_state_dict(state_dict)
         self.seed = state_dict.get("seed", self.seed)
+        changes = changed_keys(self.checkpointer.loaded.get("config", ""), self.cfg)
+        log_changed_keys(changes, self.seed)
         if "_trainer" in state_dict:
-            self._trainer.load_state_dict(state_dict["_trainer"])
+            saved, current = state_dict["_trainer"], self._trainer.state_dict()
+            optimizer = self._optimizer_state(saved["optimizer"], changes)
+            # The current state is for what the checkpoint lacks, such as AMP's scaler.
+            self._trainer.load_state_dict({**current, **saved, "optimizer": optimizer})
         else:
             logger.warning(
                 "The checkpoint has no optimizer state (Detectron2 v0.6 saves none): the "
                 "optimizer starts from scratch."
             )
+        use_rates_of(self._trainer.optimizer, self.scheduler)
+
+    def _optimizer_state(self, saved: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the optimizer's state with the momentum of a checkpoint."""
+
+        def build_saved() -> torch.optim.Optimizer:
+            model = getattr(self.model, "module", self.model)
+            return self.build_optimizer(with_saved_solver(self.cfg, changes), model)
+
+        other_solver = any(key.startswith("SOLVER.") for key in changes)
+        return optimizer_state(
+            saved, self._trainer.optimizer, build_saved if other_solver else None
+        )
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -155,8 +212,26 @@ class RelDNTrainer(DefaultTrainer):
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> dict[str, Any]:
-        """Evaluate as Detectron2 does and also write ``OUTPUT_DIR/results_TASK.json``."""
-        results = super().test(cfg, model, evaluators)
+        """Evaluate as Detectron2 does and also write ``OUTPUT_DIR/results_TASK.json``.
+
+        A data set may list the model's classes and predicates in another order: its evaluator gets
+        the ids of the data set.
+
+        Raises:
+            NameMismatchError: if a data set has other names than the model.
+        """
+        results: dict[str, Any] = OrderedDict()
+        evaluators = [evaluators] if isinstance(evaluators, DatasetEvaluator) else evaluators
+        models = [in_order_of(name, model) for name in cfg.DATASETS.TEST]  # checks all names first
+        for index, name in enumerate(cfg.DATASETS.TEST):
+            loader = cls.build_test_loader(cfg, name)
+            evaluator = evaluators[index] if evaluators else cls.build_evaluator(cfg, name)
+            results[name] = inference_on_dataset(models[index], loader, evaluator)
+            if comm.is_main_process():
+                logger.info(f"Results for {name} in csv format:")
+                print_csv_format(results[name])
+        if len(results) == 1:
+            (results,) = results.values()
         if comm.is_main_process():
             write_results(os.path.join(cfg.OUTPUT_DIR, f"results_{_task(cfg)}.json"), results)
         return results

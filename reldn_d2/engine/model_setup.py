@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 
+from ..data.datasets.catalog import dataset_names
 from ..data.frequency import log_frequencies
 from ..data.statistics import RelationStatistics, training_statistics_of
 from ..modeling.meta_arch import RelDN
@@ -27,7 +27,8 @@ def check_counts(cfg: CfgNode, model: nn.Module) -> None:
     """Compare a model's numbers of classes and predicates with those of the config's data sets.
 
     Raises:
-        ValueError: if they differ; the message has both counts and the config key.
+        ValueError: if they differ, with both counts and the config key; or if two classes or
+            predicates of a data set have the same name.
     """
     expected = []  # (metadata field, config key, count)
     if isinstance(model, RelDN):
@@ -46,7 +47,7 @@ def check_counts(cfg: CfgNode, model: nn.Module) -> None:
     counted = cfg.MODEL.ROI_RELATION_HEAD.SEMANTIC.COUNT_DATASETS if expected[1:] else ()
     for dataset in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST, *counted)):
         for field, key, count in expected:
-            names = MetadataCatalog.get(dataset).get(field, None)
+            names = dataset_names(dataset).get(field)
             if names is not None and len(names) != count:
                 raise ValueError(
                     f"{key} is {count}, but the data set '{dataset}' has {len(names)} {field}. "
@@ -73,6 +74,8 @@ def ensure_frequency_table(cfg: CfgNode, model: nn.Module) -> RelationStatistics
     training = training_statistics_of(cfg.DATASETS.TRAIN)
     names = tuple(cfg.MODEL.ROI_RELATION_HEAD.SEMANTIC.COUNT_DATASETS) or cfg.DATASETS.TRAIN
     counted = training if names == cfg.DATASETS.TRAIN else _statistics_of(names, training, cfg)
+    owner = f"data set '{names[0]}'"
+    counted = counted.in_order_of(getattr(model, "names", {}), owner, "the model")
     counts = counted.table(cfg.MODEL.ROI_RELATION_HEAD.OVERLAP_FILTER)
     semantic.set_log_frequencies(log_frequencies(counts))
     logger.info(
@@ -85,17 +88,11 @@ def ensure_frequency_table(cfg: CfgNode, model: nn.Module) -> RelationStatistics
 def _statistics_of(
     names: Sequence[str], training: RelationStatistics, cfg: CfgNode
 ) -> RelationStatistics:
-    """Return the statistics of ``SEMANTIC.COUNT_DATASETS``, whose names must be the training set's.
+    """Return the statistics of ``SEMANTIC.COUNT_DATASETS`` in the training set's order of names.
 
     Raises:
-        ValueError: if classes or predicates differ.
+        NameMismatchError: if classes or predicates differ by more than their order.
     """
-    counted = training_statistics_of(names)
-    for field in ("thing_classes", "predicate_classes"):
-        if getattr(counted, field) != getattr(training, field):
-            raise ValueError(
-                f"MODEL.ROI_RELATION_HEAD.SEMANTIC.COUNT_DATASETS is {', '.join(names)}, which has "
-                f"other {field}, or in another order, than {', '.join(cfg.DATASETS.TRAIN)} "
-                "(DATASETS.TRAIN). Count on a data set with the same ones."
-            )
-    return counted
+    owner = f"MODEL.ROI_RELATION_HEAD.SEMANTIC.COUNT_DATASETS is {', '.join(names)}, which"
+    trained_on = f"{', '.join(cfg.DATASETS.TRAIN)} (DATASETS.TRAIN)"
+    return training_statistics_of(names).in_order_of(training, owner, trained_on)

@@ -280,9 +280,32 @@ def test_training_statistics_of_several_datasets(register):
     content["predicates"][0]["name"] = "carries"
     register("part_3", content)
     with pytest.raises(
-        ValueError, match="part_1 and part_3 have different predicate_classes.* counted together"
+        ValueError,
+        match="predicate_classes of data set 'part_3' and of .*'part_1' differ.*'carries' .1 of",
     ):
         training_statistics_of(["part_1", "part_3"])
+
+
+def test_training_statistics_other_order_is_mapped(register):
+    register("part_1")
+    content = coco_content()  # the same with other ids, which determine the order of the names
+    for record in content["categories"] + content["predicates"]:
+        record["id"] *= -1
+    for record in content["annotations"]:
+        record["category_id"] *= -1
+    for record in content["images"] + content["annotations"]:
+        if "relations" in record:
+            record["relations"] = [[s, o, -p] for s, o, p in record["relations"]]
+        record.pop("verified_labels", None)
+    register("part_2", content)
+    one, both = dataset_statistics("part_1"), training_statistics_of(["part_1", "part_2"])
+    other = dataset_statistics("part_2")
+    assert other.thing_classes == one.thing_classes[::-1] != one.thing_classes
+    assert not np.array_equal(other.counts.relations, one.counts.relations)
+    assert both.thing_classes == one.thing_classes
+    for name, counts in both.counts._asdict().items():
+        assert np.array_equal(counts, 2 * getattr(one.counts, name)), name
+    assert zero_shot_triplets("part_1", "part_2") == frozenset()
 
 
 def test_statistics_description_is_plain_and_complete(register):

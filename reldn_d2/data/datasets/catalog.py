@@ -5,16 +5,19 @@ import difflib
 import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 
+from ...structures.name_matching import NAME_FIELDS, require_unique_names
+
 __all__ = [
     "DATASET_ERRORS",
     "UnknownDatasetError",
     "add_module_argument",
+    "dataset_names",
     "register_dataset",
     "require_dataset",
 ]
@@ -46,6 +49,7 @@ class _MetadataFromFiles(Metadata):
                 names = _name_readers[self.name]()
             except FileNotFoundError as error:  # not downloaded yet: as if the key were not set
                 raise AttributeError(f"{key} of data set '{self.name}': {error}") from error
+            _require_unique(names, self.name)
             for name, value in names.items():
                 self.__dict__.setdefault(name, value)
             if key in self.__dict__:
@@ -73,7 +77,12 @@ def register_dataset(
         read_names: returns ``thing_classes``, ``predicate_classes``, ... on first access; None if
             they are in ``metadata``.
         metadata: further metadata.
+
+    Raises:
+        ValueError: two classes or two predicates have the same name; with ``read_names``, on first
+            access.
     """
+    _require_unique(metadata, name)
     DatasetCatalog.register(name, lambda: load(**arguments))
     if read_names is not None:
         before = MetadataCatalog.pop(name).as_dict() if name in MetadataCatalog else {}
@@ -85,6 +94,26 @@ def register_dataset(
         loader=f"{load.__module__}.{load.__qualname__}({options})",
         **metadata,
     )
+
+
+def _require_unique(metadata: Mapping[str, Any], name: str) -> None:
+    """Raise if the data set ``name`` lists a class or predicate twice."""
+    for field in NAME_FIELDS:
+        require_unique_names(metadata.get(field) or (), field, f"data set '{name}'")
+
+
+def dataset_names(name: str) -> dict[str, list[str]]:
+    """Return the class and predicate names of a registered data set, by metadata field.
+
+    Fields that its metadata lacks are missing.
+
+    Raises:
+        ValueError: two classes or two predicates have the same name.
+    """
+    metadata = MetadataCatalog.get(name)
+    names = {field: metadata.get(field, None) for field in NAME_FIELDS}
+    _require_unique(names, name)
+    return {field: list(values) for field, values in names.items() if values is not None}
 
 
 def add_module_argument(parser: argparse.ArgumentParser) -> None:

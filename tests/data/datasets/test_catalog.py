@@ -20,7 +20,12 @@ from reldn_d2.data.datasets import (
     register_openimages_vrd,
     register_relation_instances,
 )
-from reldn_d2.data.datasets.catalog import UnknownDatasetError, require_dataset
+from reldn_d2.data.datasets.catalog import (
+    UnknownDatasetError,
+    dataset_names,
+    register_dataset,
+    require_dataset,
+)
 from reldn_d2.data.datasets.image_sizes import image_sizes
 
 from detectron2.config import get_cfg
@@ -181,3 +186,32 @@ def test_train_loader_serializes_records_once(tmp_path, registered):
     (records,) = lists
     assert not isinstance(records._lst, list), "one buffer"
     assert records[0]["relations"] == [(0, 1, 1), (0, 1, 0), (1, 0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("thing_classes", 'thing_classes of data set .twice.: classes 0 and 2 are both "cup"'),
+        ("predicate_classes", ".*: predicates 0 and 2 are both .cup.*Rename one of them"),
+    ],
+)
+def test_register_dataset_name_twice_raises(registered, field, message):
+    names = {"thing_classes": ["a", "b"], "predicate_classes": ["on"]}
+    names[field] = ["cup", "hat", " cup"]
+    options = {"annotation_files": ()}
+    with pytest.raises(ValueError, match=message):
+        register_dataset(registered("twice"), list, {}, **options, **names)
+    # Names in files are known on first access.
+    register_dataset("twice", list, {}, read_names=lambda: names, **options)
+    with pytest.raises(ValueError, match=message):
+        MetadataCatalog.get("twice").get("thing_classes")
+    with pytest.raises(ValueError, match=message):
+        dataset_names("twice")
+
+
+def test_dataset_names_set_by_hand_twice_raises(registered):
+    MetadataCatalog.get(registered("by hand")).thing_classes = ["cup", "cup "]
+    with pytest.raises(ValueError, match="classes 0 and 1 are both"):
+        dataset_names("by hand")
+    MetadataCatalog.get(registered("nameless"))
+    assert dataset_names("nameless") == {}

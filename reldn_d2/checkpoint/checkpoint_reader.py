@@ -1,0 +1,126 @@
+"""Reading checkpoint files without running code in them.
+
+==========  =====================================================  ==============================
+Suffix      Format                                                 Accepted content
+==========  =====================================================  ==============================
+.pth, .pt   torch's format: ours, Detectron2's, torchvision's      tensors and plain types only
+.pkl        a pickle: Detectron2's model zoo, Caffe2's             arrays and plain types only
+.pyth       torch's format, by pycls                               tensors and plain types only
+==========  =====================================================  ==============================
+
+Any other content is an error unless unpickling is allowed explicitly, because it can run code.
+"""
+
+import pickle
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detectron2.utils.file_io import PathManager
+
+from ..modeling.backbone.vgg import TORCHVISION_NAMES
+
+__all__ = ["fetch", "from_torchvision_vgg16", "read_checkpoint"]
+
+# The only globals that a pickle of dicts of numpy arrays refers to.
+_HARMLESS_GLOBALS = {
+    ("_codecs", "encode"),
+    ("builtins", "bytearray"),
+    ("builtins", "complex"),
+    ("builtins", "set"),
+    ("collections", "OrderedDict"),
+    ("collections", "defaultdict"),
+    *(
+        (f"numpy.{core}.{module}", name)
+        for core in ("core", "_core")
+        for module, name in (
+            ("multiarray", "_reconstruct"),
+            ("multiarray", "scalar"),
+            ("numeric", "_frombuffer"),
+        )
+    ),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+}
+
+
+class _ArraysOnlyUnpickler(pickle.Unpickler):
+    """Unpickle dicts, lists, numbers, text and numpy arrays; refuse everything else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _HARMLESS_GLOBALS:
+            raise pickle.UnpicklingError(f"it holds {module}.{name}")
+        return super().find_class(module, name)
+
+
+def fetch(path: str) -> None:
+    """Download a file into the cache, where Detectron2 finds it when it loads the checkpoint.
+
+    Args:
+        path: a URL; Detectron2's own schemes (``detectron2://``) work too.
+
+    Raises:
+        FileNotFoundError: if it cannot be fetched.
+    """
+    try:
+        PathManager.get_local_path(path.split("?")[0])
+    except (OSError, RuntimeError) as error:
+        raise FileNotFoundError(
+            f"The checkpoint '{path}' (MODEL.WEIGHTS) could not be fetched: {error}. Without "
+            "network access, download it on another machine and give the path of the local file."
+        ) from error
+
+
+def read_checkpoint(path: str, allow_pickle: bool = False) -> dict[str, Any]:
+    """Read the content of a checkpoint file.
+
+    Args:
+        path: a local file.
+        allow_pickle: unpickle any Python object, which can run code.
+
+    Raises:
+        ValueError: if the file is broken, or holds Python objects and ``allow_pickle`` is off.
+    """
+    try:
+        if not path.endswith(".pkl"):
+            return torch.load(path, map_location="cpu", weights_only=not allow_pickle)
+        with open(path, "rb") as file:
+            unpickler = pickle.Unpickler if allow_pickle else _ArraysOnlyUnpickler
+            return unpickler(file, encoding="latin1").load()
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is broken or holds more than tensors and plain types. It was not unpickled, "
+            "because that can run code. If you trust the file, set MODEL.RELDN.LOAD.ALLOW_PICKLE "
+            f"to True (converters: --allow-pickle). ({_unpickling_reason(error)})"
+        ) from error
+    except Exception as error:  # torch's readers fail on other files in many ways
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint: it is broken, truncated or in another "
+            f"format. ({type(error).__name__}: {str(error).partition(chr(10))[0][:200]})"
+        ) from error
+
+
+def _unpickling_reason(error: pickle.UnpicklingError) -> str:
+    """Say what the file holds, without torch's advice to load it unsafely."""
+    text = str(error)
+    match = re.search(r"(?i)unsupported (?:global:? |class )+(\w+(?:\.\w+)+)", text)
+    if match:
+        return f"it holds {match[1]}"
+    match = re.search(r"WeightsUnpickler error: ([^\n]*)", text)
+    return (match[1] if match else text.partition("\n")[0])[:200]
+
+
+def from_torchvision_vgg16(state: dict[str, Any]) -> dict[str, Tensor] | None:
+    """Rename the weights of torchvision's VGG16 to a detector's; None if ``state`` is no VGG16.
+
+    fc8, the ImageNet classifier, is left out because a detector has no use for it.
+    """
+    if not {"features.28.weight", "classifier.0.weight", "classifier.3.weight"} <= set(state):
+        return None
+    return {
+        f"{ours}.{kind}": state[f"{theirs}.{kind}"]
+        for theirs, ours in TORCHVISION_NAMES.items()
+        for kind in ("weight", "bias")
+    }

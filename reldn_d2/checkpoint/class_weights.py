@@ -1,0 +1,86 @@
+"""Weights of a detector that have one part per class, and reordering them by class name.
+
+Shapes: K classes of the checkpoint, A anchors per location.
+
+========================================  ==========================  ==============================
+Weight and bias of                        first dimension             order
+========================================  ==========================  ==============================
+``roi_heads.box_predictor.cls_score``     K + 1                       classes, then background
+``roi_heads.box_predictor.bbox_pred``     4 K (4: class-agnostic)     four deltas per class
+``roi_heads.mask_head.predictor``         K (1: class-agnostic)       classes
+``head.cls_score`` (RetinaNet)            A K                         K classes per anchor
+========================================  ==========================  ==============================
+
+A cascade has several box predictors: ``roi_heads.box_predictor.0`` and so on.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+
+__all__ = ["class_weights", "model_zoo_classes", "num_classes_of", "take_classes"]
+
+_BOX_PREDICTOR = r"roi_heads\.box_predictor\.(\d+\.)?"
+_SCORES = re.compile(_BOX_PREDICTOR + r"cls_score\.(weight|bias)")
+_BOXES = re.compile(_BOX_PREDICTOR + r"bbox_pred\.(weight|bias)")
+_MASKS = re.compile(r"roi_heads\.mask_head\.predictor\.(weight|bias)")
+_DENSE_SCORES = re.compile(r"head\.cls_score\.(weight|bias)")
+
+# Detectron2's detectors trained on COCO, by its own scheme or by the address that it stands for.
+_COCO_ZOO = re.compile(r"(detectron2://|https?://dl\.fbaipublicfiles\.com/detectron2/)COCO-")
+
+
+def class_weights(state: Mapping[str, Any]) -> list[str]:
+    """Return the names of a detector's weights that have one part per class."""
+    patterns = (_SCORES, _BOXES, _MASKS, _DENSE_SCORES)
+    return [name for name in state if any(pattern.fullmatch(name) for pattern in patterns)]
+
+
+def num_classes_of(state: Mapping[str, Any]) -> int | None:
+    """Return K; None if the weights are not those of a known detector."""
+    for name, value in state.items():
+        if _SCORES.fullmatch(name):
+            return len(value) - 1
+        if _DENSE_SCORES.fullmatch(name) and "head.bbox_pred.bias" in state:
+            return len(value) // (len(state["head.bbox_pred.bias"]) // 4)  # 4 deltas per anchor
+    return None
+
+
+def model_zoo_classes(path: str, num_classes: int | None) -> list[str] | None:
+    """Return the class names of a detector of Detectron2's model zoo.
+
+    Args:
+        path: path or URL of the checkpoint.
+        num_classes: K.
+
+    Returns:
+        COCO's 80 classes in Detectron2's order for ``detectron2://COCO-*``; None for other paths
+        and other numbers of classes.
+    """
+    names = [x["name"] for x in COCO_CATEGORIES if x["isthing"]]
+    return names if _COCO_ZOO.match(path) and num_classes == len(names) else None
+
+
+def take_classes(state: dict[str, Tensor], indices: Sequence[int], num_classes: int) -> None:
+    """Reorder the class weights of a detector, or take those of some classes; in place.
+
+    Args:
+        state: weights of the checkpoint by name.
+        indices: for each class of the model its index in the checkpoint.
+        num_classes: K.
+    """
+    for name in class_weights(state):
+        value = state[name]
+        if _SCORES.fullmatch(name):
+            state[name] = value[[*indices, num_classes]]
+        elif _DENSE_SCORES.fullmatch(name):
+            # (A K, ...) -> (A, K, ...): the logits of an anchor are adjacent.
+            by_anchor = value.reshape(-1, num_classes, *value.shape[1:])
+            state[name] = by_anchor[:, list(indices)].flatten(0, 1)
+        elif len(value) > (4 if _BOXES.fullmatch(name) else 1):  # else class-agnostic
+            by_class = value.reshape(num_classes, -1, *value.shape[1:])
+            state[name] = by_class[list(indices)].flatten(0, 1)
