@@ -23,6 +23,7 @@ from detectron2.data.build import (
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
 
+from ..utils.processes import protect_loader_worker
 from .dataset_dict import check_annotations
 from .detection_files import attach_detections
 
@@ -133,6 +134,7 @@ class TrainLoader:
             batch_sampler=islice(self.indices(), self.start, None),
             num_workers=self.num_workers,
             collate_fn=_as_list,
+            worker_init_fn=protect_loader_worker,
             generator=torch.Generator(),  # the global one belongs to the model
         )
 

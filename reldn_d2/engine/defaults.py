@@ -11,6 +11,7 @@ from torch import nn
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
 from detectron2.engine import DefaultTrainer, TrainerBase
+from detectron2.engine.hooks import EvalHook
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
@@ -20,11 +21,15 @@ from ..data.dataset_mapper import RelationDatasetMapper
 from ..data.detection_files import attach_detections
 from ..evaluation.build import build_relation_evaluator
 from ..modeling.meta_arch import predicts_relations
-from ..utils.events import RelationStatisticsPrinter
+from ..utils.events import FailSafeWriter, RelationStatisticsPrinter, report_log_errors_once
 from ..utils.file_io import write_results
+from ..utils.processes import protect_loader_worker
 from .hooks import FiniteLossCheck, ResumableBestCheckpointer, SeedEachIteration
+from .image_errors import NameImageInErrors, named_images
+from .interruption import StopOnSignal
 from .model_setup import check_counts, ensure_frequency_table
 from .optimizer import build_optimizer
+from .run_check import check_run
 from .train_loop import build_simple_trainer, create_ddp_model
 
 __all__ = ["RelDNTrainer"]
@@ -48,6 +53,8 @@ class RelDNTrainer(DefaultTrainer):
             setup_logger()
         if not logging.getLogger("reldn_d2").hasHandlers():  # a script other than train_net.py
             setup_logger(distributed_rank=comm.get_rank(), name="reldn_d2")
+        report_log_errors_once()
+        check_run(cfg, build_evaluator=self.build_evaluator)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -66,10 +73,11 @@ class RelDNTrainer(DefaultTrainer):
     def build_hooks(self) -> list[Any]:
         """Add reproducible seeding and the best checkpoint to Detectron2's hooks."""
         hooks = [SeedEachIteration(lambda: self.seed), *super().build_hooks()]
+        evaluation = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
+        self.stop_on_signal = StopOnSignal(self.model, self.checkpointer)
+        hooks.insert(evaluation, self.stop_on_signal)
         best, period = self.cfg.SOLVER.BEST_CHECKPOINT, self.cfg.TEST.EVAL_PERIOD
         if best.METRIC and comm.is_main_process():
-            if period <= 0:
-                raise ValueError("SOLVER.BEST_CHECKPOINT.METRIC needs a TEST.EVAL_PERIOD above 0.")
             # After the evaluation, before the writers.
             hooks.insert(
                 -1, ResumableBestCheckpointer(period, self.checkpointer, best.METRIC, best.MODE)
@@ -77,8 +85,12 @@ class RelDNTrainer(DefaultTrainer):
         return hooks
 
     def build_writers(self) -> list[Any]:
-        """Add a writer for the statistics of the relation head to Detectron2's writers."""
-        return [*super().build_writers(), RelationStatisticsPrinter()]
+        """Add a writer for the statistics of the relation head to Detectron2's writers.
+
+        If a file of logs cannot be written, training continues.
+        """
+        writers = [FailSafeWriter(x, self.cfg.OUTPUT_DIR) for x in super().build_writers()]
+        return [*writers, RelationStatisticsPrinter()]
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Load the weights as Detectron2 does; a new run also counts the frequency table.
@@ -96,6 +108,17 @@ class RelDNTrainer(DefaultTrainer):
         statistics = ensure_frequency_table(self.cfg, self.model)
         if statistics is not None:
             self.checkpointer.description["statistics"] = statistics.description()
+
+    def train(self) -> dict[str, Any] | None:
+        """Train as Detectron2 does; SIGTERM and SIGINT stop it with a checkpoint.
+
+        Raises:
+            TrainingInterrupted: after a signal; it ends the program with status 128 + signal.
+        """
+        try:
+            return super().train()
+        finally:
+            self.stop_on_signal.restore_handlers()
 
     def run_step(self) -> None:
         """Run one step; if a loss is not finite, stop and report the images of the batch."""
@@ -137,21 +160,28 @@ class RelDNTrainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
         mapper = RelationDatasetMapper(cfg, is_train=True)
-        return build_train_loader(cfg, mapper, mapper.num_classes, mapper.num_predicates)
+        return build_train_loader(
+            cfg, NameImageInErrors(mapper), mapper.num_classes, mapper.num_predicates
+        )
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
         mapper = RelationDatasetMapper(cfg, is_train=False)
         files = detection_files(cfg, is_train=False)
-        if not files:
-            return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
-        path = files[list(cfg.DATASETS.TEST).index(dataset_name)]
-        dicts = get_detection_dataset_dicts(dataset_name, filter_empty=False)
-        return build_detection_test_loader(
-            dataset=attach_detections(dicts, dataset_name, path, mapper.num_classes),
-            mapper=mapper,
-            num_workers=cfg.DATALOADER.NUM_WORKERS,
-        )
+        if files:
+            path = files[list(cfg.DATASETS.TEST).index(dataset_name)]
+            dicts = get_detection_dataset_dicts(dataset_name, filter_empty=False)
+            loader = build_detection_test_loader(
+                dataset=attach_detections(dicts, dataset_name, path, mapper.num_classes),
+                mapper=NameImageInErrors(mapper),
+                num_workers=cfg.DATALOADER.NUM_WORKERS,
+            )
+        else:
+            loader = build_detection_test_loader(
+                cfg, dataset_name, mapper=NameImageInErrors(mapper)
+            )
+        loader.worker_init_fn = protect_loader_worker
+        return loader
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None):
@@ -160,8 +190,12 @@ class RelDNTrainer(DefaultTrainer):
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> dict[str, Any]:
-        """Evaluate as Detectron2 does and also write ``OUTPUT_DIR/results_TASK.json``."""
-        results = super().test(cfg, model, evaluators)
+        """Evaluate as Detectron2 does and also write ``OUTPUT_DIR/results_TASK.json``.
+
+        Errors about an image name its file.
+        """
+        with named_images(model):
+            results = super().test(cfg, model, evaluators)
         if comm.is_main_process():
             write_results(os.path.join(cfg.OUTPUT_DIR, f"results_{_task(cfg)}.json"), results)
         return results
@@ -169,6 +203,7 @@ class RelDNTrainer(DefaultTrainer):
     @classmethod
     def evaluate_checkpoint(cls, cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
         """Build the model, load ``MODEL.WEIGHTS`` (or the last checkpoint) and evaluate it."""
+        check_run(cfg, eval_only=True, build_evaluator=cls.build_evaluator)
         model = cls.build_model(cfg)
         checkpointer = build_checkpointer(cfg, model, complete=True)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
