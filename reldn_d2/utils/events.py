@@ -79,23 +79,24 @@ def report_log_errors_once() -> None:
 
     ``logging`` prints a traceback for every message that it cannot write.
     """
+    reported: set[str] = set()  # the loggers share one file
     for name in ("detectron2", "fvcore", "reldn_d2"):
         for handler in logging.getLogger(name).handlers:
             if isinstance(getattr(getattr(handler, "stream", None), "name", None), str):
-                handler.handleError = _LogFileErrors(handler)
+                handler.handleError = _LogFileErrors(handler, reported)
 
 
 class _LogFileErrors:
     """Replacement for a log handler's ``handleError``."""
 
-    def __init__(self, handler: logging.StreamHandler):
-        self._handler, self._reported = handler, False
+    def __init__(self, handler: logging.StreamHandler, reported: set[str]):
+        self._handler, self._reported = handler, reported
 
     def __call__(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             logging.StreamHandler.handleError(self._handler, record)
-        elif not self._reported:
-            reason = error.strerror or error
-            print(f"{self._handler.stream.name} cannot be written ({reason}).", file=sys.stderr)
-            self._reported = True
+        elif self._handler.stream.name not in self._reported:
+            file, reason = self._handler.stream.name, error.strerror or error
+            print(f"{file} cannot be written ({reason}).", file=sys.stderr)
+            self._reported.add(file)

@@ -250,10 +250,11 @@ def test_entities_keep_name_and_colour_while_they_move():
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.load. is deprecated")
 def test_exported_file_gives_the_same_triplets_in_a_fresh_process(
-    checkpoint, folder, tmp_path, capsys
+    checkpoint, folder, tmp_path, monkeypatch, capsys
 ):
     out = tmp_path / "reldn.ts"
-    arguments = ["--checkpoint", checkpoint, "--output", str(out), "--height", "64", "--width"]
+    monkeypatch.chdir(tmp_path)  # the path is relative, as documented
+    arguments = ["--checkpoint", checkpoint, "--output", "reldn.ts", "--height", "64", "--width"]
     arguments += ["96", "--image", str(folder / "good_0.png"), "--opts", "TEST.RELATIONS.TOPK", "9"]
     assert export_model.main(arguments) == 0
     assert "the same triplets as the eager model" in capsys.readouterr().out
