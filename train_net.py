@@ -6,8 +6,17 @@ Example::
     python train_net.py --config-file configs/Toy/reldn.yaml --num-gpus 1
 """
 
+import sys
+
 import reldn_d2  # isort: skip  registers everything, before Detectron2 is imported
-from reldn_d2.engine import RelDNTrainer, launch
+from reldn_d2.engine import (
+    LaunchError,
+    ProcessFailed,
+    RelDNTrainer,
+    check_device,
+    check_run,
+    launch,
+)
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
@@ -24,6 +33,7 @@ def setup(args) -> CfgNode:
     """Build the config and set up logging and seeds."""
     cfg = reldn_d2.load_config(args.config_file, args.opts)
     cfg.freeze()
+    check_run(cfg, eval_only=args.eval_only)
     default_setup(cfg, args)
     setup_logger(output=cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="reldn_d2")
     return cfg
@@ -45,12 +55,17 @@ def main(args):
 if __name__ == "__main__":
     args = default_argument_parser().parse_args()
     print("Command Line Args:", args)
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-        on_cpu=reldn_d2.load_config(args.config_file, args.opts).MODEL.DEVICE == "cpu",
-    )
+    cfg = reldn_d2.load_config(args.config_file, args.opts)
+    try:
+        check_device(cfg, args.num_gpus)
+        launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+            on_cpu=cfg.MODEL.DEVICE == "cpu",
+        )
+    except (LaunchError, ProcessFailed) as error:
+        sys.exit(f"train_net.py: {error}")

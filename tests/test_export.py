@@ -21,9 +21,13 @@ def image_file(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.load. is deprecated")
-def test_export_model_in_new_process_gives_equal_triplets(checkpoint, image_file, tmp_path, capsys):
+def test_export_model_in_new_process_gives_equal_triplets(
+    checkpoint, image_file, tmp_path, monkeypatch, capsys
+):
     out = tmp_path / "reldn.ts"
-    arguments = ["--checkpoint", str(checkpoint), "--output", str(out), "--height", "64", "--width"]
+    monkeypatch.chdir(tmp_path)  # the path is relative, as documented
+    arguments = ["--checkpoint", str(checkpoint), "--output", "reldn.ts", "--height", "64"]
+    arguments += ["--width"]
     arguments += ["96", "--image", image_file, "--opts", "TEST.RELATIONS.TOPK", "9"]
     assert export_model.main(arguments) == 0
     assert "the same triplets as the eager model" in capsys.readouterr().out

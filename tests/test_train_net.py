@@ -122,7 +122,11 @@ def test_main_detector_config_trains_and_evaluates_it(tmp_path, dataset, train_n
         ),
         (("SEED",), ValueError, "'SEED' has no value"),
         (("MODEL.WEIGHTS", "no/such.pth"), FileNotFoundError, "No checkpoint 'no/such.pth'"),
-        (("DATASETS.TRAIN", ("no_such_set",)), KeyError, "no_such_set"),
+        (
+            ("DATASETS.TRAIN", ("no_such_set",)),
+            ValueError,
+            "DATASETS.TRAIN names 'no_such_set', which is not registered",
+        ),
         (
             ("MODEL.ROI_RELATION_HEAD.NUM_PREDICATES", 9),
             ValueError,

@@ -25,7 +25,7 @@ import reldn_d2
 from reldn_d2.checkpoint.detection_checkpoint import read_checkpoint
 from reldn_d2.modeling.backbone.vgg import TORCHVISION_NAMES
 from reldn_d2.modeling.relation_head.predictors import SpatialModule
-from reldn_d2.utils.file_io import write_atomically
+from reldn_d2.utils.file_io import check_writable, write_atomically
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -286,6 +286,7 @@ def _structure(cfg: CfgNode) -> dict[str, Tensor]:
 
 def convert(source: str, target: Path, cfg: CfgNode, allow_pickle: bool = False) -> None:
     """Read a released checkpoint; write ours and, next to it, its config as a YAML file."""
+    check_writable(target)
     content = read_checkpoint(source, allow_pickle)
     state = to_ours(content.get("model", content), cfg)
     metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else None

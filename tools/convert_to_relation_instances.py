@@ -21,7 +21,7 @@ from reldn_d2.data.datasets.catalog import (
     add_module_argument,
     require_dataset,
 )
-from reldn_d2.utils.file_io import write_atomically
+from reldn_d2.utils.file_io import check_writable, write_atomically
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
@@ -40,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_module_argument(parser)
     args = parser.parse_args(arguments)
     try:
+        check_writable(args.output)
         require_dataset(args.dataset, args.module)
         dicts, metadata = DatasetCatalog.get(args.dataset), MetadataCatalog.get(args.dataset)
         image_root = (

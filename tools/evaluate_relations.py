@@ -24,7 +24,7 @@ from reldn_d2.evaluation import evaluate_predictions
 from reldn_d2.evaluation.offline import read_file
 from reldn_d2.evaluation.submission import LAYOUTS, write_submission
 from reldn_d2.structures.relations import TASKS
-from reldn_d2.utils.file_io import write_atomically
+from reldn_d2.utils.file_io import check_writable, check_writable_folder, write_atomically
 from reldn_d2.utils.protocols import PROTOCOLS
 
 from detectron2.data import MetadataCatalog
@@ -111,6 +111,10 @@ def main(arguments: list[str] | None = None) -> int:
         vars(metadata).pop("train_dataset", None)  # which cannot be changed otherwise
         metadata.train_dataset = args.train_dataset
     try:
+        if args.output:
+            check_writable_folder(args.output)
+        if args.write_submission:
+            check_writable(args.write_submission)
         labels = read_labels(args.labels) if args.labels else None
         results = evaluate_predictions(
             args.dataset,

@@ -26,6 +26,7 @@ from PIL import Image
 
 from reldn_d2.export import save_torchscript
 from reldn_d2.predictor import RelationPredictor
+from reldn_d2.utils.file_io import check_writable
 from reldn_d2.utils.image_io import read_rgb
 
 # A program of its own: it shows all that a user of the exported file needs.
@@ -44,7 +45,8 @@ def run_in_new_process(path: Path, example: torch.Tensor) -> list[torch.Tensor]:
     with tempfile.TemporaryDirectory() as folder:
         given, result = Path(folder) / "in.pt", Path(folder) / "out.pt"
         torch.save(example, given)
-        command = [sys.executable, "-W", "ignore", "-c", _RUN, str(path), str(given), str(result)]
+        files = [str(x) for x in (path.resolve(), given, result)]
+        command = [sys.executable, "-W", "ignore", "-c", _RUN, *files]
         subprocess.run(command, check=True, cwd=folder)
         return list(torch.load(result, weights_only=True))
 
@@ -66,6 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     if (args.height is None) != (args.width is None):
         parser.error("--height and --width must be given together")
     try:
+        check_writable(args.output)
         predictor = RelationPredictor.from_checkpoint(args.checkpoint, "cpu", opts=args.opts)
         rgb = read_rgb(args.image)
         if args.height:
@@ -75,7 +78,6 @@ def main(arguments: list[str] | None = None) -> int:
             example = torch.as_tensor(np.ascontiguousarray(bgr.transpose(2, 0, 1))).float()
         else:
             example = predictor.prepare(rgb)["image"].float()
-        args.output.parent.mkdir(parents=True, exist_ok=True)
         expected = save_torchscript(
             predictor.model,
             example,

@@ -149,7 +149,10 @@ def draw_data_set() -> str:
         "print(len(train), len(test), os.path.dirname(test[0]['file_name']))"
     )
     command = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(command, check=True, cwd=PROJECT, stdout=subprocess.PIPE, text=True)
+    # In the current folder, like the trainings, because FVCORE_CACHE may be a relative path.
+    paths = [str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(paths))
+    done = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True)
     train, test, folder = done.stdout.strip().splitlines()[-1].split(" ", 2)
     print(f"  {train} images in toy_vrd_train; {test} images in toy_vrd_test, in {folder}")
     return folder

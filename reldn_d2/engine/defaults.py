@@ -13,6 +13,7 @@ from torch import nn
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, TrainerBase
+from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -22,9 +23,12 @@ from ..data.build import build_train_loader, load_test_dicts
 from ..data.dataset_mapper import RelationDatasetMapper
 from ..evaluation.build import build_relation_evaluator
 from ..modeling.meta_arch import predicts_relations
-from ..utils.events import RelationStatisticsPrinter
+from ..utils.events import FailSafeWriter, RelationStatisticsPrinter, report_log_errors_once
 from ..utils.file_io import write_results
+from ..utils.processes import protect_loader_worker
 from .hooks import FiniteLossCheck, ResumableBestCheckpointer, SeedEachIteration
+from .image_errors import NameImageInErrors, named_images
+from .interruption import StopOnSignal
 from .model_setup import check_counts, ensure_frequency_table
 from .optimizer import build_optimizer
 from .renumbered_model import dataset_renumbering, in_order_of
@@ -36,6 +40,7 @@ from .resume import (
     use_rates_of,
     with_saved_solver,
 )
+from .run_check import check_run
 from .train_loop import build_simple_trainer, create_ddp_model
 
 __all__ = ["RelDNTrainer"]
@@ -59,6 +64,8 @@ class RelDNTrainer(DefaultTrainer):
             setup_logger()
         if not logging.getLogger("reldn_d2").hasHandlers():  # a script other than train_net.py
             setup_logger(distributed_rank=comm.get_rank(), name="reldn_d2")
+        report_log_errors_once()
+        check_run(cfg, build_evaluator=self.build_evaluator)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -77,10 +84,11 @@ class RelDNTrainer(DefaultTrainer):
     def build_hooks(self) -> list[Any]:
         """Add reproducible seeding and the best checkpoint to Detectron2's hooks."""
         hooks = [SeedEachIteration(lambda: self.seed), *super().build_hooks()]
+        evaluation = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
+        self.stop_on_signal = StopOnSignal(self.model, self.checkpointer)
+        hooks.insert(evaluation, self.stop_on_signal)
         best, period = self.cfg.SOLVER.BEST_CHECKPOINT, self.cfg.TEST.EVAL_PERIOD
         if best.METRIC and comm.is_main_process():
-            if period <= 0:
-                raise ValueError("SOLVER.BEST_CHECKPOINT.METRIC needs a TEST.EVAL_PERIOD above 0.")
             # After the evaluation, before the writers.
             hooks.insert(
                 -1, ResumableBestCheckpointer(period, self.checkpointer, best.METRIC, best.MODE)
@@ -88,8 +96,12 @@ class RelDNTrainer(DefaultTrainer):
         return hooks
 
     def build_writers(self) -> list[Any]:
-        """Add a writer for the statistics of the relation head to Detectron2's writers."""
-        return [*super().build_writers(), RelationStatisticsPrinter()]
+        """Add a writer for the statistics of the relation head to Detectron2's writers.
+
+        If a file of logs cannot be written, training continues.
+        """
+        writers = [FailSafeWriter(x, self.cfg.OUTPUT_DIR) for x in super().build_writers()]
+        return [*writers, RelationStatisticsPrinter()]
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Load the weights as Detectron2 does; a new run also counts the frequency table.
@@ -134,6 +146,17 @@ class RelDNTrainer(DefaultTrainer):
                 )
             if renumbering:
                 self.data_loader.renumbering = renumbering
+
+    def train(self) -> dict[str, Any] | None:
+        """Train as Detectron2 does; SIGTERM and SIGINT stop it with a checkpoint.
+
+        Raises:
+            TrainingInterrupted: after a signal; it ends the program with status 128 + signal.
+        """
+        try:
+            return super().train()
+        finally:
+            self.stop_on_signal.restore_handlers()
 
     def run_step(self) -> None:
         """Run one step; if a loss is not finite, stop and report the images of the batch."""
@@ -194,16 +217,20 @@ class RelDNTrainer(DefaultTrainer):
     def build_train_loader(cls, cfg: CfgNode):
         mapper = RelationDatasetMapper(cfg, is_train=True)
         counts = mapper.num_classes, mapper.num_predicates
-        return build_train_loader(cfg, mapper, *counts, with_relations=predicts_relations(cfg))
+        return build_train_loader(
+            cfg, NameImageInErrors(mapper), *counts, with_relations=predicts_relations(cfg)
+        )
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
         mapper = RelationDatasetMapper(cfg, is_train=False)
-        return build_detection_test_loader(
+        loader = build_detection_test_loader(
             dataset=load_test_dicts(cfg, dataset_name, mapper.num_classes, mapper.num_predicates),
-            mapper=mapper,
+            mapper=NameImageInErrors(mapper),
             num_workers=cfg.DATALOADER.NUM_WORKERS,
         )
+        loader.worker_init_fn = protect_loader_worker
+        return loader
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None):
@@ -217,6 +244,8 @@ class RelDNTrainer(DefaultTrainer):
         A data set may list the model's classes and predicates in another order: its evaluator gets
         the ids of the data set.
 
+        Errors about an image name its file.
+
         Raises:
             NameMismatchError: if a data set has other names than the model.
         """
@@ -226,7 +255,8 @@ class RelDNTrainer(DefaultTrainer):
         for index, name in enumerate(cfg.DATASETS.TEST):
             loader = cls.build_test_loader(cfg, name)
             evaluator = evaluators[index] if evaluators else cls.build_evaluator(cfg, name)
-            results[name] = inference_on_dataset(models[index], loader, evaluator)
+            with named_images(models[index]):
+                results[name] = inference_on_dataset(models[index], loader, evaluator)
             if comm.is_main_process():
                 logger.info(f"Results for {name} in csv format:")
                 print_csv_format(results[name])
@@ -239,6 +269,7 @@ class RelDNTrainer(DefaultTrainer):
     @classmethod
     def evaluate_checkpoint(cls, cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
         """Build the model, load ``MODEL.WEIGHTS`` (or the last checkpoint) and evaluate it."""
+        check_run(cfg, eval_only=True, build_evaluator=cls.build_evaluator)
         model = cls.build_model(cfg)
         checkpointer = build_checkpointer(cfg, model, complete=True)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)

@@ -15,6 +15,7 @@ from detectron2.utils.env import seed_all_rng
 
 from ..data.build import mix_seed
 from ..utils.file_io import write_atomically
+from .image_errors import describe_images
 
 __all__ = ["FiniteLossCheck", "ResumableBestCheckpointer", "SeedEachIteration"]
 
@@ -48,17 +49,14 @@ class FiniteLossCheck:
         Args:
             model: maps a list of dicts to a dict of losses.
         """
-        self._images: list[str] = []
+        self._images = ""
         self._losses: dict = {}
         model.register_forward_pre_hook(self._record_images)
         model.register_forward_hook(self._record_losses)
 
     def _record_images(self, model: nn.Module, inputs: tuple) -> None:
         if model.training:
-            self._images = [
-                f"{x.get('image_id', '?')} ({x.get('file_name', 'no file name')})"
-                for x in inputs[0]
-            ]
+            self._images = describe_images(inputs[0])
 
     def _record_losses(self, model: nn.Module, inputs: tuple, outputs: Any) -> None:
         if model.training and isinstance(outputs, dict):
@@ -75,7 +73,7 @@ class FiniteLossCheck:
         if not torch.isfinite(torch.tensor(list(losses.values()))).all():
             raise FloatingPointError(
                 f"A loss is not finite at iteration {iteration}: {losses}. Images in the batch "
-                f"(process {comm.get_rank()}): {', '.join(self._images)}. Try a lower "
+                f"(process {comm.get_rank()}): {self._images}. Try a lower "
                 "SOLVER.BASE_LR, a longer SOLVER.WARMUP_ITERS or SOLVER.CLIP_GRADIENTS.ENABLED."
             )
 

@@ -1,19 +1,41 @@
 """Launching several processes with Detectron2's arguments, on GPUs or on the CPU."""
 
+import multiprocessing
 import os
-from collections.abc import Callable
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+from urllib.parse import urlparse
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
-from detectron2.engine import launch as launch_on_gpus
+from detectron2.config import CfgNode
+from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 
 from ..utils.compat import set_local_process_group
+from ..utils.processes import end_with_parent
 
-__all__ = ["launch"]
+__all__ = ["LaunchError", "ProcessFailed", "check_device", "launch"]
+
+# Seconds that the other processes have to end by themselves once one has failed.
+_GRACE = 30.0
+
+
+class LaunchError(ValueError):
+    """Processes cannot be started as asked for; the message is one line."""
+
+
+class ProcessFailed(RuntimeError):
+    """One of several processes failed; the message is one line and names its rank."""
 
 
 def launch(
@@ -23,67 +45,206 @@ def launch(
     machine_rank: int = 0,
     dist_url: str | None = None,
     args: tuple = (),
+    timeout: timedelta = DEFAULT_TIMEOUT,
     *,
     on_cpu: bool | None = None,
 ) -> None:
     """Run a function in several processes; Detectron2's ``launch`` needs CUDA for that.
+
+    SIGTERM and SIGINT are passed on to the processes, which training answers with a checkpoint; a
+    second signal ends them at once. If one process fails, the others are ended. If this process
+    dies, so do they.
 
     Args:
         main_func: called with ``args`` in every process.
         num_processes_per_machine: GPUs per machine, or processes per machine on the CPU.
         num_machines: count of all machines.
         machine_rank: index of this machine, from 0.
-        dist_url: ``"tcp://FIRST_MACHINE:FREE_PORT"``; on a single machine with GPUs, ``"auto"``.
+        dist_url: ``"tcp://FIRST_MACHINE:FREE_PORT"``; None or ``"auto"`` finds a free port, on a
+            single machine only.
         args: for ``main_func``.
+        timeout: how long a process waits for the others, as in Detectron2.
         on_cpu: use gloo on the CPU; None means only if there is no CUDA.
 
     Raises:
-        ValueError: if several processes on the CPU get no port.
+        ProcessFailed: if one of the processes fails.
+        SystemExit: with status 128 + signal if the processes were interrupted by a signal.
+        LaunchError: if the port is missing or in use, or there are not enough GPUs.
     """
-    on_cpu = not torch.cuda.is_available() if on_cpu is None else on_cpu
     world_size = num_machines * num_processes_per_machine
-    if not on_cpu or world_size == 1:
-        launch_on_gpus(
-            main_func,
-            num_processes_per_machine,
-            num_machines=num_machines,
-            machine_rank=machine_rank,
-            dist_url=dist_url,
-            args=args,
-        )
+    if world_size <= 1:
+        main_func(*args)
         return
-    if dist_url is None or dist_url == "auto":
-        raise ValueError(
-            "Several processes on the CPU need a port: --dist-url tcp://127.0.0.1:29500"
+    on_cpu = not torch.cuda.is_available() if on_cpu is None else on_cpu
+    if not on_cpu:
+        _check_gpus(num_processes_per_machine)
+    settings = {
+        "backend": "gloo" if on_cpu else "nccl",
+        "init_method": _choose_url(dist_url, num_machines, machine_rank),
+        "world_size": world_size,
+        "timeout": timeout,
+    }
+    first_rank = machine_rank * num_processes_per_machine
+    context = multiprocessing.get_context("spawn")
+    processes = {
+        first_rank
+        + local_rank: context.Process(
+            target=_run_process,
+            args=(main_func, args, settings, local_rank, num_processes_per_machine, machine_rank),
         )
-    mp.start_processes(
-        _run_process,
-        nprocs=num_processes_per_machine,
-        args=(main_func, num_processes_per_machine, num_machines, machine_rank, dist_url, args),
-        start_method="spawn",
-    )
+        for local_rank in range(num_processes_per_machine)
+    }
+    _run_all(processes)
+
+
+def check_device(cfg: CfgNode, num_processes_per_machine: int = 1) -> None:
+    """Check that the device of a config exists, before anything is loaded.
+
+    Raises:
+        LaunchError: if ``MODEL.DEVICE`` needs CUDA and there are not enough devices.
+    """
+    device = torch.device(cfg.MODEL.DEVICE)
+    if device.type != "cuda":
+        return
+    _check_gpus(max(1, num_processes_per_machine))
+    if num_processes_per_machine > 1 and device.index is not None:
+        raise LaunchError(
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE}: with --num-gpus {num_processes_per_machine} set "
+            "it to cuda, so that every process uses a GPU of its own"
+        )
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise LaunchError(
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but the last CUDA device is "
+            f"cuda:{torch.cuda.device_count() - 1}"
+        )
+
+
+def _check_gpus(wanted: int) -> None:
+    if not torch.cuda.is_available():
+        raise LaunchError("no CUDA device; set MODEL.DEVICE cpu")
+    available = torch.cuda.device_count()
+    if wanted > available:
+        raise LaunchError(
+            f"--num-gpus is {wanted}, but there are only {available} CUDA devices; use "
+            f"--num-gpus {available}, or set MODEL.DEVICE cpu"
+        )
+
+
+def _choose_url(url: str | None, num_machines: int, machine_rank: int) -> str:
+    """Return the URL at which the processes meet; find a free port for None and "auto"."""
+    if url in (None, "auto"):
+        if num_machines > 1:
+            raise LaunchError(
+                "Several machines need the address of the first one and a free port, such as "
+                "--dist-url tcp://10.0.0.1:29500"
+            )
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            return f"tcp://127.0.0.1:{server.getsockname()[1]}"
+    address = urlparse(url)
+    if address.scheme == "tcp" and address.port and machine_rank == 0:
+        with socket.socket() as client:  # a connection works only if another run listens there
+            client.settimeout(1)
+            if client.connect_ex((address.hostname, address.port)) == 0:
+                raise LaunchError(
+                    f"port {address.port} is in use, probably by another run; choose another one "
+                    "with --dist-url, or use --dist-url auto on a single machine"
+                )
+    return url
 
 
 def _run_process(
-    local_rank: int,
     main_func: Callable,
-    num_local: int,
-    num_machines: int,
-    machine_rank: int,
-    dist_url: str,
     args: tuple,
+    settings: dict[str, Any],
+    local_rank: int,
+    num_local: int,
+    machine_rank: int,
 ) -> None:
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_local))
-    dist.init_process_group(
-        "gloo",
-        init_method=dist_url,
-        world_size=num_local * num_machines,
-        rank=machine_rank * num_local + local_rank,
-        timeout=timedelta(minutes=30),
-    )
+    """Run one of the processes, in its own interpreter."""
+    end_with_parent(_GRACE)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C comes from the launcher, as SIGTERM
+    if settings["backend"] == "gloo":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_local))
+    else:
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group(rank=machine_rank * num_local + local_rank, **settings)
+    set_local_process_group(num_local, machine_rank)
+    comm.synchronize()
+    main_func(*args)
+    # Not after an error: it would wait for processes that may be gone.
+    dist.destroy_process_group()
+
+
+def _run_all(processes: dict[int, BaseProcess]) -> None:
+    """Start processes, by rank, and wait for all of them; see :func:`launch`."""
+    with _forwarded_signals(list(processes.values())) as received:
+        for process in processes.values():
+            process.start()
+            if received:  # before this process existed
+                process.terminate()
+        failure = _wait_for_all(processes)
+    if failure is None:
+        return
+    rank, process = failure
+    status = process.exitcode
+    if received:
+        raise SystemExit(128 + received[0])
+    if status in (128 + signal.SIGINT, 128 + signal.SIGTERM):  # interrupted, but not through us
+        raise SystemExit(status)
+    reason = f"ended with exit status {status}; its error is above"
+    if status < 0:
+        reason = f"was killed by signal {-status} ({signal.Signals(-status).name})"
+    raise ProcessFailed(f"the process with rank {rank} (pid {process.pid}) {reason}")
+
+
+def _wait_for_all(processes: dict[int, BaseProcess]) -> tuple[int, BaseProcess] | None:
+    """Wait for all processes to end; return the rank and process of the first failure.
+
+    Once one has failed, the others get SIGTERM and, after a while, SIGKILL.
+    """
+    running, failure, deadline = dict(processes), None, None
+    while running:
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        ended = wait([process.sentinel for process in running.values()], left)
+        if not ended:  # the deadline is over
+            for process in running.values():
+                process.kill()
+            deadline = None
+        for rank, process in list(running.items()):
+            if process.sentinel not in ended:
+                continue
+            process.join()
+            del running[rank]
+            if process.exitcode != 0 and failure is None:
+                failure = (rank, process)
+                deadline = time.monotonic() + _GRACE
+                for other in running.values():
+                    other.terminate()
+    return failure
+
+
+@contextmanager
+def _forwarded_signals(processes: Sequence[BaseProcess]) -> Iterator[list[int]]:
+    """Pass the first SIGINT or SIGTERM on as SIGTERM, and a second one as SIGKILL.
+
+    Yields:
+        the signals that were received so far.
+    """
+    received: list[int] = []
+
+    def forward(signum: int, frame: object) -> None:
+        received.append(signum)
+        for process in processes:
+            if process.pid is not None:  # started
+                process.terminate() if len(received) == 1 else process.kill()
+
+    if threading.current_thread() is not threading.main_thread():  # cannot handle signals
+        yield received
+        return
+    before = {x: signal.signal(x, forward) for x in (signal.SIGINT, signal.SIGTERM)}
     try:
-        set_local_process_group(num_local, machine_rank)
-        comm.synchronize()
-        main_func(*args)
+        yield received
     finally:
-        dist.destroy_process_group()
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

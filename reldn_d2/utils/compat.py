@@ -12,6 +12,8 @@ numpy.int, .float ...  removed in numpy 1.24; without ``numpy.int`` the log sile
                        table of classes, the others fail when called
 detectron2._C          the compiled ops; replaced by a stub whose functions say how to install them
 pkg_resources          removed in setuptools 81; imported by ``model_zoo``
+loader workers         with the start methods spawn and forkserver they unpickle Detectron2's data
+                       sets, which makes them import Detectron2; they import this module first
 =====================  ===========================================================================
 """
 
@@ -73,6 +75,8 @@ def apply() -> None:
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
         importlib.import_module("detectron2.modeling")
     import_model_zoo_without_pkg_resources(folder)
+    if applied and (folder / "data" / "common.py").is_file():
+        patch_loader_workers()
     # Detectron2's anchors cause this warning once per process, and a user cannot fix it.
     warnings.filterwarnings("ignore", "torch.meshgrid: in an upcoming release", UserWarning)
 
@@ -174,6 +178,32 @@ def import_model_zoo_without_pkg_resources(folder: Path) -> None:
     finally:
         del sys.modules["pkg_resources"]
     applied.append("pkg_resources")
+
+
+def patch_loader_workers() -> None:
+    """Make Detectron2's data sets import this module when they are unpickled.
+
+    The start methods spawn and forkserver (the only ones on Windows, the defaults of macOS and of
+    Python 3.14) send a loader's data set to new processes by pickling. Unpickling imports
+    Detectron2, which needs the patches.
+    """
+    common = importlib.import_module("detectron2.data.common")
+    data = importlib.import_module("torch.utils.data")
+    for value in list(vars(common).values()):
+        if isinstance(value, type) and issubclass(value, data.Dataset):
+            if value.__module__ == common.__name__:
+                value.__reduce_ex__ = _reduce_with_patches
+    applied.append("loader workers")
+
+
+def _reduce_with_patches(self: object, protocol: int) -> tuple:
+    """Pickle as any object, but through a function of this module, which is imported first."""
+    function, arguments, *state = object.__reduce_ex__(self, protocol)
+    return (_call, (function, *arguments), *state)
+
+
+def _call(function: Callable, *arguments: object) -> object:
+    return function(*arguments)
 
 
 class _MissingOps(types.ModuleType):

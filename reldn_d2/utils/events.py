@@ -1,11 +1,14 @@
-"""Logging the relation head's training statistics next to Detectron2's line of losses."""
+"""Logging: the relation head's training statistics, and logs that cannot be written."""
 
 import logging
+import os
+import sys
 
 from detectron2.utils.events import EventWriter, get_event_storage
 
-__all__ = ["RelationStatisticsPrinter"]
+__all__ = ["FailSafeWriter", "RelationStatisticsPrinter", "report_log_errors_once"]
 
+_logger = logging.getLogger(__name__)
 _PREFIX = "reldn/"
 
 
@@ -31,3 +34,69 @@ class RelationStatisticsPrinter(EventWriter):
             text = "  ".join(f"{name}: {value:.4g}" for name, value in scalars.items())
             self._logger.info(f" pairs: iter: {storage.iter}  {text}")
         self._last_iteration = storage.iter
+
+
+# The files of Detectron2's writers, in the run's output folder.
+_FILES = {"JSONWriter": "metrics.json", "TensorboardXWriter": "events.out.tfevents.*"}
+
+
+class FailSafeWriter(EventWriter):
+    """Writer that logs one line if its file cannot be written, instead of ending the training.
+
+    It tries again each time, because a full disk may have space later.
+    """
+
+    def __init__(self, writer: EventWriter, folder: str):
+        """
+        Args:
+            writer: does the writing.
+            folder: its output folder.
+        """
+        self._writer = writer
+        self._file = os.path.join(folder, _FILES.get(type(writer).__name__, ""))
+        self._failed = False
+
+    def write(self) -> None:
+        self._attempt(self._writer.write)
+
+    def close(self) -> None:
+        self._attempt(self._writer.close)
+
+    def _attempt(self, call) -> None:
+        try:
+            call()
+        except OSError as error:
+            if not self._failed:
+                _logger.error(
+                    f"{self._file} cannot be written ({error.strerror or error}): training "
+                    "continues, but this file is incomplete."
+                )
+            self._failed = True
+
+
+def report_log_errors_once() -> None:
+    """Let the log files of Detectron2's ``setup_logger`` report a full disk in one line.
+
+    ``logging`` prints a traceback for every message that it cannot write.
+    """
+    reported: set[str] = set()  # the loggers share one file
+    for name in ("detectron2", "fvcore", "reldn_d2"):
+        for handler in logging.getLogger(name).handlers:
+            if isinstance(getattr(getattr(handler, "stream", None), "name", None), str):
+                handler.handleError = _LogFileErrors(handler, reported)
+
+
+class _LogFileErrors:
+    """Replacement for a log handler's ``handleError``."""
+
+    def __init__(self, handler: logging.StreamHandler, reported: set[str]):
+        self._handler, self._reported = handler, reported
+
+    def __call__(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            logging.StreamHandler.handleError(self._handler, record)
+        elif self._handler.stream.name not in self._reported:
+            file, reason = self._handler.stream.name, error.strerror or error
+            print(f"{file} cannot be written ({reason}).", file=sys.stderr)
+            self._reported.add(file)

@@ -28,10 +28,11 @@ from model_utils import (
 
 from reldn_d2.checkpoint import DetectorCheckpointer
 from reldn_d2.data.build import TrainLoader
-from reldn_d2.engine import CPUAMPTrainer, RelDNTrainer, launch
+from reldn_d2.engine import CPUAMPTrainer, LaunchError, RelDNTrainer, check_device, launch
 
 from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import HookBase
+from detectron2.evaluation import DatasetEvaluators
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
@@ -221,9 +222,11 @@ def test_best_checkpoint_resume_keeps_the_best(tmp_path, dataset, monkeypatch):
     monkeypatch.setattr(
         RelDNTrainer,
         "test",
-        classmethod(lambda cls, cfg, model, evaluators=None: {"task": {"m": next(values)}}),
+        classmethod(
+            lambda cls, cfg, model, evaluators=None: {"relations_sgdet": {"R@n": next(values)}}
+        ),
     )
-    more = ("SOLVER.BEST_CHECKPOINT.METRIC", "task/m", "TEST.EVAL_PERIOD", 2)
+    more = ("SOLVER.BEST_CHECKPOINT.METRIC", "relations_sgdet/R@n", "TEST.EVAL_PERIOD", 2)
     more += ("SOLVER.CHECKPOINT_PERIOD", 2)
     run(tmp_path / "run", *more, stop=6)  # 10, 30, 20
     best = tmp_path / "run" / "model_best.pth"
@@ -234,15 +237,15 @@ def test_best_checkpoint_resume_keeps_the_best(tmp_path, dataset, monkeypatch):
     run(tmp_path / "run", *more, resume=True, stop=10)  # 40
     assert torch.load(best, weights_only=True)["iteration"] == 9
     content = json.loads((tmp_path / "run" / "model_best.json").read_text())
-    assert content == {"metric": "task/m", "value": 40.0, "iteration": 9}
+    assert content == {"metric": "relations_sgdet/R@n", "value": 40.0, "iteration": 9}
 
 
-def test_best_checkpoint_unknown_metric_raises(tmp_path, dataset):
-    more = ("SOLVER.BEST_CHECKPOINT.METRIC", "relations/R", "TEST.EVAL_PERIOD", 1)
-    with pytest.raises(ValueError, match="METRIC is 'relations/R'.*relations_sgdet/R@n"):
+def test_best_checkpoint_unknown_metric_of_own_evaluator_raises(tmp_path, dataset, monkeypatch):
+    """Names of results that only the evaluation itself knows are checked after the first one."""
+    monkeypatch.setattr(RelDNTrainer, "build_evaluator", lambda *args: DatasetEvaluators([]))
+    more = ("SOLVER.BEST_CHECKPOINT.METRIC", "own/metric", "TEST.EVAL_PERIOD", 1)
+    with pytest.raises(ValueError, match="METRIC is 'own/metric'.*not a result"):
         run(tmp_path / "run", *more, "SOLVER.MAX_ITER", 2)
-    with pytest.raises(ValueError, match="needs a TEST.EVAL_PERIOD"):
-        run(tmp_path / "run", *more, "TEST.EVAL_PERIOD", 0)
 
 
 def test_reference_world_size_rescales_batch_lr_and_schedule(tmp_path, dataset):
@@ -312,21 +315,44 @@ def one_of_two_processes(path):
         torch.save({name[len("module.") :]: value for name, value in found.items()}, path)
 
 
-def free_url():
+@pytest.mark.parametrize("url", [None, "auto"])
+def test_launch_several_machines_without_address_raises(url):
+    with pytest.raises(LaunchError, match="--dist-url tcp://10.0.0.1:29500"):
+        launch(one_of_two_processes, 2, num_machines=2, dist_url=url, on_cpu=True)
+
+
+def test_launch_port_in_use_raises():
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        server.listen()
+        port = server.getsockname()[1]
+        with pytest.raises(LaunchError, match=f"port {port} is in use.*--dist-url auto"):
+            launch(one_of_two_processes, 2, dist_url=f"tcp://127.0.0.1:{port}", on_cpu=True)
 
 
-@pytest.mark.parametrize("url", [None, "auto"])
-def test_launch_cpu_processes_without_port_raises(url):
-    with pytest.raises(ValueError, match="need a port: --dist-url tcp://127.0.0.1:29500"):
-        launch(one_of_two_processes, 2, dist_url=url, on_cpu=True)
+@pytest.mark.parametrize(
+    ("device", "devices", "processes", "message"),
+    [
+        ("cuda", 0, 1, "^no CUDA device; set MODEL.DEVICE cpu$"),
+        ("cuda", 1, 2, "--num-gpus is 2, but there are only 1 CUDA devices"),
+        ("cuda:0", 2, 2, "MODEL.DEVICE is cuda:0: with --num-gpus 2 set it to cuda"),
+        ("cuda:1", 1, 1, "MODEL.DEVICE is cuda:1, but the last CUDA device is cuda:0"),
+    ],
+)
+def test_check_device_too_few_gpus_raises(monkeypatch, device, devices, processes, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: devices > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    with pytest.raises(LaunchError, match=message):
+        check_device(small_config("MODEL.DEVICE", device), processes)
+    check_device(small_config("MODEL.DEVICE", "cpu"), processes)
+    if device == "cuda":
+        with pytest.raises(LaunchError, match=message):
+            launch(one_of_two_processes, 2, on_cpu=False)
 
 
 def test_launch_two_processes_gradients_equal_the_doubled_batch(tmp_path):
     path = tmp_path / "gradients.pth"
-    launch(one_of_two_processes, 2, dist_url=free_url(), args=(str(path),), on_cpu=True)
+    launch(one_of_two_processes, 2, dist_url="auto", args=(str(path),), on_cpu=True)
     two, one = torch.load(path, weights_only=True), gradients(gradient_model(), gradient_batch())
     assert set(one) == set(two) and len(one) > 20
     assert max(float(x.abs().max()) for x in one.values()) > 1e-3
@@ -334,15 +360,26 @@ def test_launch_two_processes_gradients_equal_the_doubled_batch(tmp_path):
         torch.testing.assert_close(two[name], value, atol=1e-6, rtol=1e-4)
 
 
-def test_train_net_two_cpu_processes_trains(tmp_path):
-    folder = tmp_path / "run"
+def run_train_net(folder, *options):
+    """Run train_net.py with two processes and Detectron2's default port."""
     values = [*SMALL, *("OUTPUT_DIR", folder, "SOLVER.MAX_ITER", 2, "SOLVER.IMS_PER_BATCH", 2)]
-    values += ["DATASETS.TEST", "()", "SEED", 1]
+    values += ["DATASETS.TEST", "()", "SEED", 1, *options]
     command = [sys.executable, "-W", "ignore", str(ROOT / "train_net.py"), "--num-gpus", "2"]
-    command += ["--dist-url", free_url(), "--config-file", str(ROOT / "configs/Toy/reldn.yaml")]
-    result = subprocess.run(
+    command += ["--config-file", str(ROOT / "configs/Toy/reldn.yaml")]
+    return subprocess.run(
         command + [str(x) for x in values], capture_output=True, text=True, timeout=280
     )
+
+
+def test_train_net_two_cpu_processes_trains(tmp_path):
+    result = run_train_net(tmp_path / "run", "MODEL.DEVICE", "cpu")
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
-    content = torch.load(folder / "model_final.pth", weights_only=True)
+    content = torch.load(tmp_path / "run" / "model_final.pth", weights_only=True)
     assert content["iteration"] == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without CUDA")
+def test_train_net_cuda_without_gpu_one_line(tmp_path):
+    result = run_train_net(tmp_path / "run", "MODEL.DEVICE", "cuda")
+    assert result.returncode == 1
+    assert result.stderr == "train_net.py: no CUDA device; set MODEL.DEVICE cpu\n"

@@ -112,3 +112,16 @@ def test_configuration_fingerprint_data_set_code_changed_differs(tmp_path, monke
     before = toy_demo.configuration_fingerprint("reldn", [], [])
     code.write_text("changed = True")
     assert toy_demo.configuration_fingerprint("reldn", [], []) != before
+
+
+def test_draw_data_set_uses_the_folder_of_the_trainings(tmp_path, monkeypatch):
+    """A relative FVCORE_CACHE then means the same folder in all processes."""
+    monkeypatch.chdir(tmp_path)
+    printed = "import os; print(5, 2, os.getcwd())"
+    run = toy_demo.subprocess.run
+    monkeypatch.setattr(
+        toy_demo.subprocess,
+        "run",
+        lambda command, **kwargs: run([*command[:-1], printed], **kwargs),
+    )
+    assert toy_demo.draw_data_set() == str(tmp_path)

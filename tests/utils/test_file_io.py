@@ -7,8 +7,9 @@ import stat
 import threading
 
 import pytest
+import torch
 
-from reldn_d2.utils.file_io import write_atomically, write_results
+from reldn_d2.utils.file_io import check_writable, write_atomically, write_results
 
 
 def names(folder):
@@ -157,3 +158,27 @@ def test_write_results_writes_null_for_nan(tmp_path):
     path = tmp_path / "run" / "results.json"
     write_results(path, {"task": {"R@50": 12.5, "mR@50": float("nan")}})
     assert json.loads(path.read_text()) == {"task": {"R@50": 12.5, "mR@50": None}}
+
+
+@pytest.mark.parametrize("save", [lambda f: f.write(b"x" * 5000), lambda f: torch.save(BIG, f)])
+def test_write_atomically_full_disk_error_names_the_file(tmp_path, limited_file_size, save):
+    path = tmp_path / "model.pth"
+    with pytest.raises(OSError) as error, write_atomically(path, "wb") as file:
+        save(file)
+    assert str(error.value) == f"[Errno 27] File too large: '{path}'"
+    assert names(tmp_path) == []
+
+
+BIG = torch.zeros(5000)
+
+
+def test_check_writable_leaves_nothing_behind(tmp_path):
+    check_writable(tmp_path / "new" / "folder" / "x.ts")
+    assert names(tmp_path) == []
+    check_writable("/dev/null")
+    with pytest.raises(IsADirectoryError, match=str(tmp_path)):
+        check_writable(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="file/deeper'"):
+        check_writable(tmp_path / "file" / "deeper" / "x.ts")
+    assert names(tmp_path) == ["file"]
