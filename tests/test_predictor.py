@@ -81,13 +81,15 @@ def test_scene_graph_triplets_json_and_graph_agree(predictor):
     edge = graph.edges[first.subject_index, first.object_index, predicate_id]
     assert edge["name"] == first.predicate and edge["score"] == pytest.approx(first.score)
     node = graph.nodes[first.subject_index]
-    assert node["name"] == first.subject and len(node["box"]) == 4
+    assert node["name"] == first.subject
+    box = result.boxes[first.subject_index].tolist()
+    assert [node[key] for key in ("x0", "y0", "x1", "y1")] == box
     labels = [data["label"] for _, data in graph.nodes(data=True)]
     assert len(set(labels)) == len(labels) and node["label"].startswith(first.subject)
     read = networkx.parse_graphml(graph_to_graphml(graph))
     assert read.number_of_edges() == len(relations)
     assert len({key for *_, key in read.edges(keys=True)}) == len(relations)
-    assert read.nodes[str(first.subject_index)]["x0"] == pytest.approx(node["box"][0])
+    assert read.nodes[str(first.subject_index)]["x0"] == pytest.approx(box[0])
     dot = graph_to_dot(result.best(3).graph(related_only=True))
     assert dot.count("->") == 3 and dot.startswith("digraph")
     assert len(result.best(min_score=2.0)["relations"]) == 0
