@@ -27,7 +27,7 @@ from .checkpoint.reldn_checkpoint import RelDNCheckpointer
 from .config import add_reldn_config, merge_config
 from .structures.given_boxes import GivenBoxes, check_boxes, class_ids
 from .structures.scene_graph import SceneGraph
-from .utils.image_io import ImageError, pil_to_rgb, read_rgb, to_rgb
+from .utils.image_io import ImageError, from_rgb, pil_to_rgb, read_rgb, to_rgb
 
 __all__ = ["GivenBoxes", "RelationPredictor"]
 
@@ -255,7 +255,7 @@ class RelationPredictor:
             ImageError: unusable boxes or classes.
         """
         height, width = rgb.shape[:2]
-        image = rgb[:, :, ::-1] if self.cfg.INPUT.FORMAT == "BGR" else rgb
+        image = from_rgb(rgb, self.cfg.INPUT.FORMAT)
         transform = self._transform(height, width)
         resized = transform.apply_image(np.ascontiguousarray(image))
         tensor = torch.as_tensor(np.ascontiguousarray(resized.transpose(2, 0, 1)))
@@ -360,7 +360,7 @@ def load_rgb(image: Image, channels: str = "RGB", name: str = "image") -> np.nda
     if isinstance(image, (str, Path)):
         return read_rgb(image)
     if isinstance(image, PIL.Image.Image):
-        return pil_to_rgb(image)
+        return pil_to_rgb(image, name)
     if not isinstance(image, np.ndarray):
         raise ImageError(
             f"{name}: a {type(image).__name__} is not an image; give a path, an (H, W, 3) numpy "

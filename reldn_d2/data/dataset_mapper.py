@@ -14,6 +14,7 @@ from detectron2.data import transforms as T
 
 from ..structures.relations import ground_truth_relations, remap_relations
 from ..structures.scene_graph import boxes_xyxy
+from ..utils.image_io import read_image
 from .dataset_dict import check_annotations
 from .detection_files import transform_detections
 
@@ -79,12 +80,15 @@ class RelationDatasetMapper(DatasetMapper):
 
             ``instances`` and ``relations`` are missing without ``"annotations"`` (inference on
             plain images).
+
+        Raises:
+            ImageError: the image cannot be read; names the file.
         """
         dataset_dict = copy.deepcopy(dataset_dict)
         annotated = self.is_train or "annotations" in dataset_dict or "relations" in dataset_dict
         if annotated:
             check_annotations(dataset_dict, self.num_classes, self.num_predicates)
-        image = utils.read_image(dataset_dict["file_name"], format=self.image_format)
+        image = read_image(dataset_dict["file_name"], self.image_format)
         utils.check_image_size(dataset_dict, image)
 
         # Some augmentations use the boxes, e.g. to choose a crop.

@@ -346,5 +346,5 @@ def check_size(img: np.ndarray, dataset_dict: dict[str, Any]) -> None:
             f"{dataset_dict.get('file_name', 'dataset dict')}: the image is {width} x {height} "
             f"pixels, but its record says {expected[1]} x {expected[0]}. Give the image that the "
             "boxes belong to, read with its EXIF orientation "
-            "(detectron2.data.detection_utils.read_image does so)."
+            "(reldn_d2.utils.image_io.read_rgb does so)."
         )
