@@ -9,6 +9,7 @@ import glob
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Union
 
 import numpy as np
 from PIL import Image
@@ -18,11 +19,14 @@ from detectron2.utils.file_io import PathManager
 
 __all__ = [
     "IMAGE_SUFFIXES",
+    "ONE_IMAGE",
     "ImageError",
+    "OneImage",
     "distinct_paths",
     "exif_orientation",
     "expand_inputs",
     "from_rgb",
+    "load_rgb",
     "pil_to_rgb",
     "read_image",
     "read_rgb",
@@ -30,6 +34,9 @@ __all__ = [
 ]
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+
+ONE_IMAGE = (str, Path, np.ndarray, Image.Image)
+OneImage = Union[ONE_IMAGE]  # what load_rgb takes
 
 _EXIF_ORIENTATION = 274
 
@@ -94,6 +101,24 @@ def read_rgb(path: str | Path) -> np.ndarray:
         raise ImageError(
             f"{path}: cannot be read as an image: {reason}; replace the file"
         ) from None
+
+
+def load_rgb(image: OneImage, channels: str = "RGB", name: str = "image") -> np.ndarray:
+    """Read a path, an array or a PIL image as (H, W, 3) uint8 in RGB order.
+
+    Raises:
+        ImageError: the image cannot be used; the message starts with the path or ``name``.
+    """
+    if isinstance(image, (str, Path)):
+        return read_rgb(image)
+    if isinstance(image, Image.Image):
+        return pil_to_rgb(image, name)
+    if not isinstance(image, np.ndarray):
+        raise ImageError(
+            f"{name}: a {type(image).__name__} is not an image; give a path, an (H, W, 3) numpy "
+            "array or a PIL image"
+        )
+    return to_rgb(image, channels, name)
 
 
 def exif_orientation(image: Image.Image) -> int | None:

@@ -15,8 +15,7 @@ from torch.utils.data import SequentialSampler
 
 from reldn_d2.data import RelationDatasetMapper
 from reldn_d2.data.datasets import load_vrd
-from reldn_d2.predictor import load_rgb
-from reldn_d2.utils.image_io import ImageError
+from reldn_d2.utils.image_io import ImageError, load_rgb
 
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
