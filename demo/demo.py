@@ -14,7 +14,6 @@ others are processed. Input files are never overwritten.
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -27,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # if it is not 
 
 import reldn_d2  # noqa: E402,F401  # isort: skip  must be imported before Detectron2
 import numpy as np
+from entity_files import read_entities
 from PIL import Image
 from tqdm import tqdm
 
@@ -116,7 +116,15 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="JSON",
         help='boxes that replace detections: {"FILE NAME": {"boxes": [[x0, y0, x1, y1], ...], '
-        '"classes": [id or name, ...]}, ...}; "classes" is optional',
+        '"classes": [id or name, ...], "scores": [...]}, ...}; "classes" and "scores" are optional',
+    )
+    parser.add_argument(
+        "--detections",
+        type=Path,
+        metavar="FILE",
+        help="for a model trained on detections from files: COCO results (JSON), whose image ids "
+        "are the files' names without suffix; Detectron2's instances_predictions.pth; or JSON as "
+        "for --boxes",
     )
     parser.add_argument(
         "--batch-size", type=positive, default=1, metavar="N", help="images per batch; default: 1"
@@ -145,41 +153,6 @@ def build_predictor(args: argparse.Namespace) -> RelationPredictor:
         ours += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", args.confidence_threshold]
         ours += ["MODEL.RETINANET.SCORE_THRESH_TEST", args.confidence_threshold]
     return RelationPredictor.from_checkpoint(path, args.device, args.config_file, ours + opts)
-
-
-def read_boxes(path: Path) -> dict[str, dict[str, Any]]:
-    """Read boxes and classes by file name.
-
-    Raises:
-        ImageError: the file does not have the format of ``--boxes``.
-    """
-    try:
-        table = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ImageError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(table, dict) or not all(
-        isinstance(x, dict) and isinstance(x.get("boxes"), list) for x in table.values()
-    ):
-        raise ImageError(f'{path}: expected {{"FILE NAME": {{"boxes": [...], "classes": [...]}}}}')
-    return table
-
-
-def predict_images(
-    predictor: RelationPredictor, files: list[str], args: argparse.Namespace
-) -> Iterator[tuple[str, SceneGraph | ImageError]]:
-    """Yield each file with its prediction or its error, in order."""
-    if args.boxes is None:
-        yield from predictor.stream(files, batch_size=args.batch_size)
-        return
-    table = read_boxes(args.boxes)
-    for file in files:
-        given = table.get(file) or table.get(Path(file).name)
-        try:
-            if given is None:
-                raise ImageError(f"{file}: {args.boxes} has no boxes for it")
-            yield file, predictor(file, boxes=given["boxes"], classes=given.get("classes"))
-        except ImageError as error:
-            yield file, error
 
 
 def prepare_output(output: Path | None, kind: str, files: list[str]) -> dict[str, Path]:
@@ -266,7 +239,9 @@ def run_images(
     files, metadata = list(paths), predictor.metadata
     errors: list[str] = []
     count = 0
-    progress = tqdm(predict_images(predictor, files, args), total=len(files), unit="image")
+    entities = read_entities(predictor, args)
+    results = predictor.stream(files, batch_size=args.batch_size, given=entities)
+    progress = tqdm(results, total=len(files), unit="image")
 
     def predictions() -> Iterator[SceneGraph]:
         for _, prediction in progress:
@@ -314,8 +289,9 @@ def video_path(args: argparse.Namespace) -> Path:
 
 def run_video(predictor: RelationPredictor, args: argparse.Namespace) -> int:
     """Predict a video or the camera frame by frame and return the exit status."""
-    if args.format != "image" or args.boxes is not None:
-        raise ValueError("--format and --boxes are for images; videos are always drawn")
+    if args.format != "image" or args.boxes is not None or args.detections is not None:
+        raise ValueError("--format, --boxes and --detections are for images, not for videos")
+    read_entities(predictor, args)  # raises for a model that needs detections
     metadata = predictor.metadata
     tracker = EntityTracker(predictor.thing_classes)
     path = None if args.output is None else video_path(args)

@@ -3,20 +3,22 @@
 Shapes: R boxes of one image. Boxes are XYXY in pixels of the image as it was read.
 """
 
+import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple
 
 import numpy as np
-import PIL.Image
 import torch
 from torch import nn
 
 from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
@@ -25,14 +27,15 @@ from detectron2.utils.file_io import PathManager
 from .checkpoint.detection_checkpoint import fetch, read_checkpoint
 from .checkpoint.reldn_checkpoint import RelDNCheckpointer
 from .config import add_reldn_config, merge_config
-from .structures.given_boxes import GivenBoxes, check_boxes, class_ids
+from .data.detection_files import load_detections, transform_detections
+from .modeling.detectors.precomputed import PrecomputedDetector
+from .structures.given_boxes import GivenBoxes, GivenEntities, ModelClasses, check_detections
 from .structures.scene_graph import SceneGraph
-from .utils.image_io import ImageError, pil_to_rgb, read_rgb, to_rgb
+from .utils.image_io import ONE_IMAGE, ImageError, OneImage, from_rgb, load_rgb
 
 __all__ = ["GivenBoxes", "RelationPredictor"]
 
-_ONE_IMAGE = (str, Path, np.ndarray, PIL.Image.Image)
-Image = Union[_ONE_IMAGE]
+logger = logging.getLogger(__name__)
 
 
 class RelationPredictor:
@@ -118,58 +121,76 @@ class RelationPredictor:
 
     def __call__(
         self,
-        images: Image | Sequence[Image],
+        images: OneImage | Sequence[OneImage],
         boxes: Any | None = None,
         classes: Any | None = None,
+        scores: Any | None = None,
+        detections: Any | None = None,
         batch_size: int = 1,
         channels: str = "RGB",
     ) -> SceneGraph | list[SceneGraph]:
         """Predict one image, or a list of images.
 
+        For a list of images, ``boxes``, ``classes``, ``scores`` and ``detections`` are lists too,
+        with None for each image without.
+
         Args:
             images: a path, an (H, W[, 3 or 4]) array, a PIL image, or a list of these.
-            boxes: (R, 4) boxes that replace detections; for a list of images a list of these, with
-                None for each image whose entities are to be detected.
-            classes: (R,) their classes, as ids or names; for a list of images a list of these.
-                Boxes without classes are classified by the detector.
+            boxes: (R, 4) boxes that replace detections.
+            classes: (R,) their classes, as ids or names. Boxes without classes are classified by
+                the detector.
+            scores: (R,) their scores in [0, 1]; 1 if not given. They need classes.
+            detections: ``{"boxes": (Q, 4), "classes": (Q,), "scores": (Q,)}``, for a model that was
+                trained on detections from files. As in evaluation, those with a low score are
+                dropped and boxes are clipped to the image. See :meth:`read_detections`.
             batch_size: max images per batch; only images of one size share a batch.
             channels: order of the channels of arrays, "RGB" or "BGR" (OpenCV).
 
         Returns:
             A scene graph, or a list of them in the order of the images. With given boxes its
-            entities are exactly these, in their order.
+            entities are exactly these, in their order, even where they extend beyond the image (the
+            model sees the part within the image).
 
         Raises:
             ImageError: an unusable image or unusable boxes; the message is one line and names the
-                file.
+                file, or the index of the image in the list.
         """
-        single = isinstance(images, _ONE_IMAGE)
+        single = isinstance(images, ONE_IMAGE)
+        given = dict(boxes=boxes, classes=classes, scores=scores, detections=detections)
         if single:
-            images, boxes, classes = [images], [boxes], [classes]
+            return self._predict([self._input(images, "image", channels, **given)])[0]
         if not isinstance(images, (list, tuple)):
             raise ImageError(
                 f"a {type(images).__name__} is neither an image nor a list of images: give a path, "
                 "an (H, W, 3) numpy array, a PIL image, or a list of these"
             )
-        boxes = _one_per_image(boxes, len(images), "boxes")
-        classes = _one_per_image(classes, len(images), "classes")
-        batch_size = max(batch_size, 1)
+        given = {key: _one_per_image(x, len(images), key) for key, x in given.items()}
         graphs: list[SceneGraph] = []
-        for start in range(0, len(images), batch_size):
-            batch = range(start, min(start + batch_size, len(images)))
-            graphs += self._predict(
-                [self._input(images[i], i, channels, boxes[i], classes[i]) for i in batch]
-            )
-        return graphs[0] if single else graphs
+        for start in range(0, len(images), max(batch_size, 1)):
+            batch = range(start, min(start + max(batch_size, 1), len(images)))
+            inputs = [
+                self._input(
+                    images[i], f"image {i}", channels, **{key: x[i] for key, x in given.items()}
+                )
+                for i in batch
+            ]
+            graphs += self._predict(inputs)
+        return graphs
 
     def stream(
-        self, images: Iterable[Image], batch_size: int = 1, channels: str = "RGB"
-    ) -> Iterator[tuple[Image, SceneGraph | ImageError]]:
+        self,
+        images: Iterable[OneImage],
+        batch_size: int = 1,
+        channels: str = "RGB",
+        given: Callable[[OneImage], Mapping[str, Any]] | None = None,
+    ) -> Iterator[tuple[OneImage, SceneGraph | ImageError]]:
         """Predict images one after the other; an unusable one does not stop the others.
 
         Args:
             images: paths or arrays, any number of them; they are read when they are needed.
             batch_size, channels: as for a call.
+            given: returns the arguments ``boxes``, ``classes``, ``scores`` and ``detections`` of a
+                call for an image; may raise ImageError.
 
         Raises:
             TypeError: one image instead of several.
@@ -177,28 +198,31 @@ class RelationPredictor:
         Yields:
             the image as it was given, and its scene graph or the error.
         """
-        if isinstance(images, _ONE_IMAGE):
+        if isinstance(images, ONE_IMAGE):
             raise TypeError("stream() takes several images; for one, call the predictor")
         numbered = enumerate(images)
         while batch := list(islice(numbered, max(batch_size, 1))):
             inputs: list[_Input | ImageError] = []
             for index, image in batch:
                 try:
-                    inputs.append(self._input(image, index, channels))
+                    entities = {} if given is None else given(image)
+                    inputs.append(self._input(image, f"image {index}", channels, **entities))
                 except ImageError as error:
                     inputs.append(error)
             graphs = iter(self._predict([x for x in inputs if isinstance(x, _Input)]))
             for (_, image), x in zip(batch, inputs):
                 yield image, next(graphs) if isinstance(x, _Input) else x
 
-    def _input(
-        self, image: Image, index: int, channels: str, boxes: Any = None, classes: Any = None
-    ) -> "_Input":
-        """Read and prepare one image."""
+    def _input(self, image: OneImage, name: str, channels: str, **given: Any) -> "_Input":
+        """Read and prepare one image; ``name`` is for messages about an image without a path."""
         file_name = str(image) if isinstance(image, (str, Path)) else None
-        name = file_name or f"image {index}"
-        record = self.prepare(load_rgb(image, channels, name), boxes, classes, name)
-        task = "sgdet" if boxes is None else "sgcls" if classes is None else "prdcls"
+        name = file_name or name
+        record = self.prepare(load_rgb(image, channels, name), **given, name=name)
+        task = "sgdet"
+        if given.get("boxes") is not None:
+            task = "sgcls" if given.get("classes") is None else "prdcls"
+        if task != "prdcls":
+            self.require_detections(record)
         return _Input(record, task, file_name)
 
     def _predict(self, inputs: Sequence["_Input"]) -> list[SceneGraph]:
@@ -212,8 +236,22 @@ class RelationPredictor:
             with torch.no_grad(), self._as_task(task):
                 outputs = self.model([inputs[i].record for i in batch])
             for i, output in zip(batch, outputs):
-                graphs[i] = self.scene_graph(output, inputs[i].file_name)
+                graphs[i] = self._result(output, inputs[i])
         return [graphs[i] for i in range(len(inputs))]
+
+    def _result(self, output: dict[str, Instances], x: "_Input") -> SceneGraph:
+        """Return the scene graph of one image, with the given boxes exactly as they were given."""
+        given = x.record.get("given_boxes")
+        if given is None:
+            return self.scene_graph(output, x.file_name)
+        if len(given) != len(output["instances"]):
+            raise ImageError(
+                f"{x.record['file_name']}: the model kept {len(output['instances'])} of "
+                f"{len(given)} given boxes; some may be too small"
+            )
+        # The model's boxes were clipped, scaled to its input and back.
+        output["instances"].pred_boxes = Boxes(torch.as_tensor(given, dtype=torch.float32))
+        return replace(self.scene_graph(output, x.file_name), boxes=given)
 
     def scene_graph(
         self, output: Mapping[str, Instances], file_name: str | None = None
@@ -242,37 +280,99 @@ class RelationPredictor:
         finally:
             self.model.task = before
 
+    @property
+    def needs_detections(self) -> bool:
+        """Whether the model reads detections from files instead of detecting entities itself."""
+        return isinstance(self.model.detector, PrecomputedDetector)
+
+    def require_detections(self, record: Mapping[str, Any]) -> None:
+        """Raise ImageError if the model needs detections and a prepared input has none."""
+        if self.needs_detections and "detections" not in record:
+            raise ImageError(
+                f"{record['file_name']}: this model was trained on detections from files and has "
+                "no detector of its own; give detections, or boxes with classes"
+            )
+
+    @property
+    def _classes(self) -> ModelClasses:
+        return ModelClasses(self.model.detector.num_classes, self.thing_classes)
+
+    def read_detections(self, path: str | Path) -> dict[str, dict[str, np.ndarray]]:
+        """Read a file as ``DATASETS.DETECTION_FILES_TEST`` takes it.
+
+        Category ids in JSON are those of the data set that the model was tested on if it is
+        registered in this process and has ids of its own; otherwise they are 0-based.
+
+        Returns:
+            ``detections`` of a call, by image id (a string).
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not a file of detections, or a record is invalid; names the record.
+        """
+        ids = None
+        for dataset in self.cfg.DATASETS.TEST:
+            if ids is None and dataset in DatasetCatalog:
+                metadata = MetadataCatalog.get(dataset)
+                ids = getattr(metadata, "thing_dataset_id_to_contiguous_id", None)
+        found = load_detections(str(path), self.model.detector.num_classes, ids)
+        classes = [x["classes"].min() for x in found.values() if len(x["classes"])]
+        if ids is None and str(path).endswith(".json") and min(classes, default=0) > 0:
+            logger.warning(
+                f"{path}: no detection has category_id 0. Ids are taken as 0-based, with 0 for "
+                f"'{next(iter(self.thing_classes), 'the first class')}'; if those of the file "
+                "start at 1, subtract 1."
+            )
+        return found
+
     def prepare(
         self,
         rgb: np.ndarray,
         boxes: GivenBoxes | None = None,
         classes: Sequence[int | str] | None = None,
+        scores: Sequence[float] | None = None,
+        detections: Mapping[str, Any] | None = None,
         name: str = "image",
     ) -> dict:
         """Return the model's input for an (H, W, 3) image, with the given boxes if there are any.
 
+        Arguments as for a call; ``name`` is for messages.
+
         Raises:
-            ImageError: unusable boxes or classes.
+            ImageError: unusable boxes, classes, scores or detections.
         """
         height, width = rgb.shape[:2]
-        image = rgb[:, :, ::-1] if self.cfg.INPUT.FORMAT == "BGR" else rgb
         transform = self._transform(height, width)
-        resized = transform.apply_image(np.ascontiguousarray(image))
+        resized = transform.apply_image(np.ascontiguousarray(from_rgb(rgb, self.cfg.INPUT.FORMAT)))
         tensor = torch.as_tensor(np.ascontiguousarray(resized.transpose(2, 0, 1)))
         result = {"image": tensor, "height": height, "width": width, "file_name": name}
-        if boxes is None and classes is not None:
-            raise ImageError(f"{name}: classes were given without boxes")
-        if boxes is not None:
-            boxes = check_boxes(boxes, (height, width), name)
-            ids = [0] * len(boxes)  # the detector classifies them
-            if classes is not None:
-                num_classes = self.model.detector.num_classes
-                ids = class_ids(classes, len(boxes), self.thing_classes, num_classes, name)
-            scaled = transform.apply_box(boxes) if len(boxes) else boxes
-            instances = Instances(tuple(tensor.shape[1:]))
-            instances.gt_boxes = Boxes(torch.as_tensor(scaled, dtype=torch.float32))
-            instances.gt_classes = torch.as_tensor(ids, dtype=torch.int64)
-            result["instances"] = instances
+        size = tuple(tensor.shape[1:])
+        if detections is not None:
+            if not self.needs_detections:
+                raise ImageError(
+                    f"{name}: this model has its own detector and takes no detections; give boxes, "
+                    "classes and scores instead"
+                )
+            arrays = check_detections(detections, self._classes, name)
+            result["detections"] = transform_detections(arrays, transform, size)
+        if boxes is None:
+            for key, values in (("classes", classes), ("scores", scores)):
+                if values is not None:
+                    raise ImageError(f"{name}: {key} were given without boxes")
+            return result
+        given = GivenEntities.from_user(
+            boxes, classes, scores, (height, width), self._classes, name
+        )
+        count = len(given.boxes)
+        scaled = transform.apply_box(given.clipped) if count else given.clipped
+        instances = Instances(size)
+        instances.gt_boxes = Boxes(torch.as_tensor(scaled, dtype=torch.float32))
+        # Without classes, the detector classifies the boxes and ignores these.
+        ids = np.zeros(count, np.int64) if given.classes is None else given.classes
+        instances.gt_classes = torch.as_tensor(ids)
+        if given.scores is not None:
+            instances.scores = torch.as_tensor(given.scores)
+        result.update(instances=instances, given_boxes=given.boxes)
         return result
 
     def _transform(self, height: int, width: int) -> T.Transform:
@@ -349,21 +449,3 @@ def check_device(device: str | None) -> str:
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device '{device}': torch {torch.__version__} sees no GPU here; use cpu")
     return device
-
-
-def load_rgb(image: Image, channels: str = "RGB", name: str = "image") -> np.ndarray:
-    """Read a path, an array or a PIL image as (H, W, 3) uint8 in RGB order.
-
-    Raises:
-        ImageError: the image cannot be used; the message starts with the path or ``name``.
-    """
-    if isinstance(image, (str, Path)):
-        return read_rgb(image)
-    if isinstance(image, PIL.Image.Image):
-        return pil_to_rgb(image)
-    if not isinstance(image, np.ndarray):
-        raise ImageError(
-            f"{name}: a {type(image).__name__} is not an image; give a path, an (H, W, 3) numpy "
-            "array or a PIL image"
-        )
-    return to_rgb(image, channels, name)

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import gzip
 import importlib
+import json
 import re
 import runpy
 import shlex
@@ -22,7 +23,7 @@ import torch
 from model_utils import CLASSES, PREDICATES, ROOT, released_state, write_dataset
 from PIL import Image
 from sandbox import NARROW, PRODUCERS, Runner, enter_checkout, merged, write_checkout
-from usage_utils import picture, write_checkpoint
+from usage_utils import picture, write_checkpoint, write_precomputed_checkpoint
 
 import reldn_d2
 from reldn_d2.engine.defaults import RelDNTrainer
@@ -125,12 +126,16 @@ def write_files_of_reader(folder: Path) -> None:
     for name in ("photos", "more"):
         (folder / name).mkdir()
     names = ("image.jpg", "street.jpg", "a.jpg", "b.jpg", "photos/c.jpg", "more/d.png")
+    names += ("000000000139.jpg",)
     for i, name in enumerate(names):
         Image.fromarray(picture(240, 320, seed=i)).save(folder / name)
     with VideoWriter(folder / "walk.mp4", 10.0) as video:
         for i in range(3):
             video.write(picture(64, 96, seed=i))
     checkpoint = write_checkpoint(folder)
+    write_precomputed_checkpoint(folder / "my_precomputed")
+    detection = {"image_id": 139, "category_id": 0, "bbox": [9, 9, 50, 50], "score": 0.9}
+    (folder / "coco_instances_results.json").write_text(json.dumps([detection]))
     demo = folder / "output/toy/seed_1/reldn"
     demo.mkdir(parents=True)
     (demo / "model_final.pth").symlink_to(checkpoint)

@@ -93,9 +93,6 @@ def test_write_submission_of_a_csv_gives_the_same_csv(in_checkout):
     assert rows("first.csv") == rows("again.csv") and len(rows("first.csv")) == 5
 
 
-@pytest.mark.xfail(
-    strict=True, reason="structures/scene_graph.py: the nodes of graph() hold their box as a list"
-)
 def test_graph_of_a_prediction_networkx_writes_and_reads_it(predictor, tmp_path):
     networkx = pytest.importorskip("networkx")
     graph = predictor(picture()).graph()

@@ -3,17 +3,16 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from draw_relations import Loaded, load_predictions
 from PIL import Image
 
 from reldn_d2.evaluation.matching import counted_relations, match_relations
 from reldn_d2.structures.scene_graph import SceneGraph
+from reldn_d2.utils.image_io import read_rgb
 from reldn_d2.utils.protocols import default_protocol
 from reldn_d2.vis.compare import compare_models
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.detection_utils import read_image
 
 __all__ = ["draw_pictures"]
 
@@ -64,9 +63,9 @@ def draw_pictures(folders: dict[str, Path], output: Path, count: int) -> list[Pa
         old.unlink()
     files = []
     for rank, image_id in enumerate(chosen):
-        image = read_image(dicts[image_id]["file_name"], format="RGB")
+        image = read_rgb(dicts[image_id]["file_name"])
         row = compare_models(
-            np.ascontiguousarray(image),
+            image,
             dicts[image_id],
             {name: model.predicted(dicts[image_id]) for name, model in models.items()},
             metadata,

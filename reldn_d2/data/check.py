@@ -21,12 +21,12 @@ import numpy as np
 from tqdm import tqdm
 
 from detectron2.data import DatasetCatalog
-from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode
 from detectron2.utils.logger import setup_logger
 
 from ..structures.box_frames import BoxDiagnosis
 from ..structures.scene_graph import boxes_xyxy
+from ..utils.image_io import ImageError, read_rgb
 from .dataset_dict import annotation_problems
 from .datasets.catalog import (
     DATASET_ERRORS,
@@ -266,7 +266,10 @@ def _check_images(
         if not os.path.isfile(path) and "://" not in path:
             return f"{where}: this image does not exist. Unpack it, or remove the record."
         try:
-            size = read_image(path).shape[:2] if decode else image_size(path)
+            size = read_rgb(path).shape[:2] if decode else image_size(path)
+        except ImageError as error:
+            reason = str(error).removeprefix(f"{path}: ")
+            return f"{where}: {reason}, or remove the record."
         except Exception as error:  # decoders raise many types
             return (
                 f"{where}: cannot be read as an image ({error.__cause__ or error}). Unpack it "

@@ -15,6 +15,7 @@ from detectron2.data import transforms as T
 from ..structures.name_matching import match_names
 from ..structures.relations import ground_truth_relations, remap_relations
 from ..structures.scene_graph import boxes_xyxy
+from ..utils.image_io import read_image
 from .dataset_dict import check_annotations
 from .datasets.catalog import dataset_names as names_of
 from .detection_files import transform_detections
@@ -101,7 +102,7 @@ class RelationDatasetMapper(DatasetMapper):
         annotated = self.is_train or "annotations" in dataset_dict or "relations" in dataset_dict
         if annotated:
             check_annotations(dataset_dict, self.num_classes, self.num_predicates)
-        image = utils.read_image(dataset_dict["file_name"], format=self.image_format)
+        image = read_image(dataset_dict["file_name"], self.image_format)
         utils.check_image_size(dataset_dict, image)
 
         # Some augmentations use the boxes, e.g. to choose a crop.

@@ -199,7 +199,11 @@ class RelDN(nn.Module):
         boxes = [x.gt_boxes for x in given]
         if self.task == "prdcls":
             classes = [x.gt_classes for x in given]
-            scores = [torch.ones(len(x), device=self.device) for x in given]
+            # The predictor's users may give scores; ground truth has none.
+            scores = [
+                x.scores if x.has("scores") else torch.ones(len(x), device=self.device)
+                for x in given
+            ]
         else:
             classified = self.detector.classify(batched_inputs, images, features, boxes)
             best = [x.max(dim=1) for x in classified]

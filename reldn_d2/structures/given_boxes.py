@@ -1,10 +1,11 @@
-"""Checks of the boxes and classes that a user gives in place of detections.
+"""Checks of the boxes, classes and scores that a user gives in place of a detector's.
 
 Shapes: R boxes of one image.
 """
 
-from collections.abc import Sequence
-from typing import Any, Union
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple, Union
 
 import numpy as np
 import torch
@@ -13,74 +14,195 @@ from detectron2.structures import Boxes
 
 from ..utils.image_io import ImageError
 
-__all__ = ["GivenBoxes", "check_boxes", "class_ids"]
+__all__ = [
+    "ENTITY_KEYS",
+    "GivenBoxes",
+    "GivenEntities",
+    "ModelClasses",
+    "check_detections",
+    "check_keys",
+]
+
+logger = logging.getLogger(__name__)
 
 GivenBoxes = Union[np.ndarray, torch.Tensor, Sequence[Sequence[float]]]
+ENTITY_KEYS = ("boxes", "classes", "scores")
 MIN_SIDE = 0.01  # pixels; a thinner box may vanish when it is scaled in float32
+_ROUNDING = 1.0  # pixels that a box may extend beyond its image without a warning
 
 
-def check_boxes(boxes: GivenBoxes, image_size: tuple[int, int], name: str) -> np.ndarray:
-    """Return (R, 4) float64 XYXY boxes, clipped to the image.
+class ModelClasses(NamedTuple):
+    """The entity classes of a model."""
+
+    count: int
+    names: Sequence[str]  # by id; may be empty
+
+
+class GivenEntities(NamedTuple):
+    """Checked entities of one image, in pixels of the image."""
+
+    boxes: np.ndarray  # (R, 4) float64 XYXY as given, which may extend beyond the image
+    clipped: np.ndarray  # (R, 4), the part within the image
+    classes: np.ndarray | None  # (R,) int64; None if the model has to classify them
+    scores: np.ndarray | None  # (R,) float32 in [0, 1]; None if they were not given
+
+    @classmethod
+    def from_user(
+        cls,
+        boxes: GivenBoxes,
+        classes: Any,
+        scores: Any,
+        image_size: tuple[int, int],
+        known: ModelClasses,
+        name: str,
+    ) -> "GivenEntities":
+        """Check boxes that replace detections.
+
+        Args:
+            boxes: (R, 4) XYXY in pixels of the image.
+            classes: (R,) ids or names; None if the model has to classify the boxes.
+            scores: (R,) in [0, 1]; None if they are unknown.
+            image_size: (height, width).
+            known: the model's classes.
+            name: image, for messages.
+
+        Raises:
+            ImageError: other shapes, types or lengths, an unknown class, values that are not
+                finite, a score outside [0, 1], scores without classes, or a box without area in the
+                image.
+        """
+        if scores is not None and classes is None:
+            raise ImageError(
+                f"{name}: scores were given without classes; give both, or neither to classify and "
+                "score the boxes with the model's detector"
+            )
+        boxes = _to_array(boxes, name)
+        height, width = image_size
+        clipped = boxes.clip(0, [width, height, width, height])
+        too_thin = (clipped[:, 2:] - clipped[:, :2] < MIN_SIDE).any(axis=1)
+        bad = np.flatnonzero(too_thin)
+        if len(bad):
+            raise ImageError(
+                f"{name}: box {bad[0]}, {boxes[bad[0]].tolist()}, has no area within the image of "
+                f"{width} x {height} pixels; expected x0, y0, x1, y1"
+            )
+        beyond = np.flatnonzero((np.abs(boxes - clipped) > _ROUNDING).any(axis=1))
+        if len(beyond):
+            logger.warning(
+                f"{name}: {len(beyond)} of {len(boxes)} given boxes extend beyond the image of "
+                f"{width} x {height} pixels, e.g. {boxes[beyond[0]].tolist()}. Expected x0, y0, "
+                "x1, y1 in pixels of the image; the model sees the part within the image."
+            )
+        return cls(
+            boxes,
+            clipped,
+            None if classes is None else _class_ids(classes, len(boxes), known, name),
+            None if scores is None else _check_scores(scores, len(boxes), name),
+        )
+
+
+def check_detections(
+    detections: Mapping[str, Any], known: ModelClasses, name: str
+) -> dict[str, np.ndarray]:
+    """Check a detector's output as :func:`reldn_d2.data.detection_files.load_detections` gives it.
 
     Args:
-        boxes: XYXY in pixels of the image.
-        image_size: (height, width).
+        detections: ``boxes``, ``classes`` and ``scores`` as for :meth:`GivenEntities.from_user`.
+            Boxes may lie anywhere; the part within the image is used.
+        known: the model's classes.
         name: image, for messages.
 
+    Returns:
+        ``boxes`` (R, 4) float32, ``classes`` (R,) int64, ``scores`` (R,) float32.
+
     Raises:
-        ImageError: another shape, values that are not finite, or a box without area in the image.
+        ImageError: not exactly these keys, or unusable values.
     """
+    check_keys(detections, ENTITY_KEYS, ENTITY_KEYS, f"{name}: detections")
+    boxes = _to_array(detections["boxes"], name)
+    swapped = np.flatnonzero((boxes[:, 2:] < boxes[:, :2]).any(axis=1))
+    if len(swapped):
+        raise ImageError(
+            f"{name}: the corners of box {swapped[0]}, {boxes[swapped[0]].tolist()}, are swapped; "
+            "expected x0, y0, x1, y1"
+        )
+    return {
+        "boxes": boxes.astype(np.float32),
+        "classes": _class_ids(detections["classes"], len(boxes), known, name),
+        "scores": _check_scores(detections["scores"], len(boxes), name),
+    }
+
+
+def check_keys(
+    values: Any, allowed: Collection[str], required: Collection[str], where: str
+) -> None:
+    """Raise ImageError if ``values`` is not a mapping, has unknown keys or lacks a required one."""
+    if not isinstance(values, Mapping):
+        raise ImageError(
+            f"{where}: expected an object with {', '.join(allowed)}, found a "
+            f"{type(values).__name__}"
+        )
+    unknown = [repr(key) for key in values if key not in allowed]
+    if unknown:
+        raise ImageError(f"{where}: unknown key {', '.join(unknown)}; known: {', '.join(allowed)}")
+    missing = [key for key in required if values.get(key) is None]
+    if missing:
+        raise ImageError(f"{where}: {', '.join(missing)} missing")
+
+
+def _to_array(boxes: GivenBoxes, name: str) -> np.ndarray:
+    """Return (R, 4) float64 boxes; raise ImageError if they have another shape or type."""
     if isinstance(boxes, Boxes):
         boxes = boxes.tensor
     if isinstance(boxes, torch.Tensor):
         boxes = boxes.detach().cpu().numpy()
     try:
-        boxes = np.asarray(boxes, dtype=np.float64)
+        boxes = np.array(boxes, dtype=np.float64)
     except (TypeError, ValueError):
         raise ImageError(f"{name}: expected boxes as lists of numbers x0, y0, x1, y1") from None
     if boxes.size == 0:
         return np.zeros((0, 4))
     if boxes.ndim != 2 or boxes.shape[1] != 4:
         raise ImageError(f"{name}: boxes of shape {boxes.shape}; expected (R, 4): x0, y0, x1, y1")
-    height, width = image_size
-    clipped = boxes.clip(0, [width, height, width, height])
-    too_thin = (clipped[:, 2:] - clipped[:, :2] < MIN_SIDE).any(axis=1)
-    bad = np.flatnonzero(~np.isfinite(boxes).all(axis=1) | too_thin)
-    if len(bad):
+    infinite = np.flatnonzero(~np.isfinite(boxes).all(axis=1))
+    if len(infinite):
         raise ImageError(
-            f"{name}: box {bad[0]}, {boxes[bad[0]].tolist()}, has no area within the image of "
-            f"{width} x {height} pixels; expected x0, y0, x1, y1"
+            f"{name}: box {infinite[0]}, {boxes[infinite[0]].tolist()}, is not finite; expected "
+            "x0, y0, x1, y1"
         )
-    return clipped
+    return boxes
 
 
-def class_ids(
-    classes: Any, num_boxes: int, thing_classes: Sequence[str], num_classes: int, name: str
-) -> list[int]:
-    """Return the class id of each given box.
-
-    Args:
-        classes: (R,) ids or names.
-        num_boxes: R.
-        thing_classes: names by id.
-        num_classes: number of classes of the model.
-        name: image, for messages.
-
-    Raises:
-        ImageError: not a list, an unknown class, or not one class per box.
-    """
-    classes = classes.tolist() if hasattr(classes, "tolist") else classes
-    if not isinstance(classes, (list, tuple)):
-        raise ImageError(f"{name}: classes is {classes!r}; expected a list of ids or names")
-    id_of = {class_name: class_id for class_id, class_name in enumerate(thing_classes)}
+def _class_ids(classes: Any, num_boxes: int, known: ModelClasses, name: str) -> np.ndarray:
+    """Return the (R,) class ids of given boxes, from ids or names."""
+    classes = _to_list(classes, "classes", "ids or names", name)
+    id_of = {class_name: class_id for class_id, class_name in enumerate(known.names)}
     ids = []
     for value in classes:
         class_id = id_of.get(value) if isinstance(value, str) else value
         is_integer = isinstance(class_id, (int, float, np.number)) and class_id == class_id // 1
-        if not is_integer or not 0 <= class_id < num_classes:
-            known = ", ".join(thing_classes[:8]) or f"0 to {num_classes - 1}"
-            raise ImageError(f"{name}: the model has no class {value!r}; it has {known}, ...")
+        if not is_integer or not 0 <= class_id < known.count:
+            names = ", ".join(known.names[:8]) or f"0 to {known.count - 1}"
+            raise ImageError(f"{name}: the model has no class {value!r}; it has {names}, ...")
         ids.append(int(class_id))
     if len(ids) != num_boxes:
         raise ImageError(f"{name}: got {len(ids)} classes for {num_boxes} boxes")
-    return ids
+    return np.array(ids, dtype=np.int64)
+
+
+def _check_scores(scores: Any, num_boxes: int, name: str) -> np.ndarray:
+    """Return the (R,) float32 scores of given boxes."""
+    scores = _to_list(scores, "scores", "numbers between 0 and 1", name)
+    for value in scores:
+        if not isinstance(value, (int, float, np.number)) or not 0 <= value <= 1:
+            raise ImageError(f"{name}: the score {value!r} is not a number between 0 and 1")
+    if len(scores) != num_boxes:
+        raise ImageError(f"{name}: got {len(scores)} scores for {num_boxes} boxes")
+    return np.array(scores, dtype=np.float32)
+
+
+def _to_list(values: Any, what: str, expected: str, name: str) -> list[Any] | tuple[Any, ...]:
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(values, (list, tuple)):
+        raise ImageError(f"{name}: {what} is {values!r}; expected a list of {expected}")
+    return values

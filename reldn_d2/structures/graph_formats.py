@@ -11,9 +11,10 @@ def to_networkx(scene: Any, related_only: bool = False):
     """Return a predicted scene graph as a :class:`networkx.MultiDiGraph`.
 
     Nodes are the entities by index, with ``name`` of the class, ``label`` (as in pictures, with an
-    ordinal if a class occurs repeatedly), ``class_id``, ``score`` and ``box`` [x0, y0, x1, y1].
-    Edges go from subject to object, with ``name``, ``predicate_id``, ``score`` and
-    ``predicate_score``; their key is the predicate's id.
+    ordinal if a class occurs repeatedly), ``class_id``, ``score`` and the box as ``x0``, ``y0``,
+    ``x1`` and ``y1``. Edges go from subject to object, with ``name``, ``predicate_id``, ``score``
+    and ``predicate_score``; their key is the predicate's id. All attributes are plain scalars, so
+    that networkx can write the graph in any of its formats.
 
     Args:
         scene: a predicted :class:`.scene_graph.SceneGraph`.
@@ -40,7 +41,7 @@ def to_networkx(scene: Any, related_only: bool = False):
             label=labels[i],
             class_id=classes[i],
             score=scores[i],
-            box=boxes[i],
+            **dict(zip(("x0", "y0", "x1", "y1"), boxes[i])),
         )
     predicate_scores = scene["relations"].predicate_scores.tolist()
     for (subject, object_, predicate, score), probability in zip(scene.rows(), predicate_scores):
@@ -57,18 +58,15 @@ def to_networkx(scene: Any, related_only: bool = False):
 
 
 def graph_to_graphml(graph) -> str:
-    """Return a scene graph as GraphML; boxes become plain attributes ``x0`` to ``y1``."""
+    """Return a scene graph as GraphML."""
     import networkx
 
-    flat = networkx.MultiDiGraph(**graph.graph)
-    for node, data in graph.nodes(data=True):
-        values = dict(data)
-        values.update(zip(("x0", "y0", "x1", "y1"), values.pop("box")))
-        flat.add_node(node, **values)
     # A key becomes the id of the edge, which must be unique in the file.
+    numbered = networkx.MultiDiGraph(**graph.graph)
+    numbered.add_nodes_from(graph.nodes(data=True))
     for edge_id, (subject, object_, data) in enumerate(graph.edges(data=True)):
-        flat.add_edge(subject, object_, key=edge_id, **data)
-    return "\n".join(networkx.generate_graphml(flat))
+        numbered.add_edge(subject, object_, key=edge_id, **data)
+    return "\n".join(networkx.generate_graphml(numbered))
 
 
 def graph_to_dot(graph) -> str:

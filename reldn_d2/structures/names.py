@@ -1,10 +1,23 @@
 """Names of classes, predicates and entities in pictures, graphs, files and messages."""
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
 
-__all__ = ["class_name", "name_entities"]
+__all__ = ["class_name", "markdown_cell", "name_entities", "one_line"]
+
+_BREAKS = re.compile(r"\s*[\t\n\v\f\r\x1c-\x1f\x85\u2028\u2029]\s*")
+
+
+def one_line(text: str) -> str:
+    """Replace line breaks and tabs, with the spaces around them, by one space."""
+    return _BREAKS.sub(" ", text).strip()
+
+
+def markdown_cell(text: str) -> str:
+    """Return a name or other text as it must stand in a cell of a Markdown table."""
+    return one_line(text).replace("|", "\\|")
 
 
 def class_name(index: int, names: Sequence[str], kind: str = "class") -> str:

@@ -24,6 +24,7 @@ from PIL import Image
 
 from detectron2.utils.visualizer import VisImage
 
+from ..utils.fonts import font_families
 from .layout import Color, Label
 
 __all__ = ["RelationImage", "Row", "Sheet", "label_size", "pad", "plan_sheet", "shorten"]
@@ -35,15 +36,16 @@ _ELLIPSIS = "\u2026"
 _ORDINAL = re.compile(r"(?<=\S)(?: \d+ #\d+| #?\d+)$")  # of an entity, after its class
 
 
-@lru_cache(maxsize=64)
-def _font(bold: bool, points: float) -> FontProperties:
-    return FontProperties(family="DejaVu Sans", weight="bold" if bold else "normal", size=points)
+@lru_cache(maxsize=256)
+def _font(families: tuple[str, ...], bold: bool, points: float) -> FontProperties:
+    return FontProperties(family=families, weight="bold" if bold else "normal", size=points)
 
 
 @lru_cache(maxsize=4096)
 def text_width(text: str, size: float, bold: bool = False) -> float:
     """Return the width in pixels of a text whose font size is ``size`` pixels."""
-    return float(text_to_path.get_text_width_height_descent(text, _font(bold, size), False)[0])
+    font = _font(font_families(text), bold, size)
+    return float(text_to_path.get_text_width_height_descent(text, font, False)[0])
 
 
 def label_size(lines: str | Sequence[str], size: float) -> tuple[float, float]:
@@ -237,7 +239,7 @@ class RelationImage(VisImage):
         self, x: float, y: float, text: str, size: float, color: Color, bold: bool = False
     ) -> None:
         """Write one line of text that starts at ``x`` and is centered on ``y``."""
-        font = _font(bold, self.points(size))
+        font = _font(font_families(text), bold, self.points(size))
         baseline = y + 0.36 * size
         self.add(Text(x, baseline, text, color=color, fontproperties=font, parse_math=False))
 

@@ -4,9 +4,9 @@ Shapes: c channels, (h, w) one level of a feature pyramid, (H, W) the image. Map
 [0, 1] in the frame of the image as it was read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,9 +18,9 @@ from torch import Tensor
 from detectron2.structures import ImageList
 
 from ..modeling.meta_arch import postprocess_relations
-from ..predictor import Image, RelationPredictor, load_rgb
+from ..predictor import RelationPredictor
 from ..structures.scene_graph import SceneGraph, Triplet
-from ..utils.image_io import ImageError
+from ..utils.image_io import ImageError, OneImage, load_rgb
 from .canvas import pad
 from .visualizer import RelationVisualizer, score_text
 
@@ -43,7 +43,7 @@ class Saliency(NamedTuple):
     predicate: dict[str, np.ndarray]  # empty if the model has no predicate CNN
 
 
-def feature_saliency(predictor: RelationPredictor, image: Image) -> Saliency:
+def feature_saliency(predictor: RelationPredictor, image: OneImage) -> Saliency:
     """Return channel-averaged feature maps (Fig 4 and 5): mean absolute activations.
 
     ``fused`` is the mean of the levels, each scaled to [0, 1] first.
@@ -65,7 +65,10 @@ def feature_saliency(predictor: RelationPredictor, image: Image) -> Saliency:
 
 
 def triplet_saliency(
-    predictor: RelationPredictor, image: Image, rank: int = 0
+    predictor: RelationPredictor,
+    image: OneImage,
+    rank: int = 0,
+    detections: Mapping[str, Any] | None = None,
 ) -> tuple[Saliency, SceneGraph]:
     """Return how much each place contributes to the predicate of one triplet, in both CNNs.
 
@@ -76,6 +79,7 @@ def triplet_saliency(
         predictor: predictor with the model.
         image: a path or an (H, W, 3) RGB array.
         rank: rank of the predicted triplet, 0 being the best.
+        detections: as for a call of the predictor, for a model that needs them.
 
     Returns:
         the maps, and the prediction with this triplet alone.
@@ -84,8 +88,9 @@ def triplet_saliency(
         ImageError: there are fewer triplets, or the scores do not depend on feature maps.
     """
     name = str(image) if isinstance(image, (str, Path)) else "image"
-    rgb = load_rgb(image)
-    model, inputs = predictor.model, [predictor.prepare(rgb)]
+    rgb = load_rgb(image, name=name)
+    model, inputs = predictor.model, [predictor.prepare(rgb, detections=detections, name=name)]
+    predictor.require_detections(inputs[0])
     head = model.relation_head
     with torch.no_grad():
         images, features, predicate_features = _features(predictor, inputs)
@@ -175,7 +180,7 @@ def overlay(rgb: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def draw_feature_maps(
-    predictor: RelationPredictor, image: Image, levels: Sequence[str] = (FUSED,)
+    predictor: RelationPredictor, image: OneImage, levels: Sequence[str] = (FUSED,)
 ) -> np.ndarray:
     """Draw the image, the detector's CNN and the predicate CNN side by side, one row per level.
 
@@ -192,7 +197,7 @@ def draw_feature_maps(
 
 
 def draw_triplet_saliency(
-    predictor: RelationPredictor, image: Image, rank: int = 0, level: str = FUSED
+    predictor: RelationPredictor, image: OneImage, rank: int = 0, level: str = FUSED
 ) -> tuple[np.ndarray, Triplet]:
     """Draw a triplet on the image, and its saliency in both CNNs, side by side.
 

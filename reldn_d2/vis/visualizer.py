@@ -11,7 +11,7 @@ import numpy as np
 
 from detectron2.utils.visualizer import VisImage, Visualizer
 
-from ..structures.names import class_name, name_entities
+from ..structures.names import class_name, name_entities, one_line
 from ..structures.scene_graph import RelationRow, SceneGraph
 from .canvas import FAINT, INK, WHITE, RelationImage, Row, label_size, plan_sheet, shorten
 from .graph import GraphPlan, plan_graph
@@ -75,8 +75,10 @@ class RelationVisualizer(Visualizer):
             scale = fit_size(img_rgb.shape[1], img_rgb.shape[0], MIN_SIDE, MAX_SIDE)
         self.scale = scale
         super().__init__(img_rgb, metadata, scale=scale)
-        self._things: Sequence[str] = self.metadata.get("thing_classes", None) or []
-        self._predicates: Sequence[str] = self.metadata.get("predicate_classes", None) or []
+        self._things, self._predicates = (
+            [one_line(name) for name in self.metadata.get(key, None) or []]
+            for key in ("thing_classes", "predicate_classes")
+        )
 
     def draw_predictions(
         self, predicted: SceneGraph, topk: int | None = 20, min_score: float = 0.0, **style: Any
@@ -174,7 +176,11 @@ class RelationVisualizer(Visualizer):
         look = _Look(
             [INK if plain else _line_color(x[2], mark) for x, mark in zip(relations, marks)],
             [mark is False for mark in marks],
-            self.name(scene, drawn) if names is None else names,
+            (
+                self.name(scene, drawn)
+                if names is None
+                else {entity: one_line(name) for entity, name in names.items()}
+            ),
             colors,
         )
         if heading is None:
@@ -190,7 +196,7 @@ class RelationVisualizer(Visualizer):
         sheet = plan_sheet(width, height, self.scale, rows, panel, title is not None, text_size)
         self.output = RelationImage(self.img, self.scale, sheet)
         if title is not None:
-            text = shorten(title, 1.1 * sheet.text, sheet.area[2] - 12, bold=True)
+            text = shorten(one_line(title), 1.1 * sheet.text, sheet.area[2] - 12, bold=True)
             self.output.write(6, sheet.area[1] / 2, text, 1.1 * sheet.text, INK, bold=True)
         if drawn and plan is None:
             self._draw_on_image(scene, look)
@@ -346,5 +352,5 @@ def check_size(img: np.ndarray, dataset_dict: dict[str, Any]) -> None:
             f"{dataset_dict.get('file_name', 'dataset dict')}: the image is {width} x {height} "
             f"pixels, but its record says {expected[1]} x {expected[0]}. Give the image that the "
             "boxes belong to, read with its EXIF orientation "
-            "(detectron2.data.detection_utils.read_image does so)."
+            "(reldn_d2.utils.image_io.read_rgb does so)."
         )

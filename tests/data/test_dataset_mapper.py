@@ -15,6 +15,7 @@ from torch.utils.data import SequentialSampler
 
 from reldn_d2.data import RelationDatasetMapper
 from reldn_d2.data.datasets import load_vrd
+from reldn_d2.utils.image_io import ImageError, load_rgb
 
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
@@ -471,3 +472,45 @@ def test_mapper_malformed_box_error_names_the_file(tmp_path):
     record["annotations"][0]["bbox"] = "0 0 9 9"
     with pytest.raises(ValueError, match=record["file_name"]):
         mapper()(record)
+
+
+def deep_ramp(path):
+    values = np.linspace(0, 65535, SIZE * SIZE).reshape(SIZE, SIZE)
+    Image.fromarray(values.astype(np.uint16)).save(path)
+
+
+def float_ramp(path):
+    values = np.linspace(0, 1, SIZE * SIZE, dtype=np.float32).reshape(SIZE, SIZE)
+    Image.fromarray(values).save(path)
+
+
+def half_transparent(path):
+    pixels = np.zeros((SIZE, SIZE, 4), np.uint8)
+    pixels[: SIZE // 2, :, :3] = 254
+    pixels[: SIZE // 2, :, 3] = 255
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.mark.parametrize("is_train", [True, False])
+@pytest.mark.parametrize(
+    "name, write, mean",
+    [("x.png", deep_ramp, 127.5), ("x.tif", float_ramp, 127.5), ("y.png", half_transparent, 254.5)],
+)
+def test_mapper_reads_images_as_the_predictor_does(name, write, mean, is_train, tmp_path):
+    path = tmp_path / name
+    write(path)
+    record = {"file_name": str(path), "image_id": 1, "height": SIZE, "width": SIZE}
+    record |= {"annotations": [annotation([1, 1, 50, 50], 0, iscrowd=0)], "relations": []}
+    image = mapper(is_train=is_train)(record)["image"].numpy().transpose(1, 2, 0)
+    assert np.array_equal(image, load_rgb(path)) and image.mean() == pytest.approx(mean, abs=0.6)
+
+
+@pytest.mark.parametrize("is_train", [True, False])
+def test_mapper_truncated_image_names_the_file(is_train, tmp_path):
+    Image.effect_noise((SIZE, SIZE), 60).save(tmp_path / "cut.jpg")
+    content = (tmp_path / "cut.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(content[: len(content) // 2])
+    record = {"file_name": str(tmp_path / "cut.jpg"), "height": SIZE, "width": SIZE}
+    record |= {"annotations": [], "relations": []}
+    with pytest.raises(ImageError, match=r"cut\.jpg: cannot be read as an image: .*truncated"):
+        mapper(is_train=is_train)(record)

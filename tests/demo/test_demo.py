@@ -8,9 +8,11 @@ import draw_saliency
 import networkx
 import numpy as np
 import pytest
+import torch
+from entity_files import read_boxes
 from model_utils import PREDICATES
 from PIL import Image
-from usage_utils import picture, write_checkpoint
+from usage_utils import picture, write_checkpoint, write_precomputed_checkpoint
 
 import demo as demo_script
 from reldn_d2.utils.image_io import ImageError
@@ -214,13 +216,96 @@ def test_draw_saliency_tool_skips_broken_image(checkpoint, folder, tmp_path, cap
     assert [x.name for x in out.iterdir()] == ["good_0_triplet_0_fused.png"]
 
 
-def test_read_boxes_without_boxes_raises(tmp_path):
-    (tmp_path / "x.json").write_text('{"a.png": {"boxes": null}}')
-    with pytest.raises(ImageError, match="x.json: expected"):
-        demo_script.read_boxes(tmp_path / "x.json")
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("[1, 2]", "b.json: expected .* found a list"),
+        ("{", "b.json: cannot be read as JSON"),
+        ('{"a.png": [[0, 0, 9, 9]]}', "b.json: a.png: expected an object with boxes, classes, sc"),
+        ('{"a.png": {"boxes": null}}', "b.json: a.png: boxes missing"),
+        (
+            '{"a.png": {"boxes": [], "score": []}}',
+            "b.json: a.png: unknown key 'score'; known: boxes, classes, scores",
+        ),
+    ],
+)
+def test_read_boxes_bad_file_raises(content, message, tmp_path):
+    (tmp_path / "b.json").write_text(content)
+    with pytest.raises(ImageError, match=message):
+        read_boxes(tmp_path / "b.json")
 
 
-def test_read_boxes_not_an_object_raises(tmp_path):
-    (tmp_path / "b.json").write_text("[1, 2]")
-    with pytest.raises(ImageError, match="b.json: expected"):
-        demo_script.read_boxes(tmp_path / "b.json")
+def test_demo_given_scores_multiply_the_triplets(checkpoint, folder, tmp_path):
+    entry = {"boxes": [[0, 0, 40, 50], [30, 20, 80, 55]], "classes": ["cup", 7]}
+    records = []
+    for scores in ({}, {"scores": [0.5, 0.25]}):
+        table = {f"good_{n}.png": {**entry, **scores} for n in range(3)}
+        (tmp_path / "boxes.json").write_text(json.dumps(table))
+        files = [folder / f"good_{n}.png" for n in range(3)]
+        options = ("--format", "json", "--batch-size", 2, "--boxes", tmp_path / "boxes.json")
+        out = tmp_path / f"out_{len(records)}"
+        assert run(checkpoint, "--input", *files, "--output", out, "--min-score", 0, *options) == 0
+        records.append(json.loads((out / "good_2.json").read_text()))
+    plain, scored = records
+    assert plain["instances"]["scores"] == [1, 1] and scored["instances"]["scores"] == [0.5, 0.25]
+    expected = [0.125 * x for x in plain["relations"]["scores"]]
+    assert scored["relations"]["scores"] == pytest.approx(expected, rel=1e-5)
+    assert scored["instances"]["boxes"] == entry["boxes"]
+
+
+DETECTIONS = [
+    {"image_id": 7, "category_id": 1, "bbox": [5, 5, 30, 40], "score": 0.9},
+    {"image_id": 7, "category_id": 0, "bbox": [30, 10, 40, 45], "score": 0.8},
+    {"image_id": 7, "category_id": 7, "bbox": [0, 0, 9, 9], "score": 0.01},
+]
+
+
+def write_detections(path):
+    """Write DETECTIONS in the format that the suffix tells, ``x.by_name.json`` being by name."""
+    if path.suffix == ".pth":
+        torch.save([{"image_id": 7, "instances": DETECTIONS}], path)
+    elif path.name == "by_name.json":
+        boxes = [[x, y, x + w, y + h] for x, y, w, h in (d["bbox"] for d in DETECTIONS)]
+        scores = [d["score"] for d in DETECTIONS]
+        entry = {"boxes": boxes, "classes": ["cup", "person", 7], "scores": scores}
+        path.write_text(json.dumps({"000007.png": entry}))
+    else:
+        path.write_text(json.dumps(DETECTIONS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def precomputed(tmp_path_factory):
+    """A checkpoint trained on detections from files."""
+    return str(write_precomputed_checkpoint(tmp_path_factory.mktemp("precomputed")))
+
+
+@pytest.mark.parametrize("name", ["coco.json", "x.pth", "by_name.json"])
+def test_demo_detections_from_files(precomputed, name, tmp_path, capsys):
+    for n in (7, 8):
+        Image.fromarray(picture(seed=n)).save(tmp_path / f"00000{n}.png")
+    file = write_detections(tmp_path / name)
+    options = ("--output", tmp_path / "out", "--format", "json", "--detections", file)
+    images = ("--input", tmp_path / "000007.png", tmp_path / "000008.png")
+    assert run(precomputed, *images, *options) == 1
+    record = json.loads((tmp_path / "out/000007.json").read_text())
+    assert record["instances"]["class_names"] == ["cup", "person"]  # 0.01 is below the threshold
+    assert record["instances"]["scores"] == pytest.approx([0.9, 0.8])
+    assert record["instances"]["boxes"][0] == pytest.approx([5, 5, 35, 45], abs=1e-3)
+    assert len(record["relations"]["scores"]) > 0
+    error = capsys.readouterr().err
+    assert "1 could not be used" in error and re.search(f"8.png: .*{name} has nothing for", error)
+
+
+def test_demo_precomputed_model_needs_detections(precomputed, checkpoint, folder, tmp_path, capsys):
+    image = ("--input", folder / "good_0.png", "--output", tmp_path / "x.json", "--format", "json")
+    assert run(precomputed, *image) == 1
+    assert "add --detections FILE, or --boxes" in capsys.readouterr().err
+    file = write_detections(tmp_path / "coco.json")
+    assert run(checkpoint, *image, "--detections", file) == 1
+    assert "has its own detector and takes none; give --boxes" in capsys.readouterr().err
+    assert run(precomputed, *image, "--detections", tmp_path / "none.json") == 1
+    assert "none.json" in capsys.readouterr().err
+    video = ("--video-input", write_video(tmp_path / "in.avi", 2), "--output", tmp_path / "x.mp4")
+    assert run(precomputed, *video) == 1
+    assert "no detector of its own" in capsys.readouterr().err

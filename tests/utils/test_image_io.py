@@ -8,7 +8,16 @@ import pytest
 from PIL import Image, ImageFile
 from usage_utils import picture
 
-from reldn_d2.utils.image_io import ImageError, expand_inputs, read_rgb, to_rgb
+from reldn_d2.utils.image_io import (
+    ImageError,
+    expand_inputs,
+    pil_to_rgb,
+    read_image,
+    read_rgb,
+    to_rgb,
+)
+
+from detectron2.data import detection_utils
 
 
 def near(first, second, most=3):
@@ -33,6 +42,54 @@ def test_read_rgb_sixteen_bits_are_scaled(suffix, tmp_path):
     Image.fromarray(gray).save(tmp_path / f"x{suffix}")
     found = read_rgb(tmp_path / f"x{suffix}")
     assert near(found, np.repeat((gray / 257)[:, :, None], 3, axis=2), most=1)
+
+
+@pytest.mark.parametrize("image_format", ["BGR", "RGB", "L", "YUV-BT.601"])
+@pytest.mark.parametrize(
+    "mode, suffix",
+    [("RGB", "png"), ("L", "png"), ("P", "png"), ("1", "png"), ("RGB", "bmp")]
+    + [(mode, "jpg") for mode in ("RGB", "L", "CMYK")],
+)
+def test_read_image_eight_bits_equals_detectron2(mode, suffix, image_format, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / f"x.{suffix}"
+    upright = {} if suffix == "bmp" else {"exif": exif}
+    Image.fromarray(picture(61, 90)).convert(mode).save(path, **upright)
+    found, expected = (
+        reader(str(path), image_format) for reader in (read_image, detection_utils.read_image)
+    )
+    assert found.dtype == expected.dtype and np.array_equal(found, expected)
+    assert found.shape[:2] == ((61, 90) if suffix == "bmp" else (90, 61))
+
+
+def test_read_rgb_float_tiff_is_scaled(tmp_path):
+    ramp = np.linspace(0, 1, 60 * 90, dtype=np.float32).reshape(60, 90)
+    for white in (1, 255, 65535):
+        Image.fromarray(ramp * white).save(tmp_path / "x.tif")
+        found = read_rgb(tmp_path / "x.tif")
+        assert np.array_equal(found, np.repeat((ramp * 255).round()[:, :, None], 3, axis=2))
+        assert np.array_equal(found, to_rgb(ramp * white))
+    ramp[3, 3] = np.nan
+    Image.fromarray(ramp).save(tmp_path / "x.tif")
+    with pytest.raises(ImageError, match="x.tif: the image has values that are not finite"):
+        read_rgb(tmp_path / "x.tif")
+
+
+def test_read_rgb_too_many_pixels_raises(tmp_path, monkeypatch):
+    Image.fromarray(picture(200, 300)).save(tmp_path / "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 29_000)
+    with pytest.raises(ImageError, match=r"x\.png: the image has more than 0 megapixels") as error:
+        read_rgb(tmp_path / "x.png")
+    assert "scale it (and its boxes) down" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_pil_to_rgb_truncated_raises(tmp_path):
+    Image.fromarray(picture(200, 300)).save(tmp_path / "x.jpg")
+    content = (tmp_path / "x.jpg").read_bytes()
+    with Image.open(io.BytesIO(content[: len(content) // 2])) as image:
+        with pytest.raises(ImageError, match="^image 2: cannot be read as an image: .*truncated"):
+            pil_to_rgb(image, "image 2")
 
 
 def test_read_rgb_transparent_pixels_are_white(tmp_path):
@@ -108,10 +165,13 @@ def test_to_rgb_arrays():
     assert np.array_equal(to_rgb(rgb / 255.0), rgb)
     assert np.array_equal(to_rgb(rgb.astype(np.uint16) * 257), rgb)
     assert np.array_equal(to_rgb(rgb[:, :, 0]), np.repeat(rgb[:, :, :1], 3, axis=2))
+    assert np.array_equal(to_rgb(rgb.astype(np.int64)), rgb)
+    assert to_rgb(np.array([[-3.0, 258.5]]))[0, :, 0].tolist() == [0, 255]  # interpolation
     for bad, message in [
         (np.zeros((3, 60, 90), np.uint8), r"shape \(3, 60, 90\)"),
         (np.zeros((0, 9, 3), np.uint8), "shape"),
         (np.full((4, 4, 3), np.nan), "not finite"),
+        (np.full((4, 4, 3), 1e6), r"values up to 1e\+06"),
         (np.zeros((4, 4), dtype=object), "type object"),
     ]:
         with pytest.raises(ImageError, match=message):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from reldn_d2.structures.scene_graph import SceneGraph
+from reldn_d2.utils.fonts import font_families
 from reldn_d2.vis.canvas import RelationImage
 from reldn_d2.vis.compare import compare_models
 from reldn_d2.vis.correspondence import same_entities
@@ -22,6 +23,7 @@ PREDICATES = ["holds", "on"]
 BOXES = [[10, 20, 40, 120], [45, 60, 60, 75], [90, 58, 105, 73], [40, 74, 150, 130]]
 CLASSES = [0, 1, 1, 2]
 RELATIONS = [(0, 1, 0), (2, 3, 1), (1, 3, 1)]
+RELATIONS_WITH_SCORES = [(*relation, 0.5) for relation in RELATIONS]
 
 
 @pytest.fixture
@@ -441,3 +443,31 @@ def test_draw_graph_one_pair_and_empty(image, metadata):
     visualizer = RelationVisualizer(image, metadata)
     assert "cup" in texts(visualizer.draw_graph(scene_of([(0, 1, 0, None)])))
     assert texts(visualizer.draw_graph(scene_of([]))) == ["no relations"]
+
+
+def test_visualizer_chinese_names_are_drawn(image):
+    names = ["\u4eba", "\u9a6c", "\u684c"]  # person, horse, table
+    if len(font_families("".join(names))) == 1:
+        pytest.skip("no installed font has Chinese characters (apt-get install fonts-noto-cjk)")
+    pictures = []
+    for name in names:
+        metadata = Metadata(name="chinese", thing_classes=[name] * 3, predicate_classes=PREDICATES)
+        visualizer = RelationVisualizer(image, metadata)
+        pictures.append(visualizer.draw_triplets(BOXES, CLASSES, RELATIONS_WITH_SCORES).get_image())
+    # Squares would be the same for all characters.
+    assert all(x.shape == pictures[0].shape for x in pictures)
+    assert all((a != b).any() for a, b in itertools.combinations(pictures, 2))
+
+
+def test_visualizer_line_breaks_in_names_are_spaces(image):
+    metadata = Metadata(
+        name="breaks", thing_classes=["per\nson", "a | b", "t\r\n c"], predicate_classes=["on\ntop"]
+    )
+    scene = SceneGraph.from_triplets(BOXES, CLASSES, [(0, 3, 0, 0.5), (1, 3, 0, 0.4)])
+    for drawn in (
+        RelationVisualizer(image, metadata).draw_scene(scene, title="two\nlines"),
+        RelationVisualizer(image, metadata).draw_scene(scene, names={0: "x\ny", 1: "z", 3: "w"}),
+        RelationVisualizer(image, metadata).draw_graph(scene),
+    ):
+        written = texts(drawn)
+        assert not any("\n" in x or "\r" in x for x in written) and "on top" in written

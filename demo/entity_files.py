@@ -1,0 +1,111 @@
+"""The files of --boxes and --detections: entities of images, by file name or image id."""
+
+import argparse
+import json
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+from reldn_d2.predictor import RelationPredictor
+from reldn_d2.structures.given_boxes import ENTITY_KEYS, check_keys
+from reldn_d2.utils.image_io import ImageError
+
+__all__ = ["EntityFile", "read_boxes", "read_detections", "read_entities"]
+
+
+class EntityFile:
+    """The entities of ``--boxes`` or ``--detections``, by image."""
+
+    def __init__(self, path: Path, by_image: dict[str, dict[str, Any]], has_ids: bool = False):
+        """
+        Args:
+            path: the file.
+            by_image: entities by file name, or by image id.
+            has_ids: whether the keys are image ids.
+        """
+        self.path = path
+        self.by_image = by_image
+        self.has_ids = has_ids
+
+    def __getitem__(self, file: str) -> dict[str, Any]:
+        """Return the entities of an image.
+
+        Raises:
+            ImageError: there are none.
+        """
+        stem = Path(file).stem
+        keys = [file, Path(file).name]
+        if self.has_ids:  # COCO's image 139 is the file 000000000139.jpg
+            keys += [stem, *([str(int(stem))] if stem.isdecimal() else [])]
+        for key in keys:
+            if key in self.by_image:
+                return self.by_image[key]
+        what = f"image id {' or '.join(keys[2:])}" if self.has_ids else f"key {keys[1]!r}"
+        raise ImageError(f"{file}: {self.path} has nothing for it ({what})")
+
+
+def read_boxes(path: Path, required: Collection[str] = ("boxes",)) -> EntityFile:
+    """Read boxes, and classes and scores if there are any, by file name.
+
+    Args:
+        path: a file in the format of ``--boxes``.
+        required: keys that each image must have.
+
+    Raises:
+        ImageError: the file does not have this format.
+    """
+    try:
+        table = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(table, dict):
+        raise ImageError(
+            f'{path}: expected {{"FILE NAME": {{"boxes": [...], "classes": [...]}}}}, found a '
+            f"{type(table).__name__}"
+        )
+    for name, entry in table.items():
+        check_keys(entry, ENTITY_KEYS, required, f"{path}: {name}")
+    return EntityFile(path, table)
+
+
+def read_detections(path: Path, predictor: RelationPredictor) -> EntityFile:
+    """Read detections from a file in one of the formats of ``--detections``.
+
+    Raises:
+        OSError, ValueError: the file has none of these formats.
+    """
+    with open(path, "rb") as file:
+        is_table = path.suffix == ".json" and file.read(100).lstrip()[:1] == b"{"
+    if is_table:
+        return read_boxes(path, ENTITY_KEYS)
+    return EntityFile(path, predictor.read_detections(path), has_ids=True)
+
+
+def read_entities(
+    predictor: RelationPredictor, args: argparse.Namespace
+) -> Callable[[str], dict[str, Any]]:
+    """Return a function that gives the predictor's arguments ``boxes``, ... for a file.
+
+    Raises:
+        ValueError: the model needs detections and none are given, or takes none.
+    """
+    if args.detections is not None and not predictor.needs_detections:
+        raise ValueError(
+            "--detections: this model has its own detector and takes none; give --boxes with "
+            "boxes, classes and scores instead"
+        )
+    if predictor.needs_detections and args.detections is None and args.boxes is None:
+        raise ValueError(
+            "this model was trained on detections from files and has no detector of its own: add "
+            "--detections FILE, or --boxes with boxes and classes"
+        )
+    boxes = None if args.boxes is None else read_boxes(args.boxes)
+    detections = None if args.detections is None else read_detections(args.detections, predictor)
+
+    def entities(file: str) -> dict[str, Any]:
+        result = {} if boxes is None else dict(boxes[file])
+        if detections is not None:
+            result["detections"] = detections[file]
+        return result
+
+    return entities

@@ -1,0 +1,28 @@
+"""Names as they stand in one line of a picture or in a table."""
+
+import pytest
+from tabulate import tabulate
+
+from reldn_d2.structures.names import markdown_cell, one_line
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("sitting  on", "sitting  on"),
+        ("in\nfront of", "in front of"),
+        (" a \r\n\r\n b\t c ", "a b c"),
+        ("a\u2028b\x85c\vd", "a b c d"),
+        ("\u9a91\u5728", "\u9a91\u5728"),
+    ],
+)
+def test_one_line_replaces_line_breaks(text, expected):
+    assert one_line(text) == expected
+
+
+def test_markdown_cell_keeps_the_table_whole():
+    rows = [[markdown_cell(x), 1] for x in ("on | under", "in\nfront", "plain")]
+    lines = tabulate(rows, ["predicate", "count"], tablefmt="pipe").splitlines()
+    assert len(lines) == 5
+    assert [line.replace("\\|", "").count("|") for line in lines] == [3] * 5
+    assert "on \\| under" in lines[2]
