@@ -40,6 +40,9 @@ PREDICTIONS_FILE = "relation_predictions.json"
 _EXPECTED = (
     'a list with one record per image: [{"image_id": ..., "instances": ..., "relations": ...}, ...]'
 )
+_PICKLE_SUFFIXES = (".pkl", ".pickle", ".pytorch", ".pth", ".pt")
+# Protocols 2 to 5 of pickle, and the ZIP archive that torch.save writes.
+_PICKLE_BEGINS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
 _SPACE = re.compile(r"[ \t\r\n]*")
 _LONGEST_TOKEN = 9  # -Infinity; a file that is cut off within a token has an error at its start
 
@@ -75,7 +78,14 @@ def read_predictions(
             "OUTPUT_DIR/inference/TASK."
         )
     with open(file, "rb") as raw:
-        is_gzipped = raw.read(2) == b"\x1f\x8b"
+        begin = raw.read(4)
+    if file.lower().endswith(_PICKLE_SUFFIXES) or begin.startswith(_PICKLE_BEGINS):
+        raise ValueError(
+            f"{file}: is a pickle of another program (Python's pickle or torch.save), which is not "
+            f"read here. Convert it in that program to {PREDICTIONS_FILE}; docs/evaluation.md "
+            f"describes the format: expected {_EXPECTED}, in UTF-8 or gzipped."
+        )
+    is_gzipped = begin.startswith(b"\x1f\x8b")
     index = 0
     try:
         with (gzip.open if is_gzipped else open)(file, "rt", encoding="utf-8-sig") as stream:

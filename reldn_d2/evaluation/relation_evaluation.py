@@ -16,10 +16,12 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
 from ..data.dataset_dict import dicts_without_images
+from ..structures.names import table_cell
 from ..structures.relations import TASKS
 from ..structures.scene_graph import ImageId, SceneGraph
 from ..utils.protocols import distinct_limits, find_protocol
 from .batches import ImagePair
+from .per_predicate import PredicateTable
 from .predictions_io import PREDICTIONS_FILE, write_predictions, write_settings
 from .protocol_metrics import Settings
 from .scoring import Results, Scores, score
@@ -222,13 +224,19 @@ class RelationDatasetEvaluator(DatasetEvaluator):
     def _report(self, scores: Scores) -> None:
         """Log every block and write the tables of the predicates."""
         for task, metrics in scores.results.items():
+            shown, left_out = _shown_metrics(metrics, scores.predicates.get(task))
             table = tabulate(
-                [(name, f"{value:.2f}") for name, value in metrics.items()],
+                [(table_cell(name), f"{value:.2f}") for name, value in shown.items()],
                 headers=("metric", "value"),
                 tablefmt="pipe",
                 colalign=("left", "right"),
                 disable_numparse=True,
             )
+            if left_out:
+                table += (
+                    f"\n{left_out} metrics of predicates in between are not shown; "
+                    f"per_predicate_{task}.md in the output folder has all."
+                )
             logger.info("'%s', %s:\n%s", self._dataset_name, task, table)
         for task, predicates in scores.predicates.items() if self._output_dir else ():
             paths = predicates.write(self._output_dir, task, f"{self._dataset_name}, {task}")
@@ -291,6 +299,22 @@ class RelationDatasetEvaluator(DatasetEvaluator):
                 num_relations,
                 self._dataset_name,
             )
+
+
+def _shown_metrics(
+    metrics: Mapping[str, float], predicates: PredicateTable | None
+) -> tuple[dict[str, float], int]:
+    """Return the metrics for a log, and how many those of the predicates in between are."""
+    if predicates is None:
+        return dict(metrics), 0
+    shown = {predicates.names[p] for part in predicates.shown() for p in part}
+    hidden = {
+        f"AP{suffix}-{name}"
+        for name in set(predicates.names) - shown
+        for suffix in ("", "_rel", "_phr")
+    }
+    kept = {name: value for name, value in metrics.items() if name not in hidden}
+    return kept, len(metrics) - len(kept)
 
 
 def load_ground_truth(dataset_name: str) -> dict[ImageId, SceneGraph]:

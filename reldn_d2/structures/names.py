@@ -4,12 +4,20 @@ from collections.abc import Sequence
 
 import numpy as np
 
-__all__ = ["class_name", "name_entities"]
+__all__ = ["class_name", "name_entities", "table_cell"]
 
 
 def class_name(index: int, names: Sequence[str], kind: str = "class") -> str:
     """Return the name of a class or predicate, or ``class 7`` if it has none."""
     return names[index] if 0 <= index < len(names) else f"{kind} {index}"
+
+
+def table_cell(name: str) -> str:
+    """Return a name as the text of one cell of a Markdown table.
+
+    A ``|`` would start another cell and a line break another row.
+    """
+    return " ".join(name.splitlines()).replace("|", "\\|")
 
 
 def name_entities(

@@ -1,13 +1,16 @@
 """Predictions files of any origin, their errors, and the tool that scores them."""
 
 import gzip
+import io
 import json
 import logging
+import pickle
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from evaluation_utils import random_case, run_tool
 
 from reldn_d2.evaluation import VRDEvaluator, evaluate_predictions
@@ -256,6 +259,21 @@ def test_evaluate_predictions_truncated_gzip_binary_or_missing_file_raises(
         evaluate_predictions(NAME, str(path))
     with pytest.raises(FileNotFoundError, match="No predictions file 'no.json'.*OUTPUT_DIR"):
         evaluate_predictions(NAME, "no.json")
+
+
+@pytest.mark.parametrize("suffix", ["pkl", "pytorch", "pth", "json"])
+def test_evaluate_predictions_pickle_raises(cases, tmp_path, suffix):
+    """By name, and by content whatever the name."""
+    path = tmp_path / f"eval_results.{suffix}"
+    message = rf"eval_results.{suffix}: is a pickle of another program.*relation_predictions.json"
+    contents = [pickle.dumps([{}], protocol) for protocol in (2, 3, 4, 5)]
+    buffer = io.BytesIO()
+    torch.save([1], buffer)
+    contents += [buffer.getvalue()] + ([b"[]"] if suffix != "json" else [])
+    for content in contents:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            evaluate_predictions(NAME, str(path))
 
 
 # What a file cannot contain.
