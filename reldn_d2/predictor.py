@@ -28,6 +28,7 @@ from .config import add_reldn_config, merge_config
 from .structures.given_boxes import GivenBoxes, check_boxes, class_ids
 from .structures.scene_graph import SceneGraph
 from .utils.image_io import ImageError, pil_to_rgb, read_rgb, to_rgb
+from .utils.protocols import predicates_per_pair
 
 __all__ = ["GivenBoxes", "RelationPredictor"]
 
@@ -103,8 +104,11 @@ class RelationPredictor:
             cfg.merge_from_other_cfg(CfgNode.load_cfg(description["config"]))
         merge_config(cfg, config_file, ["MODEL.DEVICE", device, *opts])
         relations = cfg.TEST.RELATIONS
-        if config_file is None and not (relations.PREDICATES_PER_PAIR or relations.PROTOCOL):
-            values = description.get("predicates_per_pair", [])
+        if not relations.PREDICATES_PER_PAIR:
+            # The protocol's own, not the values of all protocols that an evaluation keeps.
+            values = list(predicates_per_pair(cfg))
+            if config_file is None and not relations.PROTOCOL:
+                values = description.get("predicates_per_pair", [])
             merge_config(cfg, None, ["TEST.RELATIONS.PREDICATES_PER_PAIR", values])
         cfg.MODEL.WEIGHTS = path
         model = build_model(cfg)

@@ -290,7 +290,7 @@ def test_evaluator_works_with_detectron2_tools(dataset, caplog):
         assert storage.latest()["relations_sgdet/pairing_accuracy"][0] == 100.0
 
 
-PROTOCOL_NAMES = ("lu2016", "motifs", "openimages", "released", "relations")
+PROTOCOL_NAMES = ("lu2016", "motifs", "openimages", "openimages_text", "released", "relations")
 
 
 def _random_records():
