@@ -149,12 +149,14 @@ def _add_data_solver_and_test(cfg: CfgNode) -> None:
     # sgdet: everything predicted; sgcls: boxes given; prdcls: boxes and classes given.
     cfg.TEST.RELATIONS.TASK = "sgdet"
     cfg.TEST.RELATIONS.TOPK = 100  # triplets kept per image
-    # How relations are scored (docs/evaluation.md): lu2016, motifs, openimages, released or
-    # relations; empty: the protocol of the data set's tables in the paper.
+    # How relations are scored (docs/evaluation.md): lu2016, motifs, openimages,
+    # openimages_text, released or relations; empty: the protocol of the data set's tables in the
+    # paper.
     cfg.TEST.RELATIONS.PROTOCOL = ""
     cfg.TEST.RELATIONS.RECALL_AT = []  # the n of R@n, each at most TOPK; empty: the protocol's
     # k: max predicates kept per pair; None means no limit. With several values the output holds
-    # the exact top TOPK of each. Empty: the values of the protocols of DATASETS.TEST.
+    # the exact top TOPK of each. Empty: the values that any protocol needs are kept, and those of
+    # the protocol are evaluated.
     cfg.TEST.RELATIONS.PREDICATES_PER_PAIR = []
     cfg.TEST.RELATIONS.PAIR_CHUNK = 2048  # pairs scored at once: bounds the memory
 

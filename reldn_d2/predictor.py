@@ -32,6 +32,7 @@ from .modeling.detectors.precomputed import PrecomputedDetector
 from .structures.given_boxes import GivenBoxes, GivenEntities, ModelClasses, check_detections
 from .structures.scene_graph import SceneGraph
 from .utils.image_io import ONE_IMAGE, ImageError, OneImage, from_rgb, load_rgb
+from .utils.protocols import predicates_per_pair
 
 __all__ = ["GivenBoxes", "RelationPredictor"]
 
@@ -106,8 +107,11 @@ class RelationPredictor:
             cfg.merge_from_other_cfg(CfgNode.load_cfg(description["config"]))
         merge_config(cfg, config_file, ["MODEL.DEVICE", device, *opts])
         relations = cfg.TEST.RELATIONS
-        if config_file is None and not (relations.PREDICATES_PER_PAIR or relations.PROTOCOL):
-            values = description.get("predicates_per_pair", [])
+        if not relations.PREDICATES_PER_PAIR:
+            # The protocol's own, not the values of all protocols that an evaluation keeps.
+            values = list(predicates_per_pair(cfg))
+            if config_file is None and not relations.PROTOCOL:
+                values = description.get("predicates_per_pair", [])
             merge_config(cfg, None, ["TEST.RELATIONS.PREDICATES_PER_PAIR", values])
         cfg.MODEL.WEIGHTS = path
         model = build_model(cfg)

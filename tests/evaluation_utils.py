@@ -98,7 +98,7 @@ class Case:
         return loop_iou(loop_union(subject, object_), loop_union(gt_subject, gt_object))
 
 
-FEATURES = ("ties", "repeated", "two_classes", "touching", "given", "near", "same_triplet", "half")
+FEATURES = ("ties", "repeated", "two_classes", "touching", "given", "near", "half")
 
 
 def random_case(rng, num_gt, num_pred, num_classes, num_predicates, features=FEATURES):
@@ -142,8 +142,8 @@ def random_case(rng, num_gt, num_pred, num_classes, num_predicates, features=FEA
         if rng.random() < 0.6 and s in pair and o in pair:
             score = scores[int(rng.integers(0, len(scores)))]
             triplets.append((owner.index(s), owner.index(o), p, score))
-    if "same_triplet" in features and triplets:
-        triplets.append(triplets[0])
+    # A prediction lists no triplet twice: the first copy of each stays.
+    triplets = list({t[:3]: t for t in reversed(triplets)}.values())[::-1]
     verified = {c: int(rng.integers(0, 2)) for c in range(num_classes) if rng.random() < 0.5}
     return Case(gt_boxes, gt_classes, relations, pred_boxes, classes, triplets, verified)
 

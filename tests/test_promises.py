@@ -38,23 +38,7 @@ def default_predictions(in_checkout):
     return file
 
 
-@pytest.mark.parametrize(
-    "protocol",
-    [
-        (
-            pytest.param(
-                name,
-                marks=pytest.mark.xfail(
-                    strict=True,
-                    reason="utils/protocols.py: keep the k of all protocols by default",
-                ),
-            )
-            if name in ("lu2016", "motifs", "released")
-            else name
-        )
-        for name in PROTOCOLS
-    ],
-)
+@pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_default_predictions_any_protocol_scores_them(default_predictions, protocol):
     arguments = ["--dataset", "toy_vrd_test", "--predictions", str(default_predictions)]
     assert evaluate_relations.main([*arguments, "--protocol", protocol]) == 0

@@ -139,7 +139,8 @@ class Batch:
         return encode(self.image, self.labels), encode(self.truth.image, self.truth.labels)
 
     @cached_property
-    def _equal_labels(self) -> tuple[np.ndarray, np.ndarray]:
+    def equal_labels(self) -> tuple[np.ndarray, np.ndarray]:
+        """(Q,) triplets and (Q,) relations of one image with equal labels, whatever their boxes."""
         return equal_codes(*self.codes)
 
     def candidates(
@@ -157,7 +158,7 @@ class Batch:
         """
         if overlap not in OVERLAPS:
             raise ValueError(f"Unknown overlap {overlap!r}; expected one of {', '.join(OVERLAPS)}.")
-        triplets, relations = self._equal_labels
+        triplets, relations = self.equal_labels
         if overlap not in self._overlaps:
             boxes, gt_boxes = self.boxes, self.gt_boxes
             pairs, gt_pairs = self.pairs[triplets], self.gt_pairs[relations]
@@ -200,20 +201,35 @@ class Batch:
         before = np.concatenate([[0], running])[starts]
         return np.where(kept, running - 1 - before[self.image], NEVER)
 
-    @cached_property
-    def judgeable(self) -> np.ndarray:
-        """(K,) bool: is it known whether the triplet's two classes are in its image?
+    def judgeable(self, rule: str | None) -> np.ndarray | None:
+        """Return (K,) bool, whether it is known if the triplet's two classes are in its image.
 
-        It is if both are annotated or verified there, or if one is verified to be absent.
+        It is if both are positive or verified there, or if one is negative.
+
+        Args:
+            rule: ``text``, as the OpenImages challenge describes it: classes of the annotated boxes
+                are positive, other classes that are verified to be absent are negative. ``code``,
+                as its evaluation code does: only classes of the relations are positive, and all
+                other verified classes are negative, whether verified to be absent or present.
+                None: every triplet counts.
+
+        Returns:
+            None if every triplet counts.
         """
+        if rule is None:
+            return None
         truths = [gt for gt, _ in self.images]
-        annotated = self.gt_box_image * _MAX_CLASSES + self.gt_classes
         verified = _image_class_codes([gt.verified[:, 0] for gt in truths])
-        absent = _image_class_codes([gt.verified[gt.verified[:, 1] == 0, 0] for gt in truths])
-        absent = np.setdiff1d(absent, annotated)
+        if rule == "code":
+            ends = self.truth.image[:, None] * _MAX_CLASSES + self.truth.labels[:, ::2]
+            positive, negative = ends.reshape(-1), verified
+        else:
+            positive = self.gt_box_image * _MAX_CLASSES + self.gt_classes
+            negative = _image_class_codes([gt.verified[gt.verified[:, 1] == 0, 0] for gt in truths])
+        negative = np.setdiff1d(negative, positive)
         codes = self.image[:, None] * _MAX_CLASSES + self.labels[:, ::2]
-        known = np.isin(codes, np.union1d(annotated, verified)).all(axis=1)
-        return known | np.isin(codes, absent).any(axis=1)
+        known = np.isin(codes, np.union1d(positive, verified)).all(axis=1)
+        return known | np.isin(codes, negative).any(axis=1)
 
 
 def batches(images: Sequence[ImagePair], size: int = _IMAGES_PER_BATCH) -> Iterator[Batch]:

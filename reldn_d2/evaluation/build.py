@@ -9,7 +9,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 
 from ..modeling.meta_arch import predicts_relations
-from ..utils.protocols import find_protocol, predicates_per_pair
+from ..utils.protocols import find_protocol, kept_predicates_per_pair, predicates_per_pair
 from .box_evaluation import box_evaluator
 from .relation_evaluation import RelationDatasetEvaluator
 
@@ -25,7 +25,10 @@ logger = logging.getLogger(__name__)
 
 
 class OpenImagesVRDEvaluator(RelationDatasetEvaluator):
-    """OpenImages VRD: ``released``, as in the paper; the challenge's own rule is ``openimages``."""
+    """OpenImages VRD: ``released``, as in the paper.
+
+    The challenge's own rule is ``openimages``.
+    """
 
     PROTOCOL = "released"
 
@@ -81,6 +84,7 @@ def build_relation_evaluator(
         task=relations.TASK,
         protocol=protocol.name,
         predicates_per_pair=predicates_per_pair(cfg, dataset_name),
+        kept_predicates_per_pair=kept_predicates_per_pair(cfg),
         recall_at=recall_at,
         topk=relations.TOPK if protocol.all_triplets else min(relations.TOPK, most),
     )

@@ -169,7 +169,7 @@ def match_relations(
         protocol = PROTOCOLS[protocol]
     counted = _counted(truth, protocol)
     batch = Batch([(truth.select(counted), predicted)])
-    ranks = batch.ranks(predicates_per_pair, batch.judgeable if protocol.verified_labels else None)
+    ranks = batch.ranks(predicates_per_pair, batch.judgeable(protocol.verified_labels))
     triplets, relations = find_relations(batch, protocol.matching, "relationship", ranks)
     hits = np.zeros(len(predicted.pairs), dtype=bool)
     hits[triplets] = True

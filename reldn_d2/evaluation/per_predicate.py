@@ -9,13 +9,17 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
+from ..structures.names import table_cell
 from ..utils.file_io import write_atomically
 from .metrics import mean_of_defined
 
-__all__ = ["GROUPS", "PredicateTable"]
+__all__ = ["GROUPS", "MAX_SHOWN", "SHOWN_AT_EACH_END", "PredicateTable"]
 
 # Thirds of the predicates that occur, the most frequent first.
 GROUPS = ("head", "body", "tail")
+# A plot or a log has all predicates if there are at most MAX_SHOWN, and otherwise that many of the
+# most and of the least frequent ones: 3,000 would make a picture of 60,000 pixels.
+MAX_SHOWN, SHOWN_AT_EACH_END = 100, 30
 _COLORS = ("#c6d4e3", "#1f5a94", "#d1701f")
 
 
@@ -43,6 +47,21 @@ class PredicateTable:
             name: part.tolist()
             for name, part in zip(GROUPS, np.array_split(np.asarray(present, dtype=np.int64), 3))
         }
+
+    def shown(self) -> tuple[list[int], list[int]]:
+        """Return the ids of the predicates that plots and logs show, in two parts.
+
+        Returns:
+            All predicates by :attr:`order` and an empty list; or, if there are more than
+            :data:`MAX_SHOWN`, the most frequent ones and the least frequent ones. The latter have
+            ground truth, because the others have no recall and no AP.
+        """
+        order = self.order.tolist()
+        if len(order) <= MAX_SHOWN:
+            return order, []
+        head = order[:SHOWN_AT_EACH_END]
+        rest = [p for p in order[SHOWN_AT_EACH_END:] if self.counts[p]]
+        return head, rest[-SHOWN_AT_EACH_END:]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain types; undefined values are None. ``number`` is a predicate's id."""
@@ -90,6 +109,8 @@ class PredicateTable:
     def draw(self, file: Any, title: str) -> None:
         """Draw frequency as bars, recall and AP as points, the most frequent predicate first.
 
+        Of many predicates only :meth:`shown` is drawn, with a gap that says how many are left out.
+
         Args:
             file: path or binary stream of the PNG.
             title: of the plot.
@@ -97,8 +118,10 @@ class PredicateTable:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        order = self.order
+        head, tail = self.shown()
+        order = np.asarray(head + tail, dtype=np.int64)
         where = np.arange(len(order))
+        where[len(head) :] += 2 if tail else 0  # the gap
         figure = Figure(figsize=(max(7.0, 0.24 * len(order) + 2.5), 4.8))
         FigureCanvasAgg(figure)
         left = figure.add_subplot()
@@ -109,8 +132,13 @@ class PredicateTable:
         left.set_ylim(bottom=0)
         left.set_ylabel(f"relations{of_set}")
         left.set_xticks(where)
-        left.set_xticklabels([self.names[p] for p in order], rotation=90)
-        left.set_xlim(-0.6, max(len(order), 1) - 0.4)
+        left.set_xticklabels([_label(self.names[p]) for p in order], rotation=90)
+        left.set_xlim(-0.6, where.max(initial=0) + 0.6)
+        if tail:
+            between = f"{len(self.names) - len(order)} predicates in between are not shown"
+            left.axvspan(len(head) - 0.5, len(head) + 1.5, color="#eeeeee")
+            place = dict(rotation=90, ha="center", va="center", fontsize="small")
+            left.text(len(head) + 0.5, 0.5, between, transform=left.get_xaxis_transform(), **place)
         right = left.twinx()
         right.plot(where, self.recall[order], "o", color=_COLORS[1], label=f"R@{self.recall_at}")
         right.plot(where, self.average_precision[order], "x", color=_COLORS[2], label="AP")
@@ -145,4 +173,11 @@ def _mean(values: np.ndarray) -> float | None:
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+    return f"{value:.2f}" if isinstance(value, float) else table_cell(str(value))
+
+
+def _label(name: str) -> str:
+    """Return a name as one short line without matplotlib's markup (``$``)."""
+    line = " ".join(name.split())
+    line = line if len(line) <= 40 else f"{line[:39]}…"
+    return line.replace("$", r"\$")

@@ -15,8 +15,10 @@ record; any other list is read into memory.
 """
 
 import gzip
+import hashlib
 import itertools
 import json
+import logging
 import os
 import re
 import zlib
@@ -35,11 +37,17 @@ __all__ = [
     "write_settings",
 ]
 
+logger = logging.getLogger(__name__)
+
 PREDICTIONS_FILE = "relation_predictions.json"
 
 _EXPECTED = (
     'a list with one record per image: [{"image_id": ..., "instances": ..., "relations": ...}, ...]'
 )
+_GZIP_BEGIN = b"\x1f\x8b"
+_PICKLE_SUFFIXES = (".pkl", ".pickle", ".pytorch", ".pth", ".pt")
+# Protocols 2 to 5 of pickle, and the ZIP archive that torch.save writes.
+_PICKLE_BEGINS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
 _SPACE = re.compile(r"[ \t\r\n]*")
 _LONGEST_TOKEN = 9  # -Infinity; a file that is cut off within a token has an error at its start
 
@@ -75,7 +83,14 @@ def read_predictions(
             "OUTPUT_DIR/inference/TASK."
         )
     with open(file, "rb") as raw:
-        is_gzipped = raw.read(2) == b"\x1f\x8b"
+        begin = raw.read(4)
+    if file.lower().endswith(_PICKLE_SUFFIXES) or begin.startswith(_PICKLE_BEGINS):
+        raise ValueError(
+            f"{file}: is a pickle of another program (Python's pickle or torch.save), which is not "
+            f"read here. Convert it in that program to {PREDICTIONS_FILE}; docs/evaluation.md "
+            f"describes the format: expected {_EXPECTED}, in UTF-8 or gzipped."
+        )
+    is_gzipped = begin.startswith(_GZIP_BEGIN)
     index = 0
     try:
         with (gzip.open if is_gzipped else open)(file, "rt", encoding="utf-8-sig") as stream:
@@ -227,9 +242,24 @@ def settings_file(predictions_file: str) -> str:
 
 
 def write_settings(file: str, settings: dict[str, Any]) -> None:
-    """Write next to a predictions file what it was made for, for :func:`read_settings`."""
+    """Write next to a predictions file what it was made for, for :func:`read_settings`.
+
+    A hash of the predictions binds the settings to them, so that they never describe a file that
+    replaces it.
+    """
     with write_atomically(settings_file(file)) as stream:
-        json.dump(settings, stream, indent=2)
+        json.dump({**settings, "sha256": _content_hash(file)}, stream, indent=2)
+
+
+def _content_hash(file: str) -> str:
+    """Return the SHA-256 of a file's content, of the unpacked content if it is gzipped."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as raw:
+        is_gzipped = raw.read(2) == _GZIP_BEGIN
+    with (gzip.open if is_gzipped else open)(file, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def read_settings(file: str) -> dict[str, Any]:
@@ -241,15 +271,15 @@ def read_settings(file: str) -> dict[str, Any]:
         means all).
 
     Raises:
-        ValueError: the settings cannot be read.
+        ValueError: the settings cannot be read, or belong to another predictions file.
     """
     path = settings_file(file)
-    if not os.path.isfile(path):
+    if not os.path.isfile(path) or not os.path.isfile(file):
         return {}
     try:
         with open(path, encoding="utf-8") as stream:
             settings = json.load(stream)
-        return {
+        result = {
             "dataset": settings["dataset"],
             "task": settings["task"],
             # Files that were written before have 0 for no limit.
@@ -261,3 +291,26 @@ def read_settings(file: str) -> dict[str, Any]:
             f"{path}: expected dataset, task, predicates_per_pair and triplets ({error!r}). "
             "Remove the file; the predictions are scored without it."
         ) from error
+    _check_bound(file, path, settings.get("sha256"))
+    return result
+
+
+def _check_bound(file: str, path: str, written_for: str | None) -> None:
+    """Raise if settings belong to other predictions; warn if they do not say."""
+    if written_for is None:
+        logger.warning(
+            "%s has no hash of the predictions (an older version wrote it), so it may belong to "
+            "another file than %s. Remove it if it does.",
+            path,
+            file,
+        )
+        return
+    try:
+        content_hash = _content_hash(file)
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        return  # reading the predictions says what is wrong with them
+    if written_for != content_hash:
+        raise ValueError(
+            f"{path} was written for other predictions than {file}, which has changed since. "
+            "Remove the settings to score the file without them, or put the original file back."
+        )

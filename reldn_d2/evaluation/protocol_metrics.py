@@ -140,7 +140,8 @@ def _openimages(matches: Matches, settings: Settings) -> Block:
     ``R@n``: the true positives for relationships among the n best triplets of their image, over all
     relations. ``mAP``: mean over the predicates of the ground truth. ``pooled_AP``: AP of all
     predicates' triplets in one list (the challenge's code names it weightedAP). ``score = 0.2 R@50
-    + 0.4 mAP_rel + 0.4 mAP_phr``.
+    + 0.4 mAP_rel + 0.4 mAP_phr``. ``openimages`` and ``openimages_text`` differ only in the
+    triplets that they ignore.
     """
     precision = _precisions(matches, settings)
     metrics = _pooled_recalls(matches, settings.recall_at)
@@ -200,6 +201,7 @@ METRICS: dict[str, Callable[[Matches, Settings], Block]] = {
     "lu2016": _lu2016,
     "motifs": _motifs,
     "openimages": _openimages,
+    "openimages_text": _openimages,
     "released": _released,
     "relations": _relations,
 }

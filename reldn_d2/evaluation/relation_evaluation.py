@@ -16,10 +16,13 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
 from ..data.dataset_dict import dicts_without_images
+from ..structures.names import table_cell
 from ..structures.relations import TASKS
 from ..structures.scene_graph import ImageId, SceneGraph
 from ..utils.protocols import distinct_limits, find_protocol
 from .batches import ImagePair
+from .diagnosis import check_given_entities, check_not_normalized, find_misreading
+from .per_predicate import PredicateTable
 from .predictions_io import PREDICTIONS_FILE, write_predictions, write_settings
 from .protocol_metrics import Settings
 from .scoring import Results, Scores, score
@@ -53,6 +56,7 @@ class RelationDatasetEvaluator(DatasetEvaluator):
         task: str = "sgdet",
         protocol: str = "",
         predicates_per_pair: Sequence[int | None] | None = None,
+        kept_predicates_per_pair: Sequence[int | None] = (),
         recall_at: Sequence[int] | None = None,
         topk: int | None = None,
         seen_triplets: Iterable[tuple[int, int, int]] | None = None,
@@ -73,9 +77,12 @@ class RelationDatasetEvaluator(DatasetEvaluator):
             predicates_per_pair: values of k, each with results of its own; None in the list means
                 no limit; default: the protocol's. The model's output must contain the exact best
                 triplets for each.
+            kept_predicates_per_pair: further values of k for which the output contains the exact
+                best triplets. They are not evaluated; ``relation_predictions.json`` has them, so
+                that other protocols can score it.
             recall_at: the n of R@n; default: the protocol's.
             topk: triplets kept per image, for each k; default: the protocol's, which is no limit
-                for ``openimages`` and otherwise 100, or the largest n if that is more.
+                for ``openimages`` (both) and otherwise 100, or the largest n if that is more.
             seen_triplets: (subject class, predicate, object class) of the training set, instead of
                 those of the metadata's ``train_dataset``.
             keep_predictions: write ``relation_predictions.json`` to ``output_dir``.
@@ -105,6 +112,7 @@ class RelationDatasetEvaluator(DatasetEvaluator):
             recall_at=recall_at,
             topk=topk,
         )
+        self._kept = distinct_limits([*predicates_per_pair, *kept_predicates_per_pair])
         self._dataset_name = dataset_name
         self._output_dir = output_dir
         self._distributed = distributed
@@ -143,9 +151,7 @@ class RelationDatasetEvaluator(DatasetEvaluator):
 
     def add(self, prediction: SceneGraph) -> None:
         """Add the prediction of one image; only the triplets that can count are kept."""
-        self._predictions.append(
-            prediction.reduced(self.settings.predicates_per_pair, self.settings.topk)
-        )
+        self._predictions.append(prediction.reduced(self._kept, self.settings.topk))
 
     def evaluate(self) -> Results:
         """Score the predictions of all processes.
@@ -162,6 +168,7 @@ class RelationDatasetEvaluator(DatasetEvaluator):
                 return {}
             predictions = list(itertools.chain(*gathered))
         images = self._join(predictions)
+        self._check_evidence(images)
         if self._output_dir and self._keep_predictions:
             self._write_predictions([p for _, p in images if p is not None])
         missing = sum(p is None for _, p in images)
@@ -184,6 +191,9 @@ class RelationDatasetEvaluator(DatasetEvaluator):
         self.settings = self._with_training_set(self.settings)
         scores = score(pairs, self.protocol, self.settings)
         self._warn_if_nothing_matched(pairs, scores.anything_matched)
+        misreading = find_misreading(pairs)
+        if misreading:
+            logger.warning("The predictions for '%s' %s.", self._dataset_name, misreading)
         self._report(scores)
         return scores.results
 
@@ -207,13 +217,21 @@ class RelationDatasetEvaluator(DatasetEvaluator):
                 counts = training.counts
         return replace(settings, seen_triplets=seen, training_counts=counts)
 
+    def _check_evidence(self, images: Sequence[tuple[SceneGraph, SceneGraph | None]]) -> None:
+        """Raise if the predictions are not of this task, or have normalized boxes."""
+        what = f"Predictions for data set '{self._dataset_name}'"
+        processed = [(truth, predicted) for truth, predicted in images if predicted is not None]
+        check_not_normalized(processed, what)
+        for truth, predicted in processed:
+            check_given_entities(self.settings.task, truth, predicted, what)
+
     def _write_predictions(self, predictions: Sequence[SceneGraph]) -> None:
         file = os.path.join(self._output_dir, PREDICTIONS_FILE)
         write_predictions(predictions, file)
         settings = {
             "dataset": self._dataset_name,
             "task": self.settings.task,
-            "predicates_per_pair": list(self.settings.predicates_per_pair),
+            "predicates_per_pair": list(self._kept),
             "triplets": self.settings.topk,
         }
         write_settings(file, settings)
@@ -222,13 +240,19 @@ class RelationDatasetEvaluator(DatasetEvaluator):
     def _report(self, scores: Scores) -> None:
         """Log every block and write the tables of the predicates."""
         for task, metrics in scores.results.items():
+            shown, left_out = _shown_metrics(metrics, scores.predicates.get(task))
             table = tabulate(
-                [(name, f"{value:.2f}") for name, value in metrics.items()],
+                [(table_cell(name), f"{value:.2f}") for name, value in shown.items()],
                 headers=("metric", "value"),
                 tablefmt="pipe",
                 colalign=("left", "right"),
                 disable_numparse=True,
             )
+            if left_out:
+                table += (
+                    f"\n{left_out} metrics of predicates in between are not shown; "
+                    f"per_predicate_{task}.md in the output folder has all."
+                )
             logger.info("'%s', %s:\n%s", self._dataset_name, task, table)
         for task, predicates in scores.predicates.items() if self._output_dir else ():
             paths = predicates.write(self._output_dir, task, f"{self._dataset_name}, {task}")
@@ -291,6 +315,22 @@ class RelationDatasetEvaluator(DatasetEvaluator):
                 num_relations,
                 self._dataset_name,
             )
+
+
+def _shown_metrics(
+    metrics: Mapping[str, float], predicates: PredicateTable | None
+) -> tuple[dict[str, float], int]:
+    """Return the metrics for a log, and how many those of the predicates in between are."""
+    if predicates is None:
+        return dict(metrics), 0
+    shown = {predicates.names[p] for part in predicates.shown() for p in part}
+    hidden = {
+        f"AP{suffix}-{name}"
+        for name in set(predicates.names) - shown
+        for suffix in ("", "_rel", "_phr")
+    }
+    kept = {name: value for name, value in metrics.items() if name not in hidden}
+    return kept, len(metrics) - len(kept)
 
 
 def load_ground_truth(dataset_name: str) -> dict[ImageId, SceneGraph]:

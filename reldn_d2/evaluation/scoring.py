@@ -119,7 +119,7 @@ class _Parts:
     def add(self, batch: Batch, tested: dict[str, np.ndarray]) -> None:
         """Take a batch and its :func:`_tested_against`."""
         protocol = self.protocol
-        ranks = batch.ranks(self.k, batch.judgeable if protocol.verified_labels else None)
+        ranks = batch.ranks(self.k, batch.judgeable(protocol.verified_labels))
         limited = np.where(ranks < self.topk, ranks, NEVER)
         # The challenge's recall counts the true positives of its average precision, which has a
         # limit per image; the n of R@n limits all other recalls.

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-__all__ = ["class_name", "markdown_cell", "name_entities", "one_line"]
+__all__ = ["class_name", "name_entities", "one_line", "table_cell"]
 
 _BREAKS = re.compile(r"\s*[\t\n\v\f\r\x1c-\x1f\x85\u2028\u2029]\s*")
 
@@ -15,14 +15,17 @@ def one_line(text: str) -> str:
     return _BREAKS.sub(" ", text).strip()
 
 
-def markdown_cell(text: str) -> str:
-    """Return a name or other text as it must stand in a cell of a Markdown table."""
-    return one_line(text).replace("|", "\\|")
-
-
 def class_name(index: int, names: Sequence[str], kind: str = "class") -> str:
     """Return the name of a class or predicate, or ``class 7`` if it has none."""
     return names[index] if 0 <= index < len(names) else f"{kind} {index}"
+
+
+def table_cell(name: str) -> str:
+    """Return a name as the text of one cell of a Markdown table.
+
+    A ``|`` would start another cell and a line break another row.
+    """
+    return one_line(name).replace("|", "\\|")
 
 
 def name_entities(

@@ -53,8 +53,8 @@ def check_relations(
         where: file and image, for messages.
 
     Raises:
-        ValueError: shapes, types or lengths that do not fit, an index outside the boxes, or a
-            value that is not finite.
+        ValueError: shapes, types or lengths that do not fit, an index outside the boxes, a value
+            that is not finite, a pair of an entity with itself, or a triplet that is listed twice.
     """
     pairs = _array(pairs, "pairs", where, int, 2)
     predicates = _array(predicates, "predicates", where, int)
@@ -77,7 +77,34 @@ def check_relations(
             f"{num_boxes} boxes. Pairs are 0-based indices into the image's boxes: if boxes were "
             "dropped after the pairs were made, remap the pairs."
         )
+    _check_distinct(pairs, predicates, num_boxes, where)
     return pairs, predicates, scores, predicate_scores
+
+
+def _check_distinct(pairs: np.ndarray, predicates: np.ndarray, num_boxes: int, where: str) -> None:
+    """Raise if an entity is related to itself or a triplet is listed twice.
+
+    A second copy is a false positive in average precision, and takes a rank of recall.
+    """
+    itself = np.flatnonzero(pairs[:, 0] == pairs[:, 1])
+    if len(itself):
+        raise ValueError(
+            f"{where}: triplet {itself[0]} (subject {pairs[itself[0], 0]}, predicate "
+            f"{predicates[itself[0]]}, object {pairs[itself[0], 1]}) relates an entity to itself. "
+            "Subject and object are different entities; leave such triplets out."
+        )
+    codes = (predicates.astype(np.int64) * num_boxes + pairs[:, 0]) * num_boxes + pairs[:, 1]
+    distinct, first = np.unique(codes, return_index=True)
+    if len(distinct) < len(codes):
+        is_copy = np.ones(len(codes), dtype=bool)
+        is_copy[first] = False
+        copy = int(np.argmax(is_copy))
+        original = int(np.argmax(codes == codes[copy]))
+        raise ValueError(
+            f"{where}: triplet {copy} (subject {pairs[copy, 0]}, predicate {predicates[copy]}, "
+            f"object {pairs[copy, 1]}) is listed before as triplet {original}, and {is_copy.sum()} "
+            "of the image's triplets are such copies. List each once, with its best score."
+        )
 
 
 def _array(values: Any, name: str, where: str, kind: type, width: int = 0) -> np.ndarray:

@@ -1,8 +1,8 @@
 """The evaluation protocols: what each matches, counts and asks of a model.
 
 See ``docs/evaluation.md`` for the rules in words and :mod:`reldn_d2.evaluation.protocol_metrics`
-for the metrics. Model and evaluator both read k from here, so that a model keeps the triplets that
-its evaluation needs.
+for the metrics. Model and evaluator both read k from here: a model keeps the triplets that any
+evaluation needs (:func:`kept_predicates_per_pair`).
 """
 
 from collections.abc import Iterable
@@ -17,6 +17,7 @@ __all__ = [
     "default_protocol",
     "distinct_limits",
     "find_protocol",
+    "kept_predicates_per_pair",
     "predicates_per_pair",
 ]
 
@@ -40,7 +41,9 @@ class Protocol:
         recall_overlaps, precision_overlaps: overlaps that recall and average precision use.
         strict_precision: average precision needs an overlap > 0.5, not >= 0.5.
         all_triplets: all triplets of an image count, not only the best 100.
-        verified_labels: ignore triplets with a class that nobody looked for in their image.
+        verified_labels: ignore triplets with a class that nobody looked for in their image, by the
+            "code" of the OpenImages challenge or by its "text"; None ignores none. See
+            :meth:`reldn_d2.evaluation.batches.Batch.judgeable`.
         distinct_relations: a relation that is annotated twice counts once.
         zero_shot: recall over the triplets that the training set lacks is reported.
     """
@@ -54,7 +57,7 @@ class Protocol:
     precision_overlaps: tuple[str, ...] = ("relationship",)
     strict_precision: bool = False
     all_triplets: bool = False
-    verified_labels: bool = False
+    verified_labels: str | None = None
     distinct_relations: bool = False
     zero_shot: bool = False
 
@@ -88,7 +91,17 @@ PROTOCOLS: dict[str, Protocol] = {
             matching="true_positives",
             precision_overlaps=_BOTH,
             all_triplets=True,
-            verified_labels=True,
+            verified_labels="code",
+        ),
+        Protocol(
+            name="openimages_text",
+            evaluator_type=None,
+            predicates_per_pair=(None,),
+            recall_at=(50, 100),
+            matching="true_positives",
+            precision_overlaps=_BOTH,
+            all_triplets=True,
+            verified_labels="text",
         ),
         Protocol(
             name="released",
@@ -155,7 +168,7 @@ def distinct_limits(values: Iterable[int | None]) -> tuple[int | None, ...]:
 
 
 def predicates_per_pair(cfg: CfgNode, dataset_name: str | None = None) -> tuple[int | None, ...]:
-    """Return the values of k to evaluate, for each of which a model has to keep its best triplets.
+    """Return the values of k to evaluate; see :func:`kept_predicates_per_pair` for what is kept.
 
     Args:
         cfg: config with the keys of ``add_reldn_config``.
@@ -175,3 +188,18 @@ def predicates_per_pair(cfg: CfgNode, dataset_name: str | None = None) -> tuple[
     return distinct_limits(k for protocol in protocols for k in protocol.predicates_per_pair) or (
         1,
     )
+
+
+def kept_predicates_per_pair(cfg: CfgNode) -> tuple[int | None, ...]:
+    """Return the values of k for each of which a model keeps its exact best triplets.
+
+    Args:
+        cfg: config with the keys of ``add_reldn_config``.
+
+    Returns:
+        ``TEST.RELATIONS.PREDICATES_PER_PAIR``; if it is empty, the values of all protocols, so that
+        any protocol can score the predictions later. None means no limit.
+    """
+    if cfg.TEST.RELATIONS.PREDICATES_PER_PAIR:
+        return distinct_limits(cfg.TEST.RELATIONS.PREDICATES_PER_PAIR)
+    return distinct_limits(k for p in PROTOCOLS.values() for k in p.predicates_per_pair)

@@ -3,6 +3,7 @@
 import json
 import logging
 
+import numpy as np
 import pytest
 from evaluation_data import NAME, dataset_dicts, output, registered, run
 from model_utils import small_model
@@ -17,11 +18,20 @@ from reldn_d2.evaluation import (
     VRDEvaluator,
     box_evaluator,
     build_relation_evaluator,
+    evaluate_predictions,
 )
-from reldn_d2.utils.protocols import default_protocol, predicates_per_pair
+from reldn_d2.evaluation.predictions_io import read_settings
+from reldn_d2.utils.protocols import (
+    PROTOCOLS,
+    default_protocol,
+    kept_predicates_per_pair,
+    predicates_per_pair,
+)
 
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+
+EVERY_K = (1, 10, 70, None, 2)
 
 
 @pytest.fixture
@@ -90,8 +100,9 @@ def test_build_relation_evaluator_default_and_named_protocol(
     dataset.evaluator_type = evaluator_type
     evaluator = build_relation_evaluator(cfg, NAME, str(tmp_path))
     assert evaluator.protocol is kind(NAME).protocol is default_protocol(NAME)
-    # The model keeps what is evaluated.
+    # The model keeps what is evaluated, and what any other protocol needs.
     assert predicates_per_pair(cfg) == evaluator.settings.predicates_per_pair == ks
+    assert kept_predicates_per_pair(cfg) == EVERY_K
     results = run(evaluator)
     assert [task for task in results if not task.startswith("confusion")] == tasks
     assert all("instance_accuracy" in results[t] for t in results if t.startswith("confusion"))
@@ -102,17 +113,29 @@ def test_build_relation_evaluator_default_and_named_protocol(
     metrics = run(evaluator)["openimages_sgdet"]
     assert metrics["R@10"] == metrics["score"] == 100 and "R@50" not in metrics
     cfg.TEST.RELATIONS.PREDICATES_PER_PAIR = [3, 0, 3, None]
-    assert predicates_per_pair(cfg) == (3, None)
+    assert predicates_per_pair(cfg) == kept_predicates_per_pair(cfg) == (3, None)
     assert "openimages_sgdet_k3" in run(build_relation_evaluator(cfg, NAME, str(tmp_path)))
     cfg.TEST.RELATIONS.PROTOCOL = "openimage"
     with pytest.raises(ValueError, match="'openimage'.*PROTOCOL.*lu2016, motifs, openimages"):
         build_relation_evaluator(cfg, NAME, str(tmp_path))
 
 
-@pytest.mark.parametrize(("protocol", "ks"), [("motifs", (1, None)), ("lu2016", (1, 10, 70))])
-def test_model_keeps_the_triplets_of_its_protocol(protocol, ks):
+@pytest.mark.parametrize("protocol", ["", *PROTOCOLS])
+def test_model_keeps_the_triplets_of_all_protocols(protocol):
     model = small_model("TEST.RELATIONS.PROTOCOL", protocol)
-    assert model.relation_head.predicates_per_pair == ks
+    assert model.relation_head.predicates_per_pair == EVERY_K
+    only = ("TEST.RELATIONS.PREDICATES_PER_PAIR", [3])
+    assert small_model(*only).relation_head.predicates_per_pair == (3,)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_predictions_of_one_protocol_can_be_scored_by_another(dataset, cfg, tmp_path, protocol):
+    run(build_relation_evaluator(cfg, NAME, str(tmp_path)))
+    file = str(tmp_path / "relation_predictions.json")
+    assert set(read_settings(file)["predicates_per_pair"]) == set(EVERY_K)
+    cfg.TEST.RELATIONS.PROTOCOL = protocol
+    live = run(build_relation_evaluator(cfg, NAME, str(tmp_path / protocol)))
+    np.testing.assert_equal(evaluate_predictions(NAME, file, protocol=protocol), live)
 
 
 def test_named_protocol_needs_no_evaluator_type(dataset, cfg, tmp_path):

@@ -1,16 +1,20 @@
 """Predictions files of any origin, their errors, and the tool that scores them."""
 
 import gzip
+import io
 import json
 import logging
+import pickle
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from evaluation_utils import random_case, run_tool
 
-from reldn_d2.evaluation import VRDEvaluator, evaluate_predictions
+from reldn_d2.evaluation import VRDEvaluator, counted_relations, evaluate_predictions
 from reldn_d2.evaluation.predictions_io import (
     read_predictions,
     read_settings,
@@ -19,6 +23,7 @@ from reldn_d2.evaluation.predictions_io import (
     write_settings,
 )
 from reldn_d2.evaluation.relation_evaluation import load_ground_truth
+from reldn_d2.utils.protocols import PROTOCOLS
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
@@ -74,6 +79,17 @@ def record(case, image_id):
 @pytest.fixture
 def records(cases):
     return [record(case, image_id) for image_id, case in zip(IDS, cases)]
+
+
+@pytest.fixture
+def given_cases(cases):
+    """The cases with the annotated boxes and classes, as in sgcls and prdcls."""
+    return [replace(case, boxes=case.gt_boxes, classes=case.gt_classes) for case in cases]
+
+
+@pytest.fixture
+def given_records(given_cases):
+    return [record(case, image_id) for image_id, case in zip(IDS, given_cases)]
 
 
 def evaluated(cases, **options):
@@ -183,6 +199,11 @@ def change(path, value):
     return apply
 
 
+def twice(item):
+    """List every triplet of a record twice."""
+    item["relations"] = {key: values * 2 for key, values in item["relations"].items()}
+
+
 @pytest.mark.parametrize(
     ("apply", "message"),
     [
@@ -205,6 +226,8 @@ def change(path, value):
         (change("relations/scores", [0.5]), r"IMG \d+ pairs, \d+ predicates and 1 triplet scores"),
         (change("relations", {}), r'IMG "relations" is \[\]; .* pairs, predicates, scores'),
         (change("instances", None), 'IMG "instances" is None; .* boxes, classes, scores'),
+        (change("relations/pairs/0", [1, 1]), "IMG triplet .* relates an entity to itself"),
+        (lambda records: twice(records[2]), "IMG triplet .* is listed before as triplet 0, and"),
         (lambda records: records.__setitem__(2, 7), ": expected an object .* found 7"),
     ],
 )
@@ -258,6 +281,21 @@ def test_evaluate_predictions_truncated_gzip_binary_or_missing_file_raises(
         evaluate_predictions(NAME, "no.json")
 
 
+@pytest.mark.parametrize("suffix", ["pkl", "pytorch", "pth", "json"])
+def test_evaluate_predictions_pickle_raises(cases, tmp_path, suffix):
+    """By name, and by content whatever the name."""
+    path = tmp_path / f"eval_results.{suffix}"
+    message = rf"eval_results.{suffix}: is a pickle of another program.*relation_predictions.json"
+    contents = [pickle.dumps([{}], protocol) for protocol in (2, 3, 4, 5)]
+    buffer = io.BytesIO()
+    torch.save([1], buffer)
+    contents += [buffer.getvalue()] + ([b"[]"] if suffix != "json" else [])
+    for content in contents:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            evaluate_predictions(NAME, str(path))
+
+
 # What a file cannot contain.
 
 
@@ -303,8 +341,8 @@ def test_evaluate_predictions_openimages_takes_any_triplets(cases, tmp_path):
         evaluate_predictions(NAME, path, protocol="motifs")
 
 
-def test_evaluate_predictions_checks_the_settings_file(cases, records, tmp_path, caplog):
-    path = write(tmp_path / "relation_predictions.json", records)
+def test_evaluate_predictions_checks_the_settings_file(given_records, tmp_path, caplog):
+    path = write(tmp_path / "relation_predictions.json", given_records)
     settings = dict(dataset=NAME, task="prdcls", predicates_per_pair=[1, None], triplets=100)
     write_settings(path, settings)
     assert settings_file(path) == settings_file(path + ".gz")
@@ -321,6 +359,10 @@ def test_evaluate_predictions_checks_the_settings_file(cases, records, tmp_path,
         evaluate_predictions(NAME, path, protocol="released")
     with pytest.raises(ValueError, match="best 100 triplets .* R@200 .*TOPK 200"):
         evaluate_predictions(NAME, path, recall_at=[200])
+    # Gzipped predictions have the same content and keep their settings.
+    zipped = Path(path + ".gz")
+    zipped.write_bytes(gzip.compress(Path(path).read_bytes()))
+    assert read_settings(str(zipped)) == settings
     write_settings(path, dict(settings, dataset="another"))
     with caplog.at_level(logging.WARNING):
         evaluate_predictions(NAME, path)
@@ -328,6 +370,23 @@ def test_evaluate_predictions_checks_the_settings_file(cases, records, tmp_path,
     Path(settings_file(path)).write_text("{}")
     with pytest.raises(ValueError, match="settings.json: expected dataset, task.*Remove the file"):
         evaluate_predictions(NAME, path)
+
+
+def test_evaluate_predictions_settings_of_a_replaced_file_raise(cases, records, tmp_path, caplog):
+    path = write(tmp_path / "predictions.json", records)
+    settings = dict(dataset=NAME, task="sgdet", predicates_per_pair=[1, 10, 70], triplets=100)
+    write_settings(path, settings)
+    expected = evaluate_predictions(NAME, path)
+    write(Path(path), records[:5])
+    message = "predictions_settings.json was written for other predictions than .*Remove the"
+    with pytest.raises(ValueError, match=message):
+        evaluate_predictions(NAME, path)
+    # Settings of older versions have no hash.
+    write(Path(path), records)
+    write(Path(settings_file(path)), settings)
+    with caplog.at_level(logging.WARNING):
+        np.testing.assert_equal(evaluate_predictions(NAME, path), expected)
+    assert "predictions_settings.json has no hash of the predictions" in caplog.text
 
 
 # The tool.
@@ -346,8 +405,10 @@ def test_evaluate_predictions_openimages_ignores_triplets_for_another_k(cases, r
     np.testing.assert_equal(evaluate_predictions(NAME, path, **options), expected)
 
 
-def test_evaluate_relations_tool_scores_what_the_evaluator_wrote(cases, tmp_path, capsys):
-    live = evaluated(cases, output_dir=str(tmp_path / "live"), protocol="motifs", task="sgcls")
+def test_evaluate_relations_tool_scores_what_the_evaluator_wrote(given_cases, tmp_path, capsys):
+    live = evaluated(
+        given_cases, output_dir=str(tmp_path / "live"), protocol="motifs", task="sgcls"
+    )
     path = tmp_path / "live/relation_predictions.json"
     out = tmp_path / "out"
     arguments = ["--dataset", NAME, "--predictions", path, "--protocol", "motifs"]
@@ -363,8 +424,8 @@ def test_evaluate_relations_tool_scores_what_the_evaluator_wrote(cases, tmp_path
     assert not (out / "relation_predictions.json").exists()
 
 
-def test_evaluate_relations_tool_options(cases, records, tmp_path, capsys):
-    path = write(tmp_path / "theirs.json", records)
+def test_evaluate_relations_tool_options(given_records, tmp_path, capsys):
+    path = write(tmp_path / "theirs.json", given_records)
     call = ["--dataset", NAME, "--predictions", path, "--output", tmp_path / "out"]
     options = ["--task", "prdcls", "--predicates-per-pair", 3, "all", "--recall-at", 5]
     assert run_tool([*call, *options, "--train-dataset", NAME]) == 0
@@ -385,13 +446,14 @@ def test_evaluate_relations_tool_options(cases, records, tmp_path, capsys):
 
 
 def test_evaluate_predictions_vrd_as_its_own_predictions(full_vrd_annotations, tmp_path):
-    """Without images: 100, where no pair of boxes has more relations than it may predict."""
+    """Without images: all but the repeated annotations, and k relations of each pair."""
     name = "vrd_test_of_the_tests"
     from reldn_d2.data.datasets.vrd import register_vrd
 
     register_vrd(name, str(full_vrd_annotations / "annotations_test.json"), "no/images", False)
     try:
         truth = load_ground_truth(name)
+        distinct = {i: counted_relations(gt, PROTOCOLS["relations"]) for i, gt in truth.items()}
         records = [
             {
                 "image_id": image_id,
@@ -406,7 +468,7 @@ def test_evaluate_predictions_vrd_as_its_own_predictions(full_vrd_annotations, t
                     "scores": [1.0] * len(gt.relations),
                 },
             }
-            for image_id, gt in truth.items()
+            for image_id, gt in distinct.items()
         ]
         results = evaluate_predictions(name, write(tmp_path / "own.json", records))
     finally:
@@ -414,7 +476,8 @@ def test_evaluate_predictions_vrd_as_its_own_predictions(full_vrd_annotations, t
         MetadataCatalog.remove(name)
     pairs = sum(len({tuple(r[:2]) for r in gt.relations.tolist()}) for gt in truth.values())
     total = sum(len(gt.relations) for gt in truth.values())
-    assert (pairs, total) == (6806, 7638)
-    for k, value in ((1, 100 * pairs / total), (10, 100.0), (70, 100.0)):
+    once = sum(len(gt.relations) for gt in distinct.values())
+    assert (pairs, once, total) == (6806, 7478, 7638)
+    for k, value in ((1, 100 * pairs / total), (10, 100 * once / total), (70, 100 * once / total)):
         for metric in results[f"lu2016_sgdet_k{k}"].values():
             assert metric == pytest.approx(value)

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -91,6 +92,19 @@ def test_evaluate_names_the_blocks_after_k(dataset):
     ]
     metrics = run(VRDEvaluator(NAME, task="prdcls"))["lu2016_prdcls_k10"]
     assert metrics == {"predicate R@50": 100.0, "predicate R@100": 100.0}
+
+
+def test_evaluate_many_predicates_logs_head_and_tail(dataset, tmp_path, caplog):
+    names = PREDICATES + [f"predicate {i}" for i in range(2997)]
+    del dataset.predicate_classes
+    dataset.predicate_classes = names
+    with caplog.at_level(logging.INFO):
+        metrics = run(RelationEvaluator(NAME, str(tmp_path)))["relations_sgdet"]
+    assert {f"AP-{name}" for name in names} <= set(metrics)
+    logged = re.findall(r"\| AP-(.*?) +\|", caplog.text)
+    # Most predicates do not occur: 30 of the head, none of the tail.
+    assert logged[:3] == PREDICATES and len(logged) == 30
+    assert "2970 metrics of predicates in between are not shown; per_predicate_rel" in caplog.text
 
 
 def test_vrd_evaluator_phrases_and_relationships_differ(dataset):
@@ -276,7 +290,7 @@ def test_evaluator_works_with_detectron2_tools(dataset, caplog):
         assert storage.latest()["relations_sgdet/pairing_accuracy"][0] == 100.0
 
 
-PROTOCOL_NAMES = ("lu2016", "motifs", "openimages", "released", "relations")
+PROTOCOL_NAMES = ("lu2016", "motifs", "openimages", "openimages_text", "released", "relations")
 
 
 def _random_records():

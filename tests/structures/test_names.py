@@ -3,7 +3,7 @@
 import pytest
 from tabulate import tabulate
 
-from reldn_d2.structures.names import markdown_cell, one_line
+from reldn_d2.structures.names import one_line, table_cell
 
 
 @pytest.mark.parametrize(
@@ -20,8 +20,8 @@ def test_one_line_replaces_line_breaks(text, expected):
     assert one_line(text) == expected
 
 
-def test_markdown_cell_keeps_the_table_whole():
-    rows = [[markdown_cell(x), 1] for x in ("on | under", "in\nfront", "plain")]
+def test_table_cell_keeps_the_table_whole():
+    rows = [[table_cell(x), 1] for x in ("on | under", "in\nfront", "plain")]
     lines = tabulate(rows, ["predicate", "count"], tablefmt="pipe").splitlines()
     assert len(lines) == 5
     assert [line.replace("\\|", "").count("|") for line in lines] == [3] * 5

@@ -17,7 +17,7 @@ from detectron2.utils.events import get_event_storage
 from detectron2.utils.logger import log_first_n
 
 from ...structures.box_ops import union_boxes
-from ...utils.protocols import predicates_per_pair
+from ...utils.protocols import kept_predicates_per_pair
 from ..losses.contrastive import NORMALIZATIONS
 from .build import ROI_RELATION_HEAD_REGISTRY, build_visual_parts
 from .head_losses import relation_losses
@@ -148,7 +148,7 @@ class RelDNHead(nn.Module):
             "alphas": (head.LOSS.ALPHA_1, head.LOSS.ALPHA_2, head.LOSS.ALPHA_3),
             "normalization": head.LOSS.NORMALIZATION,
             "topk": cfg.TEST.RELATIONS.TOPK,
-            "predicates_per_pair": predicates_per_pair(cfg),
+            "predicates_per_pair": kept_predicates_per_pair(cfg),
             "pair_chunk": cfg.TEST.RELATIONS.PAIR_CHUNK,
         }
         if head.SEMANTIC.ENABLED:
