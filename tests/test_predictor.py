@@ -15,7 +15,7 @@ from reldn_d2.data.detection_files import attach_detections
 from reldn_d2.predictor import RelationPredictor
 from reldn_d2.structures.graph_formats import graph_to_dot, graph_to_graphml
 from reldn_d2.utils.image_io import ImageError
-from reldn_d2.vis.saliency import feature_saliency, triplet_saliency
+from reldn_d2.vis.saliency import draw_triplet_saliency, feature_saliency, triplet_saliency
 
 from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
@@ -281,6 +281,7 @@ def test_predictor_detections_equal_the_evaluation(precomputed, tmp_path):
     with pytest.raises(ImageError, match="trained on detections from files"):
         triplet_saliency(precomputed, rgb)
     assert triplet_saliency(precomputed, rgb, detections=detections)[1].boxes.shape == (2, 4)
+    assert draw_triplet_saliency(precomputed, rgb, detections=detections)[0].ndim == 3
 
 
 @pytest.mark.parametrize(

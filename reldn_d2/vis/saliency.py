@@ -197,9 +197,15 @@ def draw_feature_maps(
 
 
 def draw_triplet_saliency(
-    predictor: RelationPredictor, image: OneImage, rank: int = 0, level: str = FUSED
+    predictor: RelationPredictor,
+    image: OneImage,
+    rank: int = 0,
+    level: str = FUSED,
+    detections: Mapping[str, Any] | None = None,
 ) -> tuple[np.ndarray, Triplet]:
     """Draw a triplet on the image, and its saliency in both CNNs, side by side.
+
+    Arguments as for :func:`triplet_saliency`; ``level`` is that of the feature maps.
 
     Returns:
         the picture and the triplet.
@@ -208,7 +214,7 @@ def draw_triplet_saliency(
         ImageError: as in :func:`triplet_saliency`, or the model has no such level.
     """
     rgb = load_rgb(image)
-    saliency, prediction = triplet_saliency(predictor, image, rank)
+    saliency, prediction = triplet_saliency(predictor, image, rank, detections)
     maps = _maps_of(saliency, level)
     triplet = prediction.triplets()[0]
     words = f"{triplet.subject} {triplet.predicate} {triplet.object}, {score_text(triplet.score)}"
