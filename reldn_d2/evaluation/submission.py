@@ -12,6 +12,7 @@ Coordinates are divided by the image's width and height. Labels are OpenImages' 
 
 import csv
 import gzip
+import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,10 +23,13 @@ import numpy as np
 from detectron2.data import MetadataCatalog
 
 from ..data.dataset_dict import dicts_without_images
+from ..structures.ranking import rank_in_group
 from ..structures.scene_graph import ImageId, SceneGraph
 from ..utils.file_io import write_atomically
 
 __all__ = ["COLUMNS", "LAYOUTS", "is_submission", "read_submission", "write_submission"]
+
+logger = logging.getLogger(__name__)
 
 COLUMNS = ("ImageID", "LabelName1", "LabelName2", "RelationshipLabel", "Score") + tuple(
     f"{side}{entity}" for entity in (1, 2) for side in ("XMin", "XMax", "YMin", "YMax")
@@ -164,6 +168,7 @@ def read_submission(
     names = _names(dataset_name, labels)
     rows_of: dict[str, list[Sequence[str]]] = {}  # of a table, whose lines may be in any order
     lines: dict[str, int] = {}
+    num_copies = 0
     with _open_text(file) as stream, _long_fields():
         reader = csv.reader(stream)
         header = tuple(x.strip() for x in next(reader, ()))
@@ -191,10 +196,22 @@ def read_submission(
             else:
                 if image in lines:
                     raise ValueError(f"{where}: image {image!r} is in line {lines[image]} as well.")
-                yield _prediction(_split(row[1], where), where, names, image)
+                prediction, copies = _prediction(_split(row[1], where), where, names, image)
+                num_copies += copies
+                yield prediction
             lines.setdefault(image, reader.line_num)
     for image, rows in rows_of.items():
-        yield _prediction(rows, f"{file}, line {lines[image]} and others", names, image)
+        where = f"{file}, line {lines[image]} and others"
+        prediction, copies = _prediction(rows, where, names, image)
+        num_copies += copies
+        yield prediction
+    if num_copies:
+        logger.warning(
+            "%s lists %d triplets again, with the same boxes, classes and predicate. The challenge "
+            "counts such copies as false positives; list each once.",
+            file,
+            num_copies,
+        )
 
 
 def _split(text: str, where: str) -> list[Sequence[str]]:
@@ -210,7 +227,8 @@ def _split(text: str, where: str) -> list[Sequence[str]]:
 
 def _prediction(
     triplets: Sequence[Sequence[str]], where: str, names: _Names, image: str
-) -> SceneGraph:
+) -> tuple[SceneGraph, int]:
+    """Return the prediction of an image and how many of its triplets are copies of another one."""
     image_id, width, height = names.sizes[image]
     where = f"{where} (image {image!r})"
     try:
@@ -223,19 +241,26 @@ def _prediction(
     labels = [label for t in triplets for label in (t[1], t[6])]
     classes = _ids(labels, names.classes, "class", where)
     predicates = _ids([t[11] for t in triplets], names.predicates, "predicate", where)
-    # Equal boxes of one class become one entity again.
-    keys = np.column_stack([classes, boxes])
+    # Equal boxes of one class become one entity again. The challenge also scores a triplet whose
+    # two boxes are equal, and each copy of a triplet: their objects become entities of their own.
+    _, index = np.unique(np.column_stack([classes, boxes]), axis=0, return_inverse=True)
+    subjects, objects = index.reshape(-1, 2).astype(np.int64).T
+    codes = (subjects * len(boxes) + objects) * len(names.predicates) + predicates
+    copies = rank_in_group(codes)
+    extra = np.column_stack([np.zeros_like(copies), copies + (subjects == objects)]).reshape(-1)
+    keys = np.column_stack([classes, boxes, extra])
     entities, index = np.unique(keys, axis=0, return_inverse=True)
     try:
-        return SceneGraph.from_arrays(
+        graph = SceneGraph.from_arrays(
             image_id,
-            entities[:, 1:],
+            entities[:, 1:5],
             entities[:, 0].astype(np.int64),
             np.ones(len(entities)),
             index.reshape(-1, 2),
             predicates,
             scores,
         )
+        return graph, int((copies > 0).sum())
     except ValueError as error:
         message = str(error).removeprefix(f"Prediction of image {image_id!r}: ")
         raise ValueError(f"{where}: {message}") from error

@@ -162,7 +162,9 @@ def test_pooled_recall_repeated_relation_must_be_found_twice():
     gt = ground_truth(GT.boxes, GT.classes, [(0, 1, 2), (0, 1, 2)])
     once = prediction(gt.boxes, gt.classes, [(0, 1, 2, 0.9)])
     assert pooled_recall([(gt, once)], [50]) == [50.0]
-    assert pooled_recall([(gt, as_prediction(gt))], [50]) == [100.0]
+    boxes, classes = [*gt.boxes, gt.boxes[1]], [*gt.classes, gt.classes[1]]
+    again = prediction(boxes, classes, [(0, 1, 2, 0.9), (0, len(gt.boxes), 2, 0.8)])
+    assert pooled_recall([(gt, again)], [50]) == [100.0]
 
 
 def test_best_equal_scores_keep_their_order():
@@ -241,9 +243,9 @@ def hits_and_found(predicted, truth, protocol, k=None):
 
 def test_match_relations_by_hand():
     twice = ground_truth(GT.boxes, GT.classes, [(0, 1, 2), (0, 1, 2), (0, 1, 0)])
-    boxes = [*GT.boxes.tolist(), [10, 0, 20, 9]]
-    triplets = [(0, 1, 2, 0.9), (0, 3, 2, 0.8), (0, 3, 2, 0.7), (0, 2, 0, 0.6)]
-    predicted = prediction(boxes, [0, 1, 1, 1], triplets)
+    boxes = [*GT.boxes.tolist(), [10, 0, 20, 9], [10, 0, 20, 9]]
+    triplets = [(0, 1, 2, 0.9), (0, 3, 2, 0.8), (0, 4, 2, 0.7), (0, 2, 0, 0.6)]
+    predicted = prediction(boxes, [0, 1, 1, 1, 1], triplets)
     both = [True, True, False]
     for protocol, hits, found in (
         ("lu2016", [True, True, False, False], both),  # the second takes the repetition

@@ -31,7 +31,7 @@ def images():
     rng = np.random.default_rng(0)
     dicts, predictions = [], []
     for image_id, (width, height) in zip(IDS, SIZES):
-        case = random_case(rng, 5, 5, 2, 3, ("near", "ties", "same_triplet"))
+        case = random_case(rng, 5, 5, 2, 3, ("near", "ties"))
         scale = np.float32(rng.random() + 0.1)
         annotations = [
             {"bbox": (np.float32(b) * scale).tolist(), "bbox_mode": BoxMode.XYXY_ABS}
@@ -187,3 +187,18 @@ def test_openimages_missing_verified_labels_warns(images, caplog):
         assert "verified labels" not in caplog.text
         OpenImagesVRDEvaluator(NAME, protocol="openimages").evaluate()
     assert f"No image of '{NAME}' has verified labels" in caplog.text
+
+
+def test_read_submission_copies_and_equal_boxes_score_as_in_the_challenge(images, tmp_path, caplog):
+    """A copy is a false positive, and so are two equal boxes of one class; copies are reported."""
+    row = "0.5 /m/04yx4 0.1 0.1 0.5 0.5 /m/0342h 0.2 0.2 0.6 0.6 holds"
+    equal = "0.4 /m/04yx4 0.1 0.1 0.5 0.5 /m/04yx4 0.1 0.1 0.5 0.5 holds"
+    file = tmp_path / "copies.csv"
+    file.write_text(f"ImageId,PredictionString\n{IDS[0]},{row} {row} {equal}\n")
+    with caplog.at_level(logging.WARNING):
+        (prediction,) = read_submission(NAME, str(file))
+    assert prediction.labels.tolist() == [[0, 0, 1], [0, 0, 1], [0, 0, 0]]
+    boxes = prediction.boxes[prediction.pairs]
+    np.testing.assert_array_equal(boxes[0], boxes[1])
+    np.testing.assert_array_equal(boxes[2, 0], boxes[2, 1])
+    assert "copies.csv lists 1 triplets again" in caplog.text
