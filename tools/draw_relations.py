@@ -18,7 +18,8 @@ import reldn_d2  # noqa: E402,F401  # isort: skip  registers the data sets
 from PIL import Image
 
 from reldn_d2.data.datasets.catalog import add_module_argument, require_dataset
-from reldn_d2.evaluation.predictions_io import read_predictions, read_settings
+from reldn_d2.evaluation.offline import read_file
+from reldn_d2.evaluation.predictions_io import read_settings
 from reldn_d2.structures.scene_graph import SceneGraph
 from reldn_d2.utils.image_io import distinct_paths, read_rgb
 from reldn_d2.utils.protocols import PROTOCOLS, find_protocol
@@ -67,7 +68,7 @@ def load_predictions(
     """Read predictions of a data set by image id.
 
     Raises:
-        FileNotFoundError, ValueError: as in :func:`.predictions_io.read_predictions`, or an image
+        FileNotFoundError, ValueError: as in :func:`.offline.read_file`, or an image
             is not in the data set.
     """
     written_for = read_settings(str(file)).get("dataset", metadata.name)
@@ -78,9 +79,8 @@ def load_predictions(
             file=sys.stderr,
         )
     known = {record["image_id"] for record in dicts}
-    num_classes, num_predicates = len(metadata.thing_classes), len(metadata.predicate_classes)
     predictions = {}
-    for index, prediction in enumerate(read_predictions(str(file), num_classes, num_predicates)):
+    for index, prediction in enumerate(read_file(metadata.name, str(file))):
         if prediction.image_id not in known:
             raise ValueError(
                 f"{file}, record {index}: data set '{metadata.name}' has no image "

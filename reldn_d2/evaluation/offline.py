@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from detectron2.data import MetadataCatalog
-
+from ..data.datasets.catalog import dataset_names
+from ..structures.name_matching import NAME_FIELDS, Renumbering
 from ..structures.ranking import limit_predicates_per_pair
 from ..structures.scene_graph import SceneGraph
 from .predictions_io import read_predictions, read_settings
@@ -85,12 +85,23 @@ def evaluate_predictions(
 def read_file(
     dataset_name: str, file: str, labels: Sequence[str] | None = None
 ) -> Iterator[SceneGraph]:
-    """Read a predictions file or a submission; see :func:`evaluate_predictions`."""
+    """Read a predictions file or a submission; see :func:`evaluate_predictions`.
+
+    If the file's settings list the names of its ids, the ids are mapped to those of the data set.
+
+    Raises:
+        NameMismatchError: the names differ by more than their order.
+    """
     if is_submission(file):
-        return read_submission(dataset_name, file, labels)
-    metadata = MetadataCatalog.get(dataset_name)
-    names = (metadata.get(key, None) for key in ("thing_classes", "predicate_classes"))
-    return read_predictions(file, *(len(x) if x else None for x in names))
+        yield from read_submission(dataset_name, file, labels)
+        return
+    names = dataset_names(dataset_name)
+    renumbering = Renumbering.between(
+        read_settings(file), names, file, f"data set '{dataset_name}'"
+    )
+    counts = (len(names.get(field) or ()) or None for field in NAME_FIELDS)
+    for prediction in read_predictions(file, *counts):
+        yield renumbering.scene_graph(prediction) if renumbering else prediction
 
 
 def _check_written_for(

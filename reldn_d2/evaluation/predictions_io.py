@@ -25,6 +25,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
+from ..structures.name_matching import NAME_FIELDS
 from ..structures.scene_graph import SceneGraph
 from ..utils.file_io import write_atomically
 
@@ -267,8 +268,9 @@ def read_settings(file: str) -> dict[str, Any]:
 
     Returns:
         ``dataset``, ``task``, ``predicates_per_pair`` (for each k in this list the file holds the
-        exact best triplets; None means no limit) and ``triplets`` (how many of them per image; None
-        means all).
+        exact best triplets; None means no limit), ``triplets`` (how many of them per image; None
+        means all) and, if known, the names of classes and predicates by id (``thing_classes``,
+        ``predicate_classes``).
 
     Raises:
         ValueError: the settings cannot be read, or belong to another predictions file.
@@ -285,6 +287,7 @@ def read_settings(file: str) -> dict[str, Any]:
             # Files that were written before have 0 for no limit.
             "predicates_per_pair": [int(k or 0) or None for k in settings["predicates_per_pair"]],
             "triplets": None if settings["triplets"] is None else int(settings["triplets"]),
+            **{field: list(settings[field]) for field in NAME_FIELDS if settings.get(field)},
         }
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(

@@ -16,6 +16,7 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
 from ..data.dataset_dict import dicts_without_images
+from ..data.datasets.catalog import dataset_names
 from ..structures.names import table_cell
 from ..structures.relations import TASKS
 from ..structures.scene_graph import ImageId, SceneGraph
@@ -233,6 +234,7 @@ class RelationDatasetEvaluator(DatasetEvaluator):
             "task": self.settings.task,
             "predicates_per_pair": list(self._kept),
             "triplets": self.settings.topk,
+            **{field: list(names) for field, names in dataset_names(self._dataset_name).items()},
         }
         write_settings(file, settings)
         logger.info("Wrote the predictions to %s", file)
