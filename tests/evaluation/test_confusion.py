@@ -245,6 +245,7 @@ def random_image(rng):
     for s, o, p in relations if len(pred_boxes) == num_gt else ():
         if rng.random() < 0.6:
             triplets.append((int(s), int(o), int(p), float(rng.choice([0.5, 0.75, 1.0]))))
+    triplets = list({t[:3]: t for t in reversed(triplets)}.values())[::-1]  # no copies
     return ground_truth(gt_boxes, gt_classes, relations), pred_boxes, pred_classes, triplets
 
 

@@ -142,7 +142,7 @@ def test_match_relations_found_is_the_recall_numerator(protocol, cases, shown, k
 
 def test_random_cases_have_varied_recall():
     """Most have something to find, and what is found differs by k, n, kind and protocol."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(3)
     cases = [random_case(rng, 5, 5, 2, 3, ("near", "ties", "repeated")) for _ in range(200)]
     found = oracles.lu2016(cases, (1, 70), (1, 3, 50))
     values = [v for metrics in found.values() for v in metrics.values()]

@@ -65,8 +65,17 @@ def draw_predictions(dicts: Sequence[dict[str, Any]], num_triplets: int) -> Iter
         again = hits[: num_triplets - 1]  # a second predicate of the same pair
         pairs[(again + 1) % num_triplets] = pairs[again]
         box_scores, scores = rng.random(count), rng.random(num_triplets)
+        # A prediction lists no triplet twice.
+        drawn = np.column_stack([pairs, predicates])
+        once = np.sort(np.unique(drawn, axis=0, return_index=True)[1])
         yield SceneGraph.from_arrays(
-            record["image_id"], detected, labels, box_scores, pairs, predicates, scores
+            record["image_id"],
+            detected,
+            labels,
+            box_scores,
+            pairs[once],
+            predicates[once],
+            scores[once],
         )
 
 
