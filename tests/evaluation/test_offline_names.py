@@ -22,8 +22,9 @@ def reversed_ids():
     """The same images as in ``dataset_dicts``, their classes and predicates listed backwards."""
     records = dataset_dicts()
     for record in records:
-        for annotation in record["annotations"]:
-            annotation["category_id"] = len(CLASSES) - 1 - annotation["category_id"]
+        record["annotations"] = [  # the images share annotations, so they are copied
+            {**x, "category_id": len(CLASSES) - 1 - x["category_id"]} for x in record["annotations"]
+        ]
         record["relations"] = [
             (s, o, len(PREDICATES) - 1 - predicate) for s, o, predicate in record["relations"]
         ]
