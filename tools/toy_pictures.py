@@ -6,7 +6,7 @@ from typing import Any
 from draw_relations import Loaded, load_predictions
 from PIL import Image
 
-from reldn_d2.evaluation.matching import counted_relations, match_relations
+from reldn_d2.evaluation.matching import counted_relations, counted_triplets, match_relations
 from reldn_d2.structures.scene_graph import SceneGraph
 from reldn_d2.utils.image_io import read_rgb
 from reldn_d2.utils.protocols import default_protocol
@@ -24,7 +24,9 @@ def count_found(dataset_dict: dict[str, Any], predicted: SceneGraph) -> int:
     """Count the ground-truth relations among the top n triplets, n being their number."""
     rules = default_protocol(DATASET)
     truth = counted_relations(SceneGraph.from_dataset_dict(dataset_dict), rules)
-    _, found = match_relations(predicted.best(len(truth.pairs)), truth, rules)
+    k = rules.predicates_per_pair[0]
+    best = counted_triplets(predicted, truth, rules, k, len(truth.pairs))
+    _, found = match_relations(best, truth, rules, k)
     return int(found.sum())
 
 

@@ -15,6 +15,7 @@ from .batches import NEVER, Batch
 __all__ = [
     "best_candidates",
     "counted_relations",
+    "counted_triplets",
     "find_relations",
     "first_ranks",
     "match_one_to_one",
@@ -144,6 +145,27 @@ def _counted(truth: SceneGraph, protocol: Protocol) -> np.ndarray:
     subjects, objects, predicates = truth.relations.astype(np.int64).T
     codes = (predicates * len(truth.boxes) + subjects) * len(truth.boxes) + objects
     return np.sort(np.unique(codes, return_index=True)[1])
+
+
+def counted_triplets(
+    predicted: SceneGraph,
+    truth: SceneGraph,
+    protocol: Protocol,
+    predicates_per_pair: int | None,
+    topk: int,
+) -> SceneGraph:
+    """Return the ``topk`` best triplets of one image among those that a protocol counts.
+
+    Args:
+        predicted: K triplets in descending order of their scores.
+        truth: ground truth of the image.
+        protocol: a protocol that ignores triplets ranks the others only.
+        predicates_per_pair: a pair's best k predicates count; None means no limit.
+        topk: most triplets returned.
+    """
+    batch = Batch([(truth, predicted)])
+    ranks = batch.ranks(predicates_per_pair, batch.judgeable(protocol.verified_labels))
+    return predicted.select(np.flatnonzero(ranks < topk))
 
 
 def match_relations(

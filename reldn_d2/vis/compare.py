@@ -5,15 +5,21 @@ from typing import Any
 
 import numpy as np
 
-from ..evaluation.matching import counted_relations, match_relations
+from ..evaluation.matching import counted_relations, counted_triplets, match_relations
 from ..structures.scene_graph import SceneGraph
-from ..utils.protocols import find_protocol
+from ..utils.protocols import Protocol, find_protocol
 from .canvas import pad
 from .correspondence import same_entities
 from .layout import entity_color
 from .visualizer import RelationVisualizer, check_size, heading_of
 
-__all__ = ["compare_models"]
+__all__ = ["compare_models", "rule_name"]
+
+
+def rule_name(protocol: Protocol) -> str:
+    """Return what counted the hits of a picture: a protocol, at the first of its values of k."""
+    k = protocol.predicates_per_pair[0]
+    return protocol.name if k is None else f"{protocol.name}, k = {k}"
 
 
 def compare_models(
@@ -37,7 +43,8 @@ def compare_models(
         topk: relations drawn per model; None draws the top n, n being the number of ground-truth
             relations, or 5 if there is none.
         side: longest side in pixels of each of the images.
-        protocol: evaluation protocol that counts the hits; empty means the data set's own.
+        protocol: evaluation protocol that counts the hits, at the first of its values of k; empty
+            means the data set's own.
 
     Returns:
         (H', W', 3) uint8. Hits are green, misses red and dashed. The ground truth is marked only
@@ -52,8 +59,9 @@ def compare_models(
     truth = counted_relations(SceneGraph.from_dataset_dict(dataset_dict), rules)
     if topk is None:
         topk = len(truth.pairs) or 5
-    scenes = [predicted.best(topk) for predicted in predictions.values()]
-    matches = [[x.tolist() for x in match_relations(scene, truth, rules)] for scene in scenes]
+    k = rules.predicates_per_pair[0]
+    scenes = [counted_triplets(x, truth, rules, k, topk) for x in predictions.values()]
+    matches = [[x.tolist() for x in match_relations(scene, truth, rules, k)] for scene in scenes]
     distinct, maps = same_entities(truth, scenes)
     maps = [{entity: entity for entity in truth.related_entities}] + maps
     drawn = sorted({same for same_as in maps for same in same_as.values()})
@@ -64,7 +72,7 @@ def compare_models(
     marks = [matches[0][1] if len(matches) == 1 else None] + [hits for hits, _ in matches]
     titles, headings = ["Ground truth"], [None]
     for (name, predicted), scene, (_, found) in zip(predictions.items(), scenes, matches):
-        titles.append(f"{name}: {sum(found)} of {len(found)} found ({rules.name})")
+        titles.append(f"{name}: {sum(found)} of {len(found)} found ({rule_name(rules)})")
         headings.append(heading_of(scene, len(predicted.scores)))
     pictures = [
         visualizer.draw_scene(

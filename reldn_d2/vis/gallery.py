@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..evaluation.matching import counted_relations, match_relations
+from ..evaluation.matching import counted_relations, counted_triplets, match_relations
 from ..structures.names import class_name, name_entities
 from ..structures.scene_graph import RelationRow, SceneGraph
 from ..utils.file_io import write_atomically
 from ..utils.protocols import find_protocol
+from .compare import rule_name
 from .correspondence import same_entities
 from .layout import predicate_color
 from .visualizer import check_size
@@ -69,12 +70,14 @@ def gallery_record(
     truth = SceneGraph.empty()
     hits: list[bool | None] = [None] * len(scene.pairs)
     missed: list[RelationRow] = []
+    rules = None
     if dataset_dict is not None:
         rules = find_protocol(protocol, metadata.get("evaluator_type", None))
-        protocol = rules.name
         check_size(image, dataset_dict)
         truth = counted_relations(SceneGraph.from_dataset_dict(dataset_dict), rules)
-        hits, found = (x.tolist() for x in match_relations(scene, truth, rules))
+        k = rules.predicates_per_pair[0]
+        scene = counted_triplets(predicted.best(None, min_score), truth, rules, k, topk)
+        hits, found = (x.tolist() for x in match_relations(scene, truth, rules, k))
         missed = [row for row, is_found in zip(truth.rows(), found) if not is_found]
     # The page shows the predicted boxes and, of missed relations, the true ones.
     distinct, (same_as,) = same_entities(truth, [scene])
@@ -102,7 +105,7 @@ def gallery_record(
         ],
         "missed": [[index_of_missed[s], index_of_missed[o], predicate(p)] for s, o, p, _ in missed],
         "truth": None if dataset_dict is None else len(truth.pairs),
-        "protocol": None if dataset_dict is None else protocol,
+        "protocol": rules and rule_name(rules),
     }
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from reldn_d2.evaluation import batches, match_relations, scoring
 from reldn_d2.evaluation.confusion import ConfusionCounter
-from reldn_d2.evaluation.matching import counted_relations
+from reldn_d2.evaluation.matching import counted_relations, counted_triplets
 from reldn_d2.evaluation.protocol_metrics import METRICS, Settings
 from reldn_d2.evaluation.scoring import Scores, score
 from reldn_d2.utils.protocols import PROTOCOLS
@@ -121,10 +121,7 @@ def test_match_relations_found_is_the_recall_numerator(protocol, cases, shown, k
     metrics, *_ = score(images, PROTOCOLS[protocol], options).results.values()
     numerators, totals, shares = 0, 0, []
     for truth, predicted in images:
-        # The protocol ranks the triplets that are left after k and the verified labels.
-        batch = batches.Batch([(truth, predicted)])
-        judgeable = batch.judgeable(PROTOCOLS[protocol].verified_labels)
-        kept = predicted.select(np.flatnonzero(batch.ranks(k, judgeable) < shown))
+        kept = counted_triplets(predicted, truth, PROTOCOLS[protocol], k, shown)
         hits, found = match_relations(kept, truth, protocol, k)
         counted = len(counted_relations(truth, PROTOCOLS[protocol]).pairs)
         assert len(hits) == len(kept.pairs) and len(found) == len(truth.pairs)

@@ -55,7 +55,7 @@ def test_make_gallery_lists_hits_and_missed_relations(evaluation, tmp_path, caps
     out = tmp_path / "gallery.html"
     arguments = [*evaluation, "--output", str(out)]
     assert make_gallery.main([*arguments, "--protocol", "lu2016"]) == 0
-    assert out.read_text().count('"truth": 5, "protocol": "lu2016"}') == 2
+    assert out.read_text().count('"truth": 5, "protocol": "lu2016, k = 1"}') == 2
     assert make_gallery.main(arguments) == 0
     assert '"protocol": "relations"}' in out.read_text()
     lines = out.read_text().splitlines()

@@ -294,7 +294,7 @@ def test_compare_models_marks_hits_and_misses(image, metadata, monkeypatch):
 
     drawn.clear()
     compare_models(image, dataset_dict(), {"Prediction": output}, metadata, protocol="lu2016")
-    assert drawn[1][0]["title"].endswith(" of 3 found (lu2016)")
+    assert drawn[1][0]["title"].endswith(" of 3 found (lu2016, k = 1)")
 
 
 @pytest.mark.parametrize(
@@ -471,3 +471,25 @@ def test_visualizer_line_breaks_in_names_are_spaces(image):
     ):
         written = texts(drawn)
         assert not any("\n" in x or "\r" in x for x in written) and "on top" in written
+
+
+def test_compare_models_counts_at_the_first_k_of_the_protocol(image, metadata):
+    # Both triplets of one pair are right, but motifs with graph constraint takes one per pair.
+    truth = dataset_dict(relations=[(0, 1, 0), (0, 1, 1)])
+    right = prediction([(0, 1, 0, 0.9), (0, 1, 1, 0.8)])
+    titles = []
+    draw = RelationVisualizer.draw_scene
+
+    def record(self, scene, **style):
+        titles.append(style["title"])
+        return draw(self, scene, **style)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RelationVisualizer, "draw_scene", record)
+        for protocol in ("motifs", "released", "relations"):
+            compare_models(image, truth, {"A": right}, metadata, protocol=protocol)
+    assert titles[1::2] == [
+        "A: 1 of 2 found (motifs, k = 1)",
+        "A: 2 of 2 found (released, k = 2)",
+        "A: 2 of 2 found (relations)",
+    ]
