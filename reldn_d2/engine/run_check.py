@@ -115,7 +115,7 @@ def result_names(cfg: CfgNode, evaluators: dict[str, Any]) -> list[str] | None:
         prefix = f"{dataset_name}/" if len(cfg.DATASETS.TEST) > 1 else ""
         evaluator = evaluators.get(dataset_name)
         if isinstance(evaluator, RelationDatasetEvaluator):
-            results = evaluator.score([]).results  # their names do not depend on the images
+            results = evaluator.result_names()
         elif isinstance(evaluator, COCOEvaluator):
             results = {"bbox": _box_metrics(dataset_name)}
         else:  # one of the user's own

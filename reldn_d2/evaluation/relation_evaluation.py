@@ -198,6 +198,11 @@ class RelationDatasetEvaluator(DatasetEvaluator):
         self._report(scores)
         return scores.results
 
+    def result_names(self) -> dict[str, list[str]]:
+        """Return the names of the metrics of each block, which do not depend on the images."""
+        results = score([], self.protocol, self._with_training_set(self.settings)).results
+        return {block: list(metrics) for block, metrics in results.items()}
+
     def joined(self) -> list[ImagePair]:
         """Return this process's ground truth and prediction of every image of the data set."""
         none = SceneGraph.empty("")
