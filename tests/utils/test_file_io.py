@@ -5,6 +5,7 @@ import os
 import resource
 import stat
 import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -16,13 +17,18 @@ def names(folder):
     return sorted(os.listdir(folder))
 
 
-@pytest.fixture
+@contextmanager
 def limited_file_size():
-    """Let files grow to 1000 bytes only: writing more fails as on a full disk."""
+    """Let files grow to 1000 bytes only: writing more fails as on a full disk.
+
+    The limit holds for the whole process, so keep the block short: pytest may write to a file too.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("mode, content", [("w", "naïve\n"), ("wb", b"\0\xff")])
@@ -60,11 +66,12 @@ def test_write_atomically_error_leaves_nothing_behind(tmp_path, error, exists):
 
 
 @pytest.mark.parametrize("size", [5_000, 500_000])  # fails in flush(), or in write()
-def test_write_atomically_full_disk_leaves_nothing_behind(tmp_path, limited_file_size, size):
+def test_write_atomically_full_disk_leaves_nothing_behind(tmp_path, size):
     path = tmp_path / "x.txt"
     path.write_text("old")
-    with pytest.raises(OSError, match="File too large"), write_atomically(path) as file:
-        file.write("x" * size)
+    with pytest.raises(OSError, match="File too large"), limited_file_size():
+        with write_atomically(path) as file:
+            file.write("x" * size)
     assert names(tmp_path) == ["x.txt"] and path.read_text() == "old"
 
 
@@ -161,10 +168,11 @@ def test_write_results_writes_null_for_nan(tmp_path):
 
 
 @pytest.mark.parametrize("save", [lambda f: f.write(b"x" * 5000), lambda f: torch.save(BIG, f)])
-def test_write_atomically_full_disk_error_names_the_file(tmp_path, limited_file_size, save):
+def test_write_atomically_full_disk_error_names_the_file(tmp_path, save):
     path = tmp_path / "model.pth"
-    with pytest.raises(OSError) as error, write_atomically(path, "wb") as file:
-        save(file)
+    with pytest.raises(OSError) as error, limited_file_size():
+        with write_atomically(path, "wb") as file:
+            save(file)
     assert str(error.value) == f"[Errno 27] File too large: '{path}'"
     assert names(tmp_path) == []
 
