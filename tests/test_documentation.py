@@ -91,17 +91,10 @@ RUN = [
 ]
 
 # By a part of the block's text: why it fails, and what has to be changed where.
-BROKEN = {
-    "tools/export_model.py": "tools/export_model.py runs the exported file in another folder: "
-    "resolve --output first",
-}
 
 
 def parameters(blocks):
-    for block in blocks:
-        reasons = [reason for text, reason in BROKEN.items() if text in block.text]
-        marks = [pytest.mark.xfail(strict=True, reason=reason) for reason in reasons]
-        yield pytest.param(block, id=block.name, marks=marks)
+    return [pytest.param(block, id=block.name) for block in blocks]
 
 
 # ------------------------------------------------------------------------- the folder of a reader
