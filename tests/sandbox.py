@@ -230,7 +230,9 @@ def _write_openimages(folder: Path) -> None:
     """The challenge's files, with 57 classes and all 9 predicates, and those of V6."""
     (folder / "lists").mkdir(parents=True)
     labels = [f"/m/{i:03}" for i in range(57)]
-    write_csv(folder / "challenge-2018-classes-vrd.csv", [[x, f"Class {x}"] for x in labels])
+    write_csv(
+        folder / "challenge-2018-classes-vrd.csv", [[x, f"Class {i}"] for i, x in enumerate(labels)]
+    )
     write_csv(folder / "challenge-2018-attributes-description.csv", [["/m/a", "Wooden"]])
     box = [[x0 / WIDTH, x1 / WIDTH, y0 / HEIGHT, y1 / HEIGHT] for x0, y0, x1, y1 in BOXES]
 

@@ -90,8 +90,6 @@ RUN = [
     block for block in BLOCKS if not block.reason and block.language in ("bash", "python", "yaml")
 ]
 
-# By a part of the block's text: why it fails, and what has to be changed where.
-
 
 def parameters(blocks):
     return [pytest.param(block, id=block.name) for block in blocks]

@@ -265,7 +265,8 @@ def test_reldn_unknown_detector_raises():
 
 @pytest.mark.parametrize("task", ["sgdet", "sgcls", "prdcls"])
 def test_reldn_each_task_output_contract_holds(task):
-    model = small_model("TEST.RELATIONS.TASK", task, "TEST.RELATIONS.TOPK", 30)
+    limits = ("TEST.RELATIONS.TOPK", 30, "TEST.RELATIONS.PREDICATES_PER_PAIR", [1])
+    model = small_model("TEST.RELATIONS.TASK", task, *limits)
     batch = [{**x, "height": 128, "width": 96} for x in BATCHES["all kinds"]]
     results = predict(model, batch)
     check_output(results, batch)

@@ -29,7 +29,6 @@ from model_utils import ROOT
 
 from reldn_d2.data.datasets import (
     load_openimages_vrd,
-    load_relation_instances,
     load_visual_genome,
     load_vrd,
     register_relation_instances,
@@ -406,34 +405,3 @@ def test_convert_tool_unknown_dataset_exits_1(tool, tmp_path, capsys):
 def test_write_openimages_official_columns(tmp_path):
     with open(write_openimages(tmp_path)["relations_csv"]) as file:
         assert next(csv.reader(file)) == HEADER and len(HEADER) == 12
-
-
-# ------------------------------------------------------------------------------------ benchmarks
-
-
-def test_benchmark_files_have_requested_sizes(tmp_path, monkeypatch):
-    """The files of the benchmark, in the formats of the official files."""
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    files = importlib.import_module("benchmarks._data_files")
-    arguments = files.write_openimages(tmp_path / "openimages", images=40, rows=200)
-    records = load_openimages_vrd(**arguments, merge_duplicates=False)
-    with open(arguments["relations_csv"]) as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 200 and len(records) == 40
-    between_boxes = sum(row["RelationshipLabel"] != "is" for row in rows)
-    assert sum(len(record["relations"]) for record in records) == between_boxes > 100
-    assert {(record["width"], record["height"]) for record in records} == set(files._SIZES)
-
-    arguments = files.write_visual_genome(tmp_path / "vg", images=200, relations=900)
-    records = [
-        record
-        for split in ("train", "val", "test")
-        for record in load_visual_genome(**arguments, split=split, merge_duplicates=False)
-    ]
-    assert len({record["image_id"] for record in records}) == len(records) == 200
-    assert sum(len(record["relations"]) for record in records) == 900
-
-    arguments = files.write_coco(tmp_path / "coco", images=60, relations=300)
-    records = load_relation_instances(**arguments)
-    assert len(records) == 60
-    assert sum(len(record["relations"]) for record in records) == 300

@@ -172,7 +172,9 @@ def equal_detections(lowest: float, count: int, size: tuple[int, int]) -> Detect
     return Detections(torch.linspace(lowest, 1, count), boxes, probabilities)
 
 
-def rank_lazily(score_pairs, scores: Tensor, num_predicates: int, k: int, topk: int) -> Ranking:
+def rank_lazily(
+    score_pairs, scores: Tensor, num_predicates: int, k: int | None, topk: int
+) -> Ranking:
     """Rank with the package's own search."""
     options = dict(num_predicates=num_predicates, predicates_per_pair=[k], topk=topk, chunk=CHUNK)
     best, num_scored = best_triplets(score_pairs, scores, None, (1, 1), **options)
@@ -183,7 +185,7 @@ def count_pairs(cases: dict[str, list[Detections]], topk: int) -> None:
     """Print the share of the ordered pairs that is computed, per k predicates per pair."""
     rows = []
     for name, images in cases.items():
-        for k in (1, 2, 0):
+        for k in (1, 2, None):
             shares = torch.zeros(2, dtype=torch.float64)
             for scores, _, table in images:
                 best = rank_lazily(lambda *x, t=table: t[x], scores, table.shape[-1], k, topk)
@@ -202,7 +204,7 @@ def prepare(
 ) -> Callable[[], Ranking]:
     """Return a call of the whole relation head on one image: encode entities, rank triplets.
 
-    ``way`` is one of ``WAYS``; k predicates per pair (0: all) and ``topk`` triplets are kept.
+    ``way`` is one of ``WAYS``; k predicates per pair (None: all) and ``topk`` triplets are kept.
     """
     scores, boxes, table = (x.to(device) for x in image)
     maps = feature_maps(shapes, device, seed=1)
@@ -247,7 +249,7 @@ def time_ways(cases: dict[str, list[Detections]], args: argparse.Namespace) -> N
     for amp in (False, True) if args.device.startswith("cuda") else (False,):
         for name, images in cases.items():
             images = images[:: max(len(images) // args.images, 1)][: args.images]
-            for k in (1, 0) if not name.startswith("all scores") else (1,):
+            for k in (1, None) if not name.startswith("all scores") else (1,):
                 options = (Shapes.from_args(args), args.device, args.topk, k, amp)
                 total = {way: torch.zeros(2) for way in WAYS}
                 for image in images:

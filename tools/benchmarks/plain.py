@@ -191,7 +191,7 @@ def rank_all_pairs(
     Args:
         score_pairs: from (P,) subjects and (P,) objects to (P, C) probabilities.
         scores: (R,) of the entities.
-        k: predicates per pair; 0 means all.
+        k: predicates per pair; None means all.
         topk: K.
         chunk: pairs scored at once; an even number.
         both_orders_together: score (i, j) and (j, i) in one chunk, so that they can share a union
