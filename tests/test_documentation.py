@@ -1,7 +1,7 @@
 """The commands, Python and YAML of README and docs, extracted from the files and run.
 
 A fence says what it holds: ``bash``, ``python``, ``yaml``, ``text`` or ``bibtex``. A second word is
-the file that the reader is told to write the block to. ``no-run: REASON`` exempts a block that
+the file that the text says to write the block to. ``no-run: REASON`` exempts a block that
 needs a download, several machines, ...; its commands must still parse.
 """
 

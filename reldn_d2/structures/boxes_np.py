@@ -5,6 +5,8 @@ Boxes are XYXY in continuous coordinates (a width is ``x2 - x1``). Shapes: R box
 
 import numpy as np
 
+from .box_ops import union_boxes
+
 __all__ = ["aligned_iou", "pairwise_iou", "phrase_boxes"]
 
 
@@ -30,6 +32,4 @@ def pairwise_iou(boxes1: np.ndarray, boxes2: np.ndarray) -> np.ndarray:
 
 def phrase_boxes(boxes: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     """Return the tightest box around subject and object of each pair: (R, 4), (K, 2) -> (K, 4)."""
-    subjects, objects = boxes[pairs[:, 0]], boxes[pairs[:, 1]]
-    low = np.minimum(subjects[:, :2], objects[:, :2])
-    return np.concatenate([low, np.maximum(subjects[:, 2:], objects[:, 2:])], axis=1)
+    return union_boxes(boxes[pairs[:, 0]], boxes[pairs[:, 1]])
