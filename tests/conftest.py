@@ -42,14 +42,16 @@ def full_vrd_annotations() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def remove_log_handlers():
-    """Remove log handlers that a test added: their streams are closed after the test."""
+def restore_loggers():
+    """Undo what a test set up: handlers whose streams are closed, levels that hide caplog's lines."""
     loggers = [logging.getLogger(name) for name in (None, "reldn_d2", "detectron2", "fvcore")]
-    before = [list(logger.handlers) for logger in loggers]
+    before = [(list(x.handlers), x.level, x.propagate) for x in loggers]
     yield
-    for logger, handlers in zip(loggers, before):
+    for logger, (handlers, level, propagate) in zip(loggers, before):
         for handler in [x for x in logger.handlers if x not in handlers]:
             logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Runs whose data sets or checkpoints list classes and predicates in another order."""
 
-import numpy as np
 import pytest
 import torch
 from model_utils import (
@@ -18,6 +17,7 @@ from reldn_d2.structures.name_matching import NameMismatchError
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
+from detectron2.structures import Boxes, Instances
 
 STRAIGHT, PERMUTED = "names_straight", "names_permuted"
 DETECTOR = "configs/Toy/detector.yaml"
@@ -46,6 +46,29 @@ class Interrupt(HookBase):
     def before_step(self):
         if self.trainer.iter == 2:
             raise KeyboardInterrupt
+
+
+class AnnotatedBoxes(torch.nn.Module):
+    """A detector that finds all annotated boxes, but takes the second cup for a hat."""
+
+    names = {"thing_classes": CLASSES}
+
+    def __init__(self, dicts):
+        super().__init__()
+        self.annotations = {x["image_id"]: x["annotations"] for x in dicts}
+
+    def forward(self, batched_inputs):
+        return [{"instances": self.detect(x)} for x in batched_inputs]
+
+    def detect(self, image):
+        found = self.annotations[image["image_id"]]
+        instances = Instances((image["height"], image["width"]))
+        instances.pred_boxes = Boxes(torch.tensor([x["bbox"] for x in found]).reshape(-1, 4))
+        classes = [x["category_id"] for x in found]
+        instances.pred_classes = torch.tensor(classes, dtype=torch.int64)
+        instances.pred_classes[2:3] = CLASSES.index("hat")
+        instances.scores = torch.full((len(found),), 0.9)
+        return instances
 
 
 def train(cfg, resume=False, hooks=()):
@@ -84,11 +107,12 @@ def test_evaluation_on_permuted_names_gives_the_same_metrics(tmp_path, task, cap
 
 
 def test_detector_evaluation_on_permuted_names_gives_the_same_metrics(tmp_path):
-    both = ("DATASETS.TEST", (STRAIGHT, PERMUTED))
-    trainer = train(config(tmp_path, "SOLVER.MAX_ITER", 40, config=DETECTOR))
-    assert trainer.model.names == {"thing_classes": CLASSES}
-    results = RelDNTrainer.test(config(tmp_path, *both, config=DETECTOR), trainer.model)
-    assert max(x for x in results[STRAIGHT]["bbox"].values() if not np.isnan(x)) > 0
+    cfg = config(tmp_path, "DATASETS.TEST", (STRAIGHT, PERMUTED), config=DETECTOR)
+    model = AnnotatedBoxes(DatasetCatalog.get(STRAIGHT))
+    results = RelDNTrainer.test(cfg, model)
+    ap = results[STRAIGHT]["bbox"]
+    assert ap["AP-person"] == pytest.approx(100)
+    assert 0 < ap["AP-cup"] < 100
     assert_equal_results(results[PERMUTED], results[STRAIGHT])
 
 

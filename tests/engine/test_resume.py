@@ -110,9 +110,9 @@ def test_resume_with_fewer_processes_uses_the_scaled_schedule(tmp_path, monkeypa
 
 def test_resume_with_the_same_config_logs_no_difference(tmp_path, caplog):
     train(config(tmp_path))
-    with caplog.at_level("INFO", logger="reldn_d2.engine"):
+    with caplog.at_level("INFO", logger="reldn_d2.engine.resume"):
         resumed(config(tmp_path))
-    assert not [x.getMessage() for x in caplog.records if x.name.startswith("reldn_d2.engine")]
+    assert not [x.getMessage() for x in caplog.records if x.name == "reldn_d2.engine.resume"]
 
 
 def test_resume_lists_other_keys_that_differ(tmp_path, caplog):
