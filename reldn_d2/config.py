@@ -159,6 +159,9 @@ def _add_data_solver_and_test(cfg: CfgNode) -> None:
     # the protocol are evaluated.
     cfg.TEST.RELATIONS.PREDICATES_PER_PAIR = []
     cfg.TEST.RELATIONS.PAIR_CHUNK = 2048  # pairs scored at once: bounds the memory
+    # With given boxes (sgcls, prdcls) of an image with more pairs, that is more than 200 boxes, the
+    # visual module is applied to this many pairs: those that the other modules score best.
+    cfg.TEST.RELATIONS.MAX_VISUAL_PAIRS = 40_000
 
 
 def load_config(config_file: str | None = None, opts: Sequence[str] | None = None) -> CfgNode:

@@ -43,7 +43,7 @@ def full_vrd_annotations() -> Path:
 
 @pytest.fixture(autouse=True)
 def restore_loggers():
-    """Undo what a test set up: handlers whose streams are closed, levels that hide caplog's lines."""
+    """Undo what a test set: handlers whose streams are closed, levels that hide caplog's lines."""
     loggers = [logging.getLogger(name) for name in (None, "reldn_d2", "detectron2", "fvcore")]
     before = [(list(x.handlers), x.level, x.propagate) for x in loggers]
     yield

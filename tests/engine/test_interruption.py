@@ -21,6 +21,14 @@ DATASET = "interruption_test_set"
 ITERATIONS = 8
 
 
+@pytest.fixture(autouse=True)
+def sigint_not_ignored():
+    """Undo what shells do to background jobs: they and their children ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def dataset(tmp_path):
     register_dataset(DATASET, tmp_path / "images", count=5)

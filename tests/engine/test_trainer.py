@@ -112,8 +112,9 @@ def test_resume_after_sigkill_finds_a_complete_checkpoint(tmp_path, dataset):
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     try:
-        deadline = time.time() + 240
-        while not (folder / "model_0000005.pth").is_file() and time.time() < deadline:
+        deadline, last = time.time() + 240, folder / "last_checkpoint"
+        while not last.is_file() or last.read_text() < "model_0000005.pth":
+            assert time.time() < deadline, "no checkpoint within 240 seconds"
             assert process.poll() is None, "train_net.py ended by itself"
             time.sleep(0.05)
     finally:

@@ -5,6 +5,7 @@ vector. Boxes are XYXY in pixels of the network's input.
 """
 
 import logging
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,6 +63,7 @@ class RelDNHead(nn.Module):
         topk: int = 100,
         predicates_per_pair: tuple[int | None, ...] = (1,),
         pair_chunk: int = 2048,
+        max_visual_pairs: int = 40_000,
         statistics_period: int = 20,
     ):
         """
@@ -84,6 +86,8 @@ class RelDNHead(nn.Module):
             normalization: of L1 to L3, see :func:`..losses.contrastive.group_weights`.
             topk, predicates_per_pair: see :class:`.topk.TopTriplets`.
             pair_chunk: max pairs scored at once at test time.
+            max_visual_pairs: max pairs of an image with given boxes that the visual module scores;
+                of more pairs, those that the other modules score best are kept.
             statistics_period: log training metrics every so many iterations.
 
         Raises:
@@ -96,7 +100,7 @@ class RelDNHead(nn.Module):
                 "SPATIAL.ENABLED, VISUAL.SPO, VISUAL.SUBJECT_SKIP, VISUAL.OBJECT_SKIP under "
                 "MODEL.ROI_RELATION_HEAD."
             )
-        _check_options(normalization, predicates_per_pair, pair_chunk)
+        _check_options(normalization, predicates_per_pair, pair_chunk, max_visual_pairs)
         self.num_classes = num_classes
         self.num_predicates = num_predicates
         self.in_features = list(in_features)
@@ -120,6 +124,7 @@ class RelDNHead(nn.Module):
         self.topk = topk
         self.predicates_per_pair = tuple(predicates_per_pair)
         self.pair_chunk = pair_chunk
+        self.max_visual_pairs = max_visual_pairs
         self.statistics_period = statistics_period
 
     @classmethod
@@ -150,6 +155,7 @@ class RelDNHead(nn.Module):
             "topk": cfg.TEST.RELATIONS.TOPK,
             "predicates_per_pair": kept_predicates_per_pair(cfg),
             "pair_chunk": cfg.TEST.RELATIONS.PAIR_CHUNK,
+            "max_visual_pairs": cfg.TEST.RELATIONS.MAX_VISUAL_PAIRS,
         }
         if head.SEMANTIC.ENABLED:
             ret["semantic"] = SemanticModule(num_classes, num_predicates, head.SEMANTIC.FREEZE)
@@ -206,6 +212,7 @@ class RelDNHead(nn.Module):
         predicate_features: dict[str, Tensor] | None,
         subjects: Tensor,
         objects: Tensor,
+        visual: bool = True,
     ) -> Tensor:
         """Compute Eq 12 before the softmax: the sum of the modules' logits.
 
@@ -213,6 +220,7 @@ class RelDNHead(nn.Module):
             entities: the R encoded entities.
             predicate_features: the predicate backbone's feature maps; None if it is not needed.
             subjects, objects: (P,) int64 indices into the entities.
+            visual: whether to add the visual module, if there is one.
 
         Returns:
             (P, C + 1); the last logit is "no relationship".
@@ -224,7 +232,7 @@ class RelDNHead(nn.Module):
             sizes = entities.image_sizes[entities.image[subjects]]
             features = spatial_features(entities.boxes[subjects], entities.boxes[objects], sizes)
             logits = logits + self.spatial(features)
-        if self.visual is not None:
+        if self.visual is not None and visual:
             vectors = union = None
             if self.predicate_box_head is not None:
                 vectors, union = self._encode_unions(
@@ -293,7 +301,7 @@ class RelDNHead(nn.Module):
                 {name: x[i : i + 1] for name, x in features.items()},
                 predicate_features and {n: x[i : i + 1] for n, x in predicate_features.items()},
                 instances,
-                overlap_filter=self.overlap_filter and not boxes_given,
+                boxes_given=boxes_given,
             )
             for i, instances in enumerate(entities)
         ]
@@ -353,7 +361,7 @@ class RelDNHead(nn.Module):
         predicate_features: dict[str, Tensor] | None,
         instances: Instances,
         *,
-        overlap_filter: bool,
+        boxes_given: bool,
     ) -> Instances:
         """Rank the triplets of one image; memory is bounded by ``pair_chunk``."""
         entities = self.encode_entities(
@@ -364,25 +372,56 @@ class RelDNHead(nn.Module):
             chunk=self.pair_chunk,
         )
 
-        def score_pairs(subjects: Tensor, objects: Tensor) -> Tensor:
-            logits = self.pair_logits(entities, predicate_features, subjects, objects)
+        def score_pairs(subjects: Tensor, objects: Tensor, visual: bool = True) -> Tensor:
+            logits = self.pair_logits(entities, predicate_features, subjects, objects, visual)
             return logits.float().softmax(dim=1)[:, :-1]
 
-        relations, _ = best_triplets(
-            score_pairs,
-            instances.scores,
-            instances.pred_boxes.tensor if overlap_filter else None,
-            instances.image_size,
+        overlap_filter = self.overlap_filter and not boxes_given
+        search = partial(
+            best_triplets,
+            scores=instances.scores,
+            boxes=instances.pred_boxes.tensor if overlap_filter else None,
+            image_size=instances.image_size,
             num_predicates=self.num_predicates,
+            chunk=self.pair_chunk,
+        )
+        if boxes_given and self._too_many_pairs(len(instances)):
+            cheap, _ = search(
+                partial(score_pairs, visual=False),
+                predicates_per_pair=(1,),
+                topk=self.max_visual_pairs,
+            )
+            low, high = cheap.pairs.aminmax(dim=1)
+            # (i, j) and (j, i), whose union box is the same, come into one chunk.
+            order = (low * len(instances) + high).argsort()
+            search = partial(search, shortlist=cheap.pairs[order])
+        relations, _ = search(
+            score_pairs,
             predicates_per_pair=self.predicates_per_pair,
             topk=self.topk,
-            chunk=self.pair_chunk,
         )
         return relations
 
+    def _too_many_pairs(self, num_entities: int) -> bool:
+        """Tell whether the visual module would score too many pairs, and others can choose some."""
+        others = self.semantic is not None or self.spatial is not None
+        too_many = num_entities * (num_entities - 1) > self.max_visual_pairs
+        if self.visual is None or not others or not too_many:
+            return False
+        log_first_n(
+            logging.WARNING,
+            f"An image with {num_entities} given boxes has more than "
+            f"{self.max_visual_pairs} pairs (TEST.RELATIONS.MAX_VISUAL_PAIRS): the visual module "
+            "scores only those that the other modules score best.",
+        )
+        return True
+
 
 def _check_options(
-    normalization: str, predicates_per_pair: tuple[int | None, ...], pair_chunk: int
+    normalization: str,
+    predicates_per_pair: tuple[int | None, ...],
+    pair_chunk: int,
+    max_visual_pairs: int,
 ) -> None:
     """Raise a ValueError that names the config key of an invalid option."""
     if normalization not in NORMALIZATIONS:
@@ -395,5 +434,6 @@ def _check_options(
             f"TEST.RELATIONS.PREDICATES_PER_PAIR is {list(predicates_per_pair)}; expected at least "
             "one limit, each 1 or more, or None for no limit."
         )
-    if pair_chunk < 1:
-        raise ValueError(f"TEST.RELATIONS.PAIR_CHUNK is {pair_chunk}; expected 1 or more pairs.")
+    for key, value in (("PAIR_CHUNK", pair_chunk), ("MAX_VISUAL_PAIRS", max_visual_pairs)):
+        if value < 1:
+            raise ValueError(f"TEST.RELATIONS.{key} is {value}; expected 1 or more pairs.")

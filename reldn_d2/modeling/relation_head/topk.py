@@ -284,6 +284,7 @@ def best_triplets(
     predicates_per_pair: Sequence[int | None],
     topk: int,
     chunk: int,
+    shortlist: Tensor | None = None,
 ) -> tuple[Instances, int]:
     """Find the exact best triplets of an image, scoring only the pairs that can contribute.
 
@@ -298,12 +299,16 @@ def best_triplets(
         num_predicates: C.
         predicates_per_pair, topk: see :class:`TopTriplets`.
         chunk: max pairs scored at once.
+        shortlist: (P, 2) int64, the only pairs to score, each once; None takes all pairs.
 
     Returns:
         The relations, best first, and the number of pairs that were scored.
     """
     scores = scores.float()
     best = TopTriplets(predicates_per_pair, topk, num_predicates)
+    if shortlist is not None:
+        chunks = ((x[:, 0], x[:, 1]) for x in shortlist.split(chunk))
+        return best_of_chunks(chunks, best, score_pairs, scores, image_size)
     chunks = pairs_by_bound(
         scores.detach().cpu(),
         None if boxes is None else boxes.detach().cpu(),

@@ -465,6 +465,8 @@ def test_relation_head_invalid_options_raise():
 def test_relation_head_zero_pair_chunk_raises():
     with pytest.raises(ValueError, match="PAIR_CHUNK is 0"):
         table_head(pair_chunk=0)
+    with pytest.raises(ValueError, match="MAX_VISUAL_PAIRS is 0"):
+        table_head(max_visual_pairs=0)
 
 
 def test_relation_head_config_reaches_matching_and_sampling(monkeypatch):

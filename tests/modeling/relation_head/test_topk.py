@@ -324,6 +324,44 @@ def test_relation_head_pair_chunk_bounds_the_boxes_pooled_at_once(chunk):
     torch.testing.assert_close(found.scores, wanted.scores, rtol=0, atol=1e-6)
 
 
+def test_relation_head_many_given_pairs_visual_module_scores_the_shortlist(caplog):
+    options = ("TEST.RELATIONS.TASK", "prdcls", "TEST.RELATIONS.PREDICATES_PER_PAIR", [None])
+    limit = ("TEST.RELATIONS.MAX_VISUAL_PAIRS", 5)
+    model = small_model(*options, *limit, seed=3).eval()
+    every = small_model(*options, seed=3).eval()
+    for x in (model, every):
+        with torch.no_grad():
+            x.relation_head.semantic.table.weight.copy_(
+                torch.randn(81, 7, generator=torch.Generator().manual_seed(1)) * 3
+            )
+    scored, head = [], model.relation_head
+    head.visual.register_forward_pre_hook(lambda _, x: scored.extend(zip(*map(list, x[3:5]))))
+    with torch.no_grad():
+        found, wanted = (x([busy_item()])[0]["relations"] for x in (model, every))
+        cheap = head.pair_logits(*_encoded(model), visual=False).softmax(dim=1)[:, :-1].amax(dim=1)
+    pairs = [(i, j) for i in range(4) for j in range(4) if i != j]
+    shortlist = {pairs[i] for i in cheap.topk(5).indices.tolist()}
+    assert {(int(i), int(j)) for i, j in scored} == shortlist and len(scored) == 5
+    kept = [i for i, pair in enumerate(wanted.pairs.tolist()) if tuple(pair) in shortlist]
+    assert found.pairs.tolist() == wanted.pairs[kept].tolist() and len(kept) == 5 * 6
+    assert found.predicates.tolist() == wanted.predicates[kept].tolist()
+    torch.testing.assert_close(found.scores, wanted.scores[kept], rtol=0, atol=1e-6)
+    assert "4 given boxes has more than 5 pairs" in caplog.text
+
+
+def _encoded(model):
+    """Return the arguments of ``pair_logits`` for all pairs of ``busy_item()``."""
+    item, head = busy_item(), model.relation_head
+    images = model.detector.preprocess([item])
+    features, predicate_features = model.feature_maps(images)
+    given = item["instances"]
+    entities = head.encode_entities(
+        features, [given.gt_boxes], [given.gt_classes], [given.image_size]
+    )
+    pairs = [(i, j) for i in range(4) for j in range(4) if i != j]
+    return entities, predicate_features, *torch.tensor(pairs).unbind(dim=1)
+
+
 @pytest.mark.parametrize("task", ["sgdet", "sgcls", "prdcls"])
 @pytest.mark.parametrize("ks, topk", [((1,), 5), ((None,), 20), ((1, 2, 70), 7)])
 def test_model_lazy_search_predicts_what_exhaustive_search_does(task, ks, topk, monkeypatch):
