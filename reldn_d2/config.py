@@ -146,7 +146,8 @@ def _add_data_solver_and_test(cfg: CfgNode) -> None:
     cfg.SOLVER.BEST_CHECKPOINT.MODE = "max"  # or "min"
 
     cfg.TEST.RELATIONS = CN()
-    # sgdet: everything predicted; sgcls: boxes given; prdcls: boxes and classes given.
+    # sgdet: everything predicted; sgcls: boxes given; prdcls: boxes and classes given; preddet: the
+    # annotated pairs given too.
     cfg.TEST.RELATIONS.TASK = "sgdet"
     cfg.TEST.RELATIONS.TOPK = 100  # triplets kept per image
     # How relations are scored (docs/evaluation.md): lu2016, motifs, openimages,

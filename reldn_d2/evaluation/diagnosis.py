@@ -29,14 +29,15 @@ def check_given_entities(task: str, truth: SceneGraph, predicted: SceneGraph, wh
     """Raise unless the entities of a prediction are the annotated ones, as its task says.
 
     Args:
-        task: the boxes are given in ``sgcls``, boxes and classes in ``prdcls``, nothing in
-            ``sgdet``.
+        task: the boxes are given in ``sgcls``, boxes and classes in ``prdcls``, these and the
+            pairs in ``preddet``, nothing in ``sgdet``.
         truth, predicted: of one image. Annotated entities may be missing in the prediction.
         what: file or model and data set, for the message.
 
     Raises:
-        ValueError: a box differs from all annotated boxes (of its class, in ``prdcls``) by more
-            than a pixel and more than 1 % of the box's longer side.
+        ValueError: a box differs from all annotated boxes (of its class, unless in ``sgcls``) by
+            more than a pixel and more than 1 % of the box's longer side; or, in ``preddet``, a
+            triplet is of no annotated pair.
     """
     if task == "sgdet" or len(predicted.boxes) == 0:
         return
@@ -45,7 +46,7 @@ def check_given_entities(task: str, truth: SceneGraph, predicted: SceneGraph, wh
     difference = np.abs(boxes[:, None] - given[None]).max(axis=2)  # (R, N)
     is_same = difference <= np.maximum(1.0, 0.01 * longer_side) + 1e-3
     message = "on no annotated box"
-    if task == "prdcls" and is_same.any(axis=1).all():
+    if task != "sgcls" and is_same.any(axis=1).all():
         is_same &= predicted.classes[:, None] == truth.classes[None]
         message = "of another class than the annotated box"
     wrong = np.flatnonzero(~is_same.any(axis=1))
@@ -57,6 +58,15 @@ def check_given_entities(task: str, truth: SceneGraph, predicted: SceneGraph, wh
             f"{predicted.classes[wrong[0]]}. In {task} the entities are given; these are "
             "detections: evaluate them as sgdet (--task sgdet, or TEST.RELATIONS.TASK sgdet)."
         )
+    if task == "preddet" and len(predicted.pairs):
+        ends = is_same[predicted.pairs][:, :, truth.pairs.T]  # (T, 2, 2, M): end, annotated end
+        unknown = np.flatnonzero(~(ends[:, 0, 0] & ends[:, 1, 1]).any(axis=1))
+        if len(unknown):
+            raise ValueError(
+                f"{what}, image {truth.image_id!r}: {len(unknown)} of {len(predicted.pairs)} "
+                f"triplets are of no annotated pair, the first is triplet {unknown[0]}. In preddet "
+                "the pairs are given; evaluate predictions for all pairs as prdcls (--task prdcls)."
+            )
 
 
 def _inside(boxes: np.ndarray, truth: SceneGraph) -> np.ndarray:

@@ -91,13 +91,13 @@ def _lu2016(matches: Matches, settings: Settings) -> Block:
     """Lu et al., "Visual Relationship Detection with Language Priors" (2016).
 
     ``relationship R@n`` and ``phrase R@n``, and with ``zero-shot`` in front over the relations
-    whose labels the training set lacks, found by the same matches. In PRDCLS, where boxes and
-    classes are given, the relationship recall is what Lu et al. call predicate detection
-    (``predicate R@n``), and there are no phrases. A relation that is annotated twice must be
-    predicted twice to be found twice.
+    whose labels the training set lacks, found by the same matches. Where boxes and classes are
+    given there are no phrases, and recall is called ``predicate R@n``: Lu et al.'s predicate
+    detection is PREDDET, which scores the annotated pairs only; PRDCLS scores all pairs. A relation
+    that is annotated twice must be predicted twice to be found twice.
     """
     names = {"relationship": "relationship", "phrase": "phrase"}
-    if settings.task == "prdcls":
+    if settings.task in ("prdcls", "preddet"):
         names = {"predicate": "relationship"}
     truth, unseen, recall_at = matches.truth, matches.unseen, settings.recall_at
     metrics: OrderedDict[str, float] = OrderedDict()

@@ -71,8 +71,8 @@ class RelationDatasetEvaluator(DatasetEvaluator):
             output_dir: folder for the files; nothing is written if None.
             distributed: gather the predictions of all processes instead of evaluating only those
                 of this process.
-            task: ``sgdet``, ``sgcls`` or ``prdcls``, what was given to the model. It is part of the
-                results' names; the rules of matching are the same for all.
+            task: ``sgdet``, ``sgcls``, ``prdcls`` or ``preddet``, what was given to the model. It
+                is part of the results' names; the rules of matching are the same for all.
             protocol: a name of :data:`reldn_d2.utils.protocols.PROTOCOLS`; default: that of the
                 class or of the data set's ``evaluator_type``.
             predicates_per_pair: values of k, each with results of its own; None in the list means

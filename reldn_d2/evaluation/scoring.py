@@ -85,7 +85,9 @@ def match_images(
         num_relations += len(batch.gt_pairs)
     truth = RelationTable.concatenate(truths)
     unseen = settings.unseen(truth.labels) if protocol.zero_shot else None
-    matches = {k: part.matches(truth, unseen, confusion.report(k)) for k, part in parts.items()}
+    # Pairs that were not scored are no rivals: PREDDET would have perfect accuracies.
+    reports = {k: {} if settings.task == "preddet" else confusion.report(k) for k in ks}
+    matches = {k: part.matches(truth, unseen, reports[k]) for k, part in parts.items()}
     return matches, anything_matched
 
 
@@ -109,8 +111,9 @@ class _Parts:
     def __init__(self, predicates_per_pair: int | None, protocol: Protocol, settings: Settings):
         self.k, self.protocol = predicates_per_pair, protocol
         self.topk = NEVER if settings.topk is None else settings.topk
-        # lu2016 has phrase recall, but not where boxes are given.
-        overlaps = protocol.recall_overlaps if settings.task != "prdcls" else ("relationship",)
+        # lu2016 has phrase recall, but not where boxes and classes are given.
+        given = settings.task in ("prdcls", "preddet")
+        overlaps = ("relationship",) if given else protocol.recall_overlaps
         self.ranks: dict[str, list[np.ndarray]] = {overlap: [] for overlap in overlaps}
         self.triplets: dict[str, list[tuple[np.ndarray, ...]]] = {
             overlap: [] for overlap in protocol.precision_overlaps

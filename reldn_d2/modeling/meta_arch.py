@@ -51,7 +51,8 @@ class RelDN(nn.Module):
             predicate_weights: initial weights of the predicate backbone: a file or URL; None means
                 the detector's weights, an empty string random ones.
             task: at test time, ``"sgdet"`` (predict everything), ``"sgcls"`` (ground-truth boxes
-                are given, predict classes) or ``"prdcls"`` (boxes and classes are given).
+                are given, predict classes), ``"prdcls"`` (boxes and classes are given) or
+                ``"preddet"`` (only the annotated pairs are scored).
             train_entities: ``"proposals"`` or ``"ground_truth"``.
             entity_iou_threshold, entities_per_image: see :func:`.detectors.label_entities`.
         """
@@ -104,8 +105,9 @@ class RelDN(nn.Module):
 
                 * ``image``: (3, H, W) tensor.
                 * ``instances``: ground truth ``gt_boxes``, ``gt_classes``, in pixels of ``image``;
-                  for training and for the tasks SGCLS and PRDCLS.
-                * ``relations``: ground truth ``gt_pairs``, ``gt_predicates``; for training.
+                  for training and for all tasks but SGDET.
+                * ``relations``: ground truth ``gt_pairs``, ``gt_predicates``; for training and
+                  PREDDET.
                 * ``height``, ``width``: size that the output refers to; by default that of
                   ``image``.
 
@@ -152,7 +154,11 @@ class RelDN(nn.Module):
         entities = self._entities(batched_inputs, images, features)
         predicate_features = self._predicate_features(images, stages)
         relations = self.relation_head(
-            features, predicate_features, entities, boxes_given=self.task != "sgdet"
+            features,
+            predicate_features,
+            entities,
+            boxes_given=self.task != "sgdet",
+            pairs=self._annotated_pairs(batched_inputs) if self.task == "preddet" else None,
         )
         results = []
         for x, size, found, related in zip(batched_inputs, images.image_sizes, entities, relations):
@@ -183,7 +189,8 @@ class RelDN(nn.Module):
     def _ground_truth(self, batched_inputs: list[dict], purpose: str) -> list[Instances]:
         """Return the ground-truth instances on the model's device; raise if any are missing."""
         for x in batched_inputs:
-            if "instances" not in x or (self.training and "relations" not in x):
+            relations_needed = self.training or self.task == "preddet"
+            if "instances" not in x or (relations_needed and "relations" not in x):
                 raise ValueError(
                     f"{purpose} needs ground truth, but image {x.get('image_id', '?')} "
                     f"({x.get('file_name', 'no file name')}) has no 'instances' or no "
@@ -191,13 +198,18 @@ class RelDN(nn.Module):
                 )
         return [x["instances"].to(self.device) for x in batched_inputs]
 
+    def _annotated_pairs(self, batched_inputs: list[dict]) -> list[Tensor]:
+        """Return the distinct (P, 2) pairs of entities with an annotated relation, by image."""
+        self._ground_truth(batched_inputs, f"task {self.task}")
+        return [x["relations"].gt_pairs.to(self.device).unique(dim=0) for x in batched_inputs]
+
     def _entities(self, batched_inputs, images, features) -> list[Instances]:
-        """Return detections (SGDET) or ground-truth boxes in their place (SGCLS, PRDCLS)."""
+        """Return detections (SGDET) or ground-truth boxes in their place (other tasks)."""
         if self.task == "sgdet":
             return self.detector.detect(batched_inputs, images, features)
         given = self._ground_truth(batched_inputs, f"task {self.task}")
         boxes = [x.gt_boxes for x in given]
-        if self.task == "prdcls":
+        if self.task != "sgcls":
             classes = [x.gt_classes for x in given]
             # The predictor's users may give scores; ground truth has none.
             scores = [

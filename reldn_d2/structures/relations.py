@@ -39,8 +39,8 @@ __all__ = [
     "remap_relations",
 ]
 
-# Ground truth given at test time: none; the boxes; the boxes and their classes.
-TASKS = ("sgdet", "sgcls", "prdcls")
+# Given at test time: nothing; the boxes; boxes and classes; these and the annotated pairs.
+TASKS = ("sgdet", "sgcls", "prdcls", "preddet")
 
 _PAIR_FIELDS = ("gt_pairs", "pairs")
 

@@ -147,9 +147,10 @@ def test_check_not_normalized_names_the_data_set():
     check_not_normalized(both, "file")
 
 
-@pytest.mark.parametrize("task", ["sgcls", "prdcls"])
+@pytest.mark.parametrize("task", ["sgcls", "prdcls", "preddet"])
 def test_check_given_entities(task):
     truth, predicted = images(1)[0]
+    predicted = predicted.select(slice(0)) if task == "preddet" else predicted
     with pytest.raises(ValueError, match=f"what, image 'image': . of 6 boxes are on no.*In {task}"):
         check_given_entities(task, truth, replace(predicted, boxes=predicted.boxes + 9), "what")
     check_given_entities("sgdet", truth, replace(predicted, boxes=predicted.boxes + 9), "what")
@@ -165,6 +166,19 @@ def test_check_given_entities(task):
             check_given_entities(task, truth, classes, "what")
 
 
+def test_check_given_entities_preddet_pair_that_is_not_annotated_raises():
+    truth, predicted = images(1)[0]
+    predicted = replace(predicted, boxes=truth.boxes, classes=truth.classes)
+    annotated = {tuple(pair) for pair in truth.pairs.tolist()}
+    is_annotated = [tuple(pair) in annotated for pair in predicted.pairs.tolist()]
+    first = is_annotated.index(False)
+    message = f"{is_annotated.count(False)} of .* triplets are of no .*first is triplet {first}"
+    with pytest.raises(ValueError, match=message):
+        check_given_entities("preddet", truth, predicted, "what")
+    check_given_entities("prdcls", truth, predicted, "what")
+    check_given_entities("preddet", truth, predicted.select(np.flatnonzero(is_annotated)), "what")
+
+
 def test_check_given_entities_boxes_clipped_to_the_image():
     truth, predicted = images(1)[0]
     beyond = replace(truth, boxes=truth.boxes + [0, 0, 900, 0])
@@ -172,7 +186,7 @@ def test_check_given_entities_boxes_clipped_to_the_image():
     check_given_entities("prdcls", beyond, clipped, "what")
 
 
-@pytest.mark.parametrize("task", ["sgcls", "prdcls", "sgdet"])
+@pytest.mark.parametrize("task", ["sgcls", "prdcls", "preddet", "sgdet"])
 def test_evaluator_detections_are_no_given_entities(task):
     with registered():
         evaluator = RelationEvaluator(NAME, task=task)

@@ -92,6 +92,11 @@ def test_evaluate_names_the_blocks_after_k(dataset):
     ]
     metrics = run(VRDEvaluator(NAME, task="prdcls"))["lu2016_prdcls_k10"]
     assert metrics == {"predicate R@50": 100.0, "predicate R@100": 100.0}
+    results = run(VRDEvaluator(NAME, predicates_per_pair=(1,), task="preddet"))
+    assert results == {"lu2016_preddet_k1": metrics}
+    (task, metrics), *rest = run(RelationEvaluator(NAME, task="preddet")).items()
+    assert task == "relations_preddet" and not rest
+    assert metrics["R@50"] == 100.0 and not any("instance" in x or "pairing" in x for x in metrics)
 
 
 def test_evaluate_many_predicates_logs_head_and_tail(dataset, tmp_path, caplog):
@@ -248,7 +253,7 @@ def test_evaluate_bad_ground_truth_raises(dataset, change_records, message):
 
 
 def test_evaluator_bad_settings_raise(dataset):
-    with pytest.raises(ValueError, match="'sgget'; expected one of sgdet, sgcls, prdcls"):
+    with pytest.raises(ValueError, match="'sgget'; expected one of sgdet, sgcls, prdcls, preddet"):
         RelationEvaluator(NAME, task="sgget")
     with pytest.raises(ValueError, match="PREDICATES_PER_PAIR"):
         VRDEvaluator(NAME, predicates_per_pair=[])

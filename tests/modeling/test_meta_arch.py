@@ -263,7 +263,7 @@ def test_reldn_unknown_detector_raises():
         small_model("MODEL.RELDN.DETECTOR", "NoSuchDetector")
 
 
-@pytest.mark.parametrize("task", ["sgdet", "sgcls", "prdcls"])
+@pytest.mark.parametrize("task", ["sgdet", "sgcls", "prdcls", "preddet"])
 def test_reldn_each_task_output_contract_holds(task):
     limits = ("TEST.RELATIONS.TOPK", 30, "TEST.RELATIONS.PREDICATES_PER_PAIR", [1])
     model = small_model("TEST.RELATIONS.TASK", task, *limits)
@@ -280,7 +280,7 @@ def test_reldn_each_task_output_contract_holds(task):
     torch.testing.assert_close(found.pred_boxes.tensor, wanted)
     assert len(results[2]["instances"]) == 1 and len(results[2]["relations"]) == 0
     assert len(results[3]["instances"]) == 0 and len(results[3]["relations"]) == 0
-    if task == "prdcls":
+    if task != "sgcls":
         assert torch.equal(found.pred_classes, given.gt_classes)
         assert (found.scores == 1).all()
         relations = results[0]["relations"]
@@ -301,6 +301,22 @@ def test_reldn_given_boxes_are_all_paired_and_keep_their_classes(task):
     assert pairs == set(itertools.permutations(range(4), 2))
     if task == "prdcls":
         assert result["instances"].pred_classes.tolist() == [3, 1, 3, 7]
+
+
+def test_reldn_preddet_equals_prdcls_on_the_annotated_pairs():
+    options = ("TEST.RELATIONS.TOPK", 1000, "TEST.RELATIONS.PREDICATES_PER_PAIR", [None])
+    every, given = (small_model("TEST.RELATIONS.TASK", x, *options) for x in ("prdcls", "preddet"))
+    batch = [busy_item(0), unrelated_item()]
+    wanted, found = ([x["relations"] for x in predict(model, batch)] for model in (every, given))
+    annotated = {(0, 1), (1, 3), (2, 3), (3, 2)}
+    kept = [i for i, pair in enumerate(wanted[0].pairs.tolist()) if tuple(pair) in annotated]
+    assert len(kept) == 4 * given.relation_head.num_predicates
+    for name, value in wanted[0][torch.tensor(kept)].get_fields().items():
+        torch.testing.assert_close(found[0].get(name), value)
+    assert len(found[1]) == 0
+    del batch[0]["relations"]
+    with pytest.raises(ValueError, match="task preddet needs ground truth, but image image-0"):
+        predict(given, batch)
 
 
 def test_reldn_sgcls_takes_best_class_but_not_background():

@@ -276,6 +276,7 @@ class RelDNHead(nn.Module):
         targets: list[tuple[Instances, Instances]] | None = None,
         *,
         boxes_given: bool = False,
+        pairs: list[Tensor] | None = None,
     ):
         """Compute losses in training, and the best relations otherwise.
 
@@ -289,6 +290,8 @@ class RelDNHead(nn.Module):
                 ``relations`` (``gt_pairs``, ``gt_predicates``) of each image.
             boxes_given: at test time, whether the boxes are given (SGCLS, PRDCLS) and not detected;
                 then the overlap filter does not apply.
+            pairs: at test time, the only pairs to score (PREDDET), (P, 2) int64 per image, each
+                once; None takes all.
 
         Returns:
             In training a dict of losses, weighted by their lambdas. Otherwise the relations of each
@@ -302,6 +305,7 @@ class RelDNHead(nn.Module):
                 predicate_features and {n: x[i : i + 1] for n, x in predicate_features.items()},
                 instances,
                 boxes_given=boxes_given,
+                pairs=None if pairs is None else pairs[i],
             )
             for i, instances in enumerate(entities)
         ]
@@ -362,6 +366,7 @@ class RelDNHead(nn.Module):
         instances: Instances,
         *,
         boxes_given: bool,
+        pairs: Tensor | None,
     ) -> Instances:
         """Rank the triplets of one image; memory is bounded by ``pair_chunk``."""
         entities = self.encode_entities(
@@ -385,7 +390,9 @@ class RelDNHead(nn.Module):
             num_predicates=self.num_predicates,
             chunk=self.pair_chunk,
         )
-        if boxes_given and self._too_many_pairs(len(instances)):
+        if pairs is not None:
+            search = partial(search, shortlist=pairs)
+        elif boxes_given and self._too_many_pairs(len(instances)):
             cheap, _ = search(
                 partial(score_pairs, visual=False),
                 predicates_per_pair=(1,),
