@@ -27,7 +27,7 @@ from .per_predicate import PredicateTable
 from .predictions_io import PREDICTIONS_FILE, write_predictions, write_settings
 from .protocol_metrics import Settings
 from .scoring import Results, Scores, score
-from .training_set import same_names, training_triplets
+from .training_set import training_triplets
 
 __all__ = ["RelationDatasetEvaluator", "load_ground_truth"]
 
@@ -216,8 +216,8 @@ class RelationDatasetEvaluator(DatasetEvaluator):
                 "The metadata of '%s' names no train_dataset: zero-shot recall is left out.",
                 self._dataset_name,
             )
-        if train_dataset and same_names(self._metadata, train_dataset):
-            training = training_triplets(train_dataset)
+        if train_dataset:
+            training = training_triplets(train_dataset, self._dataset_name)
             if training is not None:
                 seen = training.labels if seen is None else seen
                 counts = training.counts

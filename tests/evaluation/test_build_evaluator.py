@@ -159,6 +159,28 @@ def test_process_keeps_only_triplets_that_can_count(dataset):
     assert evaluator.joined()[0][1] is kept
 
 
+def test_evaluate_training_set_in_another_order_gives_the_same_zero_shot_recall(dataset, caplog):
+    def training():
+        records = dataset_dicts()
+        records[0]["relations"] = [(0, 2, 2), (0, 3, 2), (0, 1, 0)]  # ids of the reversed list
+        return records
+
+    DatasetCatalog.register("evaluation_training_set", training)
+    try:
+        MetadataCatalog.get("evaluation_training_set").set(
+            thing_classes=dataset.thing_classes,
+            predicate_classes=list(dataset.predicate_classes)[::-1],
+        )
+        dataset.train_dataset = "evaluation_training_set"
+        evaluator = SceneGraphEvaluator(NAME)
+        results = run(evaluator, lambda r: [(0, 1, 1)][: len(r["relations"])])
+    finally:
+        DatasetCatalog.remove("evaluation_training_set")
+        MetadataCatalog.remove("evaluation_training_set")
+    assert results["motifs_sgdet_no_constraint"]["zR@20"] == 100
+    assert evaluator.settings.training_counts.tolist() == [2, 0, 1]
+
+
 def test_evaluate_takes_zero_shot_and_frequencies_from_training_set(dataset, tmp_path, caplog):
     def training():
         records = dataset_dicts()
@@ -194,15 +216,15 @@ def test_evaluate_takes_zero_shot_and_frequencies_from_training_set(dataset, tmp
     explicit = SceneGraphEvaluator(NAME, seen_triplets=[(0, 1, 0)])
     assert run(explicit)["motifs_sgdet_no_constraint"]["zR@20"] == 100
     other = vars(MetadataCatalog.get("evaluation_training_set"))
-    names, other["predicate_classes"] = other["predicate_classes"], ["another"]
+    names, other["predicate_classes"] = other["predicate_classes"], ["holds", "wears", "another"]
     with caplog.at_level(logging.WARNING):
         metrics = run(SceneGraphEvaluator(NAME))["motifs_sgdet_no_constraint"]
-    assert "zR@20" not in metrics and "has other predicate_classes than" in caplog.text
+    assert "zR@20" not in metrics and "another" in caplog.text
     other["predicate_classes"] = names
     DatasetCatalog.remove("evaluation_training_set")
     with caplog.at_level(logging.WARNING):
         metrics = run(SceneGraphEvaluator(NAME))["motifs_sgdet_no_constraint"]
-    assert "zR@20" not in metrics and "'evaluation_training_set' is not registered" in caplog.text
+    assert "zR@20" not in metrics and "It is not registered" in caplog.text
 
     def missing():
         raise FileNotFoundError("annotations_train.json")
@@ -210,7 +232,7 @@ def test_evaluate_takes_zero_shot_and_frequencies_from_training_set(dataset, tmp
     DatasetCatalog.register("evaluation_training_set", missing)
     with caplog.at_level(logging.WARNING):
         assert "zero-shot phrase R@50" not in run(VRDEvaluator(NAME))["lu2016_sgdet_k1"]
-    assert "cannot be read" in caplog.text and "(annotations_train.json)" in caplog.text
+    assert "cannot be used" in caplog.text and "(annotations_train.json)" in caplog.text
     DatasetCatalog.remove("evaluation_training_set")
     MetadataCatalog.remove("evaluation_training_set")
 
