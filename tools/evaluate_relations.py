@@ -10,7 +10,6 @@ Examples:
 
 import argparse
 import csv
-import json
 import logging
 import os
 import sys
@@ -24,7 +23,7 @@ from reldn_d2.evaluation import evaluate_predictions
 from reldn_d2.evaluation.offline import read_file
 from reldn_d2.evaluation.submission import LAYOUTS, write_submission
 from reldn_d2.structures.relations import TASKS
-from reldn_d2.utils.file_io import check_writable, check_writable_folder, write_atomically
+from reldn_d2.utils.file_io import check_writable, check_writable_folder, write_results
 from reldn_d2.utils.protocols import PROTOCOLS
 
 from detectron2.data import MetadataCatalog
@@ -128,12 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         if args.output:
             path = os.path.join(args.output, "results.json")
-            with write_atomically(path) as stream:  # JSON knows no NaN: null instead
-                values = {
-                    task: {name: None if x != x else x for name, x in metrics.items()}
-                    for task, metrics in results.items()
-                }
-                json.dump(values, stream, indent=2)
+            write_results(path, results)
             print(f"Wrote {path}")
         if args.write_submission:
             predictions = read_file(args.dataset, args.predictions, labels)
