@@ -21,6 +21,7 @@ from ...utils.protocols import kept_predicates_per_pair
 from ..losses.contrastive import NORMALIZATIONS
 from .build import ROI_RELATION_HEAD_REGISTRY, build_visual_parts
 from .head_losses import relation_losses
+from .joint import JointModule
 from .pair_sampling import SampledPairs, sample_pairs
 from .pairs import EntityBatch, distinct_unions, match_pairs
 from .predictors import SemanticModule, SpatialModule, VisualModule, spatial_features
@@ -32,7 +33,7 @@ __all__ = ["RelDNHead"]
 
 @ROI_RELATION_HEAD_REGISTRY.register()
 class RelDNHead(nn.Module):
-    """Fuses the semantic, spatial and visual module; computes the losses and ranks triplets.
+    """Fuses the semantic, spatial, joint and visual module; computes losses and ranks triplets.
 
     The subject and the object vector of each entity and the vector of each distinct union box are
     computed once per batch and shared by all losses.
@@ -52,6 +53,7 @@ class RelDNHead(nn.Module):
         predicate_box_head: nn.Module | None = None,
         semantic: SemanticModule | None = None,
         spatial: SpatialModule | None = None,
+        joint: JointModule | None = None,
         visual: VisualModule | None = None,
         overlap_filter: bool = True,
         pair_iou_threshold: float = 0.5,
@@ -72,7 +74,7 @@ class RelDNHead(nn.Module):
             entity_pooler, predicate_pooler: ROI poolers on the detector's and on the predicate
                 backbone's feature maps; None if the visual module does not need them.
             subject_box_head, object_box_head, predicate_box_head: (R, c, h, w) to (R, d); likewise.
-            semantic, spatial, visual: the three modules; None switches one off.
+            semantic, spatial, joint, visual: the four modules; None switches one off.
             overlap_filter: leave out pairs of detected boxes (in training: of proposals) that do
                 not overlap. Pairs of given boxes, and in training pairs with a ground-truth box,
                 are all used.
@@ -90,11 +92,11 @@ class RelDNHead(nn.Module):
             ValueError: if all modules are off or an option has an invalid value.
         """
         super().__init__()
-        if semantic is None and spatial is None and visual is None:
+        if semantic is None and spatial is None and joint is None and visual is None:
             raise ValueError(
                 "The relation head has no module left: switch on at least one of SEMANTIC.ENABLED, "
-                "SPATIAL.ENABLED, VISUAL.SPO, VISUAL.SUBJECT_SKIP, VISUAL.OBJECT_SKIP under "
-                "MODEL.ROI_RELATION_HEAD."
+                "SPATIAL.ENABLED, JOINT.ENABLED, VISUAL.SPO, VISUAL.SUBJECT_SKIP, VISUAL.OBJECT_SKIP "
+                "under MODEL.ROI_RELATION_HEAD."
             )
         _check_options(normalization, predicates_per_pair, pair_chunk)
         self.num_classes = num_classes
@@ -107,6 +109,7 @@ class RelDNHead(nn.Module):
         self.predicate_box_head = predicate_box_head
         self.semantic = semantic
         self.spatial = spatial
+        self.joint = joint
         self.visual = visual
         self.overlap_filter = overlap_filter
         self.pair_iou_threshold = pair_iou_threshold
@@ -155,6 +158,14 @@ class RelDNHead(nn.Module):
             ret["semantic"] = SemanticModule(num_classes, num_predicates, head.SEMANTIC.FREEZE)
         if head.SPATIAL.ENABLED:
             ret["spatial"] = SpatialModule(num_predicates, head.SPATIAL.HIDDEN_DIM)
+        if head.JOINT.ENABLED:
+            ret["joint"] = JointModule(
+                num_classes,
+                num_predicates,
+                embedding_dim=head.JOINT.EMBEDDING_DIM,
+                hidden_dim=head.JOINT.HIDDEN_DIM,
+                dropout=head.JOINT.DROPOUT,
+            )
         ret.update(build_visual_parts(cfg, in_features, entity_shape, predicate_shape))
         return ret
 
@@ -218,12 +229,16 @@ class RelDNHead(nn.Module):
             (P, C + 1); the last logit is "no relationship".
         """
         logits = 0
+        classes = entities.classes[subjects], entities.classes[objects]
         if self.semantic is not None:
-            logits = self.semantic(entities.classes[subjects], entities.classes[objects])
-        if self.spatial is not None:
+            logits = self.semantic(*classes)
+        if self.spatial is not None or self.joint is not None:
             sizes = entities.image_sizes[entities.image[subjects]]
             features = spatial_features(entities.boxes[subjects], entities.boxes[objects], sizes)
-            logits = logits + self.spatial(features)
+            if self.spatial is not None:
+                logits = logits + self.spatial(features)
+            if self.joint is not None:
+                logits = logits + self.joint(*classes, features)
         if self.visual is not None:
             vectors = union = None
             if self.predicate_box_head is not None:
