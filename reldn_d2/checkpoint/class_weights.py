@@ -38,7 +38,7 @@ _BOXES = re.compile(_BOX_PREDICTOR + r"bbox_pred\.(weight|bias)")
 _MASKS = re.compile(r"roi_heads\.mask_head\.predictor\.(weight|bias)")
 _DENSE_SCORES = re.compile(r"head\.cls_score\.(weight|bias)")
 
-# Weights of the relation head that depend on what its classes or its predicates are, by the field of
+# Weights of the relation head that depend on which classes or predicates it has, by the field of
 # their names: the frequency table, the class embeddings, and the last layer of each module.
 _TABLE = r"relation_head\.semantic\.table\.weight"
 _RELATION_WEIGHTS = {

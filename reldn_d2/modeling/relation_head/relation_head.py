@@ -95,8 +95,8 @@ class RelDNHead(nn.Module):
         if semantic is None and spatial is None and joint is None and visual is None:
             raise ValueError(
                 "The relation head has no module left: switch on at least one of SEMANTIC.ENABLED, "
-                "SPATIAL.ENABLED, JOINT.ENABLED, VISUAL.SPO, VISUAL.SUBJECT_SKIP, VISUAL.OBJECT_SKIP "
-                "under MODEL.ROI_RELATION_HEAD."
+                "SPATIAL.ENABLED, JOINT.ENABLED, VISUAL.SPO, VISUAL.SUBJECT_SKIP or "
+                "VISUAL.OBJECT_SKIP under MODEL.ROI_RELATION_HEAD."
             )
         _check_options(normalization, predicates_per_pair, pair_chunk)
         self.num_classes = num_classes
