@@ -106,6 +106,14 @@ def _add_relation_head(cfg: CfgNode) -> None:
     head.SPATIAL.ENABLED = True  # f_spt
     head.SPATIAL.HIDDEN_DIM = 64
 
+    # One network on both classes and both boxes of a pair; not in the paper. It can replace the
+    # semantic and the spatial module, or add its logits to theirs.
+    head.JOINT = CN()
+    head.JOINT.ENABLED = False
+    head.JOINT.EMBEDDING_DIM = 48  # values per class, as a subject and as an object
+    head.JOINT.HIDDEN_DIM = 256  # units of each of the two hidden layers
+    head.JOINT.DROPOUT = 0.3  # of the hidden units, in training
+
     head.VISUAL = CN()  # f_vis, the sum of:
     head.VISUAL.SPO = True  # the MLP on <subject, predicate, object> vectors
     head.VISUAL.SUBJECT_SKIP = True  # the linear layer on the subject vector

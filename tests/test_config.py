@@ -145,7 +145,7 @@ def test_yaml_builds_a_model_that_fits_its_data_set(yaml):
         model = build_model(cfg)
     assert type(model).__name__ == cfg.MODEL.META_ARCHITECTURE
     if isinstance(model, RelDN):
-        parts = ("relation_head.spatial", "relation_head.visual")
+        parts = ("relation_head.spatial", "relation_head.joint", "relation_head.visual")
         trained = {n for n, p in model.named_parameters() if p.requires_grad}
         has_modules = any(n.startswith(parts) for n in trained)
         assert has_modules != cfg.MODEL.ROI_RELATION_HEAD.SEMANTIC.FREEZE

@@ -1,4 +1,4 @@
-"""Weights of a detector that have one part per class, and reordering them by class name.
+"""Weights that have one part per class or predicate; reordering those of a detector by name.
 
 Shapes: K classes of the checkpoint, A anchors per location.
 
@@ -12,6 +12,8 @@ Weight and bias of                        first dimension             order
 ========================================  ==========================  ==============================
 
 A cascade has several box predictors: ``roi_heads.box_predictor.0`` and so on.
+
+The relation head's weights are never reordered, because a model keeps the order of its checkpoint.
 """
 
 import re
@@ -22,13 +24,32 @@ from torch import Tensor
 
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 
-__all__ = ["class_weights", "model_zoo_classes", "num_classes_of", "take_classes"]
+__all__ = [
+    "class_weights",
+    "model_zoo_classes",
+    "num_classes_of",
+    "relation_weights",
+    "take_classes",
+]
 
 _BOX_PREDICTOR = r"roi_heads\.box_predictor\.(\d+\.)?"
 _SCORES = re.compile(_BOX_PREDICTOR + r"cls_score\.(weight|bias)")
 _BOXES = re.compile(_BOX_PREDICTOR + r"bbox_pred\.(weight|bias)")
 _MASKS = re.compile(r"roi_heads\.mask_head\.predictor\.(weight|bias)")
 _DENSE_SCORES = re.compile(r"head\.cls_score\.(weight|bias)")
+
+# Weights of the relation head that depend on which classes or predicates it has, by the field of
+# their names: the frequency table, the class embeddings, and the last layer of each module.
+_TABLE = r"relation_head\.semantic\.table\.weight"
+_RELATION_WEIGHTS = {
+    "thing_classes": re.compile(
+        rf"{_TABLE}|relation_head\.joint\.(subject|object)_embedding\.weight"
+    ),
+    "predicate_classes": re.compile(
+        rf"{_TABLE}|relation_head\.(spatial\.4|joint\.layers\.6|visual\.rest\.3"
+        r"|visual\.(subject|object)_skip)\.(weight|bias)"
+    ),
+}
 
 # Detectron2's detectors trained on COCO, by its own scheme or by the address that it stands for.
 _COCO_ZOO = re.compile(r"(detectron2://|https?://dl\.fbaipublicfiles\.com/detectron2/)COCO-")
@@ -38,6 +59,16 @@ def class_weights(state: Mapping[str, Any]) -> list[str]:
     """Return the names of a detector's weights that have one part per class."""
     patterns = (_SCORES, _BOXES, _MASKS, _DENSE_SCORES)
     return [name for name in state if any(pattern.fullmatch(name) for pattern in patterns)]
+
+
+def relation_weights(state: Mapping[str, Any], field: str) -> list[str]:
+    """Return the names of the relation head's weights that have one part per class or predicate.
+
+    Args:
+        state: weights by name.
+        field: ``thing_classes`` or ``predicate_classes``.
+    """
+    return [name for name in state if _RELATION_WEIGHTS[field].fullmatch(name)]
 
 
 def num_classes_of(state: Mapping[str, Any]) -> int | None:

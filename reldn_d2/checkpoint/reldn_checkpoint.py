@@ -20,7 +20,7 @@ from ..modeling.detectors import PrecomputedDetector
 from ..modeling.meta_arch import RelDN
 from ..structures.name_matching import NAME_FIELDS, match_names
 from ..utils.protocols import predicates_per_pair
-from .class_weights import class_weights, take_classes
+from .class_weights import class_weights, relation_weights, take_classes
 from .detection_checkpoint import DetectorCheckpointer, explain_classes, join_reasons
 
 __all__ = [
@@ -165,13 +165,16 @@ class RelDNCheckpointer(DetectorCheckpointer):
         if any(name.startswith(_RELDN_PREFIXES) for name in state):
             self.loaded = checkpoint.get(self.entry, {})
             different = self._adopt_reldn_names()
+            for field in different:  # train the layers of other names from scratch
+                for name in relation_weights(state, field):
+                    del state[name]
             incompatible = DetectionCheckpointer._load_model(self, checkpoint)
             self._check_loaded(
                 self.model, incompatible, num_weights, "RelDN", True, frozen="detector."
             )
             semantic = getattr(self.model.relation_head, "semantic", None)
             skipped = [x[0] for x in incompatible.incorrect_shapes] + incompatible.missing_keys
-            if semantic is not None and (different or _SEMANTIC_TABLE in skipped):
+            if semantic is not None and _SEMANTIC_TABLE in skipped:
                 semantic.counted.fill_(False)  # so that the trainer counts the table again
             elif self.loaded.get("statistics"):  # a resumed run saves them again
                 self.description["statistics"] = self.loaded["statistics"]
@@ -245,13 +248,12 @@ class RelDNCheckpointer(DetectorCheckpointer):
         num_logits = self.model.relation_head.num_predicates + 1
         reasons = explain_classes(shapes)
         for name, theirs, ours in shapes:
+            if name.endswith("_embedding.weight") and theirs[0] != ours[0] and not reasons:
+                reasons.append(self._explain_entity_classes(theirs[0], ours[0]))
             if name != _SEMANTIC_TABLE:
                 continue
             if theirs[0] != ours[0] and not reasons:  # rows are pairs of classes
-                reasons.append(
-                    f"it was trained with {isqrt(theirs[0])} entity classes, the config has "
-                    f"{isqrt(ours[0])}"
-                )
+                reasons.append(self._explain_entity_classes(isqrt(theirs[0]), isqrt(ours[0])))
             if theirs[1] != ours[1]:
                 reasons.append(self._explain_predicates(theirs[1]))
         if not any("predicates" in x for x in reasons):  # no table: look at the biases of logits
@@ -264,6 +266,9 @@ class RelDNCheckpointer(DetectorCheckpointer):
             ]
             reasons += [self._explain_predicates(x) for x in biases[:1]]
         return join_reasons(reasons, shapes)
+
+    def _explain_entity_classes(self, theirs: int, ours: int) -> str:
+        return f"it was trained with {theirs} entity classes, the config has {ours}"
 
     def _explain_predicates(self, num_logits: int) -> str:
         return (

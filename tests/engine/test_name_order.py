@@ -80,6 +80,9 @@ def train(cfg, resume=False, hooks=()):
     return trainer
 
 
+JOINT = ("MODEL.ROI_RELATION_HEAD.JOINT.ENABLED", True)
+
+
 def assert_equal_results(found, wanted):
     assert found.keys() == wanted.keys()
     for task, metrics in wanted.items():
@@ -88,9 +91,11 @@ def assert_equal_results(found, wanted):
             assert found[task][name] == pytest.approx(value, nan_ok=True), (task, name)
 
 
-@pytest.mark.parametrize("task", ["sgdet", "sgcls", "prdcls"])
-def test_evaluation_on_permuted_names_gives_the_same_metrics(tmp_path, task, caplog):
-    both = ("DATASETS.TEST", (STRAIGHT, PERMUTED), "TEST.RELATIONS.TASK", task)
+@pytest.mark.parametrize(
+    ("task", "modules"), [("sgdet", ()), ("sgcls", ()), ("prdcls", ()), ("prdcls", JOINT)]
+)
+def test_evaluation_on_permuted_names_gives_the_same_metrics(tmp_path, task, modules, caplog):
+    both = ("DATASETS.TEST", (STRAIGHT, PERMUTED), "TEST.RELATIONS.TASK", task, *modules)
     with caplog.at_level("INFO", logger="reldn_d2"):
         results = train(config(tmp_path / "run", *both))._last_eval_results
     assert f"data set '{PERMUTED}' lists the 6 names of the model in another order" in caplog.text
@@ -135,8 +140,9 @@ def test_training_sets_in_two_orders_are_mapped_to_the_first(tmp_path):
     )
 
 
-def test_resume_on_permuted_names_equals_an_uninterrupted_run(tmp_path, caplog):
-    more = ("SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2)
+@pytest.mark.parametrize("modules", [(), JOINT])
+def test_resume_on_permuted_names_equals_an_uninterrupted_run(tmp_path, modules, caplog):
+    more = ("SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2, *modules)
     whole = train(config(tmp_path / "whole", *more))
     with pytest.raises(KeyboardInterrupt):
         train(config(tmp_path / "cut", *more), hooks=[Interrupt()])

@@ -27,6 +27,7 @@ HEAD = "MODEL.ROI_RELATION_HEAD"
 SWITCHES = {
     "semantic": f"{HEAD}.SEMANTIC.ENABLED",
     "spatial": f"{HEAD}.SPATIAL.ENABLED",
+    "joint": f"{HEAD}.JOINT.ENABLED",
     "SPO": f"{HEAD}.VISUAL.SPO",
     "S skip": f"{HEAD}.VISUAL.SUBJECT_SKIP",
     "O skip": f"{HEAD}.VISUAL.OBJECT_SKIP",
@@ -102,11 +103,13 @@ def test_training_step_any_batch_gives_finite_losses_and_all_gradients(kind, ent
 @pytest.mark.parametrize("kind", ["all kinds", "no annotation"])
 @pytest.mark.parametrize("off", SWITCHES)
 def test_reldn_one_module_off_trains_and_predicts(off, kind):
-    model = small_model(SWITCHES[off], False, "TEST.RELATIONS.TASK", "prdcls")
+    switches = (SWITCHES["joint"], True, SWITCHES[off], False)
+    model = small_model(*switches, "TEST.RELATIONS.TASK", "prdcls")
     head, visual = model.relation_head, model.relation_head.visual
     there = {
         "semantic": head.semantic,
         "spatial": head.spatial,
+        "joint": head.joint,
         "SPO": visual.first,
         "S skip": visual.subject_skip,
         "O skip": visual.object_skip,

@@ -22,6 +22,7 @@ from ...utils.protocols import kept_predicates_per_pair
 from ..losses.contrastive import NORMALIZATIONS
 from .build import ROI_RELATION_HEAD_REGISTRY, build_visual_parts
 from .head_losses import relation_losses
+from .joint import JointModule
 from .pair_sampling import SampledPairs, sample_pairs
 from .pairs import EntityBatch, distinct_unions, match_pairs
 from .predictors import SemanticModule, SpatialModule, VisualModule, spatial_features
@@ -33,7 +34,7 @@ __all__ = ["RelDNHead"]
 
 @ROI_RELATION_HEAD_REGISTRY.register()
 class RelDNHead(nn.Module):
-    """Fuses the semantic, spatial and visual module; computes the losses and ranks triplets.
+    """Fuses the semantic, spatial, joint and visual module; computes losses and ranks triplets.
 
     The subject and the object vector of each entity and the vector of each distinct union box are
     computed once per batch and shared by all losses.
@@ -53,6 +54,7 @@ class RelDNHead(nn.Module):
         predicate_box_head: nn.Module | None = None,
         semantic: SemanticModule | None = None,
         spatial: SpatialModule | None = None,
+        joint: JointModule | None = None,
         visual: VisualModule | None = None,
         overlap_filter: bool = True,
         pair_iou_threshold: float = 0.5,
@@ -74,7 +76,7 @@ class RelDNHead(nn.Module):
             entity_pooler, predicate_pooler: ROI poolers on the detector's and on the predicate
                 backbone's feature maps; None if the visual module does not need them.
             subject_box_head, object_box_head, predicate_box_head: (R, c, h, w) to (R, d); likewise.
-            semantic, spatial, visual: the three modules; None switches one off.
+            semantic, spatial, joint, visual: the four modules; None switches one off.
             overlap_filter: leave out pairs of detected boxes (in training: of proposals) that do
                 not overlap. Pairs of given boxes, and in training pairs with a ground-truth box,
                 are all used.
@@ -94,11 +96,11 @@ class RelDNHead(nn.Module):
             ValueError: if all modules are off or an option has an invalid value.
         """
         super().__init__()
-        if semantic is None and spatial is None and visual is None:
+        if semantic is None and spatial is None and joint is None and visual is None:
             raise ValueError(
                 "The relation head has no module left: switch on at least one of SEMANTIC.ENABLED, "
-                "SPATIAL.ENABLED, VISUAL.SPO, VISUAL.SUBJECT_SKIP, VISUAL.OBJECT_SKIP under "
-                "MODEL.ROI_RELATION_HEAD."
+                "SPATIAL.ENABLED, JOINT.ENABLED, VISUAL.SPO, VISUAL.SUBJECT_SKIP or "
+                "VISUAL.OBJECT_SKIP under MODEL.ROI_RELATION_HEAD."
             )
         _check_options(normalization, predicates_per_pair, pair_chunk, max_visual_pairs)
         self.num_classes = num_classes
@@ -111,6 +113,7 @@ class RelDNHead(nn.Module):
         self.predicate_box_head = predicate_box_head
         self.semantic = semantic
         self.spatial = spatial
+        self.joint = joint
         self.visual = visual
         self.overlap_filter = overlap_filter
         self.pair_iou_threshold = pair_iou_threshold
@@ -161,6 +164,14 @@ class RelDNHead(nn.Module):
             ret["semantic"] = SemanticModule(num_classes, num_predicates, head.SEMANTIC.FREEZE)
         if head.SPATIAL.ENABLED:
             ret["spatial"] = SpatialModule(num_predicates, head.SPATIAL.HIDDEN_DIM)
+        if head.JOINT.ENABLED:
+            ret["joint"] = JointModule(
+                num_classes,
+                num_predicates,
+                embedding_dim=head.JOINT.EMBEDDING_DIM,
+                hidden_dim=head.JOINT.HIDDEN_DIM,
+                dropout=head.JOINT.DROPOUT,
+            )
         ret.update(build_visual_parts(cfg, in_features, entity_shape, predicate_shape))
         return ret
 
@@ -226,12 +237,16 @@ class RelDNHead(nn.Module):
             (P, C + 1); the last logit is "no relationship".
         """
         logits = 0
+        classes = entities.classes[subjects], entities.classes[objects]
         if self.semantic is not None:
-            logits = self.semantic(entities.classes[subjects], entities.classes[objects])
-        if self.spatial is not None:
+            logits = self.semantic(*classes)
+        if self.spatial is not None or self.joint is not None:
             sizes = entities.image_sizes[entities.image[subjects]]
             features = spatial_features(entities.boxes[subjects], entities.boxes[objects], sizes)
-            logits = logits + self.spatial(features)
+            if self.spatial is not None:
+                logits = logits + self.spatial(features)
+            if self.joint is not None:
+                logits = logits + self.joint(*classes, features)
         if self.visual is not None and visual:
             vectors = union = None
             if self.predicate_box_head is not None:
@@ -411,7 +426,7 @@ class RelDNHead(nn.Module):
 
     def _too_many_pairs(self, num_entities: int) -> bool:
         """Tell whether the visual module would score too many pairs, and others can choose some."""
-        others = self.semantic is not None or self.spatial is not None
+        others = any(x is not None for x in (self.semantic, self.spatial, self.joint))
         too_many = num_entities * (num_entities - 1) > self.max_visual_pairs
         if self.visual is None or not others or not too_many:
             return False

@@ -9,7 +9,7 @@ can contribute, and their union boxes are never pooled.
 
 (s, o) and (o, s) have the same bound and the same union box, so they are scored together and the
 box is pooled once. No tighter bound is known: until the visual logits of a pair's union box are
-computed, its semantic and spatial logits exclude nothing.
+computed, the logits of the other modules exclude nothing.
 """
 
 import math
