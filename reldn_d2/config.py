@@ -17,6 +17,7 @@ __all__ = [
     "add_reldn_config",
     "load_config",
     "merge_config",
+    "reads_pixels",
 ]
 
 logger = logging.getLogger(__name__)
@@ -171,6 +172,16 @@ def _add_data_solver_and_test(cfg: CfgNode) -> None:
     # With given boxes (sgcls, prdcls) of an image with more pairs, that is more than 200 boxes, the
     # visual module is applied to this many pairs: those that the other modules score best.
     cfg.TEST.RELATIONS.MAX_VISUAL_PAIRS = 40_000
+
+
+def reads_pixels(cfg: CfgNode) -> bool:
+    """Tell whether an enabled module of the relation head reads pixels: the visual one does.
+
+    Without it, a model whose boxes are not detected but come from files or ground truth
+    (``PrecomputedDetector``) needs no images at all.
+    """
+    visual = cfg.MODEL.ROI_RELATION_HEAD.VISUAL
+    return visual.SPO or visual.SUBJECT_SKIP or visual.OBJECT_SKIP
 
 
 def load_config(config_file: str | None = None, opts: Sequence[str] | None = None) -> CfgNode:

@@ -27,9 +27,17 @@ from detectron2.utils.file_io import PathManager
 from .checkpoint.detection_checkpoint import fetch, read_checkpoint
 from .checkpoint.reldn_checkpoint import RelDNCheckpointer
 from .config import add_reldn_config, merge_config
+from .data.boxes_only import spanned_size
 from .data.detection_files import load_detections, transform_detections
 from .modeling.detectors.precomputed import PrecomputedDetector
-from .structures.given_boxes import GivenBoxes, GivenEntities, ModelClasses, check_detections
+from .structures.given_boxes import (
+    GivenBoxes,
+    GivenEntities,
+    ModelClasses,
+    check_detections,
+    check_size,
+    to_array,
+)
 from .structures.scene_graph import SceneGraph
 from .utils.image_io import ONE_IMAGE, ImageError, OneImage, from_rgb, load_rgb
 from .utils.protocols import predicates_per_pair
@@ -51,6 +59,10 @@ class RelationPredictor:
         >>> predictor("street.jpg").best(10).triplets()
         >>> predictor(["a.jpg", "b.jpg"], batch_size=2)
         >>> predictor("street.jpg", boxes=[[10, 20, 110, 220], [50, 60, 90, 100]])
+
+    A model that reads no pixels (:attr:`reads_images` is False) needs no image:
+
+        >>> predictor(boxes=[[10, 20, 110, 220], [50, 60, 90, 100]], classes=["person", "dog"])
     """
 
     def __init__(
@@ -125,21 +137,23 @@ class RelationPredictor:
 
     def __call__(
         self,
-        images: OneImage | Sequence[OneImage],
+        images: OneImage | Sequence[OneImage | None] | None = None,
         boxes: Any | None = None,
         classes: Any | None = None,
         scores: Any | None = None,
         detections: Any | None = None,
         batch_size: int = 1,
         channels: str = "RGB",
+        size: Any | None = None,
     ) -> SceneGraph | list[SceneGraph]:
         """Predict one image, or a list of images.
 
-        For a list of images, ``boxes``, ``classes``, ``scores`` and ``detections`` are lists too,
-        with None for each image without.
+        For a list of images, ``boxes``, ``classes``, ``scores``, ``detections`` and ``size`` are
+        lists too, with None for each image without.
 
         Args:
-            images: a path, an (H, W[, 3 or 4]) array, a PIL image, or a list of these.
+            images: a path, an (H, W[, 3 or 4]) array, a PIL image, or a list of these. A model that
+                reads no pixels takes only the size from it, and None in its place.
             boxes: (R, 4) boxes that replace detections.
             classes: (R,) their classes, as ids or names. Boxes without classes are classified by
                 the detector.
@@ -149,6 +163,8 @@ class RelationPredictor:
                 dropped and boxes are clipped to the image. See :meth:`read_detections`.
             batch_size: max images per batch; only images of one size share a batch.
             channels: order of the channels of arrays, "RGB" or "BGR" (OpenCV).
+            size: (height, width) of an image that is None; by default, the boxes and detections
+                are taken to reach to its right and its lower edge.
 
         Returns:
             A scene graph, or a list of them in the order of the images. With given boxes its
@@ -159,8 +175,8 @@ class RelationPredictor:
             ImageError: an unusable image or unusable boxes; the message is one line and names the
                 file, or the index of the image in the list.
         """
-        single = isinstance(images, ONE_IMAGE)
-        given = dict(boxes=boxes, classes=classes, scores=scores, detections=detections)
+        single = images is None or isinstance(images, ONE_IMAGE)
+        given = dict(boxes=boxes, classes=classes, scores=scores, detections=detections, size=size)
         if single:
             return self._predict([self._input(images, "image", channels, **given)])[0]
         if not isinstance(images, (list, tuple)):
@@ -217,11 +233,12 @@ class RelationPredictor:
             for (_, image), x in zip(batch, inputs):
                 yield image, next(graphs) if isinstance(x, _Input) else x
 
-    def _input(self, image: OneImage, name: str, channels: str, **given: Any) -> "_Input":
+    def _input(self, image: OneImage | None, name: str, channels: str, **given: Any) -> "_Input":
         """Read and prepare one image; ``name`` is for messages about an image without a path."""
         file_name = str(image) if isinstance(image, (str, Path)) else None
         name = file_name or name
-        record = self.prepare(load_rgb(image, channels, name), **given, name=name)
+        rgb = None if image is None else load_rgb(image, channels, name)
+        record = self.prepare(rgb, **given, name=name)
         task = "sgdet"
         if given.get("boxes") is not None:
             task = "sgcls" if given.get("classes") is None else "prdcls"
@@ -234,7 +251,8 @@ class RelationPredictor:
         batches: dict[Any, list[int]] = {}
         for index, x in enumerate(inputs):
             # Images of other sizes would be padded, which moves detections a little.
-            batches.setdefault((x.task, x.record["image"].shape), []).append(index)
+            shape = x.record["image"].shape if "image" in x.record else None
+            batches.setdefault((x.task, shape), []).append(index)
         graphs: dict[int, SceneGraph] = {}
         for (task, _), batch in batches.items():
             with torch.no_grad(), self._as_task(task):
@@ -285,6 +303,11 @@ class RelationPredictor:
             self.model.task = before
 
     @property
+    def reads_images(self) -> bool:
+        """Whether the model reads pixels; otherwise it needs boxes and classes only."""
+        return self.model.detector.reads_images
+
+    @property
     def needs_detections(self) -> bool:
         """Whether the model reads detections from files instead of detecting entities itself."""
         return isinstance(self.model.detector, PrecomputedDetector)
@@ -331,26 +354,27 @@ class RelationPredictor:
 
     def prepare(
         self,
-        rgb: np.ndarray,
+        rgb: np.ndarray | None,
         boxes: GivenBoxes | None = None,
         classes: Sequence[int | str] | None = None,
         scores: Sequence[float] | None = None,
         detections: Mapping[str, Any] | None = None,
         name: str = "image",
+        size: Sequence[int] | None = None,
     ) -> dict:
         """Return the model's input for an (H, W, 3) image, with the given boxes if there are any.
 
-        Arguments as for a call; ``name`` is for messages.
+        Arguments as for a call; ``name`` is for messages. The result has no ``image`` if the model
+        reads no pixels.
 
         Raises:
             ImageError: unusable boxes, classes, scores or detections.
         """
-        height, width = rgb.shape[:2]
-        transform = self._transform(height, width)
-        resized = transform.apply_image(np.ascontiguousarray(from_rgb(rgb, self.cfg.INPUT.FORMAT)))
-        tensor = torch.as_tensor(np.ascontiguousarray(resized.transpose(2, 0, 1)))
-        result = {"image": tensor, "height": height, "width": width, "file_name": name}
-        size = tuple(tensor.shape[1:])
+        if rgb is None and self.reads_images:
+            raise ImageError(f"{name}: this model reads pixels; give an image")
+        if rgb is not None and size is not None:
+            raise ImageError(f"{name}: size was given with an image, which has its own size")
+        arrays = None
         if detections is not None:
             if not self.needs_detections:
                 raise ImageError(
@@ -358,6 +382,22 @@ class RelationPredictor:
                     "classes and scores instead"
                 )
             arrays = check_detections(detections, self._classes, name)
+        if rgb is None:
+            height, width = check_size(size, name) or spanned_size(
+                [to_array(x, name) for x in (boxes, arrays and arrays["boxes"]) if x is not None]
+            )
+        else:
+            height, width = rgb.shape[:2]
+        result: dict[str, Any] = {"height": height, "width": width, "file_name": name}
+        transform: T.Transform = T.NoOpTransform()
+        size = height, width
+        if self.reads_images:
+            transform = self._transform(height, width)
+            pixels = np.ascontiguousarray(from_rgb(rgb, self.cfg.INPUT.FORMAT))
+            resized = transform.apply_image(pixels).transpose(2, 0, 1)
+            result["image"] = torch.as_tensor(np.ascontiguousarray(resized))
+            size = tuple(resized.shape[1:])
+        if arrays is not None:
             result["detections"] = transform_detections(arrays, transform, size)
         if boxes is None:
             for key, values in (("classes", classes), ("scores", scores)):

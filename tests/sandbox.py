@@ -302,6 +302,23 @@ def _write_coco(folder: Path) -> None:
         write_json(folder / f"annotations/instances_{split}.json", content)
 
 
+def write_detections(file: Path, dicts: list) -> Path:
+    """Write the annotated boxes of a data set as detections, in COCO's format of results."""
+    detections = [
+        {
+            "image_id": record["image_id"],
+            "category_id": entity["category_id"],
+            "bbox": [float(x0), float(y0), float(x1 - x0), float(y1 - y0)],
+            "score": 0.9,
+        }
+        for record in dicts
+        for entity in record["annotations"]
+        for x0, y0, x1, y1 in [entity["bbox"]]
+    ]
+    write_json(file, detections)
+    return file
+
+
 def cached_download(cache: Path, url: str) -> Path:
     """Where Detectron2 keeps the file of a URL, of its own kinds too; raises for unknown names."""
     if url.startswith("catalog://"):

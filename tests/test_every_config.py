@@ -4,8 +4,9 @@ import json
 
 import pytest
 from model_utils import ROOT
-from sandbox import LEAVES, PRODUCERS, YAMLS, Runner, cached_download, merged
+from sandbox import LEAVES, PRODUCERS, YAMLS, Runner, cached_download, merged, write_detections
 
+from reldn_d2.modeling.meta_arch import needs_images
 from reldn_d2.structures.relations import TASKS
 from reldn_d2.utils.protocols import PROTOCOLS, find_protocol
 
@@ -120,8 +121,12 @@ def test_config_trains_and_evaluates(yaml, run, in_checkout):
     else:
         run(yaml)  # ends with an evaluation
         own = ("MODEL.WEIGHTS", f"{cfg.OUTPUT_DIR}/model_final.pth")
-        assert (folder / "results_sgdet.json").exists()
-    for task in ("sgcls", "prdcls"):
+        assert (folder / f"results_{cfg.TEST.RELATIONS.TASK}.json").exists()
+    if not needs_images(cfg):
+        (name,) = cfg.DATASETS.TEST
+        file = write_detections(in_checkout / f"{name}.json", DatasetCatalog.get(name))
+        own = (*own, "DATASETS.DETECTION_FILES_TEST", str((str(file),)))
+    for task in set(TASKS) - {cfg.TEST.RELATIONS.TASK}:
         options = (*own, "TEST.RELATIONS.TASK", task)
         check_results(run(yaml, *options, flags=["--eval-only"]), folder, task)
 

@@ -401,7 +401,8 @@ def test_predictor_pil_images_and_other_types(predictor):
     same(predictor([Image.fromarray(rgb), rgb])[0], predictor(rgb))
     for wrong, message in (
         (torch.from_numpy(rgb.copy()), "a Tensor is neither an image nor a list of images"),
-        (None, "a NoneType is neither"),
+        (None, "^image: this model reads pixels; give an image$"),
+        ([None], "^image 0: this model reads pixels; give an image$"),
         ([torch.from_numpy(rgb.copy())], "image 0: a Tensor is not an image"),
     ):
         with pytest.raises(ImageError, match=message):

@@ -155,7 +155,7 @@ class RelDNCheckpointer(DetectorCheckpointer):
         The order of a RelDN checkpoint's names becomes that of the model. A detector's classes are
         brought into the order of the data set, which may also have only some of them.
         """
-        if not path:
+        if not path and self.model.detector.reads_images:
             logger.warning("MODEL.WEIGHTS is empty: the frozen detector has random weights.")
         return super().load(path, *args, **kwargs)
 
@@ -180,6 +180,13 @@ class RelDNCheckpointer(DetectorCheckpointer):
                 self.description["statistics"] = self.loaded["statistics"]
             return incompatible
 
+        if not self.model.detector.reads_images:
+            raise ValueError(
+                f"{self._path} (MODEL.WEIGHTS) is not a RelDN checkpoint, and this model has no "
+                "detector or backbone that it could initialize: its boxes are given, and no module "
+                'of its relation head reads pixels. Set MODEL.WEIGHTS to "" or to a RelDN '
+                "checkpoint."
+            )
         detector = DetectionCheckpointer(self.model.detector.model)
         self.loaded = checkpoint.get("detector", {})
         self._take_detector_classes(detector, state)

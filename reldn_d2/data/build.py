@@ -27,6 +27,7 @@ from detectron2.utils import comm
 
 from ..structures.name_matching import Renumbering
 from ..utils.processes import protect_loader_worker
+from .boxes_only import add_sizes, load_without_images
 from .dataset_dict import check_annotations
 from .datasets.catalog import dataset_names
 from .detection_files import attach_detections
@@ -67,8 +68,11 @@ def _own_randomness(seed: int) -> Iterator[None]:
 class _SeededDataset(Dataset):
     """Mapped images, indexed by ``(index, seed)``."""
 
-    def __init__(self, dataset: Dataset):
+    def __init__(self, dataset: Dataset, keep_mapped: bool):
         self.dataset = dataset
+        self.kept: list[dict[str, Any] | None] | None = None
+        if keep_mapped:
+            self.kept = [None] * len(dataset)
         self.renumbering = Renumbering()
 
     def __len__(self) -> int:
@@ -76,6 +80,10 @@ class _SeededDataset(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         index, seed = key
+        if self.kept is not None:
+            if self.kept[index] is None:
+                self.kept[index] = self.renumbering.fields(self.dataset[index])
+            return dict(self.kept[index])
         with _own_randomness(seed):
             return self.renumbering.fields(self.dataset[index])
 
@@ -107,6 +115,7 @@ class TrainLoader:
         batch_size: int,
         group_by_aspect_ratio: bool = True,
         num_workers: int = 0,
+        keep_mapped: bool = False,
         seed: int,
     ):
         """
@@ -117,11 +126,13 @@ class TrainLoader:
             batch_size: images per batch and process.
             group_by_aspect_ratio: whether batches have only wide or only tall images.
             num_workers: see torch's ``DataLoader``.
+            keep_mapped: map each image once and keep the result, for a mapper without randomness
+                whose results are small.
             seed: see the class.
         """
         self.wide = [x["width"] > x["height"] for x in dicts] if group_by_aspect_ratio else None
         self.dataset = DatasetFromList(list(dicts), copy=False)
-        self._mapped = _SeededDataset(MapDataset(self.dataset, mapper))
+        self._mapped = _SeededDataset(MapDataset(self.dataset, mapper), keep_mapped)
         self._build_sampler = build_sampler
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -168,6 +179,7 @@ def load_training_dicts(
     num_classes: int | None,
     num_predicates: int | None,
     with_relations: bool = False,
+    with_images: bool = True,
 ) -> list[dict[str, Any]]:
     """Load and check the dicts of ``DATASETS.TRAIN``, and filter them as Detectron2 does.
 
@@ -179,6 +191,7 @@ def load_training_dicts(
         num_classes: number of entity classes to check against; not checked when None.
         num_predicates: number of predicates to check against; not checked when None.
         with_relations: whether relations are trained, so that the data sets need some.
+        with_images: False opens no image, and images need not exist; see :mod:`.boxes_only`.
 
     Raises:
         FileNotFoundError: images are missing.
@@ -192,12 +205,15 @@ def load_training_dicts(
     dicts: list[dict[str, Any]] = []
     loaded: dict[str, list[dict[str, Any]]] = {}
     for index, name in enumerate(names):
-        records = loaded[name] = DatasetCatalog.get(name)
-        _check_dataset(name, records, num_classes, num_predicates, is_train=True)
+        records = loaded[name] = _load(name, with_images)
+        _check_annotations(records, num_classes, num_predicates, is_train=True)
         if proposals:
             records = load_proposals_into_dataset(records, proposals[index])
         if detections:
             records = attach_detections(records, name, detections[index], num_classes)
+        if not with_images:
+            records = add_sizes(name, records)
+        check_records(name, records, with_images)
         if index:
             owners = (f"data set '{name}'", f"data set '{names[0]}'")
             ids = Renumbering.between(dataset_names(name), dataset_names(names[0]), *owners)
@@ -216,22 +232,28 @@ def load_training_dicts(
     return dicts
 
 
-def _check_dataset(
-    name: str,
+def _load(name: str, with_images: bool) -> list[dict[str, Any]]:
+    return DatasetCatalog.get(name) if with_images else load_without_images(name)
+
+
+def _check_annotations(
     records: Sequence[dict[str, Any]],
     num_classes: int | None,
     num_predicates: int | None,
     is_train: bool = False,
 ) -> None:
-    """Check the annotations, images and boxes of a loaded data set; see :func:`check_records`."""
+    """Raise if the annotations of a loaded data set are invalid."""
     for record in records:
         if is_train or "annotations" in record:  # a test set may be images alone
             check_annotations(record, num_classes, num_predicates)
-    check_records(name, records)
 
 
 def load_test_dicts(
-    cfg: CfgNode, name: str, num_classes: int | None, num_predicates: int | None
+    cfg: CfgNode,
+    name: str,
+    num_classes: int | None,
+    num_predicates: int | None,
+    with_images: bool = True,
 ) -> list[dict[str, Any]]:
     """Load and check the dicts of a test set, with its proposals or detections.
 
@@ -240,6 +262,7 @@ def load_test_dicts(
         name: name of the data set; one of ``DATASETS.TEST`` if it has proposals or detections.
         num_classes: number of entity classes to check against; not checked when None.
         num_predicates: number of predicates to check against; not checked when None.
+        with_images: see :func:`load_training_dicts`.
 
     Raises:
         FileNotFoundError: images are missing.
@@ -247,12 +270,22 @@ def load_test_dicts(
             detection files is wrong.
     """
     files = detection_files(cfg, is_train=False)
+    if not with_images:
+        dicts = load_without_images(name)
+        _check_annotations(dicts, num_classes, num_predicates)
+        if files:
+            index = list(cfg.DATASETS.TEST).index(name)
+            dicts = attach_detections(dicts, name, files[index], num_classes)
+        dicts = add_sizes(name, dicts)
+        check_records(name, dicts, with_images=False)
+        return dicts
     proposals = list(cfg.DATASETS.PROPOSAL_FILES_TEST) if cfg.MODEL.LOAD_PROPOSALS else []
     index = list(cfg.DATASETS.TEST).index(name) if files or proposals else 0
     dicts = get_detection_dataset_dicts(
         name, filter_empty=False, proposal_files=proposals[index : index + 1] or None
     )
-    _check_dataset(name, dicts, num_classes, num_predicates)
+    _check_annotations(dicts, num_classes, num_predicates)
+    check_records(name, dicts)
     return attach_detections(dicts, name, files[index], num_classes) if files else dicts
 
 
@@ -278,20 +311,24 @@ def build_train_loader(
     num_classes: int | None,
     num_predicates: int | None,
     with_relations: bool = False,
+    with_images: bool = True,
+    keep_mapped: bool = False,
 ) -> TrainLoader:
     """Build a :class:`TrainLoader` for ``DATASETS.TRAIN`` from Detectron2's ``DATALOADER`` keys.
 
-    See :func:`load_training_dicts` for the arguments and the checks. The sets of ``DATASETS.TEST``
-    are checked as well.
+    See :func:`load_training_dicts` and, for ``keep_mapped``, :class:`TrainLoader` for the arguments
+    and the checks. The sets of ``DATASETS.TEST`` are checked as well.
 
     Raises:
         ValueError: the batch size is not divisible by the number of processes, or the sampler is
             unknown.
     """
-    dicts = load_training_dicts(cfg, num_classes, num_predicates, with_relations)
+    dicts = load_training_dicts(cfg, num_classes, num_predicates, with_relations, with_images)
     for name in cfg.DATASETS.TEST:  # now: the evaluation may be many hours away
         if name not in cfg.DATASETS.TRAIN:
-            _check_dataset(name, DatasetCatalog.get(name), num_classes, num_predicates)
+            records = _load(name, with_images)
+            _check_annotations(records, num_classes, num_predicates)
+            check_records(name, records, with_images)
     num_images = len(dicts)  # the sampler must not keep the dicts themselves in memory
     batch, world = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
     if batch % world or batch < world:
@@ -322,5 +359,6 @@ def build_train_loader(
         batch_size=batch // world,
         group_by_aspect_ratio=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
+        keep_mapped=keep_mapped,
         seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
     )

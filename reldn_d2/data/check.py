@@ -1,9 +1,10 @@
 """Check a registered data set: ``python -m reldn_d2.data.check NAME``.
 
 Print a summary and list every problem with its file, its record and how to fix it. The headers of
-all images are read, and the pixels of a random sample or, with --decode, of all. The exit status is
-0 if the data set is usable, 1 if it is not, and 2 if the command is wrong. To look at the
-annotations, run ``python tools/draw_relations.py --dataset NAME --output FOLDER``.
+all images are read, and the pixels of a random sample or, with --decode, of all. If there is no
+image at all, a note says so, and the annotations alone are checked. The exit status is 0 if the
+data set is usable, 1 if it is not, and 2 if the command is wrong. To look at the annotations, run
+``python tools/draw_relations.py --dataset NAME --output FOLDER``.
 """
 
 import argparse
@@ -20,13 +21,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from detectron2.utils.logger import setup_logger
 
 from ..structures.box_frames import BoxDiagnosis
 from ..structures.scene_graph import boxes_xyxy
 from ..utils.image_io import ImageError, read_rgb
+from .boxes_only import add_sizes, load_without_images
 from .dataset_dict import annotation_problems
 from .datasets.catalog import (
     DATASET_ERRORS,
@@ -40,6 +42,7 @@ from .start_checks import (
     diagnose_dataset,
     flip_warning,
     mirrored_predicates,
+    missing_images,
 )
 from .summary import DatasetSummary
 
@@ -61,6 +64,7 @@ class Report:
     summary: DatasetSummary | None = None  # covers the images without errors
     dataset_dicts: list[dict[str, Any]] = field(default_factory=list)
     decoded_images: int = 0  # images whose pixels were read
+    absent_images: str = ""  # why no image was read; empty if there are images
 
     @property
     def usable(self) -> bool:
@@ -82,7 +86,7 @@ def check_dataset(name: str, decode: bool = False) -> Report:
     require_dataset(name)
     report = Report()
     try:
-        report.dataset_dicts = DatasetCatalog.get(name)
+        report.dataset_dicts, report.absent_images = _load(name)
         found = dataset_names(name)
     except DATASET_ERRORS as error:
         report.errors += getattr(error, "problems", [str(error)])
@@ -107,8 +111,25 @@ def check_dataset(name: str, decode: bool = False) -> Report:
     diagnosis = _diagnose(report, name)
     identified = _check_records(report, *map(len, names.values()), diagnosis)
     _check_relations(report, name)
-    _check_images(report, identified, decode)
+    if not report.absent_images:
+        _check_images(report, identified, decode)
     return report
+
+
+def _load(name: str) -> tuple[list[dict[str, Any]], str]:
+    """Return the dicts of a data set and, if all its images are absent, where they should be."""
+    root = MetadataCatalog.get(name).get("image_root")
+    try:
+        dicts = DatasetCatalog.get(name)
+    except FileNotFoundError:
+        # Missing annotations, or some of the images, remain errors.
+        if not root or "://" in root or (os.path.isdir(root) and os.listdir(root)):
+            raise
+        return add_sizes(name, load_without_images(name)), os.path.abspath(root)
+    paths = [str(record["file_name"]) for record in dicts if "file_name" in record]
+    if paths and len(missing_images(paths)) == len(dicts):
+        return dicts, os.path.abspath(root or os.path.dirname(paths[0]))
+    return dicts, ""
 
 
 def _check_relations(report: Report, name: str) -> None:
@@ -233,12 +254,18 @@ def _short(value: Any) -> str:
 
 
 def _duplicates(record: dict[str, Any], where: str) -> Iterator[str]:
-    """Yield warnings about entities and relations that an image has more than once."""
+    """Yield warnings about entities and relations that an image has more than once.
+
+    Equal entities that a relation holds between are two on purpose: "person next to person" over
+    one group, whose box and class loaders give to both ends (see
+    :class:`.datasets.relationship_list.RelationshipList`).
+    """
     first: dict[tuple, int] = {}
+    related = {frozenset(x[:2]) for x in record.get("relations", ())}
     for index, annotation in enumerate(record["annotations"]):
         key = (annotation["category_id"], annotation["bbox_mode"], *map(float, annotation["bbox"]))
         earlier = first.setdefault(key, index)
-        if earlier != index:
+        if earlier != index and frozenset((earlier, index)) not in related:
             yield (
                 f"{where}: annotation {index} has the class and box of annotation {earlier}. Are "
                 "they the same entity?"
@@ -326,12 +353,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{severity}: {text}")
         if len(texts) > len(texts[: args.limit]):
             print(f"... {len(texts)} {severity}s in total; raise --limit to see more")
-    if report.decoded_images < len(report.dataset_dicts):
+    if report.absent_images:
+        print(
+            f"note: there are no images in {report.absent_images}, so the annotations alone were "
+            "checked. Detectors and models with a visual module need the images; models that read "
+            "boxes only, statistics and the evaluation of predictions do not (docs/boxes.md)."
+        )
+    elif report.decoded_images < len(report.dataset_dicts):
         print(
             f"Decoded {report.decoded_images} of {len(report.dataset_dicts)} images; add --decode "
             "to read all."
         )
     verdict = "usable" if report.usable else "NOT usable"
+    if report.usable and report.absent_images:
+        verdict += " without images"
     print(
         f"\n{args.name} is {verdict}: {len(report.errors)} errors, {len(report.warnings)} warnings"
     )

@@ -11,16 +11,21 @@ from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
+from detectron2.structures import Boxes, Instances
 
 from ..structures.name_matching import match_names
 from ..structures.relations import ground_truth_relations, remap_relations
 from ..structures.scene_graph import boxes_xyxy
 from ..utils.image_io import read_image
+from .boxes_only import image_name
 from .dataset_dict import check_annotations
 from .datasets.catalog import dataset_names as names_of
 from .detection_files import transform_detections
 
 __all__ = ["RelationDatasetMapper"]
+
+_RESIZING = (T.Resize, T.ResizeShortestEdge)
+_EMPTY = 1e-5  # pixels; shorter sides make a box empty, as in filter_empty_instances
 
 
 class RelationDatasetMapper(DatasetMapper):
@@ -35,6 +40,10 @@ class RelationDatasetMapper(DatasetMapper):
     remapped. Relations are therefore always valid for ``"instances"``, and either may be empty. For
     inference nothing is dropped, so that the model can be given ground-truth boxes (tasks PRDCLS
     and SGCLS).
+
+    A model that reads no pixels needs no ``image``: with ``with_images=False`` no image is read,
+    boxes stay in pixels of the original image (resizing is skipped), and augmentations are applied
+    to the boxes alone.
     """
 
     @configurable
@@ -44,17 +53,29 @@ class RelationDatasetMapper(DatasetMapper):
         *,
         num_classes: int | None = None,
         num_predicates: int | None = None,
+        with_images: bool = True,
         **kwargs: Any,
     ) -> None:
         """Args:
         is_train: whether the mapper is used for training.
         num_classes: number of entity classes of the data set; not checked when None.
         num_predicates: number of predicates of the data set; not checked when None.
+        with_images: whether images are read.
         **kwargs: augmentations, image_format and other arguments of ``DatasetMapper``.
         """
+        if not with_images:
+            kwargs["augmentations"] = [
+                x for x in kwargs["augmentations"] if not isinstance(x, _RESIZING)
+            ]
         super().__init__(is_train, **kwargs)
         self.num_classes = num_classes
         self.num_predicates = num_predicates
+        self.with_images = with_images
+
+    @property
+    def keeps_results(self) -> bool:
+        """Whether results are small and always the same, so that they can be kept in memory."""
+        return not self.with_images and not self.augmentations.augs
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
@@ -74,11 +95,14 @@ class RelationDatasetMapper(DatasetMapper):
         Returns:
             The other keys of the dict, and:
 
-            * ``image``: (C, H, W) tensor in ``image_format``.
+            * ``image``: (C, H, W) tensor in ``image_format``; missing without images.
             * ``instances``: ``Instances`` of R entities in the frame of ``image``, with
               ``gt_boxes`` (R, 4) and ``gt_classes`` (R,); R may be 0.
             * ``relations``: ``Instances`` of M relations, with ``gt_pairs`` (M, 2) into
               ``instances`` and ``gt_predicates`` (M,); M may be 0.
+
+            * ``derived``: an empty dict, if the result may be kept (:attr:`keeps_results`); the
+              model keeps there what it computes from this image alone.
 
             ``instances`` and ``relations`` are missing without ``"annotations"`` (inference on
             plain images).
@@ -87,8 +111,10 @@ class RelationDatasetMapper(DatasetMapper):
             ValueError: the image cannot be read or mapped, or its annotations are invalid; the
                 message names the file.
         """
-        path = str(dataset_dict["file_name"])
+        path = image_name(dataset_dict)
         try:
+            if not self.with_images:
+                return self._map_boxes(dataset_dict)
             return self._map(copy.deepcopy(dataset_dict))
         except Exception as error:  # decoders and augmentations raise many types
             if path in str(error):
@@ -124,6 +150,46 @@ class RelationDatasetMapper(DatasetMapper):
         if annotated:
             self._transform_annotations(dataset_dict, transforms, image_shape)
         return dataset_dict
+
+    def _map_boxes(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        """Map without the image, all boxes at once; the dict is not modified.
+
+        The entities are those that :meth:`_map` finds for an image of the same size.
+        """
+        result = {k: v for k, v in dataset_dict.items() if k not in ("annotations", "relations")}
+        annotated = self.is_train or "annotations" in dataset_dict or "relations" in dataset_dict
+        boxes = None
+        if annotated:
+            check_annotations(dataset_dict, self.num_classes, self.num_predicates)
+            boxes = boxes_xyxy(dataset_dict["annotations"])
+        # No channels, so no memory: augmentations see the size only.
+        image = np.empty((dataset_dict["height"], dataset_dict["width"], 0), np.uint8)
+        aug_input = T.AugInput(image, boxes=None if boxes is None else boxes.copy())
+        transforms = self.augmentations(aug_input)
+        size = aug_input.image.shape[:2]
+        if "detections" in dataset_dict:
+            result["detections"] = transform_detections(
+                dataset_dict["detections"], transforms, size
+            )
+        if annotated:
+            annotations = dataset_dict["annotations"]
+            boxes = transforms.apply_box(boxes) if len(boxes) else boxes
+            boxes = boxes.clip(0, [size[1], size[0]] * 2)
+            kept = torch.ones(len(boxes), dtype=torch.bool)
+            instances = Instances(size)
+            instances.gt_boxes = Boxes(torch.from_numpy(boxes.astype(np.float32)))
+            classes = [int(x["category_id"]) for x in annotations]
+            instances.gt_classes = torch.tensor(classes, dtype=torch.int64)
+            if self.is_train:
+                kept &= ~torch.tensor([bool(x.get("iscrowd", 0)) for x in annotations]).bool()
+                kept &= instances.gt_boxes.nonempty(threshold=_EMPTY)
+                instances = instances[kept]
+            relations = ground_truth_relations(dataset_dict.get("relations", ()), size)
+            result["instances"] = instances
+            result["relations"] = remap_relations(relations, kept)
+        if self.is_train and self.keeps_results:
+            result["derived"] = {}
+        return result
 
     def _transform_annotations(
         self, dataset_dict: dict[str, Any], transforms: T.Transform, image_shape: Sequence[int]

@@ -132,6 +132,9 @@ def attach_detections(
 ) -> list[dict[str, Any]]:
     """Add the detections of a file to dataset dicts as ``"detections"``, matched by image id.
 
+    If no image id matches, as in a file with the names of the images in their place, images are
+    matched by file name, without its folder.
+
     Args:
         dicts: dataset dicts of the data set; not modified.
         dataset_name: for its metadata and for messages.
@@ -147,7 +150,11 @@ def attach_detections(
     metadata = MetadataCatalog.get(dataset_name)
     ids = getattr(metadata, "thing_dataset_id_to_contiguous_id", None)
     detections = load_detections(path, num_classes, ids)
-    without = [x["image_id"] for x in dicts if str(x["image_id"]) not in detections]
+    keys = [str(x["image_id"]) for x in dicts]
+    if not any(key in detections for key in keys):
+        names = [os.path.basename(str(x.get("file_name", ""))) for x in dicts]
+        keys = names if len(set(names)) == len(names) else keys
+    without = [x["image_id"] for x, key in zip(dicts, keys) if key not in detections]
     if len(without) == len(dicts):
         raise ValueError(
             f"{path} has detections for none of the {len(dicts)} images of '{dataset_name}': its "
@@ -168,7 +175,7 @@ def attach_detections(
         "scores": np.zeros(0, np.float32),
         "classes": np.zeros(0, np.int64),
     }
-    return [{**x, "detections": detections.get(str(x["image_id"]), no_detections)} for x in dicts]
+    return [{**x, "detections": detections.get(key, no_detections)} for x, key in zip(dicts, keys)]
 
 
 def transform_detections(

@@ -43,18 +43,19 @@ _MIRRORED_WORDS = {
 }
 
 
-def check_records(name: str, records: Sequence[dict[str, Any]]) -> None:
+def check_records(name: str, records: Sequence[dict[str, Any]], with_images: bool = True) -> None:
     """Check the images and boxes of a loaded data set; log suspicious facts.
 
     Args:
         name: name of the data set.
         records: its dicts, with valid annotations.
+        with_images: whether the images must exist.
 
     Raises:
         FileNotFoundError: images are missing.
         ValueError: all boxes have another form or unit than declared.
     """
-    missing = missing_images(record["file_name"] for record in records)
+    missing = missing_images(x["file_name"] for x in records) if with_images else []
     if missing:
         folders = list(dict.fromkeys(os.path.dirname(path) for path in missing))
         first = [os.path.basename(x) for x in missing if os.path.dirname(x) == folders[0]]

@@ -22,7 +22,7 @@ from ..checkpoint.reldn_checkpoint import build_checkpointer
 from ..data.build import build_train_loader, load_test_dicts
 from ..data.dataset_mapper import RelationDatasetMapper
 from ..evaluation.build import build_relation_evaluator
-from ..modeling.meta_arch import predicts_relations
+from ..modeling.meta_arch import needs_images, predicts_relations
 from ..utils.events import FailSafeWriter, RelationStatisticsPrinter, report_log_errors_once
 from ..utils.file_io import write_results
 from ..utils.processes import protect_loader_worker
@@ -215,17 +215,25 @@ class RelDNTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
-        mapper = RelationDatasetMapper(cfg, is_train=True)
+        with_images = needs_images(cfg)
+        mapper = RelationDatasetMapper(cfg, is_train=True, with_images=with_images)
         counts = mapper.num_classes, mapper.num_predicates
         return build_train_loader(
-            cfg, NameImageInErrors(mapper), *counts, with_relations=predicts_relations(cfg)
+            cfg,
+            NameImageInErrors(mapper),
+            *counts,
+            with_relations=predicts_relations(cfg),
+            with_images=with_images,
+            keep_mapped=mapper.keeps_results,
         )
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
-        mapper = RelationDatasetMapper(cfg, is_train=False)
+        with_images = needs_images(cfg)
+        mapper = RelationDatasetMapper(cfg, is_train=False, with_images=with_images)
+        counts = mapper.num_classes, mapper.num_predicates
         loader = build_detection_test_loader(
-            dataset=load_test_dicts(cfg, dataset_name, mapper.num_classes, mapper.num_predicates),
+            dataset=load_test_dicts(cfg, dataset_name, *counts, with_images=with_images),
             mapper=NameImageInErrors(mapper),
             num_workers=cfg.DATALOADER.NUM_WORKERS,
         )
@@ -276,11 +284,15 @@ class RelDNTrainer(DefaultTrainer):
         ensure_frequency_table(cfg, model)
         head = getattr(model, "relation_head", None)
         has_weights = any(getattr(head, part, None) is not None for part in ("spatial", "visual"))
-        if getattr(checkpointer, "started_from_detector", False) and has_weights:
+        untrained = None
+        if getattr(checkpointer, "started_from_detector", False):
+            untrained = f"MODEL.WEIGHTS ({cfg.MODEL.WEIGHTS}) is a detector"
+        elif not (needs_images(cfg) or cfg.MODEL.WEIGHTS or checkpointer.loaded):
+            untrained = "MODEL.WEIGHTS is empty"
+        if untrained and has_weights:
             logger.warning(
-                f"MODEL.WEIGHTS ({cfg.MODEL.WEIGHTS}) is a detector: apart from the frequency "
-                "table the relation head is untrained. To evaluate a trained RelDN, set it to "
-                "RelDN's model_final.pth, or add --resume."
+                f"{untrained}: apart from the frequency table the relation head is untrained. To "
+                "evaluate a trained RelDN, set it to RelDN's model_final.pth, or add --resume."
             )
         return cls.test(cfg, model)
 

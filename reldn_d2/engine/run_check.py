@@ -1,6 +1,7 @@
 """Checks of a config before anything is loaded or trained."""
 
 import difflib
+import logging
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -12,10 +13,12 @@ from detectron2.evaluation import COCOEvaluator
 
 from ..data.build import detection_files
 from ..evaluation.relation_evaluation import RelationDatasetEvaluator
-from ..modeling.meta_arch import predicts_relations
+from ..modeling.meta_arch import needs_images, predicts_relations
 from ..utils.file_io import check_writable_folder
 
 __all__ = ["check_run", "result_names"]
+
+logger = logging.getLogger(__name__)
 
 # What Detectron2's COCOEvaluator calls the results for boxes.
 _BOX_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -50,8 +53,10 @@ def check_run(
         raise ValueError(f"DATASETS.{splits[0]} is empty; name at least one data set")
     for split in splits:
         for name in cfg.DATASETS[split]:
-            _check_dataset(f"DATASETS.{split}", name)
+            _check_dataset(f"DATASETS.{split}", name, needs_images(cfg))
         _check_extra_files(cfg, split)
+    if predicts_relations(cfg) and cfg.MODEL.RELDN.DETECTOR == "PrecomputedDetector":
+        _check_boxes_come_from_somewhere(cfg, eval_only)
     if not eval_only and cfg.TEST.EVAL_PERIOD > 0 and not cfg.DATASETS.TEST:
         raise ValueError(
             f"TEST.EVAL_PERIOD is {cfg.TEST.EVAL_PERIOD}, but DATASETS.TEST is empty; name a test "
@@ -67,13 +72,38 @@ def check_run(
         _check_best_checkpoint(cfg, evaluators)
 
 
-def _check_dataset(key: str, name: str) -> None:
+def _check_boxes_come_from_somewhere(cfg: CfgNode, eval_only: bool) -> None:
+    """Check that detections come from files wherever ground truth does not take their place.
+
+    A data loader of the user's own may add detections to images, but not without images.
+    """
+    missing = []
+    if not eval_only and cfg.MODEL.RELDN.TRAIN_ENTITIES == "proposals":
+        missing.append(("TRAIN", "MODEL.RELDN.TRAIN_ENTITIES", "proposals", "ground_truth"))
+    if cfg.DATASETS.TEST and cfg.TEST.RELATIONS.TASK in ("sgdet", "sgcls"):
+        missing.append(("TEST", "TEST.RELATIONS.TASK", cfg.TEST.RELATIONS.TASK, "prdcls"))
+    for split, key, value, other in missing:
+        files = f"DATASETS.DETECTION_FILES_{split}"
+        if detection_files(cfg, split == "TRAIN"):
+            continue
+        message = (
+            f"{key} is '{value}', which needs detections, but PrecomputedDetector detects nothing "
+            f"and {files} is empty; name one file per data set there, or set {key} to '{other}'"
+        )
+        if not needs_images(cfg):
+            raise ValueError(message)
+        logger.warning(f"{message}, unless your own data loader adds detections.")
+
+
+def _check_dataset(key: str, name: str, with_images: bool) -> None:
     if name not in DatasetCatalog.list():
         similar = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
         hint = f"did you mean {', '.join(similar)}?" if similar else "register it first"
         raise ValueError(f"{key} names '{name}', which is not registered; {hint}")
     metadata = MetadataCatalog.get(name)
-    paths = [*(metadata.get("annotation_files") or ()), metadata.get("image_root")]
+    paths = [*(metadata.get("annotation_files") or ())]
+    if with_images:
+        paths.append(metadata.get("image_root"))
     for path in paths:
         if path and "://" not in path and not os.path.exists(path):
             raise ValueError(

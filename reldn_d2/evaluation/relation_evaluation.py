@@ -15,6 +15,7 @@ from detectron2.data.catalog import Metadata
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
+from ..data.boxes_only import require_real_size
 from ..data.dataset_dict import dicts_without_images
 from ..data.datasets.catalog import dataset_names
 from ..structures.names import table_cell
@@ -130,7 +131,7 @@ class RelationDatasetEvaluator(DatasetEvaluator):
     def ground_truth(self) -> dict[ImageId, SceneGraph]:
         """Annotations by ``image_id``, in the data set's order; loaded at first use."""
         if self._ground_truth is None:
-            images = load_ground_truth(self._dataset_name)
+            images = load_ground_truth(self._dataset_name, self.settings.task)
             for image_id, truth in images.items():
                 self._check_labels(image_id, truth.classes, truth.predicates, "annotations")
             self._ground_truth = images
@@ -340,16 +341,23 @@ def _shown_metrics(
     return kept, len(metrics) - len(kept)
 
 
-def load_ground_truth(dataset_name: str) -> dict[ImageId, SceneGraph]:
+def load_ground_truth(dataset_name: str, task: str = "prdcls") -> dict[ImageId, SceneGraph]:
     """Load the ground truth of a registered data set, in its order.
 
+    Args:
+        dataset_name: registered data set.
+        task: what was given to the model; detected boxes (``sgdet``) need the images' real sizes.
+
     Raises:
-        ValueError: two dicts have one ``image_id``, or a relation points outside the annotations.
+        ValueError: two dicts have one ``image_id``, a relation points outside the annotations, or
+            the sizes of images are needed and unknown.
     """
     images: dict[ImageId, SceneGraph] = {}
     for record in dicts_without_images(dataset_name):
         image_id = record["image_id"]
         where = f"Data set '{dataset_name}', image {image_id!r}"
+        if task == "sgdet":
+            require_real_size(record, where)
         if image_id in images:
             raise ValueError(
                 f"{where}: occurs twice. Every image of a data set needs its own image_id."

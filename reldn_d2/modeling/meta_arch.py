@@ -3,6 +3,8 @@
 Shapes: N images, R entities and M relations of one image.
 """
 
+from itertools import chain
+
 import torch
 from torch import Tensor, nn
 
@@ -12,10 +14,15 @@ from detectron2.structures import ImageList, Instances
 
 from ..structures.relations import TASKS, remap_relations
 from .backbone import build_predicate_backbone, record_stages
-from .detectors import EntityDetector, build_entity_detector, label_entities
+from .detectors import (
+    ENTITY_DETECTOR_REGISTRY,
+    EntityDetector,
+    build_entity_detector,
+    label_entities,
+)
 from .relation_head import build_relation_head
 
-__all__ = ["RelDN", "postprocess_relations", "predicts_relations"]
+__all__ = ["RelDN", "needs_images", "postprocess_relations", "predicts_relations"]
 
 TRAIN_ENTITIES = ("proposals", "ground_truth")
 
@@ -78,8 +85,11 @@ class RelDN(nn.Module):
         cfg = detector.relation_config(cfg).clone()
         cfg.defrost()
         cfg.MODEL.ROI_HEADS.NUM_CLASSES = detector.num_classes
-        predicate_backbone = build_predicate_backbone(cfg)
-        head = build_relation_head(cfg, detector.output_shape(), predicate_backbone.output_shape())
+        predicate_backbone, predicate_shape = None, {}
+        if detector.reads_images:
+            predicate_backbone = build_predicate_backbone(cfg)
+            predicate_shape = predicate_backbone.output_shape()
+        head = build_relation_head(cfg, detector.output_shape(), predicate_shape)
         predicate = cfg.MODEL.RELDN.PREDICATE_BACKBONE
         return {
             "detector": detector,
@@ -95,7 +105,7 @@ class RelDN(nn.Module):
     @property
     def device(self) -> torch.device:
         """Return the device of the weights."""
-        return next(self.detector.parameters()).device
+        return next(chain(self.parameters(), self.buffers())).device
 
     def forward(self, batched_inputs: list[dict]):
         """Compute losses in training, predictions otherwise.
@@ -103,11 +113,13 @@ class RelDN(nn.Module):
         Args:
             batched_inputs: mapped dicts, one per image:
 
-                * ``image``: (3, H, W) tensor.
+                * ``image``: (3, H, W) tensor; not needed if ``detector.reads_images`` is False.
                 * ``instances``: ground truth ``gt_boxes``, ``gt_classes``, in pixels of ``image``;
                   for training and for all tasks but SGDET.
                 * ``relations``: ground truth ``gt_pairs``, ``gt_predicates``; for training and
                   PREDDET.
+                * ``derived``: in training, a dict of an image that comes again unchanged and
+                  without ``image``; the model keeps there what it would compute again.
                 * ``height``, ``width``: size that the output refers to; by default that of
                   ``image``.
 
@@ -118,27 +130,60 @@ class RelDN(nn.Module):
         """
         if not self.training:
             return self.inference(batched_inputs)
-        instances = self._ground_truth(batched_inputs, "training")
-        relations = [x["relations"].to(self.device) for x in batched_inputs]
         images = self.detector.preprocess(batched_inputs)
         with torch.no_grad():
             features, stages = self._detector_features(images)
-            if self.train_entities == "proposals":
-                proposals = self.detector.propose(batched_inputs, images, features)
+            if all("derived" in x for x in batched_inputs):
+                entities, targets = self._repeated_entities(batched_inputs)
             else:
-                proposals = [x.gt_boxes[:0] for x in instances]
-            entities = label_entities(
-                proposals,
-                instances,
-                iou_threshold=self.entity_iou_threshold,
-                max_entities=self.entities_per_image,
-            )
-        return self.relation_head(
-            features,
-            self._predicate_features(images, stages),
-            entities,
-            list(zip(instances, relations)),
+                entities, targets = self._training_entities(batched_inputs, images, features)
+        predicate_features = self._predicate_features(images, stages)
+        return self.relation_head(features, predicate_features, entities, targets)
+
+    def _training_entities(self, batched_inputs, images, features, generator=None):
+        """Return the entities of each image, and its ground truth: instances and relations."""
+        instances = self._ground_truth(batched_inputs, "training")
+        device = self.device
+        relations = [x["relations"].to(device) for x in batched_inputs]
+        if self.train_entities == "proposals":
+            proposals = self.detector.propose(batched_inputs, images, features)
+        else:
+            proposals = [x.gt_boxes[:0] for x in instances]
+        entities = label_entities(
+            proposals,
+            instances,
+            iou_threshold=self.entity_iou_threshold,
+            max_entities=self.entities_per_image,
+            generator=generator,
         )
+        return entities, list(zip(instances, relations))
+
+    def _repeated_entities(self, batched_inputs: list[dict]):
+        """See :meth:`_training_entities`, for images that come again unchanged, without pixels.
+
+        Entities that are not drawn at random are chosen once and then kept with the image; the
+        relation head keeps its pairs in their ``_derived``.
+        """
+        entities, targets = [], []
+        for x in batched_inputs:
+            kept = x["derived"].get("entities")
+            if kept is None:
+                candidates = len(x["instances"])
+                if self.train_entities == "proposals":
+                    candidates += len(x.get("detections", ()))
+                all_fit = candidates <= self.entities_per_image
+                # A generator of its own, so that a resumed run, which has kept nothing yet, draws
+                # the same from the default one as the interrupted run.
+                own = torch.Generator(self.device) if all_fit else None
+                images = self.detector.preprocess([x])
+                chosen, target = self._training_entities([x], images, {}, own)
+                kept = chosen[0], target[0]
+                if all_fit:
+                    kept[0]._derived = {}
+                    x["derived"]["entities"] = kept
+            entities.append(kept[0])
+            targets.append(kept[1])
+        return entities, targets
 
     def inference(self, batched_inputs: list[dict], do_postprocess: bool = True) -> list[dict]:
         """Predict; arguments and result as in :meth:`forward`.
@@ -196,7 +241,8 @@ class RelDN(nn.Module):
                     f"({x.get('file_name', 'no file name')}) has no 'instances' or no "
                     "'relations'. Use reldn_d2.data.RelationDatasetMapper on an annotated data set."
                 )
-        return [x["instances"].to(self.device) for x in batched_inputs]
+        device = self.device
+        return [x["instances"].to(device) for x in batched_inputs]
 
     def _annotated_pairs(self, batched_inputs: list[dict]) -> list[Tensor]:
         """Return the distinct (P, 2) pairs of entities with an annotated relation, by image."""
@@ -234,6 +280,18 @@ def predicts_relations(cfg: CfgNode) -> bool:
     """Tell whether the config's meta-architecture is RelDN or a subclass, not just a detector."""
     meta_arch = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
     return isinstance(meta_arch, type) and issubclass(meta_arch, RelDN)
+
+
+def needs_images(cfg: CfgNode) -> bool:
+    """Tell whether the config's model reads images.
+
+    Every model does, except a RelDN whose boxes come from files or ground truth and whose head
+    reads no pixels.
+    """
+    if not predicts_relations(cfg) or cfg.MODEL.RELDN.DETECTOR == "auto":
+        return True
+    detector = ENTITY_DETECTOR_REGISTRY.get(cfg.MODEL.RELDN.DETECTOR)
+    return not hasattr(detector, "needs_images") or detector.needs_images(cfg)
 
 
 def postprocess_relations(

@@ -21,6 +21,8 @@ __all__ = [
     "ModelClasses",
     "check_detections",
     "check_keys",
+    "check_size",
+    "to_array",
 ]
 
 logger = logging.getLogger(__name__)
@@ -76,7 +78,7 @@ class GivenEntities(NamedTuple):
                 f"{name}: scores were given without classes; give both, or neither to classify and "
                 "score the boxes with the model's detector"
             )
-        boxes = _to_array(boxes, name)
+        boxes = to_array(boxes, name)
         height, width = image_size
         clipped = boxes.clip(0, [width, height, width, height])
         too_thin = (clipped[:, 2:] - clipped[:, :2] < MIN_SIDE).any(axis=1)
@@ -119,7 +121,7 @@ def check_detections(
         ImageError: not exactly these keys, or unusable values.
     """
     check_keys(detections, ENTITY_KEYS, ENTITY_KEYS, f"{name}: detections")
-    boxes = _to_array(detections["boxes"], name)
+    boxes = to_array(detections["boxes"], name)
     swapped = np.flatnonzero((boxes[:, 2:] < boxes[:, :2]).any(axis=1))
     if len(swapped):
         raise ImageError(
@@ -150,7 +152,24 @@ def check_keys(
         raise ImageError(f"{where}: {', '.join(missing)} missing")
 
 
-def _to_array(boxes: GivenBoxes, name: str) -> np.ndarray:
+def check_size(size: Any, name: str) -> tuple[int, int] | None:
+    """Return (height, width) of an image as the user gave it; None if it was not given.
+
+    Raises:
+        ImageError: not two numbers of at least 1.
+    """
+    if size is None:
+        return None
+    try:
+        height, width = (int(value) for value in size)
+    except (TypeError, ValueError):
+        height = width = 0
+    if height < 1 or width < 1:
+        raise ImageError(f"{name}: size is {size!r}; expected height and width in pixels")
+    return height, width
+
+
+def to_array(boxes: GivenBoxes, name: str) -> np.ndarray:
     """Return (R, 4) float64 boxes; raise ImageError if they have another shape or type."""
     if isinstance(boxes, Boxes):
         boxes = boxes.tensor

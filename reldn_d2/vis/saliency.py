@@ -34,6 +34,9 @@ __all__ = [
 ]
 
 FUSED = "fused"
+_NO_MAPS = (
+    "nothing to draw: this model has no visual module, so its scores do not depend on feature maps"
+)
 
 
 class Saliency(NamedTuple):
@@ -114,10 +117,7 @@ def triplet_saliency(
         if score.requires_grad:
             gradients = torch.autograd.grad(score, leaves, allow_unused=True)
     if all(x is None for x in gradients):
-        raise ImageError(
-            f"{name}: nothing to draw: this model has no visual module, so its scores do not "
-            "depend on feature maps"
-        )
+        raise ImageError(f"{name}: {_NO_MAPS}")
     maps, gradients, sizes = [], iter(gradients), _sizes(inputs, images, rgb)
     for levels in branches:
         contributions = {}
@@ -134,7 +134,13 @@ def triplet_saliency(
 
 
 def _features(predictor: RelationPredictor, inputs: list[dict]):
-    """Return the padded input of the network and the feature maps of both CNNs."""
+    """Return the padded input of the network and the feature maps of both CNNs.
+
+    Raises:
+        ImageError: there are no feature maps, because the model reads no pixels.
+    """
+    if not predictor.reads_images:
+        raise ImageError(f"{inputs[0]['file_name']}: {_NO_MAPS}")
     images = predictor.model.detector.preprocess(inputs)
     return (images, *predictor.model.feature_maps(images))
 

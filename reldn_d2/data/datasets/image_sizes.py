@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tqdm import tqdm
 
-from .io import Problems, cache_paths, image_size, write_cache
+from .io import IMAGE_SUFFIXES, Problems, cache_paths, image_size, write_cache
 
-__all__ = ["image_sizes"]
+__all__ = ["image_sizes", "known_sizes"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +38,7 @@ def image_sizes(image_root: str, paths: Sequence[str], what: str) -> list[tuple[
     """
     if not os.path.isdir(image_root):  # remote: changed images could not be recognized
         return [image_size(path) for path in paths]
-    folder, name = os.path.split(os.path.abspath(image_root))
-    cache_files = cache_paths(folder, f"{name}.sizes.json")
+    cache_files = _cache_files(image_root)
     sizes = _read(cache_files)
     keys = [os.path.relpath(path, image_root) for path in paths]
     stamps = _stamps(paths)
@@ -69,6 +68,35 @@ def image_sizes(image_root: str, paths: Sequence[str], what: str) -> list[tuple[
             _write(cache_files, sizes)
         problems.raise_any()
     return [(sizes[key][2], sizes[key][3]) for key in keys]
+
+
+def known_sizes(image_root: str, names: Sequence[str]) -> list[tuple[int, int] | None]:
+    """Return the (height, width) that :func:`image_sizes` has cached, without opening an image.
+
+    The images need not exist any more. The size of one that has changed since is not used.
+
+    Args:
+        image_root: the folder.
+        names: annotated file names; an image may have been cached under another suffix.
+
+    Returns:
+        None for an image whose size is unknown.
+    """
+    sizes = _read(_cache_files(image_root)) if "://" not in image_root else {}
+    known: list[tuple[int, int] | None] = []
+    for name in names if sizes else ():
+        stem = os.path.splitext(name)[0]
+        keys = [name, *(stem + suffix for suffix in IMAGE_SUFFIXES)]
+        key = next((x for x in keys if len(sizes.get(x, ())) == 4), None)
+        path = None if key is None else os.path.join(image_root, key)
+        changed = path and os.path.exists(path) and _stamps([path]) != [sizes[key][:2]]
+        known.append(None if key is None or changed else (sizes[key][2], sizes[key][3]))
+    return known or [None] * len(names)
+
+
+def _cache_files(image_root: str) -> list[str]:
+    folder, name = os.path.split(os.path.abspath(image_root))
+    return cache_paths(folder, f"{name}.sizes.json")
 
 
 def _stamps(paths: Sequence[str]) -> list[list[int]]:

@@ -1,12 +1,13 @@
 """OpenImages visual relationships, from the CSV files of the 2018 challenge and of V6."""
 
 import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
 from ..dataset_dict import create_dataset_dict
 from .catalog import register_dataset
-from .image_sizes import image_sizes
+from .image_sizes import image_sizes, known_sizes
 from .io import locate_images, no_garbage_collection
 from .openimages_files import (
     Vocabulary,
@@ -19,6 +20,8 @@ from .relationship_list import report_merging
 __all__ = ["OPENIMAGES_PREDICATES", "load_openimages_vrd", "register_openimages_vrd"]
 
 logger = logging.getLogger(__name__)
+
+_NOMINAL_SIZE = (1024, 1024)  # height and width
 
 # Predicates between boxes; "is", between a box and its attribute, is handled separately.
 OPENIMAGES_PREDICATES = (
@@ -47,6 +50,7 @@ def load_openimages_vrd(
     only_known: bool = False,
     attributes_as_relations: bool = False,
     merge_duplicates: bool = True,
+    images_needed: bool = True,
 ) -> list[dict[str, Any]]:
     """Load OpenImages relationships as Detectron2 dataset dicts with ``"relations"``.
 
@@ -72,6 +76,10 @@ def load_openimages_vrd(
             after the entity classes, with the box of their entity, and ``is`` is the last
             predicate.
         merge_duplicates: keep only one copy of equal relationships of an image.
+        images_needed: raise if an image is missing. Otherwise sizes may come from the cache of an
+            earlier run, and an image of unknown size gets the nominal size 1024 x 1024 and the
+            key ``"nominal_size"``: its boxes, which are annotated as fractions, are exact among
+            themselves, but not in pixels of the image.
 
     Returns:
         One dict per image, in the order of ``image_list`` or of appearance.
@@ -99,18 +107,41 @@ def load_openimages_vrd(
     if labels_csv is not None:
         labels = read_verified_labels(labels_csv, vocabulary.classes, lists)
 
-    paths = locate_images(image_root, [f"{image_id}.jpg" for image_id in lists], "OpenImages")
-    sizes = image_sizes(image_root, paths, "OpenImages")
+    names = [f"{image_id}.jpg" for image_id in lists]
+    paths, sizes = _paths_and_sizes(image_root, names, images_needed)
     dicts = []
     for (image_id, relationships), path, size in zip(lists.items(), paths, sizes, strict=True):
-        entities = relationships.finish(merge_duplicates, scale=size[::-1])
-        record = create_dataset_dict(path, image_id, size, *entities)
+        entities = relationships.finish(merge_duplicates, scale=(size or _NOMINAL_SIZE)[::-1])
+        record = create_dataset_dict(path, image_id, size or _NOMINAL_SIZE, *entities)
+        if size is None:
+            record["nominal_size"] = True
         if labels_csv is not None:
             record["verified_labels"] = labels.get(image_id, {})
         dicts.append(record)
     total = sum(len(record["relations"]) for record in dicts)
     logger.info(f"{relations_csv}: {len(dicts)} images, {total} relations.")
     return dicts
+
+
+def _paths_and_sizes(
+    image_root: str, names: Sequence[str], images_needed: bool
+) -> tuple[list[str], Sequence[tuple[int, int] | None]]:
+    """Return path and (height, width) of each image; see ``images_needed`` of the loader."""
+    try:
+        paths = locate_images(image_root, names, "OpenImages")
+        return paths, image_sizes(image_root, paths, "OpenImages")
+    except (OSError, ValueError):
+        if images_needed:
+            raise
+    sizes = known_sizes(image_root, names)
+    unknown = sum(size is None for size in sizes)
+    if unknown:
+        logger.info(
+            f"{image_root}: {unknown} of {len(names)} images of OpenImages are missing, and their "
+            "sizes are not cached. Their boxes are fractions of the image, so a nominal size of "
+            f"{_NOMINAL_SIZE[1]} x {_NOMINAL_SIZE[0]} pixels is used."
+        )
+    return [os.path.join(image_root, name) for name in names], sizes
 
 
 def register_openimages_vrd(
@@ -152,5 +183,7 @@ def register_openimages_vrd(
         annotation_files=[path for path in files if path is not None],
         read_names=read_names,
         image_root=image_root,
+        # For rescoring predictions, for counting and for models that read no pixels.
+        load_annotations=lambda: load_openimages_vrd(**arguments, images_needed=False),
         **{"evaluator_type": "openimages_vrd", **(metadata or {})},
     )

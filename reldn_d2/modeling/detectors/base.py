@@ -17,7 +17,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from detectron2.utils.registry import Registry
 
-from ..sampling import sample_mask
+from ..sampling import random_keys, sample_mask
 
 __all__ = [
     "ENTITY_DETECTOR_REGISTRY",
@@ -59,6 +59,17 @@ class EntityDetector(nn.Module, ABC):
         """Tell whether the config describes this type of detector; used for "auto"."""
         del cfg
         return False
+
+    @classmethod
+    def needs_images(cls, cfg: CfgNode) -> bool:
+        """Tell whether the model of a config reads images; see :attr:`reads_images`."""
+        del cfg
+        return True
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether inputs need ``image``. If not, there are no feature maps."""
+        return True
 
     def train(self, mode: bool = True):
         """Stay in eval mode whatever ``mode`` is: no statistics update, no dropout."""
@@ -171,7 +182,12 @@ def classify_by_overlap(
 
 @torch.no_grad()
 def label_entities(
-    proposals: list[Boxes], targets: list[Instances], *, iou_threshold: float, max_entities: int
+    proposals: list[Boxes],
+    targets: list[Instances],
+    *,
+    iou_threshold: float,
+    max_entities: int,
+    generator: torch.Generator | None = None,
 ) -> list[Instances]:
     """Choose training entities: boxes that match a ground-truth box, with its class (section 5).
 
@@ -184,6 +200,7 @@ def label_entities(
         targets: ``gt_boxes`` and ``gt_classes`` of each image.
         iou_threshold: minimum IoU between a box and the ground-truth box that it matches.
         max_entities: max entities per image.
+        generator: source of randomness; the device's default generator when None.
 
     Returns:
         ``proposal_boxes``, ``gt_classes`` and ``gt_index`` of each image; the latter is the index
@@ -203,7 +220,8 @@ def label_entities(
             is_own = gt_index >= 0
             matched = torch.where(is_own, gt_index, matched)
             candidates = is_own | (overlap >= iou_threshold)
-            drawn = sample_mask(candidates, max_entities, max_entities, preferred=is_own)
+            keys = random_keys(candidates, generator)
+            drawn = sample_mask(candidates, max_entities, max_entities, preferred=is_own, keys=keys)
             chosen = drawn.nonzero().squeeze(1)
         result.proposal_boxes = boxes[chosen]
         result.gt_classes = target.gt_classes[matched[chosen]]

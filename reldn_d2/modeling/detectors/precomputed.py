@@ -1,5 +1,7 @@
 """Detections of any detector, read from a file; a backbone of Detectron2 computes the features.
 
+If the relation head reads no pixels there is no backbone, and no image is needed.
+
 Shapes: R boxes of one image, K entity classes, Q detections of one image. Boxes are XYXY in pixels
 of the network's input.
 """
@@ -14,9 +16,10 @@ from detectron2.modeling import build_backbone
 from detectron2.modeling.roi_heads.box_head import build_box_head
 from detectron2.structures import Boxes, ImageList, Instances
 
+from ...config import reads_pixels
 from .base import ENTITY_DETECTOR_REGISTRY, EntityDetector, classify_by_overlap
 
-__all__ = ["FeatureExtractor", "PrecomputedDetector"]
+__all__ = ["FeatureExtractor", "NoFeatures", "PrecomputedDetector"]
 
 
 class FeatureExtractor(nn.Module):
@@ -50,6 +53,26 @@ class FeatureExtractor(nn.Module):
         return ImageList.from_tensors(images, self.backbone.size_divisibility)
 
 
+class NoFeatures(nn.Module):
+    """Takes the place of :class:`FeatureExtractor` if no module reads pixels; has no weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("no_pixels", torch.zeros(0), persistent=False)  # knows the device
+
+    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
+        """Return the sizes of the images of mapped dicts, with an (N, 0) tensor of pixels.
+
+        The size of an image is that of its ``instances`` or ``detections``, or else ``height`` and
+        ``width``.
+        """
+        sizes = []
+        for x in batched_inputs:
+            boxes = x.get("instances", x.get("detections"))
+            sizes.append((x["height"], x["width"]) if boxes is None else boxes.image_size)
+        return ImageList(self.no_pixels.expand(len(sizes), 0), sizes)
+
+
 @ENTITY_DETECTOR_REGISTRY.register()
 class PrecomputedDetector(EntityDetector):
     """Reads the ``"detections"`` of each image, which the data loaders load from files.
@@ -58,6 +81,9 @@ class PrecomputedDetector(EntityDetector):
     backbone and, with ``MODEL.RELDN.PRECOMPUTED_BOX_HEAD``, the box head; other weights of a
     detector's checkpoint are not used. Given boxes (SGCLS) are classified by the detections that
     overlap them, see :func:`.base.classify_by_overlap`.
+
+    If no module of the relation head reads pixels, there is no backbone and no box head, no image
+    is read, and no checkpoint is needed.
     """
 
     backbone_only_hint = (
@@ -68,7 +94,7 @@ class PrecomputedDetector(EntityDetector):
     @configurable
     def __init__(
         self,
-        model: FeatureExtractor,
+        model: FeatureExtractor | NoFeatures,
         num_classes: int,
         *,
         score_threshold: float = 0.05,
@@ -76,7 +102,7 @@ class PrecomputedDetector(EntityDetector):
     ):
         """
         Args:
-            model: computes the features.
+            model: computes the features, if there are any.
             num_classes: K.
             score_threshold: only detections with a higher score are kept at test time.
             max_detections: max detections per image at test time, those with the highest scores.
@@ -88,27 +114,48 @@ class PrecomputedDetector(EntityDetector):
 
     @classmethod
     def from_config(cls, cfg: CfgNode):
+        return {
+            "model": cls._build_features(cfg) if reads_pixels(cfg) else NoFeatures(),
+            "num_classes": cfg.MODEL.ROI_HEADS.NUM_CLASSES,
+            "score_threshold": cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST,
+            "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
+        }
+
+    @staticmethod
+    def _build_features(cfg: CfgNode) -> FeatureExtractor:
         backbone, box_head = build_backbone(cfg), None
         if cfg.MODEL.RELDN.PRECOMPUTED_BOX_HEAD:
             size = cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION
             channels = backbone.output_shape()[cfg.MODEL.ROI_HEADS.IN_FEATURES[0]].channels
             box_head = build_box_head(cfg, ShapeSpec(channels=channels, height=size, width=size))
-        return {
-            "model": FeatureExtractor(
-                backbone, box_head, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
-            ),
-            "num_classes": cfg.MODEL.ROI_HEADS.NUM_CLASSES,
-            "score_threshold": cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST,
-            "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
-        }
+        return FeatureExtractor(backbone, box_head, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
+
+    @classmethod
+    def needs_images(cls, cfg: CfgNode) -> bool:
+        return reads_pixels(cfg)
+
+    @property
+    def reads_images(self) -> bool:
+        return isinstance(self.model, FeatureExtractor)
 
     @property
     def num_classes(self) -> int:
         return self._num_classes
 
     @property
+    def backbone(self) -> nn.Module | None:
+        """Return the backbone; None without images."""
+        return self.model.backbone if self.reads_images else None
+
+    @property
     def box_head(self) -> nn.Module | None:
-        return getattr(self.model.roi_heads, "box_head", None)
+        return getattr(self.model.roi_heads, "box_head", None) if self.reads_images else None
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        return super().output_shape() if self.reads_images else {}
+
+    def extract_features(self, images: ImageList) -> dict[str, Tensor]:
+        return super().extract_features(images) if self.reads_images else {}
 
     def _read(self, batched_inputs: list[dict], device: torch.device) -> list[Instances]:
         """Return the detections of each image; raise if any image has none attached."""

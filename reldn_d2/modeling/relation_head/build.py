@@ -8,6 +8,7 @@ from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.roi_heads.box_head import build_box_head
 from detectron2.utils.registry import Registry
 
+from ...config import reads_pixels
 from ..backbone.vgg import VGG16BoxHead
 from .predictors import VisualModule, without_last_relu
 
@@ -18,8 +19,9 @@ ROI_RELATION_HEAD_REGISTRY.__doc__ = """
 Registry for relation heads, which predict the predicates of pairs of entities.
 
 The registered object is called with ``obj(cfg, entity_shape, predicate_shape)``: the output shapes
-of the detector's and of the predicate backbone, as dicts from feature name to ShapeSpec. It is used
-like :class:`reldn_d2.modeling.relation_head.RelDNHead`, whose ``forward`` describes the arguments.
+of the detector's and of the predicate backbone, as dicts from feature name to ShapeSpec; both are
+empty without images (:func:`reldn_d2.config.reads_pixels`). It is used like
+:class:`reldn_d2.modeling.relation_head.RelDNHead`, whose ``forward`` describes the arguments.
 """
 
 
@@ -49,7 +51,7 @@ def build_visual_parts(
     """
     head, switch = cfg.MODEL.ROI_RELATION_HEAD, cfg.MODEL.ROI_RELATION_HEAD.VISUAL
     resolution = head.POOLER_RESOLUTION or cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION
-    if not (switch.SPO or switch.SUBJECT_SKIP or switch.OBJECT_SKIP):
+    if not reads_pixels(cfg):
         return {}
 
     def pooler(shape: dict[str, ShapeSpec]) -> ROIPooler:

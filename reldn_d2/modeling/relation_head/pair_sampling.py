@@ -16,7 +16,7 @@ from torch import Tensor
 from ..sampling import random_keys, sample_mask
 from .pairs import PairGrid
 
-__all__ = ["SampledPairs", "sample_pairs"]
+__all__ = ["SampledPairs", "leaves_no_choice", "sample_pairs"]
 
 
 @dataclass
@@ -112,4 +112,25 @@ def sample_pairs(
         for_predicate=for_predicate[subjects, objects],
         for_subjects=for_subjects[subjects, objects],
         for_objects=for_objects[subjects, objects],
+    )
+
+
+def leaves_no_choice(
+    grid: PairGrid,
+    *,
+    num_pairs: int = 512,
+    num_positive: int = 128,
+    num_anchor_positive: int = 128,
+    num_anchor_negative: int = 128,
+) -> bool:
+    """Tell whether :func:`sample_pairs` draws all candidates of an image, whatever its randomness.
+
+    Reads two numbers on the host. Arguments as for :func:`sample_pairs`.
+    """
+    positive, negative = int(grid.positive.sum()), int(grid.negative.sum())
+    return (
+        positive <= num_positive
+        and positive + negative <= num_pairs
+        and (num_anchor_positive == 0 or positive <= num_anchor_positive)
+        and (num_anchor_negative == 0 or negative <= num_anchor_negative)
     )
