@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores; before torch starts
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # The built-in datasets are then read from ./datasets: a test that needs some runs in a folder with
 # small ones (sandbox.py), and no test depends on what the user has.
 os.environ.pop("DETECTRON2_DATASETS", None)

@@ -60,7 +60,12 @@ NEEDED = {
         "'git+https://github.com/facebookresearch/detectron2.git'",
         "cv2": "opencv-python",
     },
-    "test": {"pytest": "pytest", "hypothesis": "hypothesis", "h5py": "h5py"},
+    "test": {
+        "pytest": "pytest",
+        "xdist": "pytest-xdist",
+        "hypothesis": "hypothesis",
+        "h5py": "h5py",
+    },
     "dev": {"black": "black", "isort": "isort", "ruff": "ruff"},
 }
 
