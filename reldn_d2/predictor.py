@@ -29,6 +29,8 @@ from .checkpoint.reldn_checkpoint import RelDNCheckpointer
 from .config import add_reldn_config, merge_config
 from .data.detection_files import load_detections, transform_detections
 from .modeling.detectors.precomputed import PrecomputedDetector
+from .pretrained.weights import pretrained_file
+from .structures.class_matching import leave_out_unknown
 from .structures.given_boxes import GivenBoxes, GivenEntities, ModelClasses, check_detections
 from .structures.scene_graph import SceneGraph
 from .utils.image_io import ONE_IMAGE, ImageError, OneImage, from_rgb, load_rgb
@@ -37,6 +39,8 @@ from .utils.protocols import predicates_per_pair
 __all__ = ["GivenBoxes", "RelationPredictor"]
 
 logger = logging.getLogger(__name__)
+
+UNKNOWN_CLASSES = ("error", "leave_out")
 
 
 class RelationPredictor:
@@ -59,13 +63,23 @@ class RelationPredictor:
         cfg: CfgNode,
         thing_classes: Sequence[str] = (),
         predicate_classes: Sequence[str] = (),
+        unknown_classes: str = "error",
     ):
         """
         Args:
             model: a RelDN with its weights; it is put into eval mode.
             cfg: its config; ``INPUT`` decides how images are prepared.
             thing_classes, predicate_classes: names by id.
+            unknown_classes: what happens to given boxes whose class *name* the model does not have:
+                "error", or "leave_out", which logs their count and lists them in the result's
+                ``left_out``. Synonyms are names that the model has, see
+                :mod:`.structures.class_matching`.
         """
+        if unknown_classes not in UNKNOWN_CLASSES:
+            raise ValueError(
+                f"unknown_classes is {unknown_classes!r}; expected {' or '.join(UNKNOWN_CLASSES)}"
+            )
+        self.unknown_classes = unknown_classes
         self.model = model.eval()
         self.cfg = cfg
         self.thing_classes = list(thing_classes)
@@ -79,6 +93,7 @@ class RelationPredictor:
         device: str | None = None,
         config_file: str | None = None,
         opts: Sequence[Any] = (),
+        unknown_classes: str = "error",
     ) -> "RelationPredictor":
         """Build the model that a RelDN checkpoint describes; no data set is needed.
 
@@ -88,6 +103,7 @@ class RelationPredictor:
             device: such as ``cpu`` or ``cuda:0``; None uses a GPU if there is one.
             config_file: replaces the checkpoint's own config.
             opts: ``KEY, VALUE, ...`` config overrides, merged last.
+            unknown_classes: see :class:`RelationPredictor`.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -121,7 +137,30 @@ class RelationPredictor:
             cfg,
             description.get("thing_classes", ()),
             description.get("predicate_classes", ()),
+            unknown_classes,
         )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str,
+        device: str | None = None,
+        opts: Sequence[Any] = (),
+        unknown_classes: str = "leave_out",
+    ) -> "RelationPredictor":
+        """Build a model whose weights are part of this package, for boxes of anyone's detector.
+
+        Args:
+            name: a key of :data:`reldn_d2.pretrained.PRETRAINED`, such as ``vrd_boxes``.
+            device, opts: see :meth:`from_checkpoint`.
+            unknown_classes: see :class:`RelationPredictor`. By default boxes of classes that the
+                model does not have are left out, counted in the log and listed in the result.
+
+        Raises:
+            ValueError: there is no such model; the message lists those that exist.
+        """
+        path = pretrained_file(name)
+        return cls.from_checkpoint(path, device, opts=opts, unknown_classes=unknown_classes)
 
     def __call__(
         self,
@@ -141,8 +180,8 @@ class RelationPredictor:
         Args:
             images: a path, an (H, W[, 3 or 4]) array, a PIL image, or a list of these.
             boxes: (R, 4) boxes that replace detections.
-            classes: (R,) their classes, as ids or names. Boxes without classes are classified by
-                the detector.
+            classes: (R,) their classes, as ids or names; ``unknown_classes`` decides about names
+                that the model does not have. Boxes without classes are classified by the detector.
             scores: (R,) their scores in [0, 1]; 1 if not given. They need classes.
             detections: ``{"boxes": (Q, 4), "classes": (Q,), "scores": (Q,)}``, for a model that was
                 trained on detections from files. As in evaluation, those with a low score are
@@ -153,7 +192,7 @@ class RelationPredictor:
         Returns:
             A scene graph, or a list of them in the order of the images. With given boxes its
             entities are exactly these, in their order, even where they extend beyond the image (the
-            model sees the part within the image).
+            model sees the part within the image), less those in ``left_out``.
 
         Raises:
             ImageError: an unusable image or unusable boxes; the message is one line and names the
@@ -221,13 +260,31 @@ class RelationPredictor:
         """Read and prepare one image; ``name`` is for messages about an image without a path."""
         file_name = str(image) if isinstance(image, (str, Path)) else None
         name = file_name or name
+        given, left_out = self._leave_out(given, name)
         record = self.prepare(load_rgb(image, channels, name), **given, name=name)
         task = "sgdet"
         if given.get("boxes") is not None:
             task = "sgcls" if given.get("classes") is None else "prdcls"
         if task != "prdcls":
             self.require_detections(record)
-        return _Input(record, task, file_name)
+        return _Input(record, task, file_name, left_out)
+
+    def _leave_out(
+        self, given: Mapping[str, Any], name: str
+    ) -> tuple[dict[str, Any], dict[int, str]]:
+        """Leave out boxes or detections of unknown classes if ``unknown_classes`` says so."""
+        given = dict(given)
+        if self.unknown_classes == "error":
+            return given, {}
+        entities = {key: given.get(key) for key in ("boxes", "classes", "scores")}
+        entities, left_out = leave_out_unknown(entities, self.thing_classes, name)
+        given.update(entities)
+        if isinstance(given.get("detections"), Mapping):
+            given["detections"], more = leave_out_unknown(
+                given["detections"], self.thing_classes, f"{name}: detections"
+            )
+            left_out = left_out or more
+        return given, left_out
 
     def _predict(self, inputs: Sequence["_Input"]) -> list[SceneGraph]:
         """Predict prepared images, those of one task and size in one batch."""
@@ -240,7 +297,8 @@ class RelationPredictor:
             with torch.no_grad(), self._as_task(task):
                 outputs = self.model([inputs[i].record for i in batch])
             for i, output in zip(batch, outputs):
-                graphs[i] = self._result(output, inputs[i])
+                graph = self._result(output, inputs[i])
+                graphs[i] = replace(graph, left_out=inputs[i].left_out)
         return [graphs[i] for i in range(len(inputs))]
 
     def _result(self, output: dict[str, Instances], x: "_Input") -> SceneGraph:
@@ -395,6 +453,7 @@ class _Input(NamedTuple):
     record: dict[str, Any]  # the model's input
     task: str
     file_name: str | None
+    left_out: dict[int, str]  # given boxes of classes that the model does not have
 
 
 def _one_per_image(values: Any, num_images: int, what: str) -> list[Any]:
