@@ -65,8 +65,8 @@ def images_of(relations_csv: Path) -> list[str]:
     if not images:
         met = ", ".join(f"'{x}'" for x in list(others)[:5]) or "no row"
         raise ValueError(
-            f"{relations_csv}: no row has one of the predicates {', '.join(predicates)}; met {met}. Is "
-            "it another file of OpenImages?"
+            f"{relations_csv}: no row has one of the predicates {', '.join(predicates)}; met {met}"
+            " instead. Is it another file of OpenImages?"
         )
     return list(images)
 
