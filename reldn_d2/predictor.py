@@ -55,6 +55,8 @@ class RelationPredictor:
         >>> predictor("street.jpg").best(10).triplets()
         >>> predictor(["a.jpg", "b.jpg"], batch_size=2)
         >>> predictor("street.jpg", boxes=[[10, 20, 110, 220], [50, 60, 90, 100]])
+        >>> any_boxes = RelationPredictor.from_pretrained("vrd_boxes")
+        >>> any_boxes("street.jpg", boxes=boxes, classes=["Person", "couch"], scores=[0.9, 0.6])
     """
 
     def __init__(
