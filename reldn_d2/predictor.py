@@ -73,8 +73,8 @@ class RelationPredictor:
             cfg: its config; ``INPUT`` decides how images are prepared.
             thing_classes, predicate_classes: names by id.
             unknown_classes: what happens to given boxes whose class *name* the model does not have:
-                "error", or "leave_out", which logs their count and lists them in the result's
-                ``left_out``. Synonyms are names that the model has, see
+                "error", or "leave_out", which lists them in the result's ``left_out`` and logs their
+                count whenever a new class is among them. Synonyms are names that the model has, see
                 :mod:`.structures.class_matching`.
         """
         if unknown_classes not in UNKNOWN_CLASSES:
@@ -82,6 +82,7 @@ class RelationPredictor:
                 f"unknown_classes is {unknown_classes!r}; expected {' or '.join(UNKNOWN_CLASSES)}"
             )
         self.unknown_classes = unknown_classes
+        self._reported_classes: set[str] = set()
         self.model = model.eval()
         self.cfg = cfg
         self.thing_classes = list(thing_classes)
@@ -279,11 +280,12 @@ class RelationPredictor:
         if self.unknown_classes == "error":
             return given, {}
         entities = {key: given.get(key) for key in ("boxes", "classes", "scores")}
-        entities, left_out = leave_out_unknown(entities, self.thing_classes, name)
+        reported = self._reported_classes
+        entities, left_out = leave_out_unknown(entities, self.thing_classes, name, reported)
         given.update(entities)
         if isinstance(given.get("detections"), Mapping):
             given["detections"], more = leave_out_unknown(
-                given["detections"], self.thing_classes, f"{name}: detections"
+                given["detections"], self.thing_classes, f"{name}: detections", reported
             )
             left_out = left_out or more
         return given, left_out

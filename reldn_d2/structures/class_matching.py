@@ -115,7 +115,10 @@ def find_class(name: str, names: Sequence[str]) -> int | None:
 
 
 def leave_out_unknown(
-    entities: Mapping[str, Any], names: Sequence[str], where: str
+    entities: Mapping[str, Any],
+    names: Sequence[str],
+    where: str,
+    reported: set[str] | None = None,
 ) -> tuple[dict[str, Any], dict[int, str]]:
     """Leave out the entities whose class name the model does not know, and log their count.
 
@@ -124,6 +127,8 @@ def leave_out_unknown(
             None. Classes that are ids and not names stay.
         names: the model's class names by id.
         where: image, for the log.
+        reported: class names that were reported before; the new ones are added. Without new ones
+            nothing is logged, so that a video does not repeat the same line for each frame.
 
     Returns:
         the other entities, and the class names of those left out by their index in ``entities``.
@@ -145,11 +150,14 @@ def leave_out_unknown(
     ):
         return entities, {}
     kept = [index for index in range(len(classes)) if index not in left_out]
-    counts = Counter(left_out.values()).most_common()
-    logger.warning(
-        f"{where}: left out {len(left_out)} of {len(classes)} boxes, whose classes the model does "
-        f"not have: {', '.join(f'{count} x {name}' for name, count in counts)}"
-    )
+    reported = set() if reported is None else reported
+    counts = Counter(left_out.values())
+    if counts.keys() - reported:
+        reported.update(counts)
+        logger.warning(
+            f"{where}: left out {len(left_out)} of {len(classes)} boxes, whose classes the model "
+            f"does not have: {', '.join(f'{n} x {name}' for name, n in counts.most_common())}"
+        )
     for key, x in values.items():
         is_list = isinstance(x, (list, tuple))
         entities[key] = [x[index] for index in kept] if is_list else x[kept]

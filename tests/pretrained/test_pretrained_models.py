@@ -7,6 +7,8 @@ import numpy as np
 import pack_checkpoint
 import pytest
 import torch
+from model_utils import ROOT
+from PIL import Image
 from usage_utils import picture, provide_pretrained, write_boxes_checkpoint, write_checkpoint
 
 from reldn_d2.checkpoint import read_checkpoint
@@ -133,6 +135,11 @@ def test_from_pretrained_foreign_names_are_matched_and_others_counted(pretrained
     assert graph.left_out == {1: "zebra"} and graph.best(3).left_out == {1: "zebra"}
     assert json.loads(graph.to_json())["left_out"] == {"1": "zebra"}
     assert "image: left out 1 of 4 boxes" in caplog.text and "1 x zebra" in caplog.text
+    caplog.clear()
+    pretrained(picture(), **found)
+    assert "left out" not in caplog.text  # known by now; the result still counts
+    pretrained(picture(), boxes=BOXES[:2], classes=["zebra", "wine glass"])
+    assert "left out 2 of 2 boxes" in caplog.text and "1 x wine glass" in caplog.text
     # As detections, and in a list with an image that loses nothing and one that loses everything.
     detected = pretrained(picture(), detections=found)
     assert detected.left_out == {1: "zebra"} and len(detected.boxes) == 3
@@ -159,3 +166,13 @@ def test_from_checkpoint_unknown_ids_stay_errors(tmp_path):
         lenient(picture(), boxes=BOXES[:2], classes=["person", 99])
     assert lenient(picture(), boxes=BOXES[:2], classes=["person", "sky"]).left_out == {1: "sky"}
     assert len(lenient(picture(), boxes=BOXES).boxes) == 4  # without classes
+
+
+def test_photo_of_the_readme_has_boxes_of_known_classes():
+    photo = ROOT / "docs" / "photo.jpg"
+    entry = json.loads((ROOT / "docs" / "photo_boxes.json").read_text())[photo.name]
+    assert photo.stat().st_size <= 200_000 and {*entry["classes"]} <= {*VRD_CLASSES}
+    boxes, (width, height) = np.array(entry["boxes"]), Image.open(photo).size
+    assert len(boxes) == len(entry["classes"]) >= 8
+    assert (boxes >= 0).all() and (boxes <= [width, height, width, height]).all()
+    assert (boxes[:, 2:] > boxes[:, :2]).all()
