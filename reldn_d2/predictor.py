@@ -73,9 +73,9 @@ class RelationPredictor:
             cfg: its config; ``INPUT`` decides how images are prepared.
             thing_classes, predicate_classes: names by id.
             unknown_classes: what happens to given boxes whose class *name* the model does not have:
-                "error", or "leave_out", which lists them in the result's ``left_out`` and logs their
-                count whenever a new class is among them. Synonyms are names that the model has, see
-                :mod:`.structures.class_matching`.
+                "error", or "leave_out", which lists them in the result's ``left_out`` and logs
+                their count whenever a new class is among them. Synonyms are names that the model
+                has, see :mod:`.structures.class_matching`.
         """
         if unknown_classes not in UNKNOWN_CLASSES:
             raise ValueError(
