@@ -5,6 +5,7 @@ again.
 """
 
 import argparse
+import errno
 import os
 import shutil
 import sys
@@ -14,17 +15,55 @@ import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
-__all__ = ["PrepareError", "fetch", "fetch_many", "create_parser", "require", "run", "unpack"]
+__all__ = [
+    "PrepareError",
+    "Source",
+    "create_parser",
+    "drive_file",
+    "fetch",
+    "fetch_many",
+    "require",
+    "run",
+    "unpack",
+]
 
 _BLOCK = 1 << 20
 _TIMEOUT = 60  # seconds without receiving a byte
+_LOCAL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)  # no address helps
+_DRIVE = "https://drive.usercontent.google.com/download"
 
 
 class PrepareError(Exception):
     """A problem that the user has to fix; the message says how."""
+
+
+class Source(NamedTuple):
+    """Where a file comes from.
+
+    Attributes:
+        page: documents the file, for a download by hand.
+        addresses: URLs, tried in this order.
+        hint: another way to get it, for the message when all have failed.
+    """
+
+    page: str
+    addresses: tuple[str, ...]
+    hint: str = ""
+
+    def all_addresses(self) -> tuple[str, ...]:
+        """Return the addresses, and at the end those of the Internet Archive's copies."""
+        archive = "https://web.archive.org/web/2020id_/"  # the copy nearest to 2020, unchanged
+        known = [x for x in self.addresses if not x.startswith(_DRIVE)]
+        return (*self.addresses, *(archive + x for x in known))
+
+
+def drive_file(file_id: str) -> str:
+    """Return the URL of a file on Google Drive, without the page that asks for confirmation."""
+    return f"{_DRIVE}?id={file_id}&export=download&confirm=t"
 
 
 def create_parser(description: str) -> argparse.ArgumentParser:
@@ -55,62 +94,114 @@ def run(main: Callable[[], None]) -> int:
     return 0
 
 
-def fetch(urls: Mapping[str, str], name: str, folder: Path, mirror: str | None = None) -> Path:
+def fetch(
+    sources: Mapping[str, Source], name: str, folder: Path, mirror: str | None = None
+) -> Path:
     """Download a file unless it exists; an interrupted download resumes where it stopped.
 
     Args:
-        urls: URL by file name.
+        sources: by file name.
         name: name of the file.
         folder: folder to put it in.
         mirror: base URL to download it from instead.
 
     Raises:
-        PrepareError: the download fails; the message says what to do by hand.
+        PrepareError: no address works; the message says what to do by hand.
     """
     path = folder / name
     if path.exists():
         return path
-    url = f"{mirror.rstrip('/')}/{name}" if mirror else urls[name]
-    try:
-        _download(url, path, progress=True)
-    except OSError as error:
-        raise PrepareError(
-            f"Cannot download {url} ({error}). Run the command again, or download {name} by hand "
-            f"and put it into {folder.resolve()}; see datasets/README.md for its home page."
-        ) from error
-    return path
+    source = sources[name]
+    addresses = (_mirrored(mirror, name),) if mirror else source.all_addresses()
+    failures = []
+    for index, address in enumerate(addresses):
+        try:
+            # Each address has a part of its own: another address may have another file.
+            _download(address, path, f".part{index or ''}", progress=True)
+        except OSError as error:
+            if error.errno in _LOCAL_ERRORS:
+                raise
+            failures.append(f"{address} ({error})")
+            if index + 1 < len(addresses):
+                print(f"{failures[-1]}: trying the next address", file=sys.stderr)
+        else:
+            for part in folder.glob(f"{name}.part*"):  # begun from another address
+                part.unlink()
+            return path
+    tried = "\n  ".join(failures)
+    raise PrepareError(
+        f"Cannot download {name}:\n  {tried}\nRun the command again to retry. If that does not "
+        f"help, download it by hand (see {source.page}), put it into {folder.resolve()} as {name} "
+        "and run the command again, or give the address of a folder that has it: --mirror URL."
+        f"{source.hint}"
+    )
 
 
-def fetch_many(urls: Mapping[Path, str], what: str, threads: int = 16) -> None:
+def _mirrored(mirror: str, name: str) -> str:
+    return f"{mirror.rstrip('/')}/{name}"
+
+
+def fetch_many(sources: Mapping[Path, tuple[str, ...]], what: str, threads: int = 16) -> None:
     """Download many small files, except those that exist already.
+
+    Args:
+        sources: addresses by path, tried in their order.
+        what: for messages.
+        threads: number of parallel downloads.
 
     Raises:
         PrepareError: some downloads failed; all others are complete.
     """
-    missing = {path: url for path, url in urls.items() if not path.exists()}
+    missing = {path: x for path, x in sources.items() if not path.exists()}
     failures = []
     with ThreadPoolExecutor(threads) as pool:
-        jobs = {pool.submit(_download, url, path): url for path, url in missing.items()}
-        done = tqdm(as_completed(jobs), total=len(urls), initial=len(urls) - len(jobs), desc=what)
+        jobs = {pool.submit(_download_any, x, path): path for path, x in missing.items()}
+        done = tqdm(
+            as_completed(jobs), total=len(sources), initial=len(sources) - len(jobs), desc=what
+        )
         try:
             for job in done:
                 if job.exception() is not None:
-                    failures.append(f"{jobs[job]}: {job.exception()}")
+                    failures.append(str(job.exception()))
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             raise
     if failures:
         shown = "\n  ".join(failures[:10])
         raise PrepareError(
-            f"Cannot download {len(failures)} of {len(urls)} files ({what}), including\n  "
-            f"{shown}\nRun the command again to retry them."
+            f"Cannot download {len(failures)} of {len(sources)} files ({what}), including\n  "
+            f"{shown}\nRun the command again to retry them, or put them into "
+            f"{next(iter(sources)).parent.resolve()} by hand."
         )
 
 
-def _download(url: str, path: Path, progress: bool = False) -> None:
-    """Download to ``path`` through ``path.part``, which stays after an error, to be resumed."""
+def _download_any(addresses: tuple[str, ...], path: Path) -> None:
+    """Download a small file from the first address that works."""
+    failures = []
+    for index, address in enumerate(addresses):
+        try:
+            return _download(address, path, f".part{index or ''}")
+        except OSError as error:
+            if error.errno in _LOCAL_ERRORS:
+                raise
+            failures.append(f"{address}: {error}")
+    raise OSError("; ".join(failures))
+
+
+def _download(url: str, path: Path, suffix: str, progress: bool = False) -> None:
+    """Download to ``path`` through a part file, which stays after an error, to be resumed.
+
+    Args:
+        url: the address.
+        path: the file.
+        suffix: of the part file.
+        progress: show a bar.
+
+    Raises:
+        OSError: the download fails, or what comes is a web page instead of the file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(path.name + suffix)
     start = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
@@ -122,6 +213,10 @@ def _download(url: str, path: Path, progress: bool = False) -> None:
         response = urllib.request.urlopen(url, timeout=_TIMEOUT)
         start = 0
     with response:
+        # Hosts that no longer have a file, and Google Drive when a quota is used up, answer with a
+        # page that must not be stored as the file.
+        if response.headers.get_content_type() == "text/html":
+            raise OSError("the server sent a web page instead of the file")
         resumed = start > 0 and response.status == 206
         length = response.headers.get("Content-Length")
         total = None if length is None else int(length) + (start if resumed else 0)

@@ -12,32 +12,38 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # if the package is not installed
 
-from _prepare import PrepareError, create_parser, fetch, fetch_many, run  # noqa: E402
+from _prepare import PrepareError, Source, create_parser, fetch, fetch_many, run  # noqa: E402
 
 import reldn_d2  # noqa: E402,F401  # isort: skip  before Detectron2
 from reldn_d2.data.datasets.io import Problems, read_csv  # noqa: E402
 from reldn_d2.data.datasets.openimages import OPENIMAGES_PREDICATES  # noqa: E402
 from reldn_d2.data.datasets.openimages_files import read_image_list  # noqa: E402
 
-_CHALLENGE = "https://storage.googleapis.com/openimages/challenge_2018"
-_V6 = "https://storage.googleapis.com/openimages/v6"
-_IMAGES = "https://open-images-dataset.s3.amazonaws.com"
+_PAGE = "https://storage.googleapis.com/openimages/web"
+_IMAGE_HOSTS = (
+    "https://open-images-dataset.s3.amazonaws.com",
+    "https://s3.amazonaws.com/open-images-dataset",  # the same storage under another host
+)
 _TRAIN = "challenge-2018-train-vrd.csv"
-_COMMON = {
-    "challenge-2018-classes-vrd.csv": f"{_CHALLENGE}/challenge-2018-classes-vrd.csv",
-    "challenge-2018-attributes-description.csv": (
-        f"{_CHALLENGE}/challenge-2018-attributes-description.csv"
-    ),
-}
-URLS = {
-    **_COMMON,
-    _TRAIN: f"{_CHALLENGE}/train/{_TRAIN}",
-    "challenge-2018-train-vrd-labels.csv": (
-        f"{_CHALLENGE}/train/challenge-2018-train-vrd-labels.csv"
-    ),
+_COMMON = ("challenge-2018-classes-vrd.csv", "challenge-2018-attributes-description.csv")
+
+
+def _source(page: str, path: str) -> Source:
+    # The second address is the same storage under another host, which may be reachable when the
+    # first is blocked.
+    hosts = ("https://storage.googleapis.com", "https://commondatastorage.googleapis.com")
+    return Source(f"{_PAGE}/{page}.html", tuple(f"{host}/openimages/{path}" for host in hosts))
+
+
+SOURCES = {
+    **{name: _source("challenge", f"challenge_2018/{name}") for name in _COMMON},
     **{
-        f"oidv6-{split}-annotations-vrd.csv": f"{_V6}/oidv6-{split}-annotations-vrd.csv"
-        for split in ("train", "validation", "test")
+        name: _source("challenge", f"challenge_2018/train/{name}")
+        for name in (_TRAIN, "challenge-2018-train-vrd-labels.csv")
+    },
+    **{
+        name: _source("download_v6", f"v6/{name}")
+        for name in (f"oidv6-{x}-annotations-vrd.csv" for x in ("train", "validation", "test"))
     },
 }
 
@@ -48,8 +54,20 @@ def images_of(relations_csv: Path) -> list[str]:
     predicates = (*OPENIMAGES_PREDICATES, "is")
     columns = ("ImageID", "RelationshipLabel")
     rows = read_csv(str(relations_csv), columns, "relationships of OpenImages", problems)
-    images = dict.fromkeys(image for _, (image, label) in rows if label in predicates)
+    images: dict[str, None] = {}
+    others: dict[str, None] = {}
+    for _, (image, label) in rows:
+        if label in predicates:
+            images[image] = None
+        else:
+            others[label] = None
     problems.raise_any()
+    if not images:
+        met = ", ".join(f"'{x}'" for x in list(others)[:5]) or "no row"
+        raise ValueError(
+            f"{relations_csv}: no row has one of the predicates {', '.join(predicates)}; met {met}"
+            " instead. Is it another file of OpenImages?"
+        )
     return list(images)
 
 
@@ -66,20 +84,23 @@ def main() -> None:
     args = parser.parse_args()
     folder = args.root / "openimages_vrd"
     for name in _COMMON:
-        fetch(URLS, name, folder, args.mirror)
+        fetch(SOURCES, name, folder, args.mirror)
     try:
         if args.set.startswith("v6"):
             split = args.set.removeprefix("v6-")
-            table = fetch(URLS, f"oidv6-{split}-annotations-vrd.csv", folder, args.mirror)
+            table = fetch(SOURCES, f"oidv6-{split}-annotations-vrd.csv", folder, args.mirror)
             images = images_of(table)
         else:
             split = "train"
             images = _challenge_images(folder, args.set == "mini", args.mirror)
     except ValueError as error:
         raise PrepareError(str(error)) from error
-    base = args.mirror.rstrip("/") if args.mirror else _IMAGES
-    urls = {folder / split / f"{image}.jpg": f"{base}/{split}/{image}.jpg" for image in images}
-    fetch_many(urls, f"{split} images", args.threads)
+    hosts = (args.mirror.rstrip("/"),) if args.mirror else _IMAGE_HOSTS
+    addresses = {
+        folder / split / f"{image}.jpg": tuple(f"{host}/{split}/{image}.jpg" for host in hosts)
+        for image in images
+    }
+    fetch_many(addresses, f"{split} images", args.threads)
     name = {"challenge": "train", "mini": "mini_train"}.get(args.set, args.set.replace("-", "_"))
     print(
         f"All {len(images)} images are complete. Check them: "
@@ -89,8 +110,8 @@ def main() -> None:
 
 def _challenge_images(folder: Path, mini: bool, mirror: str | None) -> list[str]:
     """Return the images of the lists, which are created if they do not exist."""
-    table = fetch(URLS, _TRAIN, folder, mirror)
-    fetch(URLS, "challenge-2018-train-vrd-labels.csv", folder, mirror)
+    table = fetch(SOURCES, _TRAIN, folder, mirror)
+    fetch(SOURCES, "challenge-2018-train-vrd-labels.csv", folder, mirror)
     names = ("mini_train", "mini_val") if mini else ("train", "val")
     lists = [folder / "lists" / f"{name}.txt" for name in names]
     if not all(path.exists() for path in lists):

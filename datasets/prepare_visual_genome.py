@@ -8,17 +8,34 @@ unpacked into one folder, VG_100K.
 import sys
 from pathlib import Path, PurePosixPath
 
-from _prepare import create_parser, fetch, require, run, unpack
+from _prepare import Source, create_parser, fetch, require, run, unpack
 
-_GRAPHS = "http://svl.stanford.edu/projects/scene-graph/dataset"
+_GRAPHS_PAGE = "https://github.com/danfeiX/scene-graph-TF-release, data_tools/README.md"
+_HOME = "https://homes.cs.washington.edu/~ranjay/visualgenome/api.html"
 _IMAGES = "https://cs.stanford.edu/people/rak248/VG_100K_2"
-_DATA = "https://homes.cs.washington.edu/~ranjay/visualgenome/data/dataset"
-URLS = {
-    "VG-SGG.h5": f"{_GRAPHS}/VG-SGG.h5",
-    "VG-SGG-dicts.json": f"{_GRAPHS}/VG-SGG-dicts.json",
-    "image_data.json.zip": f"{_DATA}/image_data.json.zip",
-    "images.zip": f"{_IMAGES}/images.zip",
-    "images2.zip": f"{_IMAGES}/images2.zip",
+
+
+def _graphs(name: str) -> Source:
+    hosts = ("http://svl.stanford.edu/projects", "http://cvgl.stanford.edu")
+    return Source(_GRAPHS_PAGE, tuple(f"{host}/scene-graph/dataset/{name}" for host in hosts))
+
+
+SOURCES = {
+    "VG-SGG.h5": _graphs("VG-SGG.h5"),
+    "VG-SGG-dicts.json": _graphs("VG-SGG-dicts.json"),
+    "image_data.json.zip": Source(
+        _HOME,
+        (
+            "https://homes.cs.washington.edu/~ranjay/visualgenome/data/dataset/image_data.json.zip",
+            "http://visualgenome.org/static/data/dataset/image_data.json.zip",
+        ),
+        hint=(
+            " image_data.json itself works too; another copy is "
+            "http://svl.stanford.edu/projects/scene-graph/VG/image_data.json"
+        ),
+    ),
+    "images.zip": Source(_HOME, (f"{_IMAGES}/images.zip",)),
+    "images2.zip": Source(_HOME, (f"{_IMAGES}/images2.zip",)),
 }
 
 
@@ -29,11 +46,11 @@ def main() -> None:
     args = parser.parse_args()
     folder = args.root / "vg"
     for name in ("VG-SGG.h5", "VG-SGG-dicts.json"):
-        fetch(URLS, name, folder, args.mirror)
+        fetch(SOURCES, name, folder, args.mirror)
 
     image_data = folder / "image_data.json"
     if not image_data.exists():
-        archive = fetch(URLS, "image_data.json.zip", folder, args.mirror)
+        archive = fetch(SOURCES, "image_data.json.zip", folder, args.mirror)
         unpack(archive, lambda member: image_data if member.endswith("image_data.json") else None)
         require([image_data], archive.name)
     if args.no_images:
@@ -45,7 +62,7 @@ def main() -> None:
         return folder / "VG_100K" / path.name if path.suffix == ".jpg" else None
 
     for name in ("images.zip", "images2.zip"):
-        if not unpack(fetch(URLS, name, folder, args.mirror), target_path):
+        if not unpack(fetch(SOURCES, name, folder, args.mirror), target_path):
             require([folder / "VG_100K" / "*.jpg"], name)
     print("Visual Genome is complete. Check it: python -m reldn_d2.data.check visual_genome_train")
 

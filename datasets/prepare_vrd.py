@@ -7,11 +7,24 @@ Archives that exist in ROOT/vrd are not downloaded again.
 import sys
 from pathlib import Path, PurePosixPath
 
-from _prepare import create_parser, fetch, require, run, unpack
+from _prepare import Source, create_parser, drive_file, fetch, require, run, unpack
 
-URLS = {
-    "json_dataset.zip": "https://cs.stanford.edu/people/ranjaykrishna/vrd/json_dataset.zip",
-    "sg_dataset.zip": "http://imagenet.stanford.edu/internal/jcjohns/scene_graphs/sg_dataset.zip",
+_HOME = "https://cs.stanford.edu/people/ranjaykrishna/vrd"
+_IMAGES_ID = "0Byvt-AfX75o1SVBTWFlPRGZGTXc"
+SOURCES = {
+    "json_dataset.zip": Source(f"{_HOME}/", (f"{_HOME}/json_dataset.zip",)),
+    "sg_dataset.zip": Source(
+        f"{_HOME}/ and https://github.com/GriffinLiang/vrd-dsr, which names another copy",
+        (
+            drive_file(_IMAGES_ID),
+            # The official address, which has not answered since 2021.
+            "http://imagenet.stanford.edu/internal/jcjohns/scene_graphs/sg_dataset.zip",
+        ),
+        hint=(
+            " If Google Drive refuses: pip install gdown, then in that folder "
+            f"gdown {_IMAGES_ID} -O sg_dataset.zip"
+        ),
+    ),
 }
 _NAMES = ("annotations_train.json", "annotations_test.json", "objects.json", "predicates.json")
 _FOLDERS = ("sg_train_images", "sg_test_images")
@@ -33,7 +46,7 @@ def main() -> None:
         return folder / "sg_dataset" / path.parent.name / path.name
 
     for archive, target_path in (("json_dataset.zip", annotations), ("sg_dataset.zip", images)):
-        unpack(fetch(URLS, archive, folder, args.mirror), target_path)
+        unpack(fetch(SOURCES, archive, folder, args.mirror), target_path)
     require([folder / "json_dataset" / name for name in _NAMES], "json_dataset.zip")
     require([folder / "sg_dataset" / name for name in _FOLDERS], "sg_dataset.zip")
     print("VRD is complete. Check it: python -m reldn_d2.data.check vrd_train")

@@ -7,6 +7,8 @@ Examples::
     python demo/demo.py --checkpoint model_final.pth --input photos 'more/*.png' \
         --output out --format json --top-k 100
     python demo/demo.py --checkpoint model_final.pth --video-input walk.mp4 --output walk_out.mp4
+    python demo/demo.py --pretrained vrd_boxes --input street.jpg --output pictures \
+        --detector COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml
 
 The checkpoint includes its config and class names; --config-file replaces the config. Subfolders of
 an input folder are not searched. Unusable files are listed at the end and the exit status is 1; all
@@ -17,6 +19,7 @@ import argparse
 import os
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -31,6 +34,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from reldn_d2.predictor import RelationPredictor
+from reldn_d2.pretrained import PRETRAINED, pretrained_file
 from reldn_d2.structures.graph_formats import graph_to_dot, graph_to_graphml
 from reldn_d2.structures.scene_graph import SceneGraph
 from reldn_d2.utils.file_io import write_atomically
@@ -71,8 +75,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument(
         "--checkpoint", metavar="FILE", help="trained RelDN, such as model_final.pth"
+    )
+    model.add_argument(
+        "--pretrained", choices=sorted(PRETRAINED), help="a model that comes with this package"
     )
     parser.add_argument("--config-file", metavar="FILE", help="replaces the checkpoint's config")
     source = parser.add_mutually_exclusive_group(required=True)
@@ -88,7 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--confidence-threshold",
         type=fraction,
         metavar="SCORE",
-        help="min score of a detection; default: the config's, 0.05",
+        help="min score of a detection; default: the config's, 0.05; of --detector: 0.5",
     )
     parser.add_argument(
         "--min-score",
@@ -127,6 +135,18 @@ def build_parser() -> argparse.ArgumentParser:
         "for --boxes",
     )
     parser.add_argument(
+        "--detector",
+        metavar="NAME",
+        help="detect the entities with this detector: a config of Detectron2's model zoo, such as "
+        "COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml, the path of a YAML file, or "
+        "torchvision:fasterrcnn_resnet50_fpn_v2; classes are matched by name",
+    )
+    parser.add_argument(
+        "--detector-weights",
+        metavar="FILE",
+        help="weights of --detector; default: downloaded from the model zoo or torchvision",
+    )
+    parser.add_argument(
         "--batch-size", type=positive, default=1, metavar="N", help="images per batch; default: 1"
     )
     parser.add_argument("--device", help="cpu or cuda; default: a GPU if there is one")
@@ -143,16 +163,27 @@ def build_predictor(args: argparse.Namespace) -> RelationPredictor:
         ValueError: there is no checkpoint.
     """
     opts = list(args.opts)
-    path = args.checkpoint
+    path = args.checkpoint if args.pretrained is None else pretrained_file(args.pretrained)
     if path is None and "MODEL.WEIGHTS" in opts:
         path = opts[opts.index("MODEL.WEIGHTS") + 1]
     if path is None:
-        raise ValueError("no trained model given: add --checkpoint model_final.pth")
+        raise ValueError(
+            "no trained model given: add --checkpoint model_final.pth, or --pretrained "
+            f"{' or '.join(sorted(PRETRAINED))}"
+        )
     ours = ["TEST.RELATIONS.TOPK", max(args.top_k, 100)]
     if args.confidence_threshold is not None:
         ours += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", args.confidence_threshold]
         ours += ["MODEL.RETINANET.SCORE_THRESH_TEST", args.confidence_threshold]
-    return RelationPredictor.from_checkpoint(path, args.device, args.config_file, ours + opts)
+    # Foreign detectors have classes that the model does not know; boxes of its own do not.
+    foreign = args.detector is not None or args.pretrained is not None
+    return RelationPredictor.from_checkpoint(
+        path,
+        args.device,
+        args.config_file,
+        ours + opts,
+        unknown_classes="leave_out" if foreign else "error",
+    )
 
 
 def prepare_output(output: Path | None, kind: str, files: list[str]) -> dict[str, Path]:
@@ -241,6 +272,7 @@ def run_images(
     count = 0
     entities = read_entities(predictor, args)
     results = predictor.stream(files, batch_size=args.batch_size, given=entities)
+    left_out: Counter[str] = Counter()
     progress = tqdm(results, total=len(files), unit="image")
 
     def predictions() -> Iterator[SceneGraph]:
@@ -248,6 +280,7 @@ def run_images(
             if isinstance(prediction, ImageError):
                 errors.append(str(prediction))
             else:
+                left_out.update(prediction.left_out.values())
                 yield prediction
 
     if args.output is None:
@@ -268,9 +301,17 @@ def run_images(
             count += 1
     where = f" in {args.output}" if args.output else ""
     print(f"{count} of {len(files)} images done{where}")
+    print_left_out(left_out)
     if errors:
         print("\n  ".join([f"{len(errors)} could not be used:", *errors]), file=sys.stderr)
     return 1 if errors else 0
+
+
+def print_left_out(counts: Counter[str]) -> None:
+    """Print how many boxes were left out because the model does not have their classes."""
+    if counts:
+        names = ", ".join(f"{count} x {name}" for name, count in counts.most_common())
+        print(f"{counts.total()} boxes left out, of classes that the model does not have: {names}")
 
 
 def video_path(args: argparse.Namespace) -> Path:
@@ -291,7 +332,8 @@ def run_video(predictor: RelationPredictor, args: argparse.Namespace) -> int:
     """Predict a video or the camera frame by frame and return the exit status."""
     if args.format != "image" or args.boxes is not None or args.detections is not None:
         raise ValueError("--format, --boxes and --detections are for images, not for videos")
-    read_entities(predictor, args)  # raises for a model that needs detections
+    entities = read_entities(predictor, args)  # raises for a model that needs detections
+    left_out: Counter[str] = Counter()
     metadata = predictor.metadata
     tracker = EntityTracker(predictor.thing_classes)
     path = None if args.output is None else video_path(args)
@@ -301,7 +343,8 @@ def run_video(predictor: RelationPredictor, args: argparse.Namespace) -> int:
         nullcontext() if path is None else VideoWriter(path, video.frames_per_second) as writer,
     ):
         for frame in tqdm(video, total=video.count, unit="frame"):
-            prediction = predictor(frame)
+            prediction = predictor(frame, **entities(frame))
+            left_out.update(prediction.left_out.values())
             drawn = draw_frame(frame, prediction, tracker, metadata, args.top_k, args.min_score)
             count += 1
             if writer is not None:
@@ -310,6 +353,7 @@ def run_video(predictor: RelationPredictor, args: argparse.Namespace) -> int:
                 quit_early = True
                 break
     print(f"{count} frames done" + (f" in {path}" if path else ""))
+    print_left_out(left_out)
     # Containers may over-report by one frame; a larger gap means a truncated file.
     missing = 0 if quit_early or video.count is None else video.count - count
     if missing > 1:

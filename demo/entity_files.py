@@ -1,4 +1,4 @@
-"""The files of --boxes and --detections: entities of images, by file name or image id."""
+"""Entities of images: from the files of --boxes and --detections, or from --detector."""
 
 import argparse
 import json
@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from reldn_d2.predictor import RelationPredictor
+from reldn_d2.pretrained import load_detector
 from reldn_d2.structures.given_boxes import ENTITY_KEYS, check_keys
-from reldn_d2.utils.image_io import ImageError
+from reldn_d2.utils.image_io import ImageError, OneImage
 
 __all__ = ["EntityFile", "read_boxes", "read_detections", "read_entities"]
 
@@ -81,14 +82,31 @@ def read_detections(path: Path, predictor: RelationPredictor) -> EntityFile:
     return EntityFile(path, predictor.read_detections(path), has_ids=True)
 
 
+def read_detector(args: argparse.Namespace) -> Callable[[OneImage], dict[str, Any]]:
+    """Load the detector of ``--detector``, which returns the entities of an image."""
+    if args.boxes is not None or args.detections is not None:
+        raise ValueError("--detector finds the entities: leave out --boxes and --detections")
+    options = {}
+    if args.confidence_threshold is not None:
+        options["min_score"] = args.confidence_threshold
+    return load_detector(args.detector, args.detector_weights, args.device, **options)
+
+
 def read_entities(
     predictor: RelationPredictor, args: argparse.Namespace
-) -> Callable[[str], dict[str, Any]]:
-    """Return a function that gives the predictor's arguments ``boxes``, ... for a file.
+) -> Callable[[Any], dict[str, Any]]:
+    """Return a function that gives the predictor's arguments ``boxes``, ... for an image.
+
+    Images are file names, and with ``--detector`` or without any of these options also arrays.
 
     Raises:
-        ValueError: the model needs detections and none are given, or takes none.
+        OSError, ValueError, ImportError: the model needs detections and none are given, or takes
+            none; options that exclude each other; or the detector cannot be loaded.
     """
+    if args.detector is not None:
+        return read_detector(args)
+    if args.detector_weights is not None:
+        raise ValueError("--detector-weights: add --detector, which they belong to")
     if args.detections is not None and not predictor.needs_detections:
         raise ValueError(
             "--detections: this model has its own detector and takes none; give --boxes with "
@@ -97,7 +115,7 @@ def read_entities(
     if predictor.needs_detections and args.detections is None and args.boxes is None:
         raise ValueError(
             "this model was trained on detections from files and has no detector of its own: add "
-            "--detections FILE, or --boxes with boxes and classes"
+            "--detector NAME, --detections FILE, or --boxes with boxes and classes"
         )
     boxes = None if args.boxes is None else read_boxes(args.boxes)
     detections = None if args.detections is None else read_detections(args.detections, predictor)

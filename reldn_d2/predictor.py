@@ -30,6 +30,8 @@ from .config import add_reldn_config, merge_config
 from .data.boxes_only import spanned_size
 from .data.detection_files import load_detections, transform_detections
 from .modeling.detectors.precomputed import PrecomputedDetector
+from .pretrained.weights import pretrained_file
+from .structures.class_matching import leave_out_unknown
 from .structures.given_boxes import (
     GivenBoxes,
     GivenEntities,
@@ -46,6 +48,8 @@ __all__ = ["GivenBoxes", "RelationPredictor"]
 
 logger = logging.getLogger(__name__)
 
+UNKNOWN_CLASSES = ("error", "leave_out")
+
 
 class RelationPredictor:
     """A model in eval mode, with the names of its classes and predicates.
@@ -59,6 +63,8 @@ class RelationPredictor:
         >>> predictor("street.jpg").best(10).triplets()
         >>> predictor(["a.jpg", "b.jpg"], batch_size=2)
         >>> predictor("street.jpg", boxes=[[10, 20, 110, 220], [50, 60, 90, 100]])
+        >>> any_boxes = RelationPredictor.from_pretrained("vrd_boxes")
+        >>> any_boxes("street.jpg", boxes=boxes, classes=["Person", "couch"], scores=[0.9, 0.6])
 
     A model that reads no pixels (:attr:`reads_images` is False) needs no image:
 
@@ -71,13 +77,24 @@ class RelationPredictor:
         cfg: CfgNode,
         thing_classes: Sequence[str] = (),
         predicate_classes: Sequence[str] = (),
+        unknown_classes: str = "error",
     ):
         """
         Args:
             model: a RelDN with its weights; it is put into eval mode.
             cfg: its config; ``INPUT`` decides how images are prepared.
             thing_classes, predicate_classes: names by id.
+            unknown_classes: what happens to given boxes whose class *name* the model does not have:
+                "error", or "leave_out", which lists them in the result's ``left_out`` and logs
+                their count whenever a new class is among them. Synonyms are names that the model
+                has, see :mod:`.structures.class_matching`.
         """
+        if unknown_classes not in UNKNOWN_CLASSES:
+            raise ValueError(
+                f"unknown_classes is {unknown_classes!r}; expected {' or '.join(UNKNOWN_CLASSES)}"
+            )
+        self.unknown_classes = unknown_classes
+        self._reported_classes: set[str] = set()
         self.model = model.eval()
         self.cfg = cfg
         self.thing_classes = list(thing_classes)
@@ -91,6 +108,7 @@ class RelationPredictor:
         device: str | None = None,
         config_file: str | None = None,
         opts: Sequence[Any] = (),
+        unknown_classes: str = "error",
     ) -> "RelationPredictor":
         """Build the model that a RelDN checkpoint describes; no data set is needed.
 
@@ -100,6 +118,7 @@ class RelationPredictor:
             device: such as ``cpu`` or ``cuda:0``; None uses a GPU if there is one.
             config_file: replaces the checkpoint's own config.
             opts: ``KEY, VALUE, ...`` config overrides, merged last.
+            unknown_classes: see :class:`RelationPredictor`.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -133,7 +152,30 @@ class RelationPredictor:
             cfg,
             description.get("thing_classes", ()),
             description.get("predicate_classes", ()),
+            unknown_classes,
         )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str,
+        device: str | None = None,
+        opts: Sequence[Any] = (),
+        unknown_classes: str = "leave_out",
+    ) -> "RelationPredictor":
+        """Build a model whose weights are part of this package, for boxes of anyone's detector.
+
+        Args:
+            name: a key of :data:`reldn_d2.pretrained.PRETRAINED`, such as ``vrd_boxes``.
+            device, opts: see :meth:`from_checkpoint`.
+            unknown_classes: see :class:`RelationPredictor`. By default boxes of classes that the
+                model does not have are left out, counted in the log and listed in the result.
+
+        Raises:
+            ValueError: there is no such model; the message lists those that exist.
+        """
+        path = pretrained_file(name)
+        return cls.from_checkpoint(path, device, opts=opts, unknown_classes=unknown_classes)
 
     def __call__(
         self,
@@ -155,8 +197,8 @@ class RelationPredictor:
             images: a path, an (H, W[, 3 or 4]) array, a PIL image, or a list of these. A model that
                 reads no pixels takes only the size from it, and None in its place.
             boxes: (R, 4) boxes that replace detections.
-            classes: (R,) their classes, as ids or names. Boxes without classes are classified by
-                the detector.
+            classes: (R,) their classes, as ids or names; ``unknown_classes`` decides about names
+                that the model does not have. Boxes without classes are classified by the detector.
             scores: (R,) their scores in [0, 1]; 1 if not given. They need classes.
             detections: ``{"boxes": (Q, 4), "classes": (Q,), "scores": (Q,)}``, for a model that was
                 trained on detections from files. As in evaluation, those with a low score are
@@ -169,7 +211,7 @@ class RelationPredictor:
         Returns:
             A scene graph, or a list of them in the order of the images. With given boxes its
             entities are exactly these, in their order, even where they extend beyond the image (the
-            model sees the part within the image).
+            model sees the part within the image), less those in ``left_out``.
 
         Raises:
             ImageError: an unusable image or unusable boxes; the message is one line and names the
@@ -237,6 +279,7 @@ class RelationPredictor:
         """Read and prepare one image; ``name`` is for messages about an image without a path."""
         file_name = str(image) if isinstance(image, (str, Path)) else None
         name = file_name or name
+        given, left_out = self._leave_out(given, name)
         rgb = None if image is None else load_rgb(image, channels, name)
         record = self.prepare(rgb, **given, name=name)
         task = "sgdet"
@@ -244,7 +287,25 @@ class RelationPredictor:
             task = "sgcls" if given.get("classes") is None else "prdcls"
         if task != "prdcls":
             self.require_detections(record)
-        return _Input(record, task, file_name)
+        return _Input(record, task, file_name, left_out)
+
+    def _leave_out(
+        self, given: Mapping[str, Any], name: str
+    ) -> tuple[dict[str, Any], dict[int, str]]:
+        """Leave out boxes or detections of unknown classes if ``unknown_classes`` says so."""
+        given = dict(given)
+        if self.unknown_classes == "error":
+            return given, {}
+        entities = {key: given.get(key) for key in ("boxes", "classes", "scores")}
+        reported = self._reported_classes
+        entities, left_out = leave_out_unknown(entities, self.thing_classes, name, reported)
+        given.update(entities)
+        if isinstance(given.get("detections"), Mapping):
+            given["detections"], more = leave_out_unknown(
+                given["detections"], self.thing_classes, f"{name}: detections", reported
+            )
+            left_out = left_out or more
+        return given, left_out
 
     def _predict(self, inputs: Sequence["_Input"]) -> list[SceneGraph]:
         """Predict prepared images, those of one task and size in one batch."""
@@ -258,7 +319,8 @@ class RelationPredictor:
             with torch.no_grad(), self._as_task(task):
                 outputs = self.model([inputs[i].record for i in batch])
             for i, output in zip(batch, outputs):
-                graphs[i] = self._result(output, inputs[i])
+                graph = self._result(output, inputs[i])
+                graphs[i] = replace(graph, left_out=inputs[i].left_out)
         return [graphs[i] for i in range(len(inputs))]
 
     def _result(self, output: dict[str, Instances], x: "_Input") -> SceneGraph:
@@ -435,6 +497,7 @@ class _Input(NamedTuple):
     record: dict[str, Any]  # the model's input
     task: str
     file_name: str | None
+    left_out: dict[int, str]  # given boxes of classes that the model does not have
 
 
 def _one_per_image(values: Any, num_images: int, what: str) -> list[Any]:

@@ -23,7 +23,13 @@ import torch
 from model_utils import CLASSES, PREDICATES, ROOT, released_state, write_dataset
 from PIL import Image
 from sandbox import NARROW, PRODUCERS, Runner, enter_checkout, merged, write_checkout
-from usage_utils import picture, write_checkpoint, write_precomputed_checkpoint
+from usage_utils import (
+    picture,
+    provide_pretrained,
+    write_checkpoint,
+    write_coco_detector,
+    write_precomputed_checkpoint,
+)
 
 import reldn_d2
 from reldn_d2.engine.defaults import RelDNTrainer
@@ -125,6 +131,7 @@ def write_files_of_reader(folder: Path) -> None:
             video.write(picture(64, 96, seed=i))
     checkpoint = write_checkpoint(folder)
     write_precomputed_checkpoint(folder / "my_precomputed")
+    write_coco_detector(folder / "coco_detector")
     detection = {"image_id": 139, "category_id": 0, "bbox": [9, 9, 50, 50], "score": 0.9}
     (folder / "coco_instances_results.json").write_text(json.dumps([detection]))
     demo = folder / "output/toy/seed_1/reldn"
@@ -143,6 +150,7 @@ def reader(folders, request, monkeypatch):
     block = request.getfixturevalue("block")
     folder = folders(block.file)
     enter_checkout(folder, monkeypatch)
+    provide_pretrained(folder, monkeypatch)
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setattr(RelDNTrainer, "auto_scale_workers", staticmethod(two_iterations))
     before = {*DatasetCatalog.list()}, {*sys.modules}

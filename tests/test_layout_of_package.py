@@ -17,6 +17,7 @@ LAYERS = (
     ("evaluation",),
     ("checkpoint",),
     ("engine",),
+    ("pretrained",),
     ("predictor", "export"),
     ("vis",),
     ("", "env"),  # "" is reldn_d2/__init__.py

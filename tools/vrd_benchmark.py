@@ -274,8 +274,8 @@ def ceiling(detections: str) -> float:
     reachable, total = 0, 0
     for record in load_test_dicts(cfg, "vrd_test", num_classes, None, with_images=False):
         truth, found = SceneGraph.from_dataset_dict(record), record["detections"]
-        same_class = truth.classes[:, None] == found.pred_classes.numpy()[None]
-        is_found = same_class & (pairwise_iou(truth.boxes, found.pred_boxes.tensor.numpy()) >= 0.5)
+        same_class = truth.classes[:, None] == found["classes"][None]
+        is_found = same_class & (pairwise_iou(truth.boxes, found["boxes"]) >= 0.5)
         subjects, objects = is_found[truth.pairs[:, 0]], is_found[truth.pairs[:, 1]]
         one_box = (subjects.sum(1) == 1) & (objects.sum(1) == 1) & (subjects & objects).any(1)
         reachable += int((subjects.any(1) & objects.any(1) & ~one_box).sum())

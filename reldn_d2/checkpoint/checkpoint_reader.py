@@ -6,11 +6,14 @@ Suffix      Format                                                 Accepted cont
 .pth, .pt   torch's format: ours, Detectron2's, torchvision's      tensors and plain types only
 .pkl        a pickle: Detectron2's model zoo, Caffe2's             arrays and plain types only
 .pyth       torch's format, by pycls                               tensors and plain types only
+.pth.xz     torch's format, compressed: models in this package     tensors and plain types only
 ==========  =====================================================  ==============================
 
 Any other content is an error unless unpickling is allowed explicitly, because it can run code.
 """
 
+import io
+import lzma
 import pickle
 import re
 from typing import Any
@@ -84,6 +87,10 @@ def read_checkpoint(path: str, allow_pickle: bool = False) -> dict[str, Any]:
         ValueError: if the file is broken, or holds Python objects and ``allow_pickle`` is off.
     """
     try:
+        if path.endswith(".xz"):
+            with lzma.open(path) as file:
+                content = io.BytesIO(file.read())
+            return torch.load(content, map_location="cpu", weights_only=not allow_pickle)
         if not path.endswith(".pkl"):
             return torch.load(path, map_location="cpu", weights_only=not allow_pickle)
         with open(path, "rb") as file:

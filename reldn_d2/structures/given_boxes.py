@@ -13,6 +13,7 @@ import torch
 from detectron2.structures import Boxes
 
 from ..utils.image_io import ImageError
+from .class_matching import find_class
 
 __all__ = [
     "ENTITY_KEYS",
@@ -193,12 +194,11 @@ def to_array(boxes: GivenBoxes, name: str) -> np.ndarray:
 
 
 def _class_ids(classes: Any, num_boxes: int, known: ModelClasses, name: str) -> np.ndarray:
-    """Return the (R,) class ids of given boxes, from ids or names."""
+    """Return the (R,) class ids of given boxes, from ids or names (see :func:`.find_class`)."""
     classes = _to_list(classes, "classes", "ids or names", name)
-    id_of = {class_name: class_id for class_id, class_name in enumerate(known.names)}
     ids = []
     for value in classes:
-        class_id = id_of.get(value) if isinstance(value, str) else value
+        class_id = find_class(value, known.names) if isinstance(value, str) else value
         is_integer = isinstance(class_id, (int, float, np.number)) and class_id == class_id // 1
         if not is_integer or not 0 <= class_id < known.count:
             names = ", ".join(known.names[:8]) or f"0 to {known.count - 1}"

@@ -83,6 +83,8 @@ class SceneGraph:
         thing_classes, predicate_classes: names by id; empty where unknown.
         output: the model's own ``instances`` and ``relations``, which may have further fields
             such as masks; None if the graph did not come from a model.
+        left_out: class names of given boxes that are no entities, because the model does not have
+            these classes; by the index of the given box.
     """
 
     image_id: ImageId | None
@@ -99,6 +101,7 @@ class SceneGraph:
     thing_classes: Sequence[str] = ()
     predicate_classes: Sequence[str] = ()
     output: Mapping[str, Instances] | None = None
+    left_out: Mapping[int, str] = field(default_factory=dict)
 
     # ---- making one ----
 
@@ -413,6 +416,7 @@ class SceneGraph:
             "width": width,
             "instances": instances,
             "relations": relations,
+            "left_out": {str(index): name for index, name in self.left_out.items()} or None,
         }
         return {key: value for key, value in record.items() if value is not None}
 

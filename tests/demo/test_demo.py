@@ -300,7 +300,7 @@ def test_demo_detections_from_files(precomputed, name, tmp_path, capsys):
 def test_demo_precomputed_model_needs_detections(precomputed, checkpoint, folder, tmp_path, capsys):
     image = ("--input", folder / "good_0.png", "--output", tmp_path / "x.json", "--format", "json")
     assert run(precomputed, *image) == 1
-    assert "add --detections FILE, or --boxes" in capsys.readouterr().err
+    assert "add --detector NAME, --detections FILE, or --boxes" in capsys.readouterr().err
     file = write_detections(tmp_path / "coco.json")
     assert run(checkpoint, *image, "--detections", file) == 1
     assert "has its own detector and takes none; give --boxes" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import threading
+import urllib.parse
 import zipfile
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def tool(monkeypatch):
     def call(name, *arguments):
         module = importlib.import_module(name)
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        if hasattr(module, "URLS"):  # the prepare scripts
+        if hasattr(module, "SOURCES"):  # the prepare scripts
             return importlib.import_module("_prepare").run(module.main)
         return module.main()
 
@@ -59,6 +60,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
     """Serves a folder, with byte ranges; the first response for a name in ``cut`` stops halfway."""
 
     cut: set = set()
+    html: set = set()  # folders whose files are sent as web pages
     asked: list = []
 
     def do_GET(self):  # noqa: N802
@@ -72,10 +74,12 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         if start and start >= len(data):
             return self.send_error(416)
         self.send_response(206 if match else 200)
+        kind = "text/html" if path.parent.name in self.html else "application/octet-stream"
+        self.send_header("Content-Type", f"{kind}; charset=utf-8")
         self.send_header("Content-Length", str(len(data) - start))
         self.end_headers()
         body = data[start:]
-        if path.name in self.cut:
+        if path.name in self.cut and kind != "text/html":
             self.cut.discard(path.name)
             body = body[: len(body) // 2]
         self.wfile.write(body)
@@ -90,7 +94,7 @@ def server(tmp_path):
     folder.mkdir()
 
     class FolderHandler(Handler):
-        cut, asked = set(), []
+        cut, html, asked = set(), set(), []
 
         def __init__(self, *arguments):
             super().__init__(*arguments, directory=str(folder))
@@ -243,6 +247,114 @@ def test_prepare_openimages_v6(server, tool, tmp_path):
     assert tool(*command, "--set", "v6-test") == 0
     names = sorted(path.name for path in (root / "openimages_vrd/test").iterdir())
     assert names == ["aa01.jpg", "bb02.jpg", "cc03.jpg"]
+
+
+def test_prepare_openimages_other_predicates_says_which_it_met(server, tool, tmp_path, capsys):
+    arguments = serve_openimages(server.folder)
+    table = Path(arguments["relations_csv"])
+    text = re.sub(",(plays|holds|on|is)\\b", ",rides", table.read_text())
+    (server.folder / "oidv6-test-annotations-vrd.csv").write_text(text)
+    command = ("prepare_openimages_vrd", "--root", tmp_path, "--mirror", server.url)
+    assert tool(*command, "--set", "v6-test") == 1
+    assert re.search("no row has one of the predicates at, .* met 'rides'", capsys.readouterr().err)
+
+
+def sources(tool, *names):
+    """Import the prepare scripts and return their tables of sources."""
+    return [importlib.import_module(f"prepare_{name}").SOURCES for name in names]
+
+
+def test_prepare_sources_have_a_page_and_several_addresses(tool):
+    for table in sources(tool, "vrd", "visual_genome", "openimages_vrd"):
+        for name, source in table.items():
+            addresses = source.all_addresses()
+            assert len(addresses) >= 2 and len({*addresses}) == len(addresses), name
+            assert "https://" in source.page
+            for address in addresses:
+                url = urllib.parse.urlparse(address)
+                assert url.scheme in ("http", "https") and url.netloc
+                assert url.path.endswith(f"/{name}") or "id=" in url.query, address
+            assert addresses[-1].startswith("https://web.archive.org/")
+    (vrd,) = sources(tool, "vrd")
+    assert vrd["sg_dataset.zip"].addresses[0] == (
+        "https://drive.usercontent.google.com/download?id=0Byvt-AfX75o1SVBTWFlPRGZGTXc"
+        "&export=download&confirm=t"
+    )
+
+
+def local_sources(table, monkeypatch, server, *folders):
+    """Let each file of a table have one address per folder of a server."""
+    for name, source in list(table.items()):
+        urls = tuple(f"{server.url}/{folder}/{name}" for folder in folders)
+        monkeypatch.setitem(table, name, source._replace(addresses=urls))
+        monkeypatch.setattr(type(source), "all_addresses", lambda self: self.addresses)
+
+
+def test_prepare_vrd_second_address_is_used(server, tool, tmp_path, monkeypatch, capsys):
+    (table,) = sources(tool, "vrd")
+    local_sources(table, monkeypatch, server, "gone", "page", "copy")
+    for name in ("page", "copy"):
+        (server.folder / name).mkdir()
+    vrd_archives(server.folder / "copy")
+    for name in table:  # a host that answers with a page in place of the file
+        (server.folder / "page" / name).write_text("<html>this file has moved</html>")
+    server.html.add("page")
+    server.cut.add("sg_dataset.zip")
+    assert tool("prepare_vrd", "--root", tmp_path) == 1
+    error = capsys.readouterr().err
+    assert "/gone/json_dataset.zip (HTTP Error 404" in error
+    assert "/page/json_dataset.zip (the server sent a web page instead of the file)" in error
+    assert "/copy/sg_dataset.zip (the connection ended" in error
+    assert (tmp_path / "vrd/json_dataset.zip").is_file()
+    count = len(server.asked)
+    assert tool("prepare_vrd", "--root", tmp_path) == 0
+    ranges = [x for _, x in server.asked[count:] if x]
+    assert len(ranges) == 1, "only the address that began the file resumes"
+    assert not list(tmp_path.rglob("*.part*"))
+    assert (tmp_path / "vrd/sg_dataset/sg_test_images/a.jpg").is_file()
+
+
+def test_prepare_vrd_all_addresses_gone_says_what_to_do(
+    server, tool, tmp_path, monkeypatch, capsys
+):
+    (table,) = sources(tool, "vrd")
+    local_sources(table, monkeypatch, server, "gone", "gone_too")
+    vrd_archives(server.folder)
+    (tmp_path / "vrd").mkdir()
+    (server.folder / "json_dataset.zip").rename(tmp_path / "vrd/json_dataset.zip")
+    assert tool("prepare_vrd", "--root", tmp_path) == 1
+    error = capsys.readouterr().err.split("error: ")[-1]
+    assert error.startswith("Cannot download sg_dataset.zip:\n")
+    assert error.count("HTTP Error 404") == 2
+    for text in (
+        "see https://cs.stanford.edu/people/ranjaykrishna/vrd/",
+        f"put it into {tmp_path}/vrd as sg_dataset.zip and run the command again",
+        "--mirror URL",
+        "pip install gdown, then in that folder gdown 0Byvt-AfX75o1SVBTWFlPRGZGTXc -O sg_dataset",
+    ):
+        assert text in error
+    (server.folder / "sg_dataset.zip").rename(tmp_path / "vrd/sg_dataset.zip")  # by hand
+    assert tool("prepare_vrd", "--root", tmp_path) == 0
+
+
+def test_prepare_full_disk_tries_no_other_address(tool, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.import_module("_prepare"), "_download", disk_full)
+    assert tool("prepare_vrd", "--root", tmp_path) == 1
+    error = capsys.readouterr().err
+    assert "No space left on device" in error and "next address" not in error
+
+
+def test_fetch_many_second_address_is_used(server, tool, tmp_path):
+    prepare = importlib.import_module("_prepare")
+    (server.folder / "b").mkdir()
+    (server.folder / "b/1.jpg").write_bytes(b"1")
+    addresses = tuple(f"{server.url}/{x}/1.jpg" for x in "ab")
+    prepare.fetch_many({tmp_path / "out/1.jpg": addresses}, "images")
+    assert (tmp_path / "out/1.jpg").read_bytes() == b"1"
+    with pytest.raises(
+        prepare.PrepareError, match="1 of 1 files .images.(.|\n)*a/1.jpg: HTTP Error"
+    ):
+        prepare.fetch_many({tmp_path / "out/2.jpg": addresses[:1]}, "images")
 
 
 def test_prepare_keyboard_interrupt_exits_130(tool, tmp_path, monkeypatch, capsys):

@@ -126,12 +126,14 @@ def read_openimages_relationships(
     lists = {image_id: RelationshipList() for image_id in image_ids or ()}
     reader = _RowReader(relations_csv, vocabulary)
     unknown: list[str] = []
-    without_attributes = 0
+    unlisted = _UnlistedNames()
+    without_attributes = rows = 0
     what = "relationships of OpenImages"
     for line, row in read_csv(relations_csv, _COLUMNS, what, problems):
         image_id, predicate = row[0], row[-1]
         if image_ids is not None and image_id not in lists:
             continue
+        rows += 1
         is_attribute = predicate == _ATTRIBUTE_PREDICATE and predicate not in vocabulary.predicates
         if is_attribute and not vocabulary.attributes:
             without_attributes += 1
@@ -139,6 +141,7 @@ def read_openimages_relationships(
         try:
             subject, second, object_ = reader.read(line, row, is_attribute)
         except _UnknownName as error:
+            unlisted.add(error)
             (unknown.append if only_known else problems.add)(str(error))
             continue
         except ValueError as error:
@@ -155,6 +158,8 @@ def read_openimages_relationships(
             attribute = AnnotatedEntity(len(vocabulary.classes) + second, subject.box)
             relationships.add(subject, attribute, len(vocabulary.predicates), f"line {line}")
     problems.raise_any()
+    if rows and len(unknown) + without_attributes == rows:
+        raise ValueError(unlisted.message(relations_csv, rows, without_attributes, vocabulary))
     if not lists:
         raise ValueError(f"{relations_csv}: the file has no relationship. Download it again.")
     _warn(relations_csv, reader.empty, "boxes without area are kept; training skips them")
@@ -174,6 +179,55 @@ def _warn(source: str, cases: Sequence[str], what: str) -> None:
 
 class _UnknownName(ValueError):
     """A class, attribute or predicate that is not in the lists."""
+
+    def __init__(self, message: str, what: str, name: str) -> None:
+        super().__init__(message)
+        self.what = what
+        self.name = name
+
+
+class _UnlistedNames:
+    """The first names that are not in the lists, for the error when no row can be used."""
+
+    _SHOWN = 5
+
+    def __init__(self) -> None:
+        self.met: dict[str, dict[str, None]] = {}  # by "class", "attribute", "predicate"; ordered
+
+    def add(self, error: _UnknownName) -> None:
+        """Remember a name."""
+        names = self.met.setdefault(error.what, {})
+        if len(names) <= self._SHOWN:
+            names[error.name] = None
+
+    def message(
+        self, source: str, rows: int, without_attributes: int, vocabulary: Vocabulary
+    ) -> str:
+        """Say which names all rows have and which ones were expected."""
+        expected = {
+            "class": (vocabulary.classes, vocabulary.classes_csv),
+            "attribute": (vocabulary.attributes, vocabulary.attributes_csv),
+            "predicate": (vocabulary.predicates, "predicate_classes"),
+        }
+        parts = [
+            f"met {what} {self._first(names)}; expected {self._first(expected[what][0])} "
+            f"({len(expected[what][0])} in {expected[what][1]})"
+            for what, names in self.met.items()
+        ]
+        if without_attributes:
+            parts.append(
+                f"{without_attributes} rows have attributes ('is'), and no list of attributes was "
+                "given (attributes_csv)"
+            )
+        return (
+            f"{source}: none of its {rows} rows can be used: {'; '.join(parts)}. Use the lists "
+            "that belong to this file."
+        )
+
+    def _first(self, names: Iterable[str]) -> str:
+        names = list(names)
+        shown = ", ".join(f"'{name:.80}'" for name in names[: self._SHOWN])
+        return f"{shown}, ..." if len(names) > self._SHOWN else shown
 
 
 class _RowReader:
@@ -204,7 +258,9 @@ class _RowReader:
             raise _UnknownName(
                 f"{self.source}, line {line}: {what} {name!r:.80} is not one of the {len(ids)} "
                 f"in {source}. Use the lists that belong to this file, or skip such rows "
-                "(only_known)."
+                "(only_known).",
+                what,
+                name,
             )
         return identifier
 

@@ -127,6 +127,37 @@ def test_load_openimages_only_known_skips_other_names(tmp_path, caplog):
     assert "line 10: class '/m/77'" in caplog.text
 
 
+@pytest.mark.parametrize("with_list", [False, True])
+def test_load_openimages_all_rows_outside_the_lists_says_which_labels_it_met(tmp_path, with_list):
+    box = ("0", "1", "0", "1")
+    rows = [row("aa01", f"/m/7{i}", "plays", "/m/02", box, box) for i in range(7)]
+    rows += [row("aa01", "/m/01", "ride", "/m/02", box, box)]
+    rows += [row("bb02", "/m/03", "is", "/m/99", box, box)]
+    arguments = write_openimages(tmp_path, rows)
+    if with_list:
+        (tmp_path / "list.txt").write_text("aa01\nbb02\n")
+        arguments["image_list"] = str(tmp_path / "list.txt")
+    with pytest.raises(ValueError) as error:
+        load_openimages_vrd(**arguments, only_known=True)
+    message = str(error.value)
+    assert "Download" not in message and "another split" not in message
+    assert message == (
+        f"{arguments['relations_csv']}: none of its 9 rows can be used: met class '/m/70', "
+        "'/m/71', '/m/72', '/m/73', '/m/74', ...; expected '/m/01', '/m/02', '/m/03' (3 in "
+        f"{arguments['classes_csv']}); met predicate 'ride'; expected 'at', 'on', 'holds', "
+        "'plays', 'interacts_with', ... (9 in predicate_classes); met attribute '/m/99'; "
+        f"expected '/m/11', '/m/12' (2 in {arguments['attributes_csv']}). Use the lists that "
+        "belong to this file."
+    )
+
+
+def test_load_openimages_only_attributes_without_their_list_raises(tmp_path):
+    rows = [x for x in OPENIMAGES_ROWS if x[-1] == "is"]
+    arguments = {**write_openimages(tmp_path, rows), "attributes_csv": None}
+    with pytest.raises(ValueError, match="none of its 4 rows can be used: 4 rows have attributes"):
+        load_openimages_vrd(**arguments)
+
+
 def test_load_openimages_without_attributes_warns(tmp_path, caplog):
     arguments = {**write_openimages(tmp_path), "attributes_csv": None}
     with caplog.at_level(logging.WARNING, "reldn_d2"):

@@ -1,0 +1,145 @@
+#!/usr/bin/env python
+"""Write a small file for inference from a checkpoint of RelDN: half precision, compressed.
+
+The file keeps the weights, the config, the names of classes and predicates and the predicates per
+pair, and adds the license and how the model was made. It leaves out the optimizer, the training
+set's statistics and the paths of the training machine. RelationPredictor.from_checkpoint reads it,
+and so does MODEL.WEIGHTS. A file for RelationPredictor.from_pretrained belongs into
+reldn_d2/pretrained and into the table of reldn_d2/pretrained/weights.py.
+"""
+
+import argparse
+import hashlib
+import io
+import lzma
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # if it is not installed
+
+import reldn_d2  # noqa: E402  # isort: skip  must be imported before Detectron2
+import torch
+from torch import Tensor
+
+from reldn_d2.checkpoint import read_checkpoint
+from reldn_d2.predictor import RelationPredictor, read_description
+from reldn_d2.pretrained.weights import FOLDER
+from reldn_d2.utils.file_io import write_atomically
+
+from detectron2.config import CfgNode
+
+__all__ = ["main", "pack"]
+
+_KEPT = ("thing_classes", "predicate_classes", "predicates_per_pair")
+# Files of the training machine; the packed file needs none of them.
+_PATHS = {
+    "OUTPUT_DIR": "./output",
+    "MODEL.WEIGHTS": "",
+    "DATASETS.DETECTION_FILES_TRAIN": (),
+    "DATASETS.DETECTION_FILES_TEST": (),
+}
+
+
+def without_paths(config: str) -> str:
+    """Return the YAML of a config without the paths of the machine that it was trained on."""
+    cfg = CfgNode.load_cfg(config)
+    for key, value in _PATHS.items():
+        node = cfg
+        *parents, last = key.split(".")
+        for parent in parents:
+            node = node[parent]
+        if last in node:
+            node[last] = value
+    return cfg.dump()
+
+
+def to_half(name: str, value: Tensor) -> Tensor:
+    """Return a weight in half precision; integers stay.
+
+    Raises:
+        ValueError: a finite value is too large for half precision.
+    """
+    if not value.is_floating_point():
+        return value.clone()
+    half = value.half()
+    if not torch.equal(half.isfinite(), value.isfinite()):
+        raise ValueError(f"{name} has values beyond the range of half precision (65504)")
+    return half
+
+
+def pack(checkpoint: Path, license_text: str, note: str) -> dict[str, Any]:
+    """Return what the file holds.
+
+    Args:
+        checkpoint: of RelDN, with config and names.
+        license_text: terms of use.
+        note: how the model was trained, such as the command.
+
+    Raises:
+        FileNotFoundError, ValueError: it is not a checkpoint of RelDN, or has no config or names.
+    """
+    description = read_description(str(checkpoint))
+    missing = [key for key in ("config", *_KEPT) if not description.get(key)]
+    if missing:
+        raise ValueError(f"{checkpoint} has no {', '.join(missing)}; train it with this package")
+    content = read_checkpoint(str(checkpoint))
+    source = content.get("about", {})
+    return {
+        "model": {name: to_half(name, value) for name, value in content["model"].items()},
+        "reldn": {
+            "config": without_paths(description["config"]),
+            **{key: description[key] for key in _KEPT},
+        },
+        "about": {
+            "license": license_text,
+            "note": note or source.get("note", ""),
+            "source_sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+            "iteration": content.get("iteration"),
+            "reldn_d2": reldn_d2.__version__,
+        },
+    }
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, help="such as model_final.pth")
+    parser.add_argument("--output", type=Path, required=True, help="file ending in .pth.xz")
+    parser.add_argument(
+        "--license",
+        type=Path,
+        default=FOLDER / "LICENSE.md",
+        help="text file with the terms of use; default: reldn_d2/pretrained/LICENSE.md",
+    )
+    parser.add_argument("--note", default="", help="how the model was trained, kept in the file")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write the file, read it again and print its size; return the exit status."""
+    args = build_parser().parse_args(arguments)
+    try:
+        if not args.output.name.endswith(".pth.xz"):
+            raise ValueError(f"--output {args.output}: the name must end in .pth.xz")
+        content = pack(args.checkpoint, args.license.read_text(), args.note)
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        with write_atomically(args.output, "wb") as file:
+            file.write(lzma.compress(buffer.getvalue(), preset=9 | lzma.PRESET_EXTREME))
+        predictor = RelationPredictor.from_checkpoint(args.output, device="cpu")
+    except (OSError, ValueError) as error:
+        print(f"pack_checkpoint.py: {error}", file=sys.stderr)
+        return 1
+    size = args.output.stat().st_size
+    print(
+        f"{args.output}: {size / 1e6:.2f} MB, {len(predictor.thing_classes)} classes, "
+        f"{len(predictor.predicate_classes)} predicates"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
