@@ -45,7 +45,8 @@ def _add_model(cfg: CfgNode) -> None:
     cfg.MODEL.RELDN = CN()
     # Entry of ENTITY_DETECTOR_REGISTRY, which provides features, boxes and classes of entities.
     # "auto" chooses by MODEL.ROI_HEADS.NAME (Faster, Mask, Cascade R-CNN, C4). The others must be
-    # named: "RetinaNetDetector", "PrecomputedDetector".
+    # named: "RetinaNetDetector", "PrecomputedDetector". With the latter and the visual module off,
+    # no image is read.
     cfg.MODEL.RELDN.DETECTOR = "auto"
     # PrecomputedDetector: the checkpoint has a box head, which the relation box heads start from.
     cfg.MODEL.RELDN.PRECOMPUTED_BOX_HEAD = True
@@ -140,7 +141,8 @@ def _add_relation_head(cfg: CfgNode) -> None:
 
 def _add_data_solver_and_test(cfg: CfgNode) -> None:
     # Files of detections that replace a detector (PrecomputedDetector), one per data set: COCO
-    # results (.json) or Detectron2's instances_predictions.pth, matched by image id.
+    # results (.json) or Detectron2's instances_predictions.pth, matched by image id or, if no id
+    # matches, by file name.
     cfg.DATASETS.DETECTION_FILES_TRAIN = ()
     cfg.DATASETS.DETECTION_FILES_TEST = ()
 

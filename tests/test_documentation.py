@@ -134,6 +134,8 @@ def write_files_of_reader(folder: Path) -> None:
     write_coco_detector(folder / "coco_detector")
     detection = {"image_id": 139, "category_id": 0, "bbox": [9, 9, 50, 50], "score": 0.9}
     (folder / "coco_instances_results.json").write_text(json.dumps([detection]))
+    detections = [{**detection, "image_id": f"test_{i}.jpg", "category_id": i} for i in range(4)]
+    (folder / "detections.json").write_text(json.dumps(detections))  # of vrd_test
     demo = folder / "output/toy/seed_1/reldn"
     demo.mkdir(parents=True)
     (demo / "model_final.pth").symlink_to(checkpoint)

@@ -77,8 +77,8 @@ def require_real_size(record: dict[str, Any], where: str) -> None:
         raise ValueError(
             f"{where}: its boxes are annotated as fractions of the image, whose size is unknown "
             "because the image does not exist, so they cannot be compared with detected boxes. "
-            "Unpack the images (datasets/README.md), or use TEST.RELATIONS.TASK prdcls without "
-            "DATASETS.DETECTION_FILES_TRAIN and _TEST."
+            "Unpack the images (datasets/README.md), or use given boxes (TEST.RELATIONS.TASK "
+            "prdcls or --task prdcls, without DATASETS.DETECTION_FILES_TRAIN and _TEST)."
         )
 
 

@@ -238,6 +238,28 @@ def test_check_scaled_boxes_are_one_warning(register):
     assert "extend beyond their images, up to 1.2" in warning and "larger images" in warning
 
 
+def test_check_equal_entities_that_are_related_are_two_on_purpose(register):
+    def spoil(dicts):
+        twin = {**dicts[0]["annotations"][0]}
+        dicts[0]["annotations"] += [twin, {**twin}]
+        dicts[0]["relations"] += [(0, 3, 2)]  # "person next to person" over one group
+
+    register(spoil)
+    (warning,) = [x for x in check_dataset(NAME).warnings if "do not overlap" not in x]
+    assert "annotation 4 has the class and box of annotation 0" in warning
+
+
+def test_check_no_image_at_all_is_a_note(register, capsys):
+    dicts = register()
+    for record in dicts:
+        os.remove(record["file_name"])
+    assert main([NAME]) == 0
+    printed = capsys.readouterr().out
+    folder = os.path.dirname(dicts[0]["file_name"])
+    assert f"note: there are no images in {folder}, so the annotations alone were" in printed
+    assert f"{NAME} is usable without images: 0 errors" in printed and "Decoded" not in printed
+
+
 def test_check_limit_counts_all_problems(register, capsys):
     def spoil(dicts):
         for makes, _ in (ERRORS["other size"], ERRORS["turned box"], ERRORS["missing image"]):

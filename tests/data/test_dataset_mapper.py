@@ -13,6 +13,7 @@ from model_utils import ROOT
 from PIL import Image
 from torch.utils.data import SequentialSampler
 
+import reldn_d2.data.dataset_mapper as dataset_mapper
 from reldn_d2.data import RelationDatasetMapper
 from reldn_d2.data.datasets import load_vrd
 from reldn_d2.utils.image_io import ImageError, load_rgb
@@ -514,3 +515,57 @@ def test_mapper_truncated_image_names_the_file(is_train, tmp_path):
     record |= {"annotations": [], "relations": []}
     with pytest.raises(ImageError, match=r"cut\.jpg: cannot be read as an image: .*truncated"):
         mapper(is_train=is_train)(record)
+
+
+# ----------------------------------------------------------------------------------- without images
+
+
+@pytest.mark.parametrize("is_train", [True, False])
+@pytest.mark.parametrize(
+    "augmentation",
+    [None, T.RandomFlip(1.0), T.RandomFlip(1.0, horizontal=False, vertical=True), "crop"],
+)
+def test_mapper_without_images_equals_mapper_with(tmp_path, monkeypatch, augmentation, is_train):
+    boxes = [(4, 4, 40, 30), (35, 10, 70, 60), (50, 50, 96, 96), (0, 70, 20, 80)]
+    record = patches_dict(tmp_path, boxes, [(0, 1), (1, 2), (2, 3), (3, 0)])
+    record["annotations"][3]["iscrowd"] = 1
+    record["annotations"].append(annotation([80, 0, 120, 9], 5, iscrowd=0))  # beyond the image
+    record["detections"] = {
+        "boxes": np.array([[1, 2, 30, 40]], np.float32),
+        "scores": np.array([0.5], np.float32),
+        "classes": np.array([1]),
+    }
+    before = copy.deepcopy(record)
+    augmentations = [augmentation] if augmentation else []
+    if augmentation == "crop":
+        augmentations = [T.CropTransform(30, 5, 50, 70)]
+    expected = mapper(augmentations, is_train)(record)
+    monkeypatch.setattr(dataset_mapper, "read_image", None)
+    found = mapper([*augmentations, T.ResizeShortestEdge(48)], is_train, with_images=False)(record)
+    assert "image" not in found and found["image_id"] == 1
+    assert triplets(found) == triplets(expected) and len(triplets(found)) > 0
+    for key in ("instances", "detections"):
+        assert found[key].image_size == expected[key].image_size
+        assert found[key].get_fields().keys() == expected[key].get_fields().keys()
+        for name, value in found[key].get_fields().items():
+            other = expected[key].get(name)
+            tensors = [x.tensor if hasattr(x, "tensor") else x for x in (value, other)]
+            assert torch.equal(*tensors), name
+    assert str(record) == str(before), "the dict is not modified"
+
+
+def test_mapper_without_images_keeps_results_unless_augmented():
+    resized = mapper([T.ResizeShortestEdge(48)], with_images=False)
+    assert resized.keeps_results and resized.augmentations.augs == []
+    assert not mapper([T.RandomFlip()], with_images=False).keeps_results
+    assert not mapper([]).keeps_results
+    record = {"image_id": 3, "height": 9, "width": 9, "annotations": [], "relations": []}
+    mapped = resized(record)
+    assert mapped["derived"] == {} and len(mapped["instances"]) == len(mapped["relations"]) == 0
+    assert "derived" not in mapper([], is_train=False, with_images=False)(record)
+    plain = {"image_id": 3, "height": 9, "width": 9}
+    assert mapper([], is_train=False, with_images=False)(plain) == plain
+    with pytest.raises(
+        ValueError, match="^3: cannot be mapped to a model input .KeyError: 'width'"
+    ):
+        resized({key: value for key, value in record.items() if key != "width"})

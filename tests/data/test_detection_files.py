@@ -129,3 +129,13 @@ def test_loaders_attach_detections(tmp_path, dataset):
     with pytest.raises(ValueError, match="DETECTION_FILES_TEST has 2 files, but.*1 data sets"):
         detection_files(cfg, is_train=False)
     assert MetadataCatalog.get(DATASET).thing_classes
+
+
+def test_attach_detections_matches_file_names_if_no_image_id_does(tmp_path, dataset):
+    dicts = DatasetCatalog.get(DATASET)  # ids 0 to 3, files 0.png to 3.png
+    records = [{**RECORD, "image_id": "0.png"}, {**RECORD, "image_id": "2.png"}]
+    found = attach_detections(dicts, DATASET, write(tmp_path / "x.json", records), 9)
+    assert [len(x["detections"]["scores"]) for x in found] == [1, 0, 1, 0]
+    twice = [{**x, "file_name": "0.png"} for x in dicts]
+    with pytest.raises(ValueError, match="has detections for none of the 4 images"):
+        attach_detections(twice, DATASET, write(tmp_path / "x.json", records), 9)

@@ -445,6 +445,17 @@ def test_evaluate_relations_tool_options(given_records, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_load_ground_truth_of_detections_needs_real_sizes(registered):
+    """OpenImages' boxes are fractions of images that may not exist."""
+    name = registered("fractions_of_unknown_images")
+    record = {"image_id": 4, "height": 1024, "width": 1024, "nominal_size": True}
+    DatasetCatalog.register(name, lambda: [record])
+    assert list(load_ground_truth(name, "prdcls")) == [4]
+    message = f"Data set '{name}', image 4: its boxes are annotated as fractions"
+    with pytest.raises(ValueError, match=message):
+        load_ground_truth(name, "sgdet")
+
+
 def test_evaluate_predictions_vrd_as_its_own_predictions(full_vrd_annotations, tmp_path):
     """Without images: all but the repeated annotations, and k relations of each pair."""
     name = "vrd_test_of_the_tests"

@@ -26,7 +26,7 @@ from reldn_d2.data.datasets.catalog import (
     register_dataset,
     require_dataset,
 )
-from reldn_d2.data.datasets.image_sizes import image_sizes
+from reldn_d2.data.datasets.image_sizes import image_sizes, known_sizes
 
 from detectron2.config import get_cfg
 from detectron2.data import (
@@ -99,6 +99,17 @@ def test_image_sizes_cached_until_image_changes(tmp_path, monkeypatch):
     for damage in ("", "{}", '{"version": 1, "sizes": {"a.png": "x"}}'):
         cache.write_text(damage)
         assert image_sizes(root, paths, "test") == [(40, 60), (20, 10)]
+
+
+def test_known_sizes_are_those_of_the_cache(tmp_path):
+    root = pictures(tmp_path / "images", ["a.png", "b.png", "c.png"])
+    names = ["a.jpg", "b.png", "c.png", "d.png"]  # a is annotated with another suffix
+    assert known_sizes(root, names) == [None] * 4
+    image_sizes(root, [os.path.join(root, f"{x}.png") for x in "abc"], "test")
+    os.remove(os.path.join(root, "a.png"))
+    Image.new("RGB", (10, 20)).save(os.path.join(root, "b.png"))
+    assert known_sizes(root, names) == [(40, 60), None, (40, 60), None], "b has changed"
+    assert known_sizes("scheme://images", names) == [None] * 4
 
 
 def test_image_sizes_interrupted_keeps_progress(tmp_path, monkeypatch):

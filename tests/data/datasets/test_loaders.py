@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -88,6 +89,26 @@ def test_load_openimages_records(tmp_path, caplog):
 def test_load_openimages_without_merging_keeps_duplicates(tmp_path):
     first = load_openimages_vrd(**write_openimages(tmp_path), merge_duplicates=False)[0]
     assert sorted(first["relations"]) == [(0, 1, 2), (0, 1, 3), (0, 1, 3)]
+
+
+def test_load_openimages_without_images_uses_cached_or_nominal_sizes(tmp_path, caplog):
+    arguments = write_openimages(tmp_path)
+    expected = load_openimages_vrd(**arguments, images_needed=False)
+    assert expected == load_openimages_vrd(**arguments), "images that exist are read"
+    shutil.rmtree(arguments["image_root"])
+    assert load_openimages_vrd(**arguments, images_needed=False) == expected
+    shutil.rmtree(tmp_path / "reldn_cache")
+    with caplog.at_level("INFO", "reldn_d2"):
+        nominal = load_openimages_vrd(**arguments, images_needed=False)
+    assert "3 of 3 images of OpenImages are missing, and their sizes are not cached" in caplog.text
+    for record, other in zip(nominal, expected, strict=True):
+        assert record["nominal_size"] and (record["height"], record["width"]) == (1024, 1024)
+        assert record["relations"] == other["relations"]
+        for entity, original in zip(record["annotations"], other["annotations"], strict=True):
+            scaled = np.array(original["bbox"]) / [60, 40, 60, 40] * 1024
+            assert np.allclose(entity["bbox"], scaled)
+    with pytest.raises(FileNotFoundError, match="The image folder of OpenImages not found"):
+        load_openimages_vrd(**arguments)
 
 
 def test_load_openimages_attributes_as_relations(tmp_path, registered):

@@ -6,7 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reldn_d2.modeling.detectors import label_entities
-from reldn_d2.modeling.relation_head.pair_sampling import SampledPairs, sample_pairs
+from reldn_d2.modeling.relation_head.pair_sampling import (
+    SampledPairs,
+    leaves_no_choice,
+    sample_pairs,
+)
 from reldn_d2.modeling.relation_head.pairs import (
     candidate_pairs,
     distinct_unions,
@@ -294,6 +298,29 @@ def test_sample_pairs_counts_and_constraints_hold(asked):
         negatives = mask & ~positive
         assert int(negatives.sum()) == min(int(allowed.sum()), asked["num_anchor_negative"])
         assert all(allowed[i, j] for i, j in table(pairs, negatives))
+
+
+@pytest.mark.parametrize("less", ["", "num_pairs", "num_positive", "num_anchor_positive"])
+@pytest.mark.parametrize("anchors", [True, False])
+def test_leaves_no_choice_only_if_every_draw_is_the_same(less, anchors):
+    grid = crowded_grid(num_targets=4, ground_truth=True)
+    positive, negative = int(grid.positive.sum()), int(grid.negative.sum())
+    asked = dict(num_pairs=positive + negative, num_positive=positive)
+    asked.update(
+        num_anchor_positive=positive if anchors else 0,
+        num_anchor_negative=negative if anchors else 0,
+    )
+    if less:
+        asked[less] = max(asked[less] - 1, 0)
+    fixed = not less or (not anchors and less == "num_anchor_positive")
+    assert leaves_no_choice(grid, **asked) == fixed
+    draws = [
+        sample_pairs(grid, **asked, generator=torch.Generator().manual_seed(seed))
+        for seed in range(30)
+    ]
+    if fixed:
+        for draw in draws[1:]:
+            assert all(torch.equal(x, vars(draws[0])[name]) for name, x in vars(draw).items())
 
 
 @pytest.mark.parametrize("num_pairs, num_positive", [(64, 20), (64, 3), (6, 3), (6, 20), (0, 0)])
