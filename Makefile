@@ -23,11 +23,11 @@ TEST_PROCESSES := 2
 # Import the package from this folder, wherever the environment is.
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: help setup demo test env lint format clean
+.PHONY: help setup demo test benchmark env lint format clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /@/' | \
-		awk -F@ '{printf "make %-8s %s\n", $$1, $$2}'
+		awk -F@ '{printf "make %-9s %s\n", $$1, $$2}'
 	@echo 'PYTHON=/path/to/python uses that environment instead of .venv; ARGS="..." is passed on.'
 
 setup:  ## create the environment .venv
@@ -40,6 +40,10 @@ demo:  ## train, evaluate and draw RelDN on the built-in data set (RETRAIN=1: fr
 test:  ## run the tests
 	$(call ready,test)
 	$(RUN) -m pytest -n $(TEST_PROCESSES) --dist loadscope $(or $(ARGS),tests)
+
+benchmark:  ## train and score box models on VRD's annotations (DETECTRON2_DATASETS)
+	$(call ready)
+	$(RUN) tools/vrd_benchmark.py $(ARGS)
 
 env:  ## print the versions of everything, for bug reports
 	$(call ready)

@@ -11,10 +11,9 @@ import logging
 import multiprocessing
 import os
 import resource
-import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -212,20 +211,24 @@ def format_run(columns: dict[str, Any]) -> str:
 
 def summary(name: str, seeds: Sequence[int], runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return a row: mean of each column, and ``deviation`` with the standard deviations."""
+    import numpy as np
 
-    def apply(function, column: str):
+    def mean(values: Sequence[float]) -> float:
+        return float(np.mean(values))
+
+    def apply(function: Callable[[Sequence[float]], float], column: str) -> Any:
         values = [run[column] for run in runs]
         if isinstance(values[0], list):
             return [function(x) for x in zip(*values)]
         return function(values)
 
-    def deviation(values) -> float:
-        return statistics.stdev(values) if len(values) > 1 else 0.0
+    def deviation(values: Sequence[float]) -> float:
+        return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
     return {
         "name": name,
         "seeds": list(dict.fromkeys(seeds))[: len(runs)],
-        **{column: apply(statistics.mean, column) for column in runs[0]},
+        **{column: apply(mean, column) for column in runs[0]},
         "deviation": {column: apply(deviation, column) for column in runs[0]},
     }
 
