@@ -56,7 +56,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     if solver.OPTIMIZER == "SGD":
         optimizer, extra = torch.optim.SGD, dict(momentum=solver.MOMENTUM, nesterov=solver.NESTEROV)
     elif solver.OPTIMIZER == "AdamW":
-        optimizer, extra = torch.optim.AdamW, {}
+        # The default on GPUs. On CPUs it gives the same values in less than half the time.
+        optimizer, extra = torch.optim.AdamW, dict(foreach=True)
     else:
         raise ValueError(
             f"SOLVER.OPTIMIZER is '{solver.OPTIMIZER}'; known: {', '.join(_OPTIMIZERS)}"

@@ -23,6 +23,7 @@ from reldn_d2.data.check import main as check_main
 from reldn_d2.engine.defaults import RelDNTrainer
 from reldn_d2.engine.run_check import check_run
 from reldn_d2.modeling.meta_arch import needs_images
+from reldn_d2.modeling.relation_head.pair_sampling import training_pairs
 from reldn_d2.predictor import RelationPredictor
 from reldn_d2.utils.image_io import ImageError
 from reldn_d2.vis.saliency import feature_saliency, triplet_saliency
@@ -220,6 +221,12 @@ def test_images_are_mapped_once_and_their_pairs_kept(no_images):
     assert all(x["derived"]["entities"][0]._derived["pairs"] is kept[x["image_id"]] for x in second)
 
 
+def pairs_of(model, entities, target):
+    head = model.relation_head
+    options = dict(num_predicates=head.num_predicates, sampling=head.sampling)
+    return training_pairs(entities, *target, **options)
+
+
 def test_kept_pairs_equal_new_ones(no_images):
     model = RelDNTrainer.build_model(merged(LEAVES[0]))
     batch = next(iter(RelDNTrainer.build_train_loader(merged(LEAVES[0], "SEED", 1))))[:4]
@@ -228,7 +235,7 @@ def test_kept_pairs_equal_new_ones(no_images):
     entities, targets = model._training_entities(batch, None, {})
     for x, own, target in zip(batch, entities, targets):
         kept = x["derived"]["entities"][0]._derived["pairs"]
-        new = model.relation_head._sample_pairs(own, *target)
+        new = pairs_of(model, own, target)
         assert all(torch.equal(value, vars(new)[key]) for key, value in vars(kept).items())
 
 
@@ -237,7 +244,7 @@ def test_pairs_are_drawn_again_if_there_is_a_choice(no_images):
     model = RelDNTrainer.build_model(merged(LEAVES[0], *fewer))
     batch = next(iter(RelDNTrainer.build_train_loader(merged(LEAVES[0], "SEED", 1))))[:1]
     (kept,), (target,) = model._repeated_entities(batch)
-    drawn = [model.relation_head._sample_pairs(kept, *target) for _ in range(20)]
+    drawn = [pairs_of(model, kept, target) for _ in range(20)]
     assert {len(x) for x in drawn} == {4} and list(kept._derived) == ["grid"]
     assert len({tuple(x.subjects.tolist() + x.objects.tolist()) for x in drawn}) > 1
 

@@ -8,15 +8,19 @@ the same random key per pair. So each draw is uniform over its candidates, as if
 one, and the draws share as many pairs as their preferences allow.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..sampling import random_keys, sample_mask
-from .pairs import PairGrid
+from detectron2.structures import Instances
 
-__all__ = ["SampledPairs", "leaves_no_choice", "sample_pairs"]
+from ..sampling import random_keys, sample_mask
+from .pairs import PairGrid, match_pairs
+
+__all__ = ["SampledPairs", "leaves_no_choice", "sample_pairs", "training_pairs"]
 
 
 @dataclass
@@ -134,3 +138,45 @@ def leaves_no_choice(
         and (num_anchor_positive == 0 or positive <= num_anchor_positive)
         and (num_anchor_negative == 0 or negative <= num_anchor_negative)
     )
+
+
+def training_pairs(
+    proposals: Instances,
+    instances: Instances,
+    relations: Instances,
+    *,
+    sampling: Mapping[str, int],
+    **matching: Any,
+) -> SampledPairs:
+    """Match the pairs of one image with its ground truth and sample from them.
+
+    Args:
+        proposals: the entities: ``proposal_boxes``, ``gt_classes`` and ``gt_index``. If the image
+            comes again with the same entities, they have a dict ``_derived`` (see
+            :class:`..meta_arch.RelDN`), in which this function keeps what it would compute again.
+        instances, relations: ground truth.
+        sampling: keyword arguments of :func:`sample_pairs`.
+        matching: keyword arguments of :func:`.pairs.match_pairs`.
+    """
+    derived = getattr(proposals, "_derived", None) or {}
+    if "pairs" in derived:
+        return derived["pairs"]
+    grid = derived.get("grid")
+    if grid is None:
+        grid = match_pairs(
+            (proposals.proposal_boxes, proposals.gt_classes),
+            (instances.gt_boxes, instances.gt_classes),
+            relations.gt_pairs,
+            relations.gt_predicates,
+            gt_index=proposals.gt_index,
+            **matching,
+        )
+        if hasattr(proposals, "_derived"):
+            if leaves_no_choice(grid, **sampling):
+                # A generator of its own: in a resumed run, which has kept nothing yet, the default
+                # one must be in the same state after this as in a run that uses the kept pairs.
+                own = torch.Generator(grid.candidates.device)
+                proposals._derived["pairs"] = sample_pairs(grid, **sampling, generator=own)
+                return proposals._derived["pairs"]
+            proposals._derived["grid"] = grid
+    return sample_pairs(grid, **sampling)

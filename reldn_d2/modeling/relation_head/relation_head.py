@@ -23,8 +23,8 @@ from ..losses.contrastive import NORMALIZATIONS
 from .build import ROI_RELATION_HEAD_REGISTRY, build_visual_parts
 from .head_losses import relation_losses
 from .joint import JointModule
-from .pair_sampling import SampledPairs, leaves_no_choice, sample_pairs
-from .pairs import EntityBatch, distinct_unions, match_pairs
+from .pair_sampling import SampledPairs, training_pairs
+from .pairs import EntityBatch, distinct_unions
 from .predictors import SemanticModule, SpatialModule, VisualModule, spatial_features
 from .topk import best_triplets
 from .training_metrics import training_metrics
@@ -335,7 +335,17 @@ class RelDNHead(nn.Module):
         """Sample pairs, score them and compute the losses; arguments as in :meth:`forward`."""
         boxes, classes = [x.proposal_boxes for x in proposals], [x.gt_classes for x in proposals]
         entities = self.encode_entities(features, boxes, classes, [x.image_size for x in proposals])
-        samples = [self._sample_pairs(x, *target) for x, target in zip(proposals, targets)]
+        samples = [
+            training_pairs(
+                image_proposals,
+                *target,
+                num_predicates=self.num_predicates,
+                overlap_filter=self.overlap_filter,
+                iou_threshold=self.pair_iou_threshold,
+                sampling=self.sampling,
+            )
+            for image_proposals, target in zip(proposals, targets)
+        ]
         pairs = SampledPairs.cat(samples, entities.sizes)
         logits = self.pair_logits(entities, predicate_features, pairs.subjects, pairs.objects)
         result = relation_losses(
@@ -359,40 +369,6 @@ class RelDNHead(nn.Module):
                     n=3,
                 )
         return result.losses
-
-    def _sample_pairs(
-        self, proposals: Instances, instances: Instances, relations: Instances
-    ) -> SampledPairs:
-        """Match the pairs of one image with its ground truth and sample from them.
-
-        What does not change is computed once for an image that comes again, whose entities have a
-        dict ``_derived`` (see :class:`..meta_arch.RelDN`).
-        """
-        derived = getattr(proposals, "_derived", None)
-        if derived and "pairs" in derived:
-            return derived["pairs"]
-        grid = derived.get("grid") if derived else None
-        if grid is None:
-            grid = match_pairs(
-                (proposals.proposal_boxes, proposals.gt_classes),
-                (instances.gt_boxes, instances.gt_classes),
-                relations.gt_pairs,
-                relations.gt_predicates,
-                num_predicates=self.num_predicates,
-                gt_index=proposals.gt_index,
-                overlap_filter=self.overlap_filter,
-                iou_threshold=self.pair_iou_threshold,
-            )
-        if derived is None:
-            return sample_pairs(grid, **self.sampling)
-        if "grid" not in derived and leaves_no_choice(grid, **self.sampling):
-            # A generator of its own: in a resumed run, which has kept nothing yet, the default one
-            # must be in the same state after this as in a run that uses the kept pairs.
-            own = torch.Generator(grid.candidates.device)
-            derived["pairs"] = sample_pairs(grid, **self.sampling, generator=own)
-            return derived["pairs"]
-        derived["grid"] = grid
-        return sample_pairs(grid, **self.sampling)
 
     def _predict(
         self,

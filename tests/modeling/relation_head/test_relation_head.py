@@ -12,6 +12,7 @@ from model_utils import busy_item, small_config, small_model
 
 from reldn_d2.data.frequency import count_predicates, log_frequencies
 from reldn_d2.modeling.relation_head import RelDNHead, build_relation_head
+from reldn_d2.modeling.relation_head import pair_sampling as sampling_module
 from reldn_d2.modeling.relation_head import relation_head as head_module
 from reldn_d2.modeling.relation_head.predictors import (
     SemanticModule,
@@ -477,10 +478,10 @@ def test_relation_head_config_reaches_matching_and_sampling(monkeypatch):
             seen[name] = kwargs
             return function(*args, **kwargs)
 
-        monkeypatch.setattr(head_module, name, call)
+        monkeypatch.setattr(sampling_module, name, call)
 
-    remember("match_pairs", head_module.match_pairs)
-    remember("sample_pairs", head_module.sample_pairs)
+    remember("match_pairs", sampling_module.match_pairs)
+    remember("sample_pairs", sampling_module.sample_pairs)
     key = "MODEL.ROI_RELATION_HEAD"
     options = (
         *(f"{key}.OVERLAP_FILTER", False, "MODEL.RELDN.ENTITY_IOU_THRESHOLD", 0.625),
