@@ -53,7 +53,7 @@ def train(model, steps):
     return gradients
 
 
-def train_in_process(rank, folder):
+def train_in_process(rank, folder, l0_mean):
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo",
@@ -62,7 +62,8 @@ def train_in_process(rank, folder):
         world_size=2,
         timeout=timedelta(minutes=3),
     )
-    model = DistributedDataParallel(small_model(*OPTIONS), broadcast_buffers=False)
+    model = small_model(*OPTIONS, f"{HEAD}.LOSS.L0_MEAN", l0_mean)
+    model = DistributedDataParallel(model, broadcast_buffers=False)
     gradients = train(model, [[images[rank]] for images in batches()])
     if rank == 0:
         torch.save(gradients, f"{folder}/gradients.pth")
@@ -70,10 +71,12 @@ def train_in_process(rank, folder):
     distributed.destroy_process_group()
 
 
-def test_ddp_two_processes_gradients_equal_one_process(tmp_path):
-    multiprocessing.spawn(train_in_process, (str(tmp_path),), nprocs=2)
+@pytest.mark.parametrize("l0_mean", ["images", "pairs"])
+def test_ddp_two_processes_gradients_equal_one_process(tmp_path, l0_mean):
+    multiprocessing.spawn(train_in_process, (str(tmp_path), l0_mean), nprocs=2)
     together = torch.load(tmp_path / "gradients.pth", weights_only=True)
-    alone = train(small_model(*OPTIONS), [list(images) for images in batches()])
+    model = small_model(*OPTIONS, f"{HEAD}.LOSS.L0_MEAN", l0_mean)
+    alone = train(model, [list(images) for images in batches()])
     assert len(together) == len(alone) == STEPS
     for two, one in zip(together, alone):
         assert set(two) == set(one)

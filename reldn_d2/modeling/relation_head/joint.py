@@ -10,6 +10,28 @@ from .predictors import SPATIAL_FEATURE_SIZE
 
 __all__ = ["JointModule"]
 
+# Small, so that classes start out alike and differ only where the data say so: rare classes then
+# keep to what all classes have in common. With PyTorch's 1, fewer unseen triplets are predicted.
+_EMBEDDING_STD = 0.1
+
+
+class ByteDropout(nn.Dropout):
+    """Dropout whose mask on the CPU takes one random byte per value; p is rounded to 1/256.
+
+    With a random float per value, as PyTorch draws them, dropout takes 40 % of a training step of
+    the joint module on the CPU.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0 or x.device.type != "cpu":
+            return super().forward(x)
+        dropped = min(round(256 * self.p), 255)
+        # From the smallest int64: by default the sign bit is never set, and every eighth byte
+        # would be below 128.
+        numbers = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
+        kept = numbers.view(torch.uint8)[: x.numel()].view(x.shape) >= dropped
+        return x * (kept.to(x.dtype) * (256 / (256 - dropped)))
+
 
 class JointModule(nn.Module):
     """MLP (2E + 28)-H-H-(C + 1) on the embedded classes and the spatial features of a pair.
@@ -52,13 +74,15 @@ class JointModule(nn.Module):
             )
         self.subject_embedding = nn.Embedding(num_classes, embedding_dim)
         self.object_embedding = nn.Embedding(num_classes, embedding_dim)
+        for embedding in (self.subject_embedding, self.object_embedding):
+            nn.init.normal_(embedding.weight, std=_EMBEDDING_STD)
         self.layers = nn.Sequential(
             nn.Linear(2 * embedding_dim + SPATIAL_FEATURE_SIZE, hidden_dim),
             nn.LeakyReLU(0.1),
-            nn.Dropout(dropout),
+            ByteDropout(dropout),
             nn.Linear(hidden_dim, hidden_dim),
             nn.LeakyReLU(0.1),
-            nn.Dropout(dropout),
+            ByteDropout(dropout),
             nn.Linear(hidden_dim, num_predicates + 1),
         )
 

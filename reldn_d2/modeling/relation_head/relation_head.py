@@ -21,7 +21,7 @@ from ...structures.box_ops import union_boxes
 from ...utils.protocols import kept_predicates_per_pair
 from ..losses.contrastive import NORMALIZATIONS
 from .build import ROI_RELATION_HEAD_REGISTRY, build_visual_parts
-from .head_losses import relation_losses
+from .head_losses import L0_MEANS, relation_losses
 from .joint import JointModule
 from .pair_sampling import SampledPairs, training_pairs
 from .pairs import EntityBatch, distinct_unions
@@ -62,6 +62,7 @@ class RelDNHead(nn.Module):
         lambdas: tuple[float, float, float] = (1.0, 0.5, 0.1),
         alphas: tuple[float, float, float] = (0.2, 0.2, 0.2),
         normalization: str = "paper",
+        l0_mean: str = "images",
         topk: int = 100,
         predicates_per_pair: tuple[int | None, ...] = (1,),
         pair_chunk: int = 2048,
@@ -86,6 +87,7 @@ class RelDNHead(nn.Module):
             lambdas: weights of L1 to L3; all zero switches them off.
             alphas: margins of L1 to L3.
             normalization: of L1 to L3, see :func:`..losses.contrastive.group_weights`.
+            l0_mean: one of :data:`.head_losses.L0_MEANS`.
             topk, predicates_per_pair: see :class:`.topk.TopTriplets`.
             pair_chunk: max pairs scored at once at test time.
             max_visual_pairs: max pairs of an image with given boxes that the visual module scores;
@@ -102,7 +104,7 @@ class RelDNHead(nn.Module):
                 "SPATIAL.ENABLED, JOINT.ENABLED, VISUAL.SPO, VISUAL.SUBJECT_SKIP or "
                 "VISUAL.OBJECT_SKIP under MODEL.ROI_RELATION_HEAD."
             )
-        _check_options(normalization, predicates_per_pair, pair_chunk, max_visual_pairs)
+        _check_options(normalization, l0_mean, predicates_per_pair, pair_chunk, max_visual_pairs)
         self.num_classes = num_classes
         self.num_predicates = num_predicates
         self.in_features = list(in_features)
@@ -124,6 +126,7 @@ class RelDNHead(nn.Module):
         self.alphas = tuple(alphas)
         self.register_buffer("_alphas", torch.tensor(self.alphas), persistent=False)
         self.normalization = normalization
+        self.l0_mean = l0_mean
         self.topk = topk
         self.predicates_per_pair = tuple(predicates_per_pair)
         self.pair_chunk = pair_chunk
@@ -155,6 +158,7 @@ class RelDNHead(nn.Module):
             "lambdas": (head.LOSS.LAMBDA_1, head.LOSS.LAMBDA_2, head.LOSS.LAMBDA_3),
             "alphas": (head.LOSS.ALPHA_1, head.LOSS.ALPHA_2, head.LOSS.ALPHA_3),
             "normalization": head.LOSS.NORMALIZATION,
+            "l0_mean": head.LOSS.L0_MEAN,
             "topk": cfg.TEST.RELATIONS.TOPK,
             "predicates_per_pair": kept_predicates_per_pair(cfg),
             "pair_chunk": cfg.TEST.RELATIONS.PAIR_CHUNK,
@@ -356,6 +360,7 @@ class RelDNHead(nn.Module):
             lambdas=self.lambdas,
             alphas=self._alphas,
             normalization=self.normalization,
+            l0_mean=self.l0_mean,
         )
         storage = get_event_storage()
         if (storage.iter + 1) % self.statistics_period == 0:  # when the trainer's writers write
@@ -437,16 +442,20 @@ class RelDNHead(nn.Module):
 
 def _check_options(
     normalization: str,
+    l0_mean: str,
     predicates_per_pair: tuple[int | None, ...],
     pair_chunk: int,
     max_visual_pairs: int,
 ) -> None:
     """Raise a ValueError that names the config key of an invalid option."""
-    if normalization not in NORMALIZATIONS:
-        raise ValueError(
-            f"MODEL.ROI_RELATION_HEAD.LOSS.NORMALIZATION is '{normalization}'; known: "
-            f"{', '.join(NORMALIZATIONS)}"
-        )
+    for key, value, known in (
+        ("NORMALIZATION", normalization, NORMALIZATIONS),
+        ("L0_MEAN", l0_mean, L0_MEANS),
+    ):
+        if value not in known:
+            raise ValueError(
+                f"MODEL.ROI_RELATION_HEAD.LOSS.{key} is '{value}'; known: {', '.join(known)}"
+            )
     if len(predicates_per_pair) == 0 or any(k is not None and k < 1 for k in predicates_per_pair):
         raise ValueError(
             f"TEST.RELATIONS.PREDICATES_PER_PAIR is {list(predicates_per_pair)}; expected at least "

@@ -18,7 +18,7 @@ from reldn_d2 import RelDNCheckpointer
 from reldn_d2.engine.defaults import build_optimizer
 from reldn_d2.export import RelDNExport
 from reldn_d2.modeling.relation_head import relation_head as head_module
-from reldn_d2.modeling.relation_head.joint import JointModule
+from reldn_d2.modeling.relation_head.joint import ByteDropout, JointModule
 from reldn_d2.modeling.relation_head.pairs import EntityBatch
 from reldn_d2.modeling.relation_head.predictors import spatial_features
 from reldn_d2.structures.name_matching import NameMismatchError
@@ -81,7 +81,7 @@ def test_joint_module_default_shapes():
 
 
 def test_joint_module_gradients_reach_the_classes_of_the_pairs_only():
-    joint = module(dropout=0.5).train()
+    joint = module(dropout=0.0).train()
     features = torch.randn((3, 28), generator=torch.Generator().manual_seed(0))
     joint(torch.tensor([0, 2, 2]), torch.tensor([1, 1, 4]), features).square().sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in joint.parameters())
@@ -98,6 +98,22 @@ def test_joint_module_dropout_acts_in_training_only():
     assert len({tuple(x) for x in joint(classes, classes, features).tolist()}) > 100
     without = module(dropout=0.0).train()
     torch.testing.assert_close(without(classes, classes, features)[0], row)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.75])
+def test_byte_dropout_drops_each_column_alike_and_keeps_the_mean(p):
+    torch.manual_seed(0)
+    x = torch.ones((20_000, 11), requires_grad=True)  # the last bytes are cut off
+    y = ByteDropout(p).train()(x)
+    rounded = round(256 * p) / 256
+    values = sorted({round(v, 4) for v in y.unique().tolist()})
+    assert values == pytest.approx([0, 1 / (1 - rounded)], abs=1e-4)
+    assert (y == 0).float().mean(0).tolist() == pytest.approx([rounded] * 11, abs=0.02)
+    assert float(y.mean()) == pytest.approx(1, abs=0.02)
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach())
+    assert torch.equal(ByteDropout(p).eval()(x), x)
+    assert torch.equal(ByteDropout(0.0).train()(x), x)
 
 
 @pytest.mark.parametrize(

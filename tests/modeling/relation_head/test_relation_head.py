@@ -280,10 +280,12 @@ SCENES = [
 ]
 
 
-def test_relation_head_losses_equal_plain_loops():
+@pytest.mark.parametrize("l0_mean", ["images", "pairs"])
+def test_relation_head_losses_equal_plain_loops(l0_mean):
     """L0 and both sides of L1-L3 on boxes that are ground truth and all of which are sampled."""
+    num_pairs = sum(len(classes) * (len(classes) - 1) for classes, _ in SCENES)
     lambdas, alphas = (1.5, 0.5, 0.25), (0.2, 0.4, 0.6)
-    head = table_head(lambdas=lambdas, alphas=alphas)
+    head = table_head(lambdas=lambdas, alphas=alphas, l0_mean=l0_mean)
     entities, targets, rows, pairs_of, labels_of, sampled_of = [], [], [], [], [], []
     classes_of, image_of, l0, start = [], [], 0.0, 0
     for image, (classes, relations) in enumerate(SCENES):
@@ -295,7 +297,8 @@ def test_relation_head_losses_equal_plain_loops():
         for i, j in pairs:
             row = head.semantic.table.weight[classes[i] * CLASSES + classes[j]].double()
             log_probability = row.log_softmax(0)[labels.get((i, j), PREDICATES)]
-            l0 = l0 - log_probability / len(pairs) / len(SCENES)
+            share = 1 / num_pairs if l0_mean == "pairs" else 1 / len(pairs) / len(SCENES)
+            l0 = l0 - log_probability * share
             rows.append(row)
             labels_of.append([labels.get((i, j)) == e for e in range(PREDICATES)])
             pairs_of.append((start + i, start + j))
@@ -458,6 +461,8 @@ def test_relation_head_invalid_options_raise():
         build_relation_head(small_config("MODEL.ROI_RELATION_HEAD.NAME", "NoSuchHead"), {}, {})
     with pytest.raises(ValueError, match="LOSS.NORMALIZATION is 'mean'; known: paper, released"):
         table_head(normalization="mean")
+    with pytest.raises(ValueError, match="LOSS.L0_MEAN is 'boxes'; known: images, pairs"):
+        table_head(l0_mean="boxes")
     for wrong in ((), (1, -1)):
         with pytest.raises(ValueError, match="PREDICATES_PER_PAIR"):
             table_head(predicates_per_pair=wrong)
