@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from import_files import write_import_files
 from model_utils import CLASSES, PREDICATES, ROOT, released_state, write_dataset
 from PIL import Image
 from sandbox import NARROW, PRODUCERS, Runner, enter_checkout, merged, write_checkout
@@ -129,6 +130,7 @@ def write_files_of_reader(folder: Path) -> None:
     with VideoWriter(folder / "walk.mp4", 10.0) as video:
         for i in range(3):
             video.write(picture(64, 96, seed=i))
+    write_import_files(folder)
     checkpoint = write_checkpoint(folder)
     write_precomputed_checkpoint(folder / "my_precomputed")
     write_coco_detector(folder / "coco_detector")
