@@ -30,7 +30,7 @@ def write_checkpoint(
     with torch.no_grad():  # classes and pairs that differ from each other
         table = model.relation_head.semantic.table.weight
         table[: len(CLASSES) ** 2].normal_(0, 2)  # few rows, so that files of 100 classes are small
-        roi_heads = model.detector.model.roi_heads
+        roi_heads = getattr(model.detector.model, "roi_heads", None)
         if hasattr(roi_heads, "box_predictor"):  # not with detections from files
             roi_heads.box_predictor.cls_score.weight.normal_(0, 0.5)
     reldn_d2.RelDNCheckpointer(
