@@ -27,10 +27,10 @@ from reldn_d2.data.datasets.catalog import (
 )
 from reldn_d2.data.datasets.importers import read_name_file
 from reldn_d2.evaluation.imported_predictions import (
-    IMPORT_FORMATS,
     KEPT_PREDICATES_PER_PAIR,
     import_predictions,
 )
+from reldn_d2.evaluation.pickled_predictions import IMPORT_FORMATS
 from reldn_d2.evaluation.predictions_io import write_predictions, write_settings
 from reldn_d2.structures.relations import TASKS
 from reldn_d2.utils.file_io import check_writable

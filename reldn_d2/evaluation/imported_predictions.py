@@ -1,26 +1,17 @@
-"""Read predictions that other programs have pickled, as scene graphs of a data set.
+"""Convert predictions that other programs have pickled to scene graphs of a data set.
 
-==========  ================================  ====================================================
-Format      File                              Content
-==========  ================================  ====================================================
-tang        ``eval_results.pytorch``          ``torch.save`` of ``{"predictions": [BoxList, ...]}``
-motifs      a pickle                          list of dicts with ``pred_rel_inds``, ``rel_scores``
-released    ``rel_detections.pkl``            list of dicts with ``prd_scores`` of each pair
-==========  ================================  ====================================================
-
-The files have no image ids: images are in the order of the data set. Scores of predicates have a
-first column for "no relationship". Nothing in the files is executed.
+The files (:mod:`.pickled_predictions`) have no image ids: images are in the order of the data set.
+Scores of predicates have a first column for "no relationship".
 
 Shape shorthand: R boxes, K pairs, P predicates of one image.
 """
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
-import torch
 
 from detectron2.data import DatasetCatalog
 
@@ -30,9 +21,9 @@ from ..structures.name_matching import NAME_FIELDS, Renumbering
 from ..structures.ranking import rank_by_score
 from ..structures.scene_graph import SceneGraph
 from ..utils.protocols import PROTOCOLS, distinct_limits
-from ..utils.safe_pickle import Record, read_pickle
+from .pickled_predictions import IMPORT_FORMATS, PickledImage, require_equal_lengths
 
-__all__ = ["IMPORT_FORMATS", "KEPT_PREDICATES_PER_PAIR", "import_predictions"]
+__all__ = ["KEPT_PREDICATES_PER_PAIR", "import_predictions"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,20 +33,6 @@ KEPT_PREDICATES_PER_PAIR = distinct_limits(
 )
 _MOTIFS_LONG_SIDE = 1024  # of the frame of Neural Motifs' boxes
 _ONE_PIXEL = 2.0  # of another frame, in pixels of the image
-_TANG_FIELDS = ("pred_labels", "pred_scores", "rel_pair_idxs", "pred_rel_scores")
-
-
-class _Image(NamedTuple):
-    """One image of a file."""
-
-    boxes: np.ndarray  # (R, 4) XYXY
-    classes: np.ndarray  # (R,) as in the file
-    box_scores: np.ndarray  # (R,)
-    pairs: np.ndarray  # (K, 2)
-    predicate_scores: np.ndarray  # (K, P + 1), "no relationship" first
-    frame: tuple[float, float] | None = None  # width and height of the boxes' frame; None: image
-    name: str | None = None  # of the image's file
-    num_true_boxes: int | None = None
 
 
 def import_predictions(
@@ -122,163 +99,11 @@ def import_predictions(
         yield renumbering.scene_graph(graph) if renumbering else graph
 
 
-# ------------------------------------------------------------------------------------ the formats
-
-
-def _read_tang(file: str) -> list[_Image]:
-    content = read_pickle(file, records=("BoxList",))
-    predictions = content.get("predictions") if isinstance(content, dict) else content
-    truth = content.get("groundtruths") if isinstance(content, dict) else None
-    if not isinstance(predictions, list):
-        raise ValueError(
-            f'{file}: found a {type(content).__name__}; expected {{"predictions": [BoxList, ...]}}.'
-        )
-    if not isinstance(truth, list) or len(truth) != len(predictions):
-        truth = [None] * len(predictions)
-    images = []
-    for index, (prediction, true_boxes) in enumerate(zip(predictions, truth)):
-        where = f"{file}, predictions[{index}]"
-        fields = vars(prediction) if isinstance(prediction, Record) else {}
-        extra = fields.get("extra_fields")
-        _require(where, fields, ("bbox", "size", "mode"))
-        _require(where, extra, _TANG_FIELDS)
-        boxes = _array(fields["bbox"], "bbox", where, 4).astype(np.float64)
-        if fields["mode"] == "xywh":  # as BoxList converts it: the last pixel belongs to the box
-            boxes = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:] - 1], axis=1)
-        elif fields["mode"] != "xyxy":
-            raise ValueError(f"{where}: mode is {fields['mode']!r:.40}; expected xyxy or xywh.")
-        size = fields["size"]
-        if not isinstance(size, (list, tuple)) or len(size) != 2 or not all(x > 0 for x in size):
-            raise ValueError(f"{where}: size is {size!r:.60}; expected (width, height).")
-        true_boxes = vars(true_boxes).get("bbox") if isinstance(true_boxes, Record) else None
-        images.append(
-            _Image(
-                boxes,
-                *(_array(extra[key], key, where) for key in _TANG_FIELDS[:2]),
-                *(_array(extra[key], key, where, 2) for key in _TANG_FIELDS[2:3]),
-                _array(extra["pred_rel_scores"], "pred_rel_scores", where, None),
-                frame=(float(size[0]), float(size[1])),
-                num_true_boxes=len(true_boxes) if torch.is_tensor(true_boxes) else None,
-            )
-        )
-    return images
-
-
-def _read_motifs(file: str) -> list[_Image]:
-    images = []
-    for index, record in enumerate(_list_of_dicts(file)):
-        where = f"{file}, image {index}"
-        boxes = record.get("pred_boxes", record.get("boxes"))
-        fields = {**record, "pred_boxes": boxes}
-        keys = ("pred_boxes", "pred_classes", "obj_scores", "pred_rel_inds", "rel_scores")
-        _require(where, fields, keys)
-        columns = (4, 0, 0, 2, None)
-        images.append(_Image(*(_array(fields[k], k, where, n) for k, n in zip(keys, columns))))
-    return images
-
-
-def _read_released(file: str) -> list[_Image]:
-    """Each pair has its own two boxes; equal boxes with the same class and score are one entity."""
-    images = []
-    for index, record in enumerate(_list_of_dicts(file)):
-        where = f"{file}, image {index}"
-        fields = {key.removeprefix("det_"): x for key, x in record.items() if isinstance(key, str)}
-        ends = []
-        for role in ("sbj", "obj"):
-            # `sbj_boxes` as the file has it, or `det_boxes_sbj` as its evaluation calls it
-            keys = []
-            for what in ("boxes", "labels", "scores"):
-                other = f"{what}_{role}"
-                keys.append(other if other in fields else f"{role}_{what}")
-            _require(where, fields, keys)
-            boxes, *rest = (_array(fields[k], k, where, n) for k, n in zip(keys, (4, 0, 0)))
-            _require_equal_lengths(where, dict(zip(keys, (boxes, *rest))))
-            ends.append(np.concatenate([boxes, *(x[:, None] for x in rest)], axis=1))
-        key = next(
-            (x for x in ("prd_scores_ttl", "prd_scores", "scores_prd") if x in fields), "prd_scores"
-        )
-        _require(where, fields, (key,))
-        scores = _array(fields[key], key, where, None)
-        _require_equal_lengths(where, {"sbj_boxes": ends[0], "obj_boxes": ends[1], key: scores})
-        entities, codes = np.unique(np.concatenate(ends), axis=0, return_inverse=True)
-        entities = entities.astype(np.float64).reshape(-1, 6)
-        pairs = codes.reshape(2, -1).T
-        images.append(
-            _Image(
-                entities[:, :4],
-                entities[:, 4].astype(np.int64),
-                entities[:, 5],
-                pairs,
-                scores,
-                name=fields["image"] if isinstance(fields.get("image"), str) else None,
-            )
-        )
-    return images
-
-
-IMPORT_FORMATS: dict[str, Callable[[str], list[_Image]]] = {
-    "tang": _read_tang,
-    "motifs": _read_motifs,
-    "released": _read_released,
-}
-
-
-def _list_of_dicts(file: str) -> list[dict[str, Any]]:
-    content = read_pickle(file)
-    if not isinstance(content, list):
-        raise ValueError(f"{file}: found a {type(content).__name__}; expected a list of images.")
-    for index, record in enumerate(content):
-        if not isinstance(record, dict):
-            raise ValueError(f"{file}, image {index} is {record!r:.80}; expected a dict.")
-    return content
-
-
-def _require(where: str, fields: Any, keys: Sequence[str]) -> None:
-    missing = [k for k in keys if not isinstance(fields, Mapping) or fields.get(k) is None]
-    if missing:
-        found = sorted(map(str, fields)) if isinstance(fields, Mapping) else []
-        raise ValueError(
-            f"{where}: no {', '.join(missing)}; it has {', '.join(found)[:200] or 'no fields'}. Is "
-            "it a file of another format, or an evaluation without relations?"
-        )
-
-
-def _require_equal_lengths(where: str, arrays: Mapping[str, np.ndarray]) -> None:
-    if len({len(x) for x in arrays.values()}) > 1:
-        found = ", ".join(f"{len(x)} {key}" for key, x in arrays.items())
-        raise ValueError(f"{where}: {found}; expected as many of each.")
-
-
-def _array(value: Any, name: str, where: str, columns: int | None = 0) -> np.ndarray:
-    """Return an (L,) array, or (L, columns), where None means any number of columns."""
-    if torch.is_tensor(value):
-        value = value.detach().cpu().numpy()
-    try:
-        array = np.asarray(value)
-    except ValueError as error:
-        raise ValueError(f"{where}: {name} is ragged ({error}).") from error
-    if array.size == 0:
-        width = array.shape[-1] if columns is None and array.ndim == 2 else columns or 0
-        array = np.zeros((0,) if columns == 0 else (0, width))
-    is_flat = columns == 0
-    if (
-        array.dtype.kind not in "iuf"
-        or array.ndim != (1 if is_flat else 2)
-        or (columns and array.shape[1] != columns)
-    ):
-        shape = "(n,)" if is_flat else f"(n, {columns or 'predicates + 1'})"
-        raise ValueError(
-            f"{where}: {name} has the shape {array.shape} and the type {array.dtype}; expected "
-            f"numbers of the shape {shape}."
-        )
-    return array
-
-
 # --------------------------------------------------------------------------- images and their ids
 
 
 def _records_of_images(
-    file: str, images: Sequence[_Image], dataset_name: str
+    file: str, images: Sequence[PickledImage], dataset_name: str
 ) -> list[dict[str, Any]]:
     """Return the data set's dict of each image."""
     records = load_without_images(dataset_name)
@@ -306,7 +131,7 @@ def _records_of_images(
 
 
 def _records_by_name(
-    file: str, images: Sequence[_Image], records: Sequence[dict[str, Any]], dataset_name: str
+    file: str, images: Sequence[PickledImage], records: Sequence[dict[str, Any]], dataset_name: str
 ) -> list[dict[str, Any]]:
     by_stem = {_stem(str(x.get("file_name", x["image_id"]))): x for x in records}
     for index, image in enumerate(images):
@@ -330,7 +155,7 @@ def _stem(path: str) -> str:
 
 
 def _check_true_boxes(
-    file: str, images: Sequence[_Image], records: Sequence[dict[str, Any]], dataset_name: str
+    file: str, images: Sequence[PickledImage], records: Sequence[dict[str, Any]], dataset_name: str
 ) -> None:
     """Raise if the file's ground truth shows that its images are others, or in another order."""
     for index, (image, record) in enumerate(zip(images, records)):
@@ -344,7 +169,7 @@ def _check_true_boxes(
 
 
 def _scale(
-    image: _Image, record: dict[str, Any], long_side: int | None, where: str
+    image: PickledImage, record: dict[str, Any], long_side: int | None, where: str
 ) -> np.ndarray | float:
     """Return the factors from the frame of an image's boxes to its pixels."""
     if image.frame is None and not long_side:
@@ -370,7 +195,7 @@ def _scale(
 # ------------------------------------------------------------------------------- ids and triplets
 
 
-def _first_class_id(file: str, images: Sequence[_Image], num_classes: int) -> int:
+def _first_class_id(file: str, images: Sequence[PickledImage], num_classes: int) -> int:
     """Return whether class ids begin at 0 or 1, from the smallest and the largest of all."""
     ids = [x.classes for x in images if len(x.classes)]
     low, high = (min(map(np.min, ids)), max(map(np.max, ids))) if ids else (1, 1)
@@ -383,7 +208,7 @@ def _first_class_id(file: str, images: Sequence[_Image], num_classes: int) -> in
 
 
 def _scene_graph(
-    image: _Image,
+    image: PickledImage,
     image_id: Any,
     first_class_id: int,
     counts: Sequence[int],
@@ -396,6 +221,9 @@ def _scene_graph(
     low, high = image.boxes[:, :2], image.boxes[:, 2:]
     high = np.where((high < low) & (high >= low - _ONE_PIXEL), low, high)
     boxes = np.concatenate([low, high], axis=1)
+    for name, ids in (("classes", image.classes), ("pairs", image.pairs)):
+        if ids.dtype.kind == "f" and (ids != np.round(ids)).any():
+            raise ValueError(f"{where}: {name} are not whole numbers; expected ids and indices.")
     classes = image.classes.astype(np.int64) - first_class_id
     wrong = classes[(classes < 0) | (classes >= num_classes)]
     if len(wrong):
@@ -405,8 +233,8 @@ def _scene_graph(
             "or --classes, or is it a file of another data set?"
         )
     pairs, scores = image.pairs.astype(np.int64), image.predicate_scores
-    _require_equal_lengths(where, {"pairs": pairs, "rows of predicate scores": scores})
-    _require_equal_lengths(
+    require_equal_lengths(where, {"pairs": pairs, "rows of predicate scores": scores})
+    require_equal_lengths(
         where, {"boxes": boxes, "classes": classes, "box scores": image.box_scores}
     )
     if len(pairs) and scores.shape[1] != num_predicates + 1:

@@ -230,6 +230,8 @@ def set_motifs(name, value):
         (set_motifs("pred_classes", np.array([1, 2, 4])), "class id 4 is not one of 1 to 3"),
         (set_motifs("pred_classes", np.array([1, 2])), "3 boxes, 2 classes, 3 box scores"),
         (set_motifs("pred_classes", np.array(["a"] * 3)), "pred_classes has .* expected numbers"),
+        (set_motifs("pred_classes", np.array([1, 2, 2.5])), "classes are not whole numbers"),
+        (set_motifs("pred_rel_inds", np.full((6, 2), np.nan)), "pairs are not whole numbers"),
         (set_motifs("pred_rel_inds", np.full((6, 2), 3)), "index outside its 3 boxes"),
         (set_motifs("pred_boxes", [[1, 2], [3]]), "pred_boxes is ragged|pred_boxes has the shape"),
         (set_motifs("pred_boxes", np.full((3, 4), [90, 90, 9, 9.0])), "which ends before it"),
