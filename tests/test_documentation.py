@@ -20,6 +20,14 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from foreign_predictions import (
+    motifs_records,
+    raw_predictions,
+    released_records,
+    write_pickle,
+    write_tang,
+)
+from import_files import write_import_files
 from model_utils import CLASSES, PREDICATES, ROOT, released_state, write_dataset
 from PIL import Image
 from sandbox import NARROW, PRODUCERS, Runner, enter_checkout, merged, write_checkout
@@ -129,6 +137,7 @@ def write_files_of_reader(folder: Path) -> None:
     with VideoWriter(folder / "walk.mp4", 10.0) as video:
         for i in range(3):
             video.write(picture(64, 96, seed=i))
+    write_import_files(folder)
     checkpoint = write_checkpoint(folder)
     write_precomputed_checkpoint(folder / "my_precomputed")
     write_coco_detector(folder / "coco_detector")
@@ -165,6 +174,7 @@ def reader(folders, request, monkeypatch):
         )
     if not (folder / "theirs.json.gz").exists():
         write_vrd_predictions(folder)
+        write_foreign_predictions(folder)
     yield folder
     for name in {*DatasetCatalog.list()} - before[0]:
         DatasetCatalog.pop(name), MetadataCatalog.pop(name)
@@ -193,6 +203,21 @@ def write_vrd_predictions(folder: Path) -> None:
     write_predictions(predictions, str(file))
     with gzip.open(folder / "theirs.json.gz", "wb") as stream:
         stream.write(file.read_bytes())
+
+
+def write_foreign_predictions(folder: Path) -> None:
+    """The annotations of two test sets as predictions of other programs."""
+    images, dicts = {}, {}
+    for name in ("visual_genome_test", "openimages_vrd_released_val"):
+        dicts[name] = DatasetCatalog.get(name)
+        images[name] = raw_predictions(
+            dicts[name], len(MetadataCatalog.get(name).predicate_classes)
+        )
+    test, released = dicts
+    write_tang(folder / "eval_results.pytorch", images[test], dicts[test], scale=6.0)
+    write_pickle(folder / "motifs.pkl", motifs_records(images[test], dicts[test]))
+    records = released_records(images[released], dicts[released])
+    write_pickle(folder / "rel_detections.pkl", records)
 
 
 # ------------------------------------------------------------------------------------- the blocks

@@ -24,38 +24,9 @@ from torch import Tensor
 from detectron2.utils.file_io import PathManager
 
 from ..modeling.backbone.vgg import TORCHVISION_NAMES
+from ..utils.safe_pickle import ArraysOnlyUnpickler
 
 __all__ = ["fetch", "from_torchvision_vgg16", "read_checkpoint"]
-
-# The only globals that a pickle of dicts of numpy arrays refers to.
-_HARMLESS_GLOBALS = {
-    ("_codecs", "encode"),
-    ("builtins", "bytearray"),
-    ("builtins", "complex"),
-    ("builtins", "set"),
-    ("collections", "OrderedDict"),
-    ("collections", "defaultdict"),
-    *(
-        (f"numpy.{core}.{module}", name)
-        for core in ("core", "_core")
-        for module, name in (
-            ("multiarray", "_reconstruct"),
-            ("multiarray", "scalar"),
-            ("numeric", "_frombuffer"),
-        )
-    ),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-}
-
-
-class _ArraysOnlyUnpickler(pickle.Unpickler):
-    """Unpickle dicts, lists, numbers, text and numpy arrays; refuse everything else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _HARMLESS_GLOBALS:
-            raise pickle.UnpicklingError(f"it holds {module}.{name}")
-        return super().find_class(module, name)
 
 
 def fetch(path: str) -> None:
@@ -94,7 +65,7 @@ def read_checkpoint(path: str, allow_pickle: bool = False) -> dict[str, Any]:
         if not path.endswith(".pkl"):
             return torch.load(path, map_location="cpu", weights_only=not allow_pickle)
         with open(path, "rb") as file:
-            unpickler = pickle.Unpickler if allow_pickle else _ArraysOnlyUnpickler
+            unpickler = pickle.Unpickler if allow_pickle else ArraysOnlyUnpickler
             return unpickler(file, encoding="latin1").load()
     except pickle.UnpicklingError as error:
         raise ValueError(

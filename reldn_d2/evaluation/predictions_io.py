@@ -88,8 +88,9 @@ def read_predictions(
     if file.lower().endswith(_PICKLE_SUFFIXES) or begin.startswith(_PICKLE_BEGINS):
         raise ValueError(
             f"{file}: is a pickle of another program (Python's pickle or torch.save), which is not "
-            f"read here. Convert it in that program to {PREDICTIONS_FILE}; docs/evaluation.md "
-            f"describes the format: expected {_EXPECTED}, in UTF-8 or gzipped."
+            "read here. tools/import_predictions.py converts those of Scene-Graph-Benchmark, "
+            f"Neural Motifs and RelDN's authors to {PREDICTIONS_FILE}. Convert others there; "
+            f"docs/evaluation.md describes the format: expected {_EXPECTED}, in UTF-8 or gzipped."
         )
     is_gzipped = begin.startswith(_GZIP_BEGIN)
     index = 0

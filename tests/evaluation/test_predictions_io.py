@@ -285,7 +285,8 @@ def test_evaluate_predictions_truncated_gzip_binary_or_missing_file_raises(
 def test_evaluate_predictions_pickle_raises(cases, tmp_path, suffix):
     """By name, and by content whatever the name."""
     path = tmp_path / f"eval_results.{suffix}"
-    message = rf"eval_results.{suffix}: is a pickle of another program.*relation_predictions.json"
+    message = rf"eval_results.{suffix}: is a pickle of another program.*import_predictions.py.*"
+    message += "relation_predictions.json"
     contents = [pickle.dumps([{}], protocol) for protocol in (2, 3, 4, 5)]
     buffer = io.BytesIO()
     torch.save([1], buffer)

@@ -17,7 +17,12 @@ from ..dataset_dict import create_dataset_dict
 from .catalog import register_dataset
 from .io import Problems, locate_images, no_garbage_collection, read_json
 
-__all__ = ["load_relation_instances", "register_relation_instances"]
+__all__ = [
+    "load_relation_instances",
+    "locate_nested_images",
+    "read_segmentation",
+    "register_relation_instances",
+]
 
 _LISTS = ("images", "annotations", "categories", "predicates")
 _LIMIT = 1e15  # larger than any sensible coordinate; rejects NaN and infinity too
@@ -149,7 +154,7 @@ class _CocoReader:
         if not dicts:
             raise ValueError(f'{self.path}: "images" is empty. Expected at least one image.')
         names = [record["file_name"] for record in dicts]
-        paths = names if image_root is None else _locate_nested_images(image_root, names)
+        paths = names if image_root is None else locate_nested_images(image_root, names)
         for record, path in zip(dicts, paths, strict=True):
             record["file_name"] = path
             if merge_duplicates:
@@ -260,7 +265,7 @@ class _CocoReader:
         if entry["iscrowd"] not in (0, 1):
             raise ValueError(f"iscrowd is {entry['iscrowd']!r:.40}; expected 0 or 1")
         if annotation.get("segmentation"):
-            entry["segmentation"] = _read_segmentation(annotation["segmentation"])
+            entry["segmentation"] = read_segmentation(annotation["segmentation"])
         if annotation.get("keypoints"):
             # COCO's are pixel indices; Detectron2's are continuous, as in its own reader.
             values = annotation["keypoints"]
@@ -353,7 +358,7 @@ def _are_numbers(values: Any) -> bool:
     return True
 
 
-def _read_segmentation(value: Any) -> Any:
+def read_segmentation(value: Any) -> Any:
     """Return polygons or RLE in Detectron2's format."""
     if isinstance(value, dict):
         size, counts = value.get("size"), value.get("counts")
@@ -372,7 +377,7 @@ def _read_segmentation(value: Any) -> Any:
     )
 
 
-def _locate_nested_images(image_root: str, names: Sequence[str]) -> list[str]:
+def locate_nested_images(image_root: str, names: Sequence[str]) -> list[str]:
     """Return the paths of images that may be in subfolders of ``image_root``."""
     by_folder: dict[str, list[str]] = {}
     for name in names:

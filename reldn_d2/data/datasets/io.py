@@ -20,6 +20,7 @@ from ...utils.image_io import exif_orientation
 __all__ = [
     "Problems",
     "cache_paths",
+    "csv_rows",
     "image_size",
     "locate_images",
     "no_garbage_collection",
@@ -170,7 +171,7 @@ def read_csv(
         FileNotFoundError: if there is no such file.
         ValueError: if the file is empty, is not UTF-8 text, or lacks a column.
     """
-    rows = _csv_rows(path, what)
+    rows = csv_rows(path, what)
     _, header = next(rows, (1, None))
     if header is None:
         raise ValueError(
@@ -208,7 +209,7 @@ def read_names(path: str, what: str) -> dict[str, str]:
         ValueError: if it is empty, or a line does not have two values or repeats an identifier.
     """
     names: dict[str, str] = {}
-    for line, row in _csv_rows(path, what):
+    for line, row in csv_rows(path, what):
         if line == 1 and row[0] in _NAME_HEADERS:
             continue
         if len(row) != 2 or not row[0] or not row[1]:
@@ -226,7 +227,7 @@ def read_names(path: str, what: str) -> dict[str, str]:
     return names
 
 
-def _csv_rows(path: str, what: str) -> Iterator[tuple[int, list[str]]]:
+def csv_rows(path: str, what: str) -> Iterator[tuple[int, list[str]]]:
     """Yield (line number, values) of the lines that are not blank."""
     require_file(path, what)
     with PathManager.open(path, "r", encoding="utf-8-sig", newline="") as file:
