@@ -28,6 +28,7 @@ L0 = [x for i in (1, 2, 3) for x in (f"{HEAD}.LOSS.LAMBDA_{i}", 0.0)]
 FOUR = [x for i, y in ((1, 1.0), (2, 0.5), (3, 0.1)) for x in (f"{HEAD}.LOSS.LAMBDA_{i}", y)]
 # The optimizer and L0 of all rows but the last, whose settings were chosen on held-out images.
 PLAIN = ["SOLVER.BASE_LR", 0.008, "SOLVER.WEIGHT_DECAY", 0.0001, f"{HEAD}.LOSS.L0_MEAN", "images"]
+PLAIN += ["SOLVER.WEIGHT_DECAY_BIAS", None]
 
 
 def modules(*names: str) -> list[Any]:
