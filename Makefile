@@ -33,7 +33,7 @@ help:  ## list the commands
 setup:  ## create the environment .venv
 	$(call ready)
 
-demo:  ## train, evaluate and draw RelDN on the built-in data set (RETRAIN=1: from scratch)
+demo:  ## train, evaluate and draw RelDN on the built-in dataset (RETRAIN=1: from scratch)
 	$(call ready)
 	$(RUN) tools/toy_demo.py $(if $(RETRAIN),--retrain) $(ARGS)
 

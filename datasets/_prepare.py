@@ -75,7 +75,7 @@ def create_parser(description: str) -> argparse.ArgumentParser:
         "--root",
         type=Path,
         default=Path(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))),
-        help="folder of the data sets; default: $DETECTRON2_DATASETS, or ./datasets",
+        help="folder of the datasets; default: $DETECTRON2_DATASETS, or ./datasets",
     )
     parser.add_argument("--mirror", help="download every file from MIRROR/NAME")
     return parser

@@ -49,7 +49,7 @@ SOURCES = {
 
 
 def images_of(relations_csv: Path) -> list[str]:
-    """Return the ids of the images that a data set without a list of images has."""
+    """Return the ids of the images that a dataset without a list of images has."""
     problems = Problems()
     predicates = (*OPENIMAGES_PREDICATES, "is")
     columns = ("ImageID", "RelationshipLabel")

@@ -1,7 +1,7 @@
 """RelDN (Graphical Contrastive Losses for Scene Graph Parsing, CVPR 2019) for Detectron2."""
 
 from .utils import compat  # isort: skip  must run before Detectron2 is imported
-from . import data, modeling  # noqa: F401  register data sets and architectures
+from . import data, modeling  # noqa: F401  register datasets and architectures
 from .checkpoint.reldn_checkpoint import RelDNCheckpointer, initialize_relation_branch
 from .config import add_reldn_config, load_config, merge_config
 

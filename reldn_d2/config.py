@@ -101,7 +101,7 @@ def _add_relation_head(cfg: CfgNode) -> None:
     head.SEMANTIC = CN()
     head.SEMANTIC.ENABLED = True  # f_sem
     head.SEMANTIC.FREEZE = False  # do not train the counted log-frequencies
-    # Data sets that the frequencies are counted on; empty: DATASETS.TRAIN.
+    # Datasets that the frequencies are counted on; empty: DATASETS.TRAIN.
     head.SEMANTIC.COUNT_DATASETS = ()
 
     head.SPATIAL = CN()
@@ -143,7 +143,7 @@ def _add_relation_head(cfg: CfgNode) -> None:
 
 
 def _add_data_solver_and_test(cfg: CfgNode) -> None:
-    # Files of detections that replace a detector (PrecomputedDetector), one per data set: COCO
+    # Files of detections that replace a detector (PrecomputedDetector), one per dataset: COCO
     # results (.json) or Detectron2's instances_predictions.pth, matched by image id or, if no id
     # matches, by file name.
     cfg.DATASETS.DETECTION_FILES_TRAIN = ()
@@ -165,7 +165,7 @@ def _add_data_solver_and_test(cfg: CfgNode) -> None:
     cfg.TEST.RELATIONS.TASK = "sgdet"
     cfg.TEST.RELATIONS.TOPK = 100  # triplets kept per image
     # How relations are scored (docs/evaluation.md): lu2016, motifs, openimages,
-    # openimages_text, released or relations; empty: the protocol of the data set's tables in the
+    # openimages_text, released or relations; empty: the protocol of the dataset's tables in the
     # paper.
     cfg.TEST.RELATIONS.PROTOCOL = ""
     cfg.TEST.RELATIONS.RECALL_AT = []  # the n of R@n, each at most TOPK; empty: the protocol's

@@ -110,7 +110,7 @@ class RelationPredictor:
         opts: Sequence[Any] = (),
         unknown_classes: str = "error",
     ) -> "RelationPredictor":
-        """Build the model that a RelDN checkpoint describes; no data set is needed.
+        """Build the model that a RelDN checkpoint describes; no dataset is needed.
 
         Args:
             path: file or URL of a checkpoint written by RelDN's training, which has the config and
@@ -352,7 +352,7 @@ class RelationPredictor:
 
     @property
     def metadata(self) -> SimpleNamespace:
-        """The names in the form that a visualizer takes, without a registered data set."""
+        """The names in the form that a visualizer takes, without a registered dataset."""
         names = dict(thing_classes=self.thing_classes, predicate_classes=self.predicate_classes)
         return SimpleNamespace(get=lambda key, default=None: names.get(key, default), **names)
 
@@ -389,7 +389,7 @@ class RelationPredictor:
     def read_detections(self, path: str | Path) -> dict[str, dict[str, np.ndarray]]:
         """Read a file as ``DATASETS.DETECTION_FILES_TEST`` takes it.
 
-        Category ids in JSON are those of the data set that the model was tested on if it is
+        Category ids in JSON are those of the dataset that the model was tested on if it is
         registered in this process and has ids of its own; otherwise they are 0-based.
 
         Returns:

@@ -59,7 +59,7 @@ def restore_loggers():
 
 @pytest.fixture
 def registered():
-    """Mark names of data sets, which are removed from the catalogs after the test."""
+    """Mark names of datasets, which are removed from the catalogs after the test."""
     import reldn_d2  # noqa: F401  (before Detectron2)
 
     from detectron2.data import DatasetCatalog, MetadataCatalog

@@ -1,4 +1,4 @@
-"""Small data sets in the formats of the official files, written to a folder by the tests.
+"""Small datasets in the formats of the official files, written to a folder by the tests.
 
 Each writer returns the keyword arguments of its loader; ``pictures`` are 60 x 40 pixels.
 """

@@ -1,4 +1,4 @@
-"""A small data set for tests of the evaluators, and a model's output for it."""
+"""A small dataset for tests of the evaluators, and a model's output for it."""
 
 from contextlib import contextmanager
 
@@ -38,7 +38,7 @@ def dataset_dicts():
 
 @contextmanager
 def registered(records=dataset_dicts, **metadata):
-    """The data set above, registered under :data:`NAME`; gives its metadata."""
+    """The dataset above, registered under :data:`NAME`; gives its metadata."""
     DatasetCatalog.register(NAME, records)
     known = dict(thing_classes=CLASSES, predicate_classes=PREDICATES, evaluator_type="relation")
     try:

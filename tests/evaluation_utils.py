@@ -1,4 +1,4 @@
-"""What the tests of the evaluation share: small images, loops over them, random data sets."""
+"""What the tests of the evaluation share: small images, loops over them, random datasets."""
 
 import logging
 import runpy

@@ -1,4 +1,4 @@
-"""A data set's annotations as predictions in the files of other programs, with random others."""
+"""A dataset's annotations as predictions in the files of other programs, with random others."""
 
 import pickle
 import sys

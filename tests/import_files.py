@@ -1,4 +1,4 @@
-"""The same small data set in each format that can be imported; pictures are 60 x 40 pixels.
+"""The same small dataset in each format that can be imported; pictures are 60 x 40 pixels.
 
 Image 1: a man plays and holds a guitar. Image 2: a chair behind a man. Image 3: no entities.
 """
@@ -193,7 +193,7 @@ def psg() -> dict[str, Any]:
 
 
 def write_import_files(folder: Path) -> dict[str, Path]:
-    """Write the data set in every format, and its ``images``; return the files by format."""
+    """Write the dataset in every format, and its ``images``; return the files by format."""
     pictures(folder / "images", [f"{image}.jpg" for image in ENTITIES])
     (folder / "image_data.json").write_text(json.dumps(image_data()))
     (folder / "relations.csv").write_text("\n".join(csv_lines()) + "\n")

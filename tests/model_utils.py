@@ -1,4 +1,4 @@
-"""Small models, images and data sets for tests of the model."""
+"""Small models, images and datasets for tests of the model."""
 
 from collections.abc import Sequence
 from pathlib import Path

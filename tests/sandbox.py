@@ -303,7 +303,7 @@ def _write_coco(folder: Path) -> None:
 
 
 def write_detections(file: Path, dicts: list) -> Path:
-    """Write the annotated boxes of a data set as detections, in COCO's format of results."""
+    """Write the annotated boxes of a dataset as detections, in COCO's format of results."""
     detections = [
         {
             "image_id": record["image_id"],

@@ -227,7 +227,7 @@ def test_docs_options_for_the_released_behavior_are_accepted():
 
 
 def test_yaml_overlap_filter_is_on_in_released_experiments_only():
-    """Own data sets start from the default or from configs/Base-*.yaml."""
+    """Own datasets start from the default or from configs/Base-*.yaml."""
     assert not reldn_d2.load_config().MODEL.ROI_RELATION_HEAD.OVERLAP_FILTER
     for yaml in YAMLS:
         cfg = merged(yaml)

@@ -1,4 +1,4 @@
-"""``train_net.py``: its arguments, and whole runs on a small registered data set."""
+"""``train_net.py``: its arguments, and whole runs on a small registered dataset."""
 
 import importlib.util
 import json
@@ -130,12 +130,12 @@ def test_main_detector_config_trains_and_evaluates_it(tmp_path, dataset, train_n
         (
             ("MODEL.ROI_RELATION_HEAD.NUM_PREDICATES", 9),
             ValueError,
-            f"NUM_PREDICATES is 9, but the data set '{DATASET}' has 6 predicate_classes",
+            f"NUM_PREDICATES is 9, but the dataset '{DATASET}' has 6 predicate_classes",
         ),
         (
             ("MODEL.ROI_HEADS.NUM_CLASSES", 57),
             ValueError,
-            f"NUM_CLASSES is 57, but the data set '{DATASET}' has 9 thing_classes",
+            f"NUM_CLASSES is 57, but the dataset '{DATASET}' has 9 thing_classes",
         ),
     ],
 )

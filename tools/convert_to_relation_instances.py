@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Convert a registered data set to a COCO file with relations (datasets/README.md, "Your own").
+"""Convert a registered dataset to a COCO file with relations (datasets/README.md, "Your own").
 
 Example::
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # if the package is not installed
 
-import reldn_d2  # noqa: E402,F401  # isort: skip  registers the data sets
+import reldn_d2  # noqa: E402,F401  # isort: skip  registers the datasets
 from reldn_d2.data.datasets import to_relation_instances
 from reldn_d2.data.datasets.catalog import (
     DATASET_ERRORS,
@@ -27,15 +27,15 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Convert the data set and return the exit status."""
+    """Convert the dataset and return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dataset", required=True, help="name of the registered data set")
+    parser.add_argument("--dataset", required=True, help="name of the registered dataset")
     parser.add_argument("--output", required=True, help="JSON file to write")
     parser.add_argument(
         "--image-root",
-        help="folder that file names become relative to; default: that of the data set",
+        help="folder that file names become relative to; default: that of the dataset",
     )
     add_module_argument(parser)
     args = parser.parse_args(arguments)

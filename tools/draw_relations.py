@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-r"""Draw the ground truth of a registered data set, and predictions with hits and misses next to it.
+r"""Draw the ground truth of a registered dataset, and predictions with hits and misses next to it.
 
 Example::
 
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # if it is not installed
 
-import reldn_d2  # noqa: E402,F401  # isort: skip  registers the data sets
+import reldn_d2  # noqa: E402,F401  # isort: skip  registers the datasets
 from PIL import Image
 
 from reldn_d2.data.datasets.catalog import add_module_argument, require_dataset
@@ -32,12 +32,12 @@ __all__ = ["Loaded", "add_arguments", "load_arguments", "load_predictions"]
 
 
 class Loaded(NamedTuple):
-    """A data set and predictions for it."""
+    """A dataset and predictions for it."""
 
     dicts: list[dict[str, Any]]
     metadata: Any
     predictions: dict[Any, SceneGraph]  # by image id
-    protocol: str = ""  # counts the hits; empty means the data set's own
+    protocol: str = ""  # counts the hits; empty means the dataset's own
 
     def predicted(self, record: dict[str, Any]) -> SceneGraph | None:
         """Return the prediction for the image of a dataset dict."""
@@ -45,36 +45,36 @@ class Loaded(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser, predictions_required: bool) -> None:
-    """Add the options for a data set, its predictions and the protocol that counts hits."""
-    parser.add_argument("--dataset", required=True, help="registered data set")
+    """Add the options for a dataset, its predictions and the protocol that counts hits."""
+    parser.add_argument("--dataset", required=True, help="registered dataset")
     add_module_argument(parser)
     parser.add_argument(
         "--predictions",
         type=Path,
         required=predictions_required,
-        help="relation_predictions.json of this data set, plain or gzipped",
+        help="relation_predictions.json of this dataset, plain or gzipped",
     )
     parser.add_argument(
         "--protocol",
         choices=PROTOCOLS,
         default="",
-        help="evaluation protocol that counts the hits; default: the data set's own",
+        help="evaluation protocol that counts the hits; default: the dataset's own",
     )
 
 
 def load_predictions(
     file: Path, dicts: list[dict[str, Any]], metadata: Any
 ) -> dict[Any, SceneGraph]:
-    """Read predictions of a data set by image id.
+    """Read predictions of a dataset by image id.
 
     Raises:
         FileNotFoundError, ValueError: as in :func:`.offline.read_file`, or an image
-            is not in the data set.
+            is not in the dataset.
     """
     written_for = read_settings(str(file)).get("dataset", metadata.name)
     if written_for != metadata.name:
         print(
-            f"warning: {file} was written for data set '{written_for}', not '{metadata.name}': "
+            f"warning: {file} was written for dataset '{written_for}', not '{metadata.name}': "
             "equal image ids may mean different images",
             file=sys.stderr,
         )
@@ -83,8 +83,8 @@ def load_predictions(
     for index, prediction in enumerate(read_file(metadata.name, str(file))):
         if prediction.image_id not in known:
             raise ValueError(
-                f"{file}, record {index}: data set '{metadata.name}' has no image "
-                f"{prediction.image_id!r}. Give the data set that the file was written for."
+                f"{file}, record {index}: dataset '{metadata.name}' has no image "
+                f"{prediction.image_id!r}. Give the dataset that the file was written for."
             )
         predictions[prediction.image_id] = prediction
     return predictions

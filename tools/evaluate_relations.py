@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is not installed
 
-import reldn_d2  # noqa: E402,F401  # isort: skip  registers the data sets
+import reldn_d2  # noqa: E402,F401  # isort: skip  registers the datasets
 from reldn_d2.data.datasets.catalog import add_module_argument, require_dataset
 from reldn_d2.evaluation import evaluate_predictions
 from reldn_d2.evaluation.offline import read_file
@@ -36,11 +36,11 @@ def limit(text: str) -> int | None:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line and import the modules that register data sets."""
+    """Parse the command line and import the modules that register datasets."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dataset", required=True, help="a registered data set")
+    parser.add_argument("--dataset", required=True, help="a registered dataset")
     add_module_argument(parser)
     parser.add_argument(
         "--predictions",
@@ -48,7 +48,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="relation_predictions.json, or a .csv of the OpenImages challenge; plain or gzipped",
     )
     parser.add_argument(
-        "--protocol", default="", choices=list(PROTOCOLS), help="default: the data set's own"
+        "--protocol", default="", choices=list(PROTOCOLS), help="default: the dataset's own"
     )
     parser.add_argument("--task", choices=TASKS, help="default: the one the file was written for")
     parser.add_argument(
@@ -67,7 +67,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="the n of R@n; default: the protocol's",
     )
     parser.add_argument(
-        "--train-dataset", help="for zero-shot recall; default: the one the data set names"
+        "--train-dataset", help="for zero-shot recall; default: the one the dataset names"
     )
     parser.add_argument(
         "--output", help="folder for results.json and the tables and plots of all predicates"

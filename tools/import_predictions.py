@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # if the package is not installed
 
-import reldn_d2  # noqa: E402,F401  # isort: skip  registers the data sets
+import reldn_d2  # noqa: E402,F401  # isort: skip  registers the datasets
 from reldn_d2.data.datasets.catalog import (
     DATASET_ERRORS,
     add_module_argument,
@@ -55,7 +55,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--dataset",
         required=True,
-        help="registered data set that was evaluated; its images, or those with relations, in its "
+        help="registered dataset that was evaluated; its images, or those with relations, in its "
         "order",
     )
     add_module_argument(parser)
@@ -65,7 +65,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--classes",
         metavar="FILE",
         help="classes in the order of the file's ids, without background: one name per line, or a "
-        "JSON list; default: the order of the data set",
+        "JSON list; default: the order of the dataset",
     )
     parser.add_argument("--predicates", metavar="FILE", help="the predicates, likewise")
     parser.add_argument(

@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # if it is not installed
 
-import reldn_d2  # noqa: E402,F401  # isort: skip  registers the data sets
+import reldn_d2  # noqa: E402,F401  # isort: skip  registers the datasets
 from draw_relations import add_arguments, load_arguments
 from tqdm import tqdm
 

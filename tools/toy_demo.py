@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train, evaluate and draw RelDN on the built-in data set, on a laptop's CPU.
+"""Train, evaluate and draw RelDN on the built-in dataset, on a laptop's CPU.
 
 Trains one detector, then RelDN twice on top of it: with cross entropy alone (L0), and with the
 graphical contrastive losses as well. Finished trainings are reused.
@@ -53,7 +53,7 @@ def config_with_bases(path: Path) -> list[Path]:
 
 
 def configuration_fingerprint(config: str, options: list[str], inputs: list[Path]) -> str:
-    """Hash what a training depends on: config and bases, options, data set code, input files."""
+    """Hash what a training depends on: config and bases, options, dataset code, input files."""
     digest = hashlib.sha256(json.dumps(options).encode())
     for path in config_with_bases(PROJECT / "configs" / "Toy" / f"{config}.yaml"):
         digest.update(path.read_bytes())
@@ -142,7 +142,7 @@ def stage(
 
 
 def draw_data_set() -> str:
-    """Draw the data set's images that do not exist yet; return the folder of the test set."""
+    """Draw the dataset's images that do not exist yet; return the folder of the test set."""
     code = (
         "import os, reldn_d2; from detectron2.data import DatasetCatalog as c;"
         "train, test = [c.get(n) for n in ('toy_vrd_train', 'toy_vrd_test')];"
@@ -235,7 +235,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     output, started = args.output.resolve(), time.time()
     try:
-        say("[1/5] drawing the data set")
+        say("[1/5] drawing the dataset")
         images = draw_data_set()
         say("[2/5] training and evaluating the detector")
         detector = stage(

@@ -42,7 +42,7 @@ class DetectorCheckpointer(DetectionCheckpointer):
     """
 
     entry = "detector"
-    backbone_only_hint = "It looks like a backbone only: train the detector on your data set first."
+    backbone_only_hint = "It looks like a backbone only: train the detector on your dataset first."
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class DetectorCheckpointer(DetectionCheckpointer):
         save_dir: str = "",
         *,
         thing_classes: Sequence[str] | None = None,
-        names_owner: str = "the data set",
+        names_owner: str = "the dataset",
         cfg: CfgNode | None = None,
         matching_only: bool = False,
         allow_pickle: bool = False,
@@ -187,7 +187,7 @@ class DetectorCheckpointer(DetectionCheckpointer):
             fields: fields whose names may differ with ``MATCHING_ONLY``.
 
         Returns:
-            the fields whose names differ, which keep the data set's names.
+            the fields whose names differ, which keep the dataset's names.
 
         Raises:
             NameMismatchError: if names differ by more than their order.
@@ -197,7 +197,7 @@ class DetectorCheckpointer(DetectionCheckpointer):
             theirs, ours = saved.get(field), self.description.get(field)
             if not theirs or field not in self.description:
                 continue
-            hint = "Use a data set with the names of the checkpoint."
+            hint = "Use a dataset with the names of the checkpoint."
             if field in fields:
                 hint += (
                     " To train the layers of other names from scratch, set "
@@ -305,8 +305,8 @@ _MATCHING_ONLY_ADVICE = (
 )
 _CONFIG_ADVICE = "Build the model with the config that the checkpoint was trained with."
 _CLASSES_ADVICE = (
-    "RelDN does not train its detector: list all classes of the detector in the data set, or train "
-    "the detector on this data set first."
+    "RelDN does not train its detector: list all classes of the detector in the dataset, or train "
+    "the detector on this dataset first."
 )
 
 

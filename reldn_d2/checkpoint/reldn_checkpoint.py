@@ -144,7 +144,7 @@ class RelDNCheckpointer(DetectorCheckpointer):
         self.started_from_detector = False  # whether the last load left the relation head untrained
         self.description.update(
             predicate_classes=list(predicate_classes or []),
-            # If the config leaves it to the data set, the data set may be unknown when loading.
+            # If the config leaves it to the dataset, the dataset may be unknown when loading.
             predicates_per_pair=list(predicates_per_pair(cfg)) if cfg is not None else [],
         )
         self._name_the_model()
@@ -153,7 +153,7 @@ class RelDNCheckpointer(DetectorCheckpointer):
         """Load a detector or a RelDN checkpoint; see :meth:`.DetectorCheckpointer.load`.
 
         The order of a RelDN checkpoint's names becomes that of the model. A detector's classes are
-        brought into the order of the data set, which may also have only some of them.
+        brought into the order of the dataset, which may also have only some of them.
         """
         if not path and self.model.detector.reads_images:
             logger.warning("MODEL.WEIGHTS is empty: the frozen detector has random weights.")
@@ -212,14 +212,14 @@ class RelDNCheckpointer(DetectorCheckpointer):
     def _take_detector_classes(
         self, detector: DetectionCheckpointer, state: dict[str, Any]
     ) -> None:
-        """Bring the class weights of a detector checkpoint into the order of the data set.
+        """Bring the class weights of a detector checkpoint into the order of the dataset.
 
         Args:
             detector: checkpointer of the detector.
             state: weights of the checkpoint by name; changed in place.
 
         Raises:
-            NameMismatchError: if the detector lacks a class of the data set.
+            NameMismatchError: if the detector lacks a class of the dataset.
             ValueError: if the classes of this type of detector cannot be reordered.
         """
         if isinstance(self.model.detector, PrecomputedDetector):
@@ -230,7 +230,7 @@ class RelDNCheckpointer(DetectorCheckpointer):
         source = f"detector checkpoint {self._path}"
         hint = (
             "RelDN does not train its detector: list classes of the detector only, or train the "
-            "detector on this data set first."
+            "detector on this dataset first."
         )
         indices = match_names(
             ours, theirs, "thing_classes", self.names_owner, source, allow_more=True, hint=hint
@@ -288,7 +288,7 @@ def build_checkpointer(cfg: CfgNode, model: nn.Module, **kwargs: Any) -> Detecto
     """Build the :class:`RelDNCheckpointer` of a RelDN or the checkpointer of any other model.
 
     Args:
-        cfg: config of the model; its first data set with names gives those of the model, until a
+        cfg: config of the model; its first dataset with names gives those of the model, until a
             checkpoint that has names is loaded.
         model: possibly wrapped for distributed training.
         kwargs: as for :class:`.DetectorCheckpointer`, to override what the config says.
@@ -299,7 +299,7 @@ def build_checkpointer(cfg: CfgNode, model: nn.Module, **kwargs: Any) -> Detecto
     for dataset in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         names = dataset_names(dataset)
         if names:
-            kwargs.setdefault("names_owner", f"data set '{dataset}'")
+            kwargs.setdefault("names_owner", f"dataset '{dataset}'")
             kwargs.setdefault("thing_classes", names.get("thing_classes"))
             break
     else:

@@ -1,6 +1,6 @@
-"""Data sets with relations, their mapper and their statistics."""
+"""Datasets with relations, their mapper and their statistics."""
 
-from . import datasets  # registers the built-in data sets
+from . import datasets  # registers the built-in datasets
 from .dataset_mapper import RelationDatasetMapper
 from .frequency import count_predicates, log_frequencies
 

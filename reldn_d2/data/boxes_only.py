@@ -1,4 +1,4 @@
-"""Data sets whose boxes are used without their images, which need not exist."""
+"""Datasets whose boxes are used without their images, which need not exist."""
 
 import logging
 import math
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_without_images(name: str) -> list[dict[str, Any]]:
-    """Return the dicts of a registered data set without opening an image.
+    """Return the dicts of a registered dataset without opening an image.
 
     ``height`` and ``width`` are missing if they are neither annotated nor cached (see
     :func:`.datasets.image_sizes.known_sizes`); :func:`add_sizes` adds them.
@@ -51,7 +51,7 @@ def add_sizes(name: str, dicts: Sequence[dict[str, Any]]) -> list[dict[str, Any]
     how many images this concerns.
 
     Args:
-        name: data set, for the log.
+        name: dataset, for the log.
         dicts: with valid annotations; not modified.
 
     Raises:
@@ -64,7 +64,7 @@ def add_sizes(name: str, dicts: Sequence[dict[str, Any]]) -> list[dict[str, Any]
     if not unsized:
         return list(dicts)
     logger.info(
-        f"Data set '{name}': the sizes of {unsized} of {len(dicts)} images are neither annotated "
+        f"Dataset '{name}': the sizes of {unsized} of {len(dicts)} images are neither annotated "
         "nor cached. Their boxes (annotated and detected) are taken to reach to the right and the "
         "lower edge of the image."
     )

@@ -100,7 +100,7 @@ class TrainLoader:
     are skipped without reading an image. The augmentation of each image has its own seed.
 
     Attributes:
-        renumbering: maps the ids of the data set to those of the model; set it before iterating.
+        renumbering: maps the ids of the dataset to those of the model; set it before iterating.
         dataset: the dataset dicts, serialized; iterable.
         seed: determines the order and the augmentations; the same on all processes.
         start: index of the first batch.
@@ -183,19 +183,19 @@ def load_training_dicts(
 ) -> list[dict[str, Any]]:
     """Load and check the dicts of ``DATASETS.TRAIN``, and filter them as Detectron2 does.
 
-    Ids of classes and predicates are those of the first data set; others are mapped by name.
+    Ids of classes and predicates are those of the first dataset; others are mapped by name.
     Facts that lose or confuse relations are logged as warnings.
 
     Args:
         cfg: config with ``DATASETS``, ``DATALOADER`` and ``MODEL.LOAD_PROPOSALS``.
         num_classes: number of entity classes to check against; not checked when None.
         num_predicates: number of predicates to check against; not checked when None.
-        with_relations: whether relations are trained, so that the data sets need some.
+        with_relations: whether relations are trained, so that the datasets need some.
         with_images: False opens no image, and images need not exist; see :mod:`.boxes_only`.
 
     Raises:
         FileNotFoundError: images are missing.
-        ValueError: a record is invalid, the data sets have different names, all boxes have another
+        ValueError: a record is invalid, the datasets have different names, all boxes have another
             form than declared, there is no relation to train on, or the number of detection files
             is wrong.
     """
@@ -215,7 +215,7 @@ def load_training_dicts(
             records = add_sizes(name, records)
         check_records(name, records, with_images)
         if index:
-            owners = (f"data set '{name}'", f"data set '{names[0]}'")
+            owners = (f"dataset '{name}'", f"dataset '{names[0]}'")
             ids = Renumbering.between(dataset_names(name), dataset_names(names[0]), *owners)
             records = [ids.dataset_dict(record) for record in records] if ids else records
         dicts.extend(records)
@@ -242,7 +242,7 @@ def _check_annotations(
     num_predicates: int | None,
     is_train: bool = False,
 ) -> None:
-    """Raise if the annotations of a loaded data set are invalid."""
+    """Raise if the annotations of a loaded dataset are invalid."""
     for record in records:
         if is_train or "annotations" in record:  # a test set may be images alone
             check_annotations(record, num_classes, num_predicates)
@@ -259,7 +259,7 @@ def load_test_dicts(
 
     Args:
         cfg: config with ``DATASETS`` and ``MODEL.LOAD_PROPOSALS``.
-        name: name of the data set; one of ``DATASETS.TEST`` if it has proposals or detections.
+        name: name of the dataset; one of ``DATASETS.TEST`` if it has proposals or detections.
         num_classes: number of entity classes to check against; not checked when None.
         num_predicates: number of predicates to check against; not checked when None.
         with_images: see :func:`load_training_dicts`.
@@ -290,7 +290,7 @@ def load_test_dicts(
 
 
 def detection_files(cfg: CfgNode, is_train: bool) -> list[str]:
-    """Return ``DATASETS.DETECTION_FILES_TRAIN`` or ``_TEST``: no files, or one per data set.
+    """Return ``DATASETS.DETECTION_FILES_TRAIN`` or ``_TEST``: no files, or one per dataset.
 
     Raises:
         ValueError: there are more or fewer files.
@@ -300,7 +300,7 @@ def detection_files(cfg: CfgNode, is_train: bool) -> list[str]:
     if files and len(files) != len(names):
         raise ValueError(
             f"DATASETS.DETECTION_FILES_{split} has {len(files)} files, but DATASETS.{split} has "
-            f"{len(names)} data sets: {', '.join(names)}. Set one file per data set."
+            f"{len(names)} datasets: {', '.join(names)}. Set one file per dataset."
         )
     return files
 

@@ -1,9 +1,9 @@
-"""Check a registered data set: ``python -m reldn_d2.data.check NAME``.
+"""Check a registered dataset: ``python -m reldn_d2.data.check NAME``.
 
 Print a summary and list every problem with its file, its record and how to fix it. The headers of
 all images are read, and the pixels of a random sample or, with --decode, of all. If there is no
 image at all, a note says so, and the annotations alone are checked. The exit status is 0 if the
-data set is usable, 1 if it is not, and 2 if the command is wrong. To look at the annotations, run
+dataset is usable, 1 if it is not, and 2 if the command is wrong. To look at the annotations, run
 ``python tools/draw_relations.py --dataset NAME --output FOLDER``.
 """
 
@@ -59,7 +59,7 @@ _THREADS = 8
 class Report:
     """The result of a check."""
 
-    errors: list[str] = field(default_factory=list)  # the data set cannot be used
+    errors: list[str] = field(default_factory=list)  # the dataset cannot be used
     warnings: list[str] = field(default_factory=list)  # it can be used, but look at these
     summary: DatasetSummary | None = None  # covers the images without errors
     dataset_dicts: list[dict[str, Any]] = field(default_factory=list)
@@ -73,15 +73,15 @@ class Report:
 
 
 def check_dataset(name: str, decode: bool = False) -> Report:
-    """Check a registered data set.
+    """Check a registered dataset.
 
     Args:
-        name: name of the data set.
+        name: name of the dataset.
         decode: read the pixels of every image, to find truncated ones, and not only of a random
             sample.
 
     Raises:
-        UnknownDatasetError: if there is no such data set.
+        UnknownDatasetError: if there is no such dataset.
     """
     require_dataset(name)
     report = Report()
@@ -95,14 +95,14 @@ def check_dataset(name: str, decode: bool = False) -> Report:
     for key, value in names.items():
         if value is None:
             report.errors.append(
-                f"data set {name}: its metadata has no {key}. Set them when you register it."
+                f"dataset {name}: its metadata has no {key}. Set them when you register it."
             )
     if None in names.values():
         return report
     if not report.dataset_dicts:
-        report.errors.append(f"data set {name}: it has no images.")
+        report.errors.append(f"dataset {name}: it has no images.")
     report.errors += [
-        f"data set {name}: its {key} is an empty list. Set the names when you register it, or in "
+        f"dataset {name}: its {key} is an empty list. Set the names when you register it, or in "
         "its files."
         for key, value in names.items()
         if not len(value)
@@ -117,7 +117,7 @@ def check_dataset(name: str, decode: bool = False) -> Report:
 
 
 def _load(name: str) -> tuple[list[dict[str, Any]], str]:
-    """Return the dicts of a data set and, if all its images are absent, where they should be."""
+    """Return the dicts of a dataset and, if all its images are absent, where they should be."""
     root = MetadataCatalog.get(name).get("image_root")
     try:
         dicts = DatasetCatalog.get(name)
@@ -136,18 +136,18 @@ def _check_relations(report: Report, name: str) -> None:
     """Warn about relations that training may lose or confuse."""
     if report.dataset_dicts and not any(x.get("relations") for x in report.dataset_dicts):
         report.warnings.append(
-            f"data set {name}: none of its images has a relation, so RelDN cannot be trained on "
+            f"dataset {name}: none of its images has a relation, so RelDN cannot be trained on "
             "it. Are the relations where the loader expects them (docs/own_data.md)?"
         )
     summary = report.summary
     if summary.apart_pairs:
         report.warnings.append(
-            f"data set {name}: {apart_pairs_warning(summary.apart_pairs, summary.related_pairs)}"
+            f"dataset {name}: {apart_pairs_warning(summary.apart_pairs, summary.related_pairs)}"
         )
     used = [x for x, count in zip(summary.predicate_classes, summary.predicate_counts) if count]
     mirrored = mirrored_predicates(used)
     if mirrored:
-        report.warnings.append(f"data set {name}: {flip_warning(mirrored)}")
+        report.warnings.append(f"dataset {name}: {flip_warning(mirrored)}")
 
 
 def _check_records(
@@ -192,7 +192,7 @@ def _diagnose(report: Report, name: str) -> BoxDiagnosis | None:
     diagnosis = diagnose_dataset(records)
     if diagnosis is not None:
         problems = report.errors if diagnosis.certain else report.warnings
-        problems.append(f"data set {name}: {diagnosis.message}")
+        problems.append(f"dataset {name}: {diagnosis.message}")
     return diagnosis
 
 
@@ -323,13 +323,13 @@ def _check_images(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check the data set, print the report and return the exit status."""
+    """Check the dataset, print the report and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m reldn_d2.data.check",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", metavar="NAME", help="name of a registered data set")
+    parser.add_argument("name", metavar="NAME", help="name of a registered dataset")
     add_module_argument(parser)
     parser.add_argument(
         "--decode",

@@ -62,8 +62,8 @@ def check_annotations(
 
     Args:
         dataset_dict: dict of the image.
-        num_classes: number of entity classes of the data set; not checked when None.
-        num_predicates: number of predicates of the data set; not checked when None.
+        num_classes: number of entity classes of the dataset; not checked when None.
+        num_predicates: number of predicates of the dataset; not checked when None.
         where: image in the message; defaults to its ``"file_name"``.
 
     Raises:
@@ -105,7 +105,7 @@ def annotation_problems(
         elif category < 0 or (num_classes is not None and category >= num_classes):
             yield (
                 f"{where}: annotation {index} has category_id {category}, outside the "
-                f"{num_classes} classes (0-based) of this data set."
+                f"{num_classes} classes (0-based) of this dataset."
             )
     yield from relation_problems(
         dataset_dict.get("relations", ()), len(annotations), num_predicates, where
@@ -113,9 +113,9 @@ def annotation_problems(
 
 
 def dicts_without_images(dataset_name: str) -> list[dict[str, Any]]:
-    """Return the dicts of a registered data set, without reading images if possible.
+    """Return the dicts of a registered dataset, without reading images if possible.
 
-    If loading a data set reads images (for their sizes), its metadata can have
+    If loading a dataset reads images (for their sizes), its metadata can have
     ``load_annotations``, a function that returns the dicts without the keys that need images.
     """
     load = MetadataCatalog.get(dataset_name).get("load_annotations", None)

@@ -58,8 +58,8 @@ class RelationDatasetMapper(DatasetMapper):
     ) -> None:
         """Args:
         is_train: whether the mapper is used for training.
-        num_classes: number of entity classes of the data set; not checked when None.
-        num_predicates: number of predicates of the data set; not checked when None.
+        num_classes: number of entity classes of the dataset; not checked when None.
+        num_predicates: number of predicates of the dataset; not checked when None.
         with_images: whether images are read.
         **kwargs: augmentations, image_format and other arguments of ``DatasetMapper``.
         """
@@ -233,13 +233,13 @@ class RelationDatasetMapper(DatasetMapper):
 
 
 def _count_names(dataset_names: Sequence[str], key: str) -> int | None:
-    """Return the number of classes or predicates of the data sets, None if it is not set.
+    """Return the number of classes or predicates of the datasets, None if it is not set.
 
     Raises:
-        NameMismatchError: if the data sets do not have the same names, in whatever order.
+        NameMismatchError: if the datasets do not have the same names, in whatever order.
     """
     lists = {name: names_of(name).get(key) for name in dataset_names}
     named = [(name, names) for name, names in lists.items() if names is not None]
     for name, names in named[1:]:
-        match_names(names, named[0][1], key, f"data set '{name}'", f"data set '{named[0][0]}'")
+        match_names(names, named[0][1], key, f"dataset '{name}'", f"dataset '{named[0][0]}'")
     return len(named[0][1]) if named else None

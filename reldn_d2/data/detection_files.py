@@ -100,7 +100,7 @@ def _category_of(
     if category_ids is not None:
         if category not in category_ids:
             raise ValueError(
-                f"{where}: category_id {category} is not in the data set's "
+                f"{where}: category_id {category} is not in the dataset's "
                 f"{sorted(category_ids)[:10]}... (thing_dataset_id_to_contiguous_id)."
             )
         category = category_ids[category]
@@ -136,7 +136,7 @@ def attach_detections(
     matched by file name, without its folder.
 
     Args:
-        dicts: dataset dicts of the data set; not modified.
+        dicts: dataset dicts of the dataset; not modified.
         dataset_name: for its metadata and for messages.
         path: see :func:`load_detections`.
         num_classes: K.
@@ -145,7 +145,7 @@ def attach_detections(
         The same dicts with ``"detections"``: arrays in the frame of the original image.
 
     Raises:
-        ValueError: no image of the data set has a detection; shows ids of both sides.
+        ValueError: no image of the dataset has a detection; shows ids of both sides.
     """
     metadata = MetadataCatalog.get(dataset_name)
     ids = getattr(metadata, "thing_dataset_id_to_contiguous_id", None)
@@ -158,7 +158,7 @@ def attach_detections(
     if len(without) == len(dicts):
         raise ValueError(
             f"{path} has detections for none of the {len(dicts)} images of '{dataset_name}': its "
-            f"image ids are {list(detections)[:3]}..., those of the data set {without[:3]}..."
+            f"image ids are {list(detections)[:3]}..., those of the dataset {without[:3]}..."
         )
     if without:
         logger.warning(

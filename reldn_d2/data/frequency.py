@@ -26,7 +26,7 @@ _PAIRS_AT_ONCE = 1 << 20  # bounds the memory
 
 
 class PairCounts(NamedTuple):
-    """Counts of the annotations of a data set, by the classes of subject and object."""
+    """Counts of the annotations of a dataset, by the classes of subject and object."""
 
     relations: np.ndarray  # (C, C, P) int64: relations per predicate, every copy counts
     pairs: np.ndarray  # (C, C) int64: ordered pairs of distinct boxes, related or not

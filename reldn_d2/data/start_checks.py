@@ -1,6 +1,6 @@
 """Find out before training or evaluation starts what would make it pointless or wrong.
 
-:mod:`.check` reports the same facts of a data set, in detail.
+:mod:`.check` reports the same facts of a dataset, in detail.
 """
 
 import logging
@@ -44,10 +44,10 @@ _MIRRORED_WORDS = {
 
 
 def check_records(name: str, records: Sequence[dict[str, Any]], with_images: bool = True) -> None:
-    """Check the images and boxes of a loaded data set; log suspicious facts.
+    """Check the images and boxes of a loaded dataset; log suspicious facts.
 
     Args:
-        name: name of the data set.
+        name: name of the dataset.
         records: its dicts, with valid annotations.
         with_images: whether the images must exist.
 
@@ -62,15 +62,15 @@ def check_records(name: str, records: Sequence[dict[str, Any]], with_images: boo
         shown = ", ".join(first[:_NAMES_SHOWN]) + (", ..." if len(first) > _NAMES_SHOWN else "")
         others = f" (and others in {len(folders) - 1} more)" if len(folders) > 1 else ""
         raise FileNotFoundError(
-            f"Data set '{name}': {len(missing)} of {len(records)} images do not exist: {shown} in "
+            f"Dataset '{name}': {len(missing)} of {len(records)} images do not exist: {shown} in "
             f"{os.path.abspath(folders[0])}{others}. Unpack the images again, fix the paths in the "
             "annotations, or remove the records."
         )
     diagnosis = diagnose_dataset(records)
     if diagnosis is not None and diagnosis.certain:
-        raise ValueError(f"Data set '{name}': {diagnosis.message}")
+        raise ValueError(f"Dataset '{name}': {diagnosis.message}")
     if diagnosis is not None:
-        logger.warning(f"Data set '{name}': {diagnosis.message}")
+        logger.warning(f"Dataset '{name}': {diagnosis.message}")
 
 
 def missing_images(paths: Iterable[str]) -> list[str]:
@@ -101,10 +101,10 @@ def missing_images(paths: Iterable[str]) -> list[str]:
 
 
 def diagnose_dataset(records: Sequence[dict[str, Any]]) -> BoxDiagnosis | None:
-    """Tell whether the boxes of a data set look as if they were read in the wrong frame.
+    """Tell whether the boxes of a dataset look as if they were read in the wrong frame.
 
     Args:
-        records: dataset dicts; a sample of large data sets is used.
+        records: dataset dicts; a sample of large datasets is used.
 
     Returns:
         The diagnosis of the first :class:`BoxMode` with one, whose message also names the
@@ -184,7 +184,7 @@ def flip_warning(mirrored: Sequence[str]) -> str:
     quoted = ", ".join(f"'{name}'" for name in mirrored)
     return (
         f"predicates {quoted} with random flips: a flipped image shows the opposite. Set "
-        "INPUT.RANDOM_FLIP to 'none' for training on this data set."
+        "INPUT.RANDOM_FLIP to 'none' for training on this dataset."
     )
 
 

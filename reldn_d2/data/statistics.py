@@ -1,4 +1,4 @@
-"""Statistics of a registered data set: predicates given classes, frequencies, zero-shot triplets.
+"""Statistics of a registered dataset: predicates given classes, frequencies, zero-shot triplets.
 
 The counts are cached next to the data with a fingerprint of the annotations.
 ``python -m reldn_d2.data.statistics NAME`` prints them; ``--recount`` ignores the cache.
@@ -42,7 +42,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 # Part of the fingerprint. Increment it when a loader or count_pairs gives other results for the
-# same files: the cached statistics of all data sets are then counted again.
+# same files: the cached statistics of all datasets are then counted again.
 COUNTING_VERSION = 1
 
 ClassTriplet = tuple[int, int, int]  # subject class, predicate, object class
@@ -50,7 +50,7 @@ ClassTriplet = tuple[int, int, int]  # subject class, predicate, object class
 
 @dataclass(frozen=True)
 class RelationStatistics:
-    """Counts of a data set, with the names of its classes and predicates."""
+    """Counts of a dataset, with the names of its classes and predicates."""
 
     thing_classes: tuple[str, ...]
     predicate_classes: tuple[str, ...]
@@ -152,19 +152,19 @@ class RelationStatistics:
 def dataset_statistics(
     name: str, dataset_dicts: Sequence[dict[str, Any]] | None = None, recount: bool = False
 ) -> RelationStatistics:
-    """Return the statistics of a registered data set, from the cache if possible.
+    """Return the statistics of a registered dataset, from the cache if possible.
 
     They are cached in ``reldn_cache/NAME.statistics.npz`` next to the annotations (in Detectron2's
     cache folder if that is read-only), and the cache is valid while :func:`fingerprint` is the
-    same. A data set without annotation files is counted on every call.
+    same. A dataset without annotation files is counted on every call.
 
     Args:
-        name: name of the data set.
+        name: name of the dataset.
         dataset_dicts: its dicts if they are loaded already; it is loaded when None.
         recount: ignore the cache.
 
     Raises:
-        UnknownDatasetError: if there is no such data set.
+        UnknownDatasetError: if there is no such dataset.
         ValueError: if its annotations are invalid, or it has no names.
     """
     require_dataset(name)
@@ -179,7 +179,7 @@ def dataset_statistics(
     fields = [metadata.get(field) for field in ("thing_classes", "predicate_classes")]
     if None in fields:
         raise ValueError(
-            f"Data set '{name}' has no thing_classes or no predicate_classes in its metadata: set "
+            f"Dataset '{name}' has no thing_classes or no predicate_classes in its metadata: set "
             "both (datasets/README.md)."
         )
     statistics = RelationStatistics.count(dataset_dicts, *fields)
@@ -191,10 +191,10 @@ def dataset_statistics(
 def training_statistics_of(
     names: Sequence[str], dataset_dicts: Mapping[str, Sequence[dict[str, Any]]] | None = None
 ) -> RelationStatistics:
-    """Return the statistics of several data sets combined, in the first one's order of names.
+    """Return the statistics of several datasets combined, in the first one's order of names.
 
     Args:
-        names: names of the data sets.
+        names: names of the datasets.
         dataset_dicts: the dicts of those that are loaded already, by name.
 
     Raises:
@@ -203,10 +203,10 @@ def training_statistics_of(
     loaded = dataset_dicts or {}
     parts = [dataset_statistics(name, loaded.get(name)) for name in names]
     if not parts:
-        raise ValueError("No data set to count: DATASETS.TRAIN is empty.")
+        raise ValueError("No dataset to count: DATASETS.TRAIN is empty.")
     first = parts[0]
-    owner = f"data set '{names[0]}'"
-    parts = [part.in_order_of(first, f"data set '{x}'", owner) for x, part in zip(names, parts)]
+    owner = f"dataset '{names[0]}'"
+    parts = [part.in_order_of(first, f"dataset '{x}'", owner) for x, part in zip(names, parts)]
     return RelationStatistics(
         first.thing_classes,
         first.predicate_classes,
@@ -236,12 +236,12 @@ def zero_shot_triplets(test: str, train: str | None = None) -> frozenset[ClassTr
             "metadata."
         )
     of_test, of_train = dataset_statistics(test), dataset_statistics(train)
-    of_train = of_train.in_order_of(of_test, f"data set '{train}'", f"data set '{test}'")
+    of_train = of_train.in_order_of(of_test, f"dataset '{train}'", f"dataset '{test}'")
     return of_test.triplets - of_train.triplets
 
 
 def fingerprint(name: str) -> str | None:
-    """Return a hash of everything that the annotations of a registered data set depend on.
+    """Return a hash of everything that the annotations of a registered dataset depend on.
 
     These are the content of its annotation files, its loader and the loader's options, its names,
     and ``COUNTING_VERSION``. For a function that was registered without
@@ -262,7 +262,7 @@ def fingerprint(name: str) -> str | None:
     missing = [path for path in files if not PathManager.exists(path)]
     if missing:
         DatasetCatalog.get(name)  # its loader has the best message
-        raise FileNotFoundError(f"Data set '{name}' needs {missing[0]}, which does not exist.")
+        raise FileNotFoundError(f"Dataset '{name}' needs {missing[0]}, which does not exist.")
     if metadata.get("loader") is None:
         source = _source_file(DatasetCatalog[name])
         if source is None:
@@ -340,9 +340,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the statistics, counting them if they are not cached; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m reldn_d2.data.statistics",
-        description="Count a registered data set, cache the counts next to it and print them.",
+        description="Count a registered dataset, cache the counts next to it and print them.",
     )
-    parser.add_argument("names", nargs="+", metavar="NAME", help="names of registered data sets")
+    parser.add_argument("names", nargs="+", metavar="NAME", help="names of registered datasets")
     add_module_argument(parser)
     parser.add_argument("--recount", action="store_true", help="ignore cached counts")
     args = parser.parse_args(arguments)

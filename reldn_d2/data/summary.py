@@ -1,4 +1,4 @@
-"""Summarize a data set with relations as text for the terminal."""
+"""Summarize a dataset with relations as text for the terminal."""
 
 import shutil
 import sys
@@ -15,7 +15,7 @@ __all__ = ["DatasetSummary"]
 
 @dataclass
 class DatasetSummary:
-    """Counts of a data set; add its images one by one with :meth:`add`."""
+    """Counts of a dataset; add its images one by one with :meth:`add`."""
 
     thing_classes: Sequence[str]
     predicate_classes: Sequence[str]
@@ -63,7 +63,7 @@ class DatasetSummary:
         """Return the summary with a bar chart of the predicates.
 
         Args:
-            name: name of the data set.
+            name: name of the dataset.
             width: columns of the terminal; read from it when None.
         """
         lines = [

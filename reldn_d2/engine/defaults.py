@@ -110,7 +110,7 @@ class RelDNTrainer(DefaultTrainer):
         have seen. If ``SOLVER`` has other values than the checkpoint's config, these take effect.
 
         Raises:
-            NameMismatchError: if a data set has other classes or predicates than the checkpoint;
+            NameMismatchError: if a dataset has other classes or predicates than the checkpoint;
                 another order is mapped.
         """
         resumed = resume and self.checkpointer.has_checkpoint()
@@ -141,7 +141,7 @@ class RelDNTrainer(DefaultTrainer):
             renumbering = dataset_renumbering(self.model, name)
             if renumbering and not hasattr(self.data_loader, "renumbering"):
                 raise ValueError(
-                    f"Data set '{name}' lists the names of the checkpoint in another order, and "
+                    f"Dataset '{name}' lists the names of the checkpoint in another order, and "
                     "this data loader cannot map them. List them in the same order."
                 )
             if renumbering:
@@ -249,13 +249,13 @@ class RelDNTrainer(DefaultTrainer):
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> dict[str, Any]:
         """Evaluate as Detectron2 does and also write ``OUTPUT_DIR/results_TASK.json``.
 
-        A data set may list the model's classes and predicates in another order: its evaluator gets
-        the ids of the data set.
+        A dataset may list the model's classes and predicates in another order: its evaluator gets
+        the ids of the dataset.
 
         Errors about an image name its file.
 
         Raises:
-            NameMismatchError: if a data set has other names than the model.
+            NameMismatchError: if a dataset has other names than the model.
         """
         results: dict[str, Any] = OrderedDict()
         evaluators = [evaluators] if isinstance(evaluators, DatasetEvaluator) else evaluators

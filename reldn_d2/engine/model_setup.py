@@ -1,4 +1,4 @@
-"""Fitting a model to its data sets: the numbers of classes and the frequency table."""
+"""Fitting a model to its datasets: the numbers of classes and the frequency table."""
 
 import logging
 from collections.abc import Sequence
@@ -24,11 +24,11 @@ _NUM_CLASSES_KEYS = {
 
 
 def check_counts(cfg: CfgNode, model: nn.Module) -> None:
-    """Compare a model's numbers of classes and predicates with those of the config's data sets.
+    """Compare a model's numbers of classes and predicates with those of the config's datasets.
 
     Raises:
         ValueError: if they differ, with both counts and the config key; or if two classes or
-            predicates of a data set have the same name.
+            predicates of a dataset have the same name.
     """
     expected = []  # (metadata field, config key, count)
     if isinstance(model, RelDN):
@@ -50,8 +50,8 @@ def check_counts(cfg: CfgNode, model: nn.Module) -> None:
             names = dataset_names(dataset).get(field)
             if names is not None and len(names) != count:
                 raise ValueError(
-                    f"{key} is {count}, but the data set '{dataset}' has {len(names)} {field}. "
-                    f"Set {key} to {len(names)} or use another data set (DATASETS)."
+                    f"{key} is {count}, but the dataset '{dataset}' has {len(names)} {field}. "
+                    f"Set {key} to {len(names)} or use another dataset (DATASETS)."
                 )
 
 
@@ -61,7 +61,7 @@ def ensure_frequency_table(cfg: CfgNode, model: nn.Module) -> RelationStatistics
     It is counted on ``DATASETS.TRAIN``, or on ``SEMANTIC.COUNT_DATASETS`` if that is set.
 
     Args:
-        cfg: names these data sets and says whether pairs must overlap.
+        cfg: names these datasets and says whether pairs must overlap.
         model: possibly wrapped for distributed training.
 
     Returns:
@@ -74,7 +74,7 @@ def ensure_frequency_table(cfg: CfgNode, model: nn.Module) -> RelationStatistics
     training = training_statistics_of(cfg.DATASETS.TRAIN)
     names = tuple(cfg.MODEL.ROI_RELATION_HEAD.SEMANTIC.COUNT_DATASETS) or cfg.DATASETS.TRAIN
     counted = training if names == cfg.DATASETS.TRAIN else _statistics_of(names, training, cfg)
-    owner = f"data set '{names[0]}'"
+    owner = f"dataset '{names[0]}'"
     counted = counted.in_order_of(getattr(model, "names", {}), owner, "the model")
     counts = counted.table(cfg.MODEL.ROI_RELATION_HEAD.OVERLAP_FILTER)
     semantic.set_log_frequencies(log_frequencies(counts))

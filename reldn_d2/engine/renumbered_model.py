@@ -1,4 +1,4 @@
-"""Run a model on a data set that lists the model's classes or predicates in another order."""
+"""Run a model on a dataset that lists the model's classes or predicates in another order."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,11 +10,11 @@ from ..structures.name_matching import Renumbering
 
 __all__ = ["RenumberedModel", "dataset_renumbering", "in_order_of"]
 
-_HINT = "Use a data set with the names that the model was trained on."
+_HINT = "Use a dataset with the names that the model was trained on."
 
 
 class RenumberedModel(nn.Module):
-    """A model whose inputs and outputs have the ids of a data set instead of its own.
+    """A model whose inputs and outputs have the ids of a dataset instead of its own.
 
     Ground truth and detections among the inputs are mapped too, because the tasks SGCLS and PRDCLS
     and detectors that read files give them to the model.
@@ -24,7 +24,7 @@ class RenumberedModel(nn.Module):
         """
         Args:
             model: maps a list of dicts to a list of dicts.
-            renumbering: maps ids of the data set to those of the model.
+            renumbering: maps ids of the dataset to those of the model.
         """
         super().__init__()
         self.model = model
@@ -38,24 +38,24 @@ class RenumberedModel(nn.Module):
 
 
 def dataset_renumbering(model: nn.Module, dataset_name: str) -> Renumbering:
-    """Match the names of a data set with those of a model, which its checkpointer sets.
+    """Match the names of a dataset with those of a model, which its checkpointer sets.
 
     Args:
         model: possibly wrapped for distributed training; names that it lacks are not compared.
-        dataset_name: registered data set.
+        dataset_name: registered dataset.
 
     Returns:
-        the mapping from ids of the data set to those of the model.
+        the mapping from ids of the dataset to those of the model.
 
     Raises:
         NameMismatchError: if the names differ by more than their order.
     """
     names = getattr(getattr(model, "module", model), "names", {})
-    owner = f"data set '{dataset_name}'"
+    owner = f"dataset '{dataset_name}'"
     return Renumbering.between(dataset_names(dataset_name), names, owner, "the model", hint=_HINT)
 
 
 def in_order_of(dataset_name: str, model: nn.Module) -> nn.Module:
-    """Return the model, wrapped if the data set lists its names in another order."""
+    """Return the model, wrapped if the dataset lists its names in another order."""
     renumbering = dataset_renumbering(model, dataset_name)
     return RenumberedModel(model, renumbering) if renumbering else model

@@ -50,7 +50,7 @@ def check_run(
         ) from None
     splits = ("TEST",) if eval_only else ("TRAIN", "TEST")
     if not cfg.DATASETS[splits[0]]:
-        raise ValueError(f"DATASETS.{splits[0]} is empty; name at least one data set")
+        raise ValueError(f"DATASETS.{splits[0]} is empty; name at least one dataset")
     for split in splits:
         for name in cfg.DATASETS[split]:
             _check_dataset(f"DATASETS.{split}", name, needs_images(cfg))
@@ -64,7 +64,7 @@ def check_run(
         )
     evaluators = {}
     wants_metric = cfg.SOLVER.BEST_CHECKPOINT.METRIC and not eval_only
-    # Building a detector's evaluator converts the data set, so only do it if it is needed.
+    # Building a detector's evaluator converts the dataset, so only do it if it is needed.
     if build_evaluator is not None and (predicts_relations(cfg) or wants_metric):
         with suppress(NotImplementedError):  # Detectron2 then skips the evaluation
             evaluators = {name: build_evaluator(cfg, name) for name in cfg.DATASETS.TEST}
@@ -88,7 +88,7 @@ def _check_boxes_come_from_somewhere(cfg: CfgNode, eval_only: bool) -> None:
             continue
         message = (
             f"{key} is '{value}', which needs detections, but PrecomputedDetector detects nothing "
-            f"and {files} is empty; name one file per data set there, or set {key} to '{other}'"
+            f"and {files} is empty; name one file per dataset there, or set {key} to '{other}'"
         )
         if not needs_images(cfg):
             raise ValueError(message)
@@ -107,13 +107,13 @@ def _check_dataset(key: str, name: str, with_images: bool) -> None:
     for path in paths:
         if path and "://" not in path and not os.path.exists(path):
             raise ValueError(
-                f"{key} names '{name}', but there is no {path}; download the data set "
+                f"{key} names '{name}', but there is no {path}; download the dataset "
                 "(datasets/README.md) or set DETECTRON2_DATASETS to the folder that has it"
             )
 
 
 def _check_extra_files(cfg: CfgNode, split: str) -> None:
-    """Check the files of detections and proposals, one per data set."""
+    """Check the files of detections and proposals, one per dataset."""
     keys = {f"DATASETS.DETECTION_FILES_{split}": detection_files(cfg, split == "TRAIN")}
     if cfg.MODEL.LOAD_PROPOSALS:
         files = list(cfg.DATASETS[f"PROPOSAL_FILES_{split}"])
@@ -121,7 +121,7 @@ def _check_extra_files(cfg: CfgNode, split: str) -> None:
         if len(files) != len(cfg.DATASETS[split]):
             raise ValueError(
                 f"DATASETS.PROPOSAL_FILES_{split} has {len(files)} files, but DATASETS.{split} has "
-                f"{len(cfg.DATASETS[split])} data sets; set one file per data set, or "
+                f"{len(cfg.DATASETS[split])} datasets; set one file per dataset, or "
                 "MODEL.LOAD_PROPOSALS to False"
             )
     for key, files in keys.items():
@@ -138,7 +138,7 @@ def result_names(cfg: CfgNode, evaluators: dict[str, Any]) -> list[str] | None:
         evaluators: by test set.
 
     Returns:
-        Names such as ``relations_sgdet/R@n``, with the data set in front if there are several.
+        Names such as ``relations_sgdet/R@n``, with the dataset in front if there are several.
     """
     names = []
     for dataset_name in cfg.DATASETS.TEST:

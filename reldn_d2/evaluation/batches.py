@@ -1,7 +1,7 @@
 """Ground truth and predictions of many images as flat arrays.
 
-A data set is processed in batches of images: large enough for numpy to be fast, small enough that
-memory does not grow with the data set. Every consumer of an evaluation takes what it needs from a
+A dataset is processed in batches of images: large enough for numpy to be fast, small enough that
+memory does not grow with the dataset. Every consumer of an evaluation takes what it needs from a
 batch, which computes each array once.
 
 Shapes: R predicted boxes, N annotated boxes, K predicted triplets, M annotated relations, Q

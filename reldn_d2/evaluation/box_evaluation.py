@@ -1,4 +1,4 @@
-"""COCO's box AP for detectors trained on the boxes of a relation data set."""
+"""COCO's box AP for detectors trained on the boxes of a relation dataset."""
 
 import hashlib
 import json
@@ -18,15 +18,15 @@ logger = logging.getLogger(__name__)
 
 
 def box_evaluator(dataset_name: str, output_dir: str, distributed: bool = True) -> COCOEvaluator:
-    """Build Detectron2's ``COCOEvaluator`` for the boxes of any registered data set.
+    """Build Detectron2's ``COCOEvaluator`` for the boxes of any registered dataset.
 
-    A data set whose ``evaluator_type`` is "coco" has its own COCO file. Any other is converted into
+    A dataset whose ``evaluator_type`` is "coco" has its own COCO file. Any other is converted into
     a folder named after the annotations' fingerprint, because Detectron2 would reuse an older
-    conversion after the annotations have changed, and would treat the ``json_file`` of any data set
+    conversion after the annotations have changed, and would treat the ``json_file`` of any dataset
     as a COCO file.
 
     Args:
-        dataset_name: registered data set in Detectron2's format.
+        dataset_name: registered dataset in Detectron2's format.
         output_dir: folder for the conversion and the results.
         distributed: gather the predictions of all processes.
     """
@@ -34,7 +34,7 @@ def box_evaluator(dataset_name: str, output_dir: str, distributed: bool = True) 
     name = dataset_name
     if metadata.get("evaluator_type", None) != "coco":
         file = _convert(dataset_name, output_dir)
-        # A separate name: the metadata of the data set itself must not point to this file.
+        # A separate name: the metadata of the dataset itself must not point to this file.
         name = f"{dataset_name} ({file})"
         converted = MetadataCatalog.get(name)
         converted.json_file = file
@@ -52,7 +52,7 @@ def box_evaluator(dataset_name: str, output_dir: str, distributed: bool = True) 
 
 
 def _convert(dataset_name: str, output_dir: str) -> str:
-    """Write the data set as COCO JSON unless that file exists already, and return its path."""
+    """Write the dataset as COCO JSON unless that file exists already, and return its path."""
     coco = convert_to_coco_dict(dataset_name)
     coco.setdefault("annotations", [])
     coco["info"]["date_created"] = ""  # otherwise the fingerprint would change with every call

@@ -1,4 +1,4 @@
-"""Pick the evaluator that fits a data set and a model."""
+"""Pick the evaluator that fits a dataset and a model."""
 
 import logging
 import os
@@ -46,7 +46,7 @@ class VRDEvaluator(RelationDatasetEvaluator):
 
 
 class RelationEvaluator(RelationDatasetEvaluator):
-    """Any data set of relations: ``relations``."""
+    """Any dataset of relations: ``relations``."""
 
     PROTOCOL = "relations"
 
@@ -57,17 +57,17 @@ def build_relation_evaluator(
     """Build the evaluator for the predictions of the configured model.
 
     RelDN's relations are scored by the protocol ``TEST.RELATIONS.PROTOCOL`` or, if that is empty,
-    by that of the data set's ``evaluator_type``. Any other meta-architecture is a detector and is
+    by that of the dataset's ``evaluator_type``. Any other meta-architecture is a detector and is
     scored by COCO's box AP.
 
     Args:
         cfg: config with the keys of ``add_reldn_config``.
-        dataset_name: registered data set.
-        output_folder: where the evaluator writes its files; with several data sets in
+        dataset_name: registered dataset.
+        output_folder: where the evaluator writes its files; with several datasets in
             ``DATASETS.TEST`` each gets a folder of its name in there.
 
     Raises:
-        ValueError: there is no such protocol, or the data set has none and none is named.
+        ValueError: there is no such protocol, or the dataset has none and none is named.
     """
     if len(cfg.DATASETS.TEST) > 1:
         output_folder = os.path.join(output_folder, dataset_name)

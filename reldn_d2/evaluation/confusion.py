@@ -1,4 +1,4 @@
-"""Two accuracies for the paper's two confusions, on any data set and in any task.
+"""Two accuracies for the paper's two confusions, on any dataset and in any task.
 
 *Instance accuracy* (entity instance confusion): among the annotated relations whose subject could
 have had another object of the same class (and likewise for the subjects of an object), how often

@@ -32,7 +32,7 @@ def check_given_entities(task: str, truth: SceneGraph, predicted: SceneGraph, wh
         task: the boxes are given in ``sgcls``, boxes and classes in ``prdcls``, these and the
             pairs in ``preddet``, nothing in ``sgdet``.
         truth, predicted: of one image. Annotated entities may be missing in the prediction.
-        what: file or model and data set, for the message.
+        what: file or model and dataset, for the message.
 
     Raises:
         ValueError: a box differs from all annotated boxes (of its class, unless in ``sgcls``) by
@@ -78,11 +78,11 @@ def _inside(boxes: np.ndarray, truth: SceneGraph) -> np.ndarray:
 
 
 def check_not_normalized(images: Sequence[ImagePair], what: str) -> None:
-    """Raise if the predicted boxes of a data set are divided by the images' sizes.
+    """Raise if the predicted boxes of a dataset are divided by the images' sizes.
 
     Args:
         images: ground truth and prediction of each image.
-        what: file or model and data set, for the message.
+        what: file or model and dataset, for the message.
 
     Raises:
         ValueError: nearly all predicted boxes lie within [0, 1], and nearly no annotated box does.
@@ -105,7 +105,7 @@ def _share_within_one(boxes: Sequence[np.ndarray]) -> float | None:
 
 
 def find_misreading(images: Sequence[ImagePair]) -> str | None:
-    """Say how the predictions of a data set look misread, in one line without a subject.
+    """Say how the predictions of a dataset look misread, in one line without a subject.
 
     If few relations are found, other readings of the boxes, ids and ends are scored on a sample of
     the images. If none is clearly better, the shares of the annotated entities that some predicted
@@ -151,7 +151,7 @@ def find_misreading(images: Sequence[ImagePair]) -> str | None:
 
 
 def _spread(images: Sequence[ImagePair], count: int) -> list[ImagePair]:
-    """Return at most ``count`` images, evenly spread over the data set."""
+    """Return at most ``count`` images, evenly spread over the dataset."""
     if len(images) <= count:
         return list(images)
     return [images[i] for i in np.linspace(0, len(images) - 1, count).astype(int)]

@@ -1,6 +1,6 @@
-"""Convert predictions that other programs have pickled to scene graphs of a data set.
+"""Convert predictions that other programs have pickled to scene graphs of a dataset.
 
-The files (:mod:`.pickled_predictions`) have no image ids: images are in the order of the data set.
+The files (:mod:`.pickled_predictions`) have no image ids: images are in the order of the dataset.
 Scores of predicates have a first column for "no relationship".
 
 Shape shorthand: R boxes, K pairs, P predicates of one image.
@@ -46,15 +46,15 @@ def import_predictions(
     long_side: int | None = None,
     topk: int = 100,
 ) -> Iterator[SceneGraph]:
-    """Read a file of another program; yield its images with ids and names of a data set.
+    """Read a file of another program; yield its images with ids and names of a dataset.
 
     Args:
         file_format: one of :data:`IMPORT_FORMATS`.
         file: the pickle.
-        dataset_name: registered data set. The file has its images, or those of them that have
+        dataset_name: registered dataset. The file has its images, or those of them that have
             relations, in its order; ``released`` names each image's file.
         class_names: classes in the order of the file's ids, without background; None means those
-            of the data set, in its order.
+            of the dataset, in its order.
         predicate_names: the predicates, likewise.
         first_class_id: id of the first class; None means 1, after the background, or for
             ``released`` the one that its ids imply.
@@ -75,12 +75,12 @@ def import_predictions(
     names = dataset_names(dataset_name)
     given = dict(zip(NAME_FIELDS, (class_names, predicate_names)))
     renumbering = Renumbering.between(
-        given, names, f"{file} (--classes, --predicates)", f"data set '{dataset_name}'"
+        given, names, f"{file} (--classes, --predicates)", f"dataset '{dataset_name}'"
     )
     counts = [len(given[field] or names.get(field) or ()) for field in NAME_FIELDS]
     for field, count in zip(NAME_FIELDS, counts):
         if not count:
-            raise ValueError(f"The metadata of data set '{dataset_name}' lacks {field}.")
+            raise ValueError(f"The metadata of dataset '{dataset_name}' lacks {field}.")
     images = IMPORT_FORMATS[file_format](file)
     if first_class_id is None:
         first_class_id = (
@@ -105,7 +105,7 @@ def import_predictions(
 def _records_of_images(
     file: str, images: Sequence[PickledImage], dataset_name: str
 ) -> list[dict[str, Any]]:
-    """Return the data set's dict of each image."""
+    """Return the dataset's dict of each image."""
     records = load_without_images(dataset_name)
     if not all("height" in x and "width" in x for x in records):
         try:
@@ -118,15 +118,15 @@ def _records_of_images(
     for candidates, which in ((records, ""), (related, " that have relations")):
         if len(images) == len(candidates):
             logger.info(
-                f"{file}: its {len(images)} images are the images of data set "
+                f"{file}: its {len(images)} images are the images of dataset "
                 f"'{dataset_name}'{which}, in their order."
             )
             _check_true_boxes(file, images, candidates, dataset_name)
             return candidates
     raise ValueError(
-        f"{file}: {len(images)} images, but data set '{dataset_name}' has {len(records)}, "
+        f"{file}: {len(images)} images, but dataset '{dataset_name}' has {len(records)}, "
         f"{len(related)} of which have relations. Images have no ids in this format, so their "
-        "count must be one of the two: pass the data set that was evaluated (--dataset)."
+        "count must be one of the two: pass the dataset that was evaluated (--dataset)."
     )
 
 
@@ -137,8 +137,8 @@ def _records_by_name(
     for index, image in enumerate(images):
         if _stem(image.name) not in by_stem:
             raise ValueError(
-                f"{file}, image {index}: data set '{dataset_name}' has no image "
-                f"{os.path.basename(image.name)!r:.80}. Pass the data set that was evaluated "
+                f"{file}, image {index}: dataset '{dataset_name}' has no image "
+                f"{os.path.basename(image.name)!r:.80}. Pass the dataset that was evaluated "
                 "(--dataset)."
             )
     found = [by_stem[_stem(image.name)] for image in images]
@@ -163,8 +163,8 @@ def _check_true_boxes(
         if image.num_true_boxes is not None and image.num_true_boxes != count:
             raise ValueError(
                 f"{file}: groundtruths[{index}] has {image.num_true_boxes} boxes, but image "
-                f"{record['image_id']!r} of data set '{dataset_name}' has {count}. The images are "
-                "others, or in another order: pass the data set that was evaluated (--dataset)."
+                f"{record['image_id']!r} of dataset '{dataset_name}' has {count}. The images are "
+                "others, or in another order: pass the dataset that was evaluated (--dataset)."
             )
 
 
@@ -177,7 +177,7 @@ def _scale(
     if "width" not in record or "height" not in record:
         raise ValueError(
             f"{where}: the size of the image is unknown, but its boxes are in another frame. Put "
-            "the images where the data set expects them."
+            "the images where the dataset expects them."
         )
     size = np.array([record["width"], record["height"]], dtype=np.float64)
     if image.frame is None:
@@ -187,7 +187,7 @@ def _scale(
         raise ValueError(
             f"{where}: its boxes are in an image of {image.frame[0]:g} x {image.frame[1]:g} "
             f"pixels, but the image has {size[0]:g} x {size[1]:g}. The images are others, or in "
-            "another order: pass the data set that was evaluated (--dataset)."
+            "another order: pass the dataset that was evaluated (--dataset)."
         )
     return np.concatenate([scale, scale])
 
@@ -230,7 +230,7 @@ def _scene_graph(
         raise ValueError(
             f"{where}: the class id {wrong[0] + first_class_id} is not one of {first_class_id} to "
             f"{num_classes - 1 + first_class_id}, the {num_classes} classes. Pass --first-class-id "
-            "or --classes, or is it a file of another data set?"
+            "or --classes, or is it a file of another dataset?"
         )
     pairs, scores = image.pairs.astype(np.int64), image.predicate_scores
     require_equal_lengths(where, {"pairs": pairs, "rows of predicate scores": scores})
@@ -241,7 +241,7 @@ def _scene_graph(
         raise ValueError(
             f"{where}: {scores.shape[1]} scores per pair; expected {num_predicates + 1}, the first "
             f'for "no relationship", for {num_predicates} predicates. Pass --predicates, or is it '
-            "a file of another data set?"
+            "a file of another dataset?"
         )
     if len(pairs) and (pairs.min() < 0 or pairs.max() >= len(boxes)):
         raise ValueError(f"{where}: a pair has an index outside its {len(boxes)} boxes.")

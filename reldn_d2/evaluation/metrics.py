@@ -4,7 +4,7 @@ Shapes: K triplets, M relations, P predicates. All values are in percent; a metr
 ground truth has nothing to find.
 
 Average precision (AP): all images' triplets of one predicate are pooled and sorted by score (equal
-scores: in the data set's order of images, then in their order in the image). A triplet is tested
+scores: in the dataset's order of images, then in their order in the image). A triplet is tested
 against the best-overlapping relation with exactly its subject class, predicate and object class in
 its image (of equal overlaps, the first relation). It is a true positive if that overlap is large
 enough and no earlier triplet has matched this relation, and otherwise a false positive. AP is the
@@ -91,11 +91,11 @@ def predicate_image_recall(
 
 @dataclass(frozen=True)
 class ScoredTriplets:
-    """The triplets of all images that average precision counts, in the order of the data set."""
+    """The triplets of all images that average precision counts, in the order of the dataset."""
 
     scores: np.ndarray  # (K,) float64
     predicates: np.ndarray  # (K,)
-    matches: np.ndarray  # (K,) the best-overlapping relation (its index in the data set), or -1
+    matches: np.ndarray  # (K,) the best-overlapping relation (its index in the dataset), or -1
 
     @cached_property
     def _by_score(self) -> tuple[np.ndarray, np.ndarray]:

@@ -33,12 +33,12 @@ def evaluate_predictions(
     """Score a predictions file (:mod:`.predictions_io`) or a submission (:mod:`.submission`).
 
     Args:
-        dataset_name: registered data set that the predictions are for.
+        dataset_name: registered dataset that the predictions are for.
         predictions_file: plain or gzipped; or a submission of the OpenImages challenge (.csv).
         output_dir: folder for the tables of the predicates; None writes nothing.
         task: ``sgdet``, ``sgcls`` or ``prdcls``; default: the one that the file was made for, or
             ``sgdet`` if that is unknown.
-        protocol: default: the data set's own.
+        protocol: default: the dataset's own.
         predicates_per_pair: values of k, None for no limit; default: the protocol's.
         recall_at: the n of R@n; default: the protocol's.
         labels: names of the classes in a submission, see :func:`.submission.read_submission`.
@@ -87,7 +87,7 @@ def read_file(
 ) -> Iterator[SceneGraph]:
     """Read a predictions file or a submission; see :func:`evaluate_predictions`.
 
-    If the file's settings list the names of its ids, the ids are mapped to those of the data set.
+    If the file's settings list the names of its ids, the ids are mapped to those of the dataset.
 
     Raises:
         NameMismatchError: the names differ by more than their order.
@@ -96,9 +96,7 @@ def read_file(
         yield from read_submission(dataset_name, file, labels)
         return
     names = dataset_names(dataset_name)
-    renumbering = Renumbering.between(
-        read_settings(file), names, file, f"data set '{dataset_name}'"
-    )
+    renumbering = Renumbering.between(read_settings(file), names, file, f"dataset '{dataset_name}'")
     counts = (len(names.get(field) or ()) or None for field in NAME_FIELDS)
     for prediction in read_predictions(file, *counts):
         yield renumbering.scene_graph(prediction) if renumbering else prediction
@@ -113,7 +111,7 @@ def _check_written_for(
     wanted = evaluator.settings
     if settings["dataset"] != dataset_name:
         logger.warning(
-            "%s was written for data set '%s' and is scored on '%s'.",
+            "%s was written for dataset '%s' and is scored on '%s'.",
             file,
             settings["dataset"],
             dataset_name,

@@ -25,7 +25,7 @@ _COLORS = ("#c6d4e3", "#1f5a94", "#d1701f")
 
 @dataclass(frozen=True)
 class PredicateTable:
-    """All predicates of a data set under one protocol and one k. P predicates."""
+    """All predicates of a dataset under one protocol and one k. P predicates."""
 
     names: tuple[str, ...]
     counts: np.ndarray  # (P,) ground-truth relations

@@ -2,12 +2,12 @@
 
 The file is a JSON list with one record per image, plain or gzipped::
 
-    {"image_id": same as in the data set,
+    {"image_id": same as in the dataset,
      "instances": {"boxes": [[x1, y1, x2, y2], ...], "classes": [int, ...], "scores": [float, ...]},
      "relations": {"pairs": [[subject_index, object_index], ...], "predicates": [int, ...],
                    "scores": [float, ...]}}
 
-Boxes are absolute pixels in the frame of the data set's dicts; classes and predicates are
+Boxes are absolute pixels in the frame of the dataset's dicts; classes and predicates are
 contiguous and 0-based; the scores of relations are triplet scores. The order does not matter, but
 equal scores rank as listed. Images may be missing. A file with one record per line, as
 :func:`write_predictions` writes it, or in JSON Lines without the brackets, is read record by
@@ -70,8 +70,8 @@ def read_predictions(
 
     Args:
         file: path; its content says whether it is gzipped.
-        num_classes: entity classes of the data set; not checked when None.
-        num_predicates: predicates of the data set; not checked when None.
+        num_classes: entity classes of the dataset; not checked when None.
+        num_predicates: predicates of the dataset; not checked when None.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -201,7 +201,7 @@ def _prediction(
         raise ValueError(f"{where}: expected an object with image_id, found {record!r:.80}.")
     image_id = record.get("image_id")
     if isinstance(image_id, bool) or not isinstance(image_id, (int, str)):
-        raise ValueError(f"{where}: image_id is {image_id!r:.80}; expected the data set's own.")
+        raise ValueError(f"{where}: image_id is {image_id!r:.80}; expected the dataset's own.")
     where += f" (image {image_id!r})"
     parts = []
     for key, fields in (
@@ -228,7 +228,7 @@ def _prediction(
         wrong = values[(values < 0) | (values >= count)] if count is not None else ()
         if len(wrong):
             raise ValueError(
-                f"{where}: {name} {wrong[0]} is not one of the data set's {count}, 0 to "
+                f"{where}: {name} {wrong[0]} is not one of the dataset's {count}, 0 to "
                 f"{count - 1}. Classes and predicates are contiguous and 0-based, without "
                 '"background" or "no relationship": convert the ids before writing.'
             )

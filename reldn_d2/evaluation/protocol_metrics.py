@@ -56,7 +56,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Matches:
-    """What the images of a data set give for one k."""
+    """What the images of a dataset give for one k."""
 
     truth: RelationTable
     ranks: dict[str, np.ndarray]  # by overlap: (M,) rank at which each relation is found
@@ -158,7 +158,7 @@ def _openimages(matches: Matches, settings: Settings) -> Block:
 def _released(matches: Matches, settings: Settings) -> Block:
     """The authors' released code, which scores 2 predicates per pair and 100 triplets per image.
 
-    ``R@n``: pooled over the data set. ``mAP``: mean over all predicates of the data set; one that
+    ``R@n``: pooled over the dataset. ``mAP``: mean over all predicates of the dataset; one that
     the ground truth lacks counts 0. ``wmAP``: AP weighted by the predicate's share of the ground
     truth. ``score``: as in the challenge; ``score_wtd``: with wmAP in place of mAP.
     """
@@ -179,10 +179,10 @@ def _released(matches: Matches, settings: Settings) -> Block:
 
 
 def _relations(matches: Matches, settings: Settings) -> Block:
-    """Data sets without a protocol of their own, among them the built-in one.
+    """Datasets without a protocol of their own, among them the built-in one.
 
     ``R@n``: each image may give as many triplets as it has relations; ``R@20``, ...: it may give
-    that many; pooled over the data set. ``mAP``: mean over the predicates of the ground truth;
+    that many; pooled over the dataset. ``mAP``: mean over the predicates of the ground truth;
     ``AP-<predicate>``, named as Detectron2 names results per category; and the accuracies of
     :mod:`.confusion`. A relation that is annotated twice counts once.
     """

@@ -38,8 +38,8 @@ logger = logging.getLogger(__name__)
 class RelationDatasetEvaluator(DatasetEvaluator):
     """Scores relations by a protocol.
 
-    Ground truth comes from the registered data set, in the frame of the original images. Every
-    image of the data set counts: one that was not processed has no predictions. Only the triplets
+    Ground truth comes from the registered dataset, in the frame of the original images. Every
+    image of the dataset counts: one that was not processed has no predictions. Only the triplets
     of an image that the protocol looks at are kept, so memory is bounded.
 
     Results: the blocks of the protocol (see ``docs/evaluation.md``) and for each k the accuracies
@@ -47,7 +47,7 @@ class RelationDatasetEvaluator(DatasetEvaluator):
     of the protocol, ``per_predicate_<block>.json``, ``.md`` and ``.png`` are written there.
     """
 
-    PROTOCOL = ""  # the default; empty: that of the data set's evaluator_type
+    PROTOCOL = ""  # the default; empty: that of the dataset's evaluator_type
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class RelationDatasetEvaluator(DatasetEvaluator):
     ):
         """
         Args:
-            dataset_name: registered data set with ``image_id``, ``annotations`` and ``relations``,
+            dataset_name: registered dataset with ``image_id``, ``annotations`` and ``relations``,
                 and ``predicate_classes`` in its metadata. ``train_dataset`` there names the
                 training set for zero-shot recall.
             output_dir: folder for the files; nothing is written if None.
@@ -75,7 +75,7 @@ class RelationDatasetEvaluator(DatasetEvaluator):
             task: ``sgdet``, ``sgcls``, ``prdcls`` or ``preddet``, what was given to the model. It
                 is part of the results' names; the rules of matching are the same for all.
             protocol: a name of :data:`reldn_d2.utils.protocols.PROTOCOLS`; default: that of the
-                class or of the data set's ``evaluator_type``.
+                class or of the dataset's ``evaluator_type``.
             predicates_per_pair: values of k, each with results of its own; None in the list means
                 no limit; default: the protocol's. The model's output must contain the exact best
                 triplets for each.
@@ -124,12 +124,12 @@ class RelationDatasetEvaluator(DatasetEvaluator):
 
     @property
     def metadata(self) -> Metadata:
-        """Metadata of the data set."""
+        """Metadata of the dataset."""
         return self._metadata
 
     @property
     def ground_truth(self) -> dict[ImageId, SceneGraph]:
-        """Annotations by ``image_id``, in the data set's order; loaded at first use."""
+        """Annotations by ``image_id``, in the dataset's order; loaded at first use."""
         if self._ground_truth is None:
             images = load_ground_truth(self._dataset_name, self.settings.task)
             for image_id, truth in images.items():
@@ -205,7 +205,7 @@ class RelationDatasetEvaluator(DatasetEvaluator):
         return {block: list(metrics) for block, metrics in results.items()}
 
     def joined(self) -> list[ImagePair]:
-        """Return this process's ground truth and prediction of every image of the data set."""
+        """Return this process's ground truth and prediction of every image of the dataset."""
         none = SceneGraph.empty("")
         return [(gt, none if p is None else p) for gt, p in self._join(self._predictions)]
 
@@ -226,7 +226,7 @@ class RelationDatasetEvaluator(DatasetEvaluator):
 
     def _check_evidence(self, images: Sequence[tuple[SceneGraph, SceneGraph | None]]) -> None:
         """Raise if the predictions are not of this task, or have normalized boxes."""
-        what = f"Predictions for data set '{self._dataset_name}'"
+        what = f"Predictions for dataset '{self._dataset_name}'"
         processed = [(truth, predicted) for truth, predicted in images if predicted is not None]
         check_not_normalized(processed, what)
         for truth, predicted in processed:
@@ -267,7 +267,7 @@ class RelationDatasetEvaluator(DatasetEvaluator):
             logger.info("'%s', %s: every predicate in %s", self._dataset_name, task, paths[1])
 
     def _join(self, predictions: Sequence[SceneGraph]) -> list[Any]:
-        """Return (ground truth, prediction or None) of each image, in the data set's order."""
+        """Return (ground truth, prediction or None) of each image, in the dataset's order."""
         by_image: dict[ImageId, SceneGraph] = {}
         for prediction in predictions:
             image_id = prediction.image_id
@@ -281,8 +281,8 @@ class RelationDatasetEvaluator(DatasetEvaluator):
     def no_such_image(self) -> str:
         """Return the message about an unknown image."""
         return (
-            f"data set '{self._dataset_name}' has no such image_id (its first is "
-            f"{next(iter(self.ground_truth), None)!r}). Evaluate on the data set whose images were "
+            f"dataset '{self._dataset_name}' has no such image_id (its first is "
+            f"{next(iter(self.ground_truth), None)!r}). Evaluate on the dataset whose images were "
             "processed."
         )
 
@@ -297,10 +297,10 @@ class RelationDatasetEvaluator(DatasetEvaluator):
             low, high = int(values.min()), int(values.max())
             if low < 0 or high >= len(names):
                 raise ValueError(
-                    f"Data set '{self._dataset_name}', image {image_id!r}: its {what} have the id "
+                    f"Dataset '{self._dataset_name}', image {image_id!r}: its {what} have the id "
                     f"{low if low < 0 else high}, but {key} has {len(names)} names, 0 to "
                     f"{len(names) - 1}. Ids are 0-based; check that the model was built for this "
-                    "data set (MODEL.ROI_HEADS.NUM_CLASSES, "
+                    "dataset (MODEL.ROI_HEADS.NUM_CLASSES, "
                     "MODEL.ROI_RELATION_HEAD.NUM_PREDICATES) and that the loader's ids start at 0."
                 )
 
@@ -315,7 +315,7 @@ class RelationDatasetEvaluator(DatasetEvaluator):
                 "None of the %d predicted triplets in %d images matched any of the %d "
                 "ground-truth relations of '%s'. The most likely causes: (1) the model is "
                 "untrained, its checkpoint was not loaded, or a score threshold removed "
-                "everything; (2) class or predicate ids differ between model and data set (0-based "
+                "everything; (2) class or predicate ids differ between model and dataset (0-based "
                 "here, other order of names); (3) boxes are in another frame (resized image, XYWH "
                 "or normalized instead of absolute XYXY).",
                 sum(len(p.scores) for _, p in images),
@@ -342,10 +342,10 @@ def _shown_metrics(
 
 
 def load_ground_truth(dataset_name: str, task: str = "prdcls") -> dict[ImageId, SceneGraph]:
-    """Load the ground truth of a registered data set, in its order.
+    """Load the ground truth of a registered dataset, in its order.
 
     Args:
-        dataset_name: registered data set.
+        dataset_name: registered dataset.
         task: what was given to the model; detected boxes (``sgdet``) need the images' real sizes.
 
     Raises:
@@ -355,12 +355,12 @@ def load_ground_truth(dataset_name: str, task: str = "prdcls") -> dict[ImageId, 
     images: dict[ImageId, SceneGraph] = {}
     for record in dicts_without_images(dataset_name):
         image_id = record["image_id"]
-        where = f"Data set '{dataset_name}', image {image_id!r}"
+        where = f"Dataset '{dataset_name}', image {image_id!r}"
         if task == "sgdet":
             require_real_size(record, where)
         if image_id in images:
             raise ValueError(
-                f"{where}: occurs twice. Every image of a data set needs its own image_id."
+                f"{where}: occurs twice. Every image of a dataset needs its own image_id."
             )
         images[image_id] = SceneGraph.from_dataset_dict(record, where)
     return images
@@ -375,7 +375,7 @@ def _check_settings(
 ) -> None:
     if names is None:
         raise ValueError(
-            f"The metadata of data set '{dataset_name}' has no predicate_classes. Set them: "
+            f"The metadata of dataset '{dataset_name}' has no predicate_classes. Set them: "
             f'MetadataCatalog.get("{dataset_name}").predicate_classes = [...].'
         )
     if not predicates_per_pair or min(k or 0 for k in predicates_per_pair) < 0:

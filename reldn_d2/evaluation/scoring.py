@@ -1,4 +1,4 @@
-"""Score a data set by a protocol: one pass over its images for all metrics."""
+"""Score a dataset by a protocol: one pass over its images for all metrics."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class Scores:
 
 
 def score(images: Sequence[ImagePair], protocol: Protocol, settings: Settings) -> Scores:
-    """Score every image of a data set, in its order.
+    """Score every image of a dataset, in its order.
 
     Args:
         images: ground truth and prediction of every image.
@@ -94,7 +94,7 @@ def match_images(
 def _tested_against(batch: Batch, protocol: Protocol, num_relations: int) -> dict[str, np.ndarray]:
     """Return by overlap (K,) the relation that average precision tests each triplet against.
 
-    It is an index into the data set's relations, ``num_relations`` of which are in the batches
+    It is an index into the dataset's relations, ``num_relations`` of which are in the batches
     before; -1 if there is none.
     """
     result = {}

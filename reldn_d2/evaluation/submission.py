@@ -60,12 +60,12 @@ def _names(dataset_name: str, labels: Sequence[str] | None) -> _Names:
     predicates = metadata.get("predicate_classes", None)
     if classes is None or predicates is None:
         raise ValueError(
-            f"The metadata of data set '{dataset_name}' lacks thing_classes or predicate_classes."
+            f"The metadata of dataset '{dataset_name}' lacks thing_classes or predicate_classes."
         )
     known = metadata.get("thing_classes", None)
     if known is not None and len(known) != len(classes):
         raise ValueError(
-            f"{len(classes)} labels for the {len(known)} classes of data set '{dataset_name}'; "
+            f"{len(classes)} labels for the {len(known)} classes of dataset '{dataset_name}'; "
             "expected one for each, in their order."
         )
     sizes = {}
@@ -73,14 +73,14 @@ def _names(dataset_name: str, labels: Sequence[str] | None) -> _Names:
         image_id = record["image_id"]
         if "width" not in record or "height" not in record:
             raise ValueError(
-                f"Data set '{dataset_name}', image {image_id!r}: its size is unknown. A "
-                "submission has normalized coordinates; put the images where the data set expects "
+                f"Dataset '{dataset_name}', image {image_id!r}: its size is unknown. A "
+                "submission has normalized coordinates; put the images where the dataset expects "
                 "them."
             )
         sizes[str(image_id)] = (image_id, float(record["width"]), float(record["height"]))
     for kind, names in (("class", classes), ("predicate", predicates)):
         if len(set(names)) != len(names):
-            raise ValueError(f"Data set '{dataset_name}' has two equal {kind} names.")
+            raise ValueError(f"Dataset '{dataset_name}' has two equal {kind} names.")
     return _Names(list(classes), list(predicates), sizes)
 
 
@@ -94,7 +94,7 @@ def write_submission(
     """Write predictions as a submission, atomically.
 
     Args:
-        dataset_name: registered data set with ``width`` and ``height`` of its images.
+        dataset_name: registered dataset with ``width`` and ``height`` of its images.
         predictions: of its images; missing images get a line without triplets.
         file: the CSV file.
         layout: ``server`` or ``table``, see above.
@@ -102,7 +102,7 @@ def write_submission(
             ``thing_classes`` if it has none.
 
     Raises:
-        ValueError: an unknown layout, an image that the data set lacks, or names with blanks.
+        ValueError: an unknown layout, an image that the dataset lacks, or names with blanks.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"Unknown layout {layout!r}; expected one of {', '.join(LAYOUTS)}.")
@@ -121,7 +121,7 @@ def write_submission(
         for prediction in predictions:
             key = str(prediction.image_id)
             if key not in names.sizes:
-                raise ValueError(f"Data set '{dataset_name}' has no image {key!r}.")
+                raise ValueError(f"Dataset '{dataset_name}' has no image {key!r}.")
             missing.pop(key, None)
             rows = _rows(prediction, names)
             if layout == "server":
@@ -157,7 +157,7 @@ def read_submission(
     if they were single-precision numbers, as a model's are.
 
     Args:
-        dataset_name: registered data set that the submission is for.
+        dataset_name: registered dataset that the submission is for.
         file: the CSV file.
         labels: as for :func:`write_submission`.
 
@@ -187,7 +187,7 @@ def read_submission(
             image = row[0]
             if image not in names.sizes:
                 raise ValueError(
-                    f"{where}: data set '{dataset_name}' has no image {image!r}. Name the data "
+                    f"{where}: dataset '{dataset_name}' has no image {image!r}. Name the data "
                     "set that the submission is for."
                 )
             if header == COLUMNS:
@@ -271,8 +271,8 @@ def _ids(labels: Sequence[str], names: Sequence[str], kind: str, where: str) -> 
     unknown = [label for label in labels if label not in id_of]
     if unknown:
         raise ValueError(
-            f"{where}: {kind} {unknown[0]!r} is not one of the data set's ({', '.join(names[:3])}, "
-            "...). Write the identifiers that the data set uses."
+            f"{where}: {kind} {unknown[0]!r} is not one of the dataset's ({', '.join(names[:3])}, "
+            "...). Write the identifiers that the dataset uses."
         )
     return np.asarray([id_of[label] for label in labels], dtype=np.int64)
 

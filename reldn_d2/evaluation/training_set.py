@@ -17,7 +17,7 @@ _cached: dict[str, tuple[Any, RelationStatistics]] = {}
 
 
 class TrainingTriplets(NamedTuple):
-    """Distinct triplets of a data set, and the relations of each predicate."""
+    """Distinct triplets of a dataset, and the relations of each predicate."""
 
     labels: np.ndarray  # (T, 3) subject class, predicate, object class
     counts: np.ndarray  # (P,)
@@ -29,7 +29,7 @@ def training_triplets(train_dataset: str, dataset_name: str) -> TrainingTriplets
     Args:
         train_dataset: name of the training set. Its statistics stay in memory as long as it stays
             registered.
-        dataset_name: the data set that is evaluated; the result has its ids. Names that either
+        dataset_name: the dataset that is evaluated; the result has its ids. Names that either
             metadata lacks are not compared.
     """
     try:
@@ -39,7 +39,7 @@ def training_triplets(train_dataset: str, dataset_name: str) -> TrainingTriplets
         if train_dataset not in _cached or _cached[train_dataset][0] != version:
             _cached[train_dataset] = (version, dataset_statistics(train_dataset))
         statistics = _cached[train_dataset][1].in_order_of(
-            dataset_names(dataset_name), f"data set '{train_dataset}'", f"data set '{dataset_name}'"
+            dataset_names(dataset_name), f"dataset '{train_dataset}'", f"dataset '{dataset_name}'"
         )
     except (OSError, ValueError) as error:  # optional: a failure here does not abort the evaluation
         logger.warning(

@@ -239,7 +239,7 @@ class RelDN(nn.Module):
                 raise ValueError(
                     f"{purpose} needs ground truth, but image {x.get('image_id', '?')} "
                     f"({x.get('file_name', 'no file name')}) has no 'instances' or no "
-                    "'relations'. Use reldn_d2.data.RelationDatasetMapper on an annotated data set."
+                    "'relations'. Use reldn_d2.data.RelationDatasetMapper on an annotated dataset."
                 )
         device = self.device
         return [x["instances"].to(device) for x in batched_inputs]

@@ -95,7 +95,7 @@ def load_detector(
         device: such as ``cpu``; None uses a GPU if there is one.
         min_score: detections with a lower score are dropped.
         class_names: names by class id (torchvision: without the background); by default those that
-            the checkpoint, the config's data set or torchvision names.
+            the checkpoint, the config's dataset or torchvision names.
 
     Raises:
         FileNotFoundError: no such file, or the weights cannot be downloaded.
@@ -136,7 +136,7 @@ def _detectron2_detector(
         )
         raise ValueError(
             f"detector {name}: {problem}. Give class_names, or set DATASETS.TEST to a registered "
-            "data set with these classes."
+            "dataset with these classes."
         )
     resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
 
@@ -176,7 +176,7 @@ def _detectron2_config(name: str, weights: str | None) -> CfgNode:
 
 
 def _dataset_classes(cfg: CfgNode) -> list[str]:
-    """Return the class names of the config's first registered data set; empty if there is none."""
+    """Return the class names of the config's first registered dataset; empty if there is none."""
     for dataset in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
         if dataset in DatasetCatalog:
             return list(MetadataCatalog.get(dataset).get("thing_classes", []))

@@ -1,6 +1,6 @@
 """Match classes and predicates by name: the only place that compares two lists of names.
 
-Checkpoints, detectors, data sets and predictions files each list the names of their classes and
+Checkpoints, detectors, datasets and predictions files each list the names of their classes and
 predicates, and an id is a position in such a list. Wherever two of them meet, :func:`match_names`
 compares the lists: another order is mapped, other names are an error.
 """

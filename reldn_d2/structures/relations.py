@@ -102,7 +102,7 @@ def relation_problems(
         elif predicate < 0 or (num_predicates is not None and predicate >= num_predicates):
             yield (
                 f"{place}, but predicate {predicate} is outside the {num_predicates} predicates "
-                "(0-based) of this data set."
+                "(0-based) of this dataset."
             )
 
 

@@ -68,7 +68,7 @@ class SceneGraph:
     """Entities and relations of one image.
 
     Attributes:
-        image_id: as in the data set; None if the image belongs to none.
+        image_id: as in the dataset; None if the image belongs to none.
         boxes: (R, 4) float64.
         classes: (R,) integers.
         pairs: (K, 2) integers, subject and object index into the entities.
@@ -118,7 +118,7 @@ class SceneGraph:
 
         Args:
             dataset_dict: Detectron2's standard dict with ``relations``.
-            where: data set and image, for messages; default: the dict's ``file_name``.
+            where: dataset and image, for messages; default: the dict's ``file_name``.
 
         Raises:
             ValueError: a relation points outside the annotations or to itself.
@@ -183,7 +183,7 @@ class SceneGraph:
         """Return a model's output for one image, in the frame of the original image.
 
         Args:
-            image_id: as in the data set, or None.
+            image_id: as in the dataset, or None.
             output: ``"instances"`` (``pred_boxes``, ``pred_classes``, ``scores``) and
                 ``"relations"`` (``pairs``, ``predicates``, ``scores``, ``predicate_scores``).
             keep_output: keep the output, on the CPU, with further fields that it may have.

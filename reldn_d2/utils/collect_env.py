@@ -24,7 +24,7 @@ def environment_table(version: str) -> str:
 
 
 def environment_rows(version: str) -> list[tuple[str, str]]:
-    """Return (name, value) rows for the libraries, the hardware and the data sets."""
+    """Return (name, value) rows for the libraries, the hardware and the datasets."""
     return [
         ("reldn_d2", f"{version}, {Path(__file__).parents[1]}"),
         ("Python", f"{platform.python_version()}, {sys.executable}"),
@@ -87,8 +87,8 @@ def _gpu_rows() -> list[tuple[str, str]]:
 
 
 def _dataset_rows() -> list[tuple[str, str]]:
-    """Say which registered relation data sets are on disk, and under which root."""
-    importlib.import_module("reldn_d2.data.datasets.builtin")  # registers the data sets
+    """Say which registered relation datasets are on disk, and under which root."""
+    importlib.import_module("reldn_d2.data.datasets.builtin")  # registers the datasets
     setting = os.environ.get("DETECTRON2_DATASETS")
     root = os.path.abspath(os.path.expanduser(setting or "datasets"))
     rows = [("DETECTRON2_DATASETS", f"{root}{'' if setting else ' (default, not set)'}")]

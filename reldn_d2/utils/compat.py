@@ -181,10 +181,10 @@ def import_model_zoo_without_pkg_resources(folder: Path) -> None:
 
 
 def patch_loader_workers() -> None:
-    """Make Detectron2's data sets import this module when they are unpickled.
+    """Make Detectron2's datasets import this module when they are unpickled.
 
     The start methods spawn and forkserver (the only ones on Windows, the defaults of macOS and of
-    Python 3.14) send a loader's data set to new processes by pickling. Unpickling imports
+    Python 3.14) send a loader's dataset to new processes by pickling. Unpickling imports
     Detectron2, which needs the patches.
     """
     common = importlib.import_module("detectron2.data.common")

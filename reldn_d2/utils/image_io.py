@@ -1,4 +1,4 @@
-"""The one reader of images, for training, evaluation, prediction and the check of a data set.
+"""The one reader of images, for training, evaluation, prediction and the check of a dataset.
 
 It takes images of any color space, bit depth or orientation. Ordinary 8-bit images give exactly the
 pixels of Detectron2's ``read_image``, which checkpoints were trained with; that reader clips 16-bit

@@ -27,7 +27,7 @@ class Protocol:
     """The rules of one protocol.
 
     Attributes:
-        evaluator_type: data sets with this ``evaluator_type`` in their metadata use the protocol by
+        evaluator_type: datasets with this ``evaluator_type`` in their metadata use the protocol by
             default, because the tables of the paper do; None for none.
         predicates_per_pair: values of k, each with results of its own; None means no limit.
         recall_at: the n of R@n.
@@ -126,7 +126,7 @@ _BY_EVALUATOR_TYPE = {p.evaluator_type: p for p in PROTOCOLS.values() if p.evalu
 
 
 def default_protocol(dataset_name: str) -> Protocol | None:
-    """Return the protocol of a data set's ``evaluator_type``; None if it has none."""
+    """Return the protocol of a dataset's ``evaluator_type``; None if it has none."""
     return _BY_EVALUATOR_TYPE.get(MetadataCatalog.get(dataset_name).get("evaluator_type", None))
 
 
@@ -137,8 +137,8 @@ def find_protocol(
 
     Args:
         name: a key of :data:`PROTOCOLS`, or empty.
-        evaluator_type: from a data set's metadata.
-        dataset_name: the data set, for the error message.
+        evaluator_type: from a dataset's metadata.
+        dataset_name: the dataset, for the error message.
 
     Raises:
         ValueError: there is no such protocol, or no default.
@@ -151,12 +151,12 @@ def find_protocol(
             )
         return PROTOCOLS[name]
     if evaluator_type not in _BY_EVALUATOR_TYPE:
-        who = f"Data set '{dataset_name}'" if dataset_name else "The data set"
+        who = f"Dataset '{dataset_name}'" if dataset_name else "The dataset"
         raise ValueError(
             f"{who} has evaluator_type {evaluator_type!r} in its metadata; protocols are known "
             f"for: {', '.join(sorted(_BY_EVALUATOR_TYPE))}. Set the one that fits: "
             f'MetadataCatalog.get("{dataset_name or "NAME"}").evaluator_type = "relation" (any '
-            "data set whose dicts have relations), or name a protocol (TEST.RELATIONS.PROTOCOL): "
+            "dataset whose dicts have relations), or name a protocol (TEST.RELATIONS.PROTOCOL): "
             f"{', '.join(PROTOCOLS)}."
         )
     return _BY_EVALUATOR_TYPE[evaluator_type]
@@ -173,7 +173,7 @@ def predicates_per_pair(cfg: CfgNode, dataset_name: str | None = None) -> tuple[
     Args:
         cfg: config with the keys of ``add_reldn_config``.
             ``TEST.RELATIONS.PREDICATES_PER_PAIR`` decides; if it is empty, the protocols do.
-        dataset_name: the data set whose protocol is asked; None: all of ``DATASETS.TEST``.
+        dataset_name: the dataset whose protocol is asked; None: all of ``DATASETS.TEST``.
 
     Returns:
         Distinct values, None for no limit; (1,) if no protocol is known.

@@ -44,7 +44,7 @@ def compare_models(
             relations, or 5 if there is none.
         side: longest side in pixels of each of the images.
         protocol: evaluation protocol that counts the hits, at the first of its values of k; empty
-            means the data set's own.
+            means the dataset's own.
 
     Returns:
         (H', W', 3) uint8. Hits are green, misses red and dashed. The ground truth is marked only
@@ -52,7 +52,7 @@ def compare_models(
 
     Raises:
         ValueError: the image does not have the size of ``dataset_dict``, the protocol is unknown,
-            or the data set has none.
+            or the dataset has none.
     """
     rules = find_protocol(protocol, metadata.get("evaluator_type", None))
     check_size(img_rgb, dataset_dict)

@@ -53,7 +53,7 @@ def gallery_record(
         topk: max relations listed.
         side: longest side of the small picture in pixels.
         min_score: relations with a lower score are left out.
-        protocol: evaluation protocol that counts the hits; empty means the data set's own.
+        protocol: evaluation protocol that counts the hits; empty means the dataset's own.
 
     Returns:
         name, width, height, ``picture`` (a data URL), ``boxes`` and ``names`` of the entities that

@@ -232,9 +232,7 @@ def test_ensure_frequency_table_counts_on_the_named_data_sets(tmp_path, dataset)
         MetadataCatalog.get(larger).__dict__["predicate_classes"] = [*PREDICATES[:-1], "near"]
         with pytest.raises(ValueError, match=f"predicate_classes.*COUNT_DATASETS is {larger}"):
             ensure_frequency_table(cfg, small_model())
-        with pytest.raises(
-            ValueError, match=r"NUM_PREDICATES is 6, but the data set 'a_larger_set"
-        ):
+        with pytest.raises(ValueError, match=r"NUM_PREDICATES is 6, but the dataset 'a_larger_set"):
             MetadataCatalog.get(larger).__dict__["predicate_classes"] = PREDICATES[:5]
             check_counts(cfg, small_model())
     finally:

@@ -1,4 +1,4 @@
-"""Checkpoints and data sets that list their classes or predicates in another order, or others."""
+"""Checkpoints and datasets that list their classes or predicates in another order, or others."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.utils.file_io import PathHandler, PathManager
 
 DETECTOR = "configs/Toy/detector.yaml"
-ORDER = [3, 8, 0, 5, 1, 7, 2, 6, 4]  # class i of the data set is class ORDER[i] of the detector
+ORDER = [3, 8, 0, 5, 1, 7, 2, 6, 4]  # class i of the dataset is class ORDER[i] of the detector
 PERMUTED = [CLASSES[i] for i in ORDER]
 KINDS = ("faster_rcnn_FPN", "mask_rcnn_FPN", "cascade_rcnn_FPN", "faster_rcnn_C4", "retinanet_FPN")
 
@@ -56,8 +56,8 @@ def test_load_detector_in_other_order_maps_every_class_layer(tmp_path, kind, cap
     RelDNCheckpointer(straight, thing_classes=CLASSES).load(path)
     assert "by name" not in caplog.text
     with caplog.at_level("INFO", logger="reldn_d2"):
-        RelDNCheckpointer(mapped, thing_classes=PERMUTED, names_owner="data set 'x'").load(path)
-    assert "took the 9 classes of data set 'x' by name from the 9 of detector" in caplog.text
+        RelDNCheckpointer(mapped, thing_classes=PERMUTED, names_owner="dataset 'x'").load(path)
+    assert "took the 9 classes of dataset 'x' by name from the 9 of detector" in caplog.text
     assert caplog.text.count("by name") == 1
     item = busy_item()
     wanted = probabilities(straight, item)[:, ORDER]
@@ -86,7 +86,7 @@ def test_load_detector_with_more_classes_takes_those_of_the_data_set(tmp_path, c
     RelDNCheckpointer(whole, thing_classes=CLASSES).load(path)
     with caplog.at_level("INFO", logger="reldn_d2"):
         RelDNCheckpointer(part, thing_classes=["hat", " cup", "box", "drum"]).load(path)
-    assert "took the 4 classes of the data set by name from the 9" in caplog.text
+    assert "took the 4 classes of the dataset by name from the 9" in caplog.text
     source = whole.detector.model.roi_heads.box_predictor
     found = part.detector.model.roi_heads.box_predictor
     rows = [5, 1, 8, 4]
@@ -102,15 +102,15 @@ def test_load_detector_without_a_class_of_the_data_set_raises(tmp_path, matching
     checkpointer = RelDNCheckpointer(
         small_model("MODEL.ROI_HEADS.NUM_CLASSES", 4),
         thing_classes=names,
-        names_owner="data set 'x'",
+        names_owner="dataset 'x'",
         matching_only=matching_only,
     )
     with pytest.raises(NameMismatchError) as error:
         checkpointer.load(path)
     message = str(error.value)
-    assert "Only in data set 'x': 'Cup', 'dog' (2 of 4)" in message
+    assert "Only in dataset 'x': 'Cup', 'dog' (2 of 4)" in message
     assert "'person', 'cup', 'ball', 'guitar', 'drum', ... (7 of 9)" in message
-    assert "train the detector on this data set first" in message
+    assert "train the detector on this dataset first" in message
     assert "MATCHING_ONLY" not in message
 
 
@@ -121,7 +121,7 @@ def test_load_nameless_detector_of_other_count_raises(tmp_path, matching_only):
     model = small_model("MODEL.ROI_HEADS.NUM_CLASSES", 4)
     with pytest.raises(ValueError, match="trained with 9 entity classes") as error:
         RelDNCheckpointer(model, matching_only=matching_only).load(str(tmp_path / "detector.pth"))
-    assert "list all classes of the detector in the data set, or train the" in str(error.value)
+    assert "list all classes of the detector in the dataset, or train the" in str(error.value)
     assert "MATCHING_ONLY" not in str(error.value)
 
 
@@ -205,7 +205,7 @@ def test_load_reldn_with_other_predicates_raises_or_counts_the_table_again(tmp_p
     RelDNCheckpointer(source, str(tmp_path), **names).save("reldn")
     path = str(tmp_path / "reldn.pth")
     other = {**names, "predicate_classes": [*PREDICATES[:-1], "inside"]}
-    with pytest.raises(NameMismatchError, match="Only in the data set: 'inside' .1 of 6.*MATCHING"):
+    with pytest.raises(NameMismatchError, match="Only in the dataset: 'inside' .1 of 6.*MATCHING"):
         RelDNCheckpointer(small_model(), **other).load(path)
     model = small_model()
     RelDNCheckpointer(model, matching_only=True, **other).load(path)
@@ -213,7 +213,7 @@ def test_load_reldn_with_other_predicates_raises_or_counts_the_table_again(tmp_p
     assert not bool(model.relation_head.semantic.counted)
     # The detector is frozen: other classes are an error whatever the key says.
     other = {**names, "thing_classes": [*CLASSES[:-1], "dog"]}
-    with pytest.raises(NameMismatchError, match="Only in the data set: 'dog'") as error:
+    with pytest.raises(NameMismatchError, match="Only in the dataset: 'dog'") as error:
         RelDNCheckpointer(small_model(), matching_only=True, **other).load(path)
     assert "MATCHING_ONLY" not in str(error.value)
 

@@ -223,7 +223,7 @@ def test_check_wrong_frame_is_one_error(register, capsys, case):
     assert main([NAME]) == 1
     printed = capsys.readouterr().out.splitlines()
     (error,) = [x for x in printed if x.startswith("error:")]
-    assert error.startswith(f"error: data set {NAME}: ") and message in error
+    assert error.startswith(f"error: dataset {NAME}: ") and message in error
     assert not [x for x in printed if x.startswith("warning:") and "annotation" in x]
 
 

@@ -333,7 +333,7 @@ def test_mapper_invalid_record_raises(folder, spoil, message, is_train):
 
 @pytest.fixture
 def metadata():
-    """Sets names of data sets and removes them after the test."""
+    """Sets names of datasets and removes them after the test."""
 
     def name_it(name, predicates):
         MetadataCatalog.get(name).set(thing_classes=["a", "b"], predicate_classes=predicates)

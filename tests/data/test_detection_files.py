@@ -94,7 +94,7 @@ def test_attach_detections_matches_image_ids(tmp_path, dataset, caplog):
     assert [len(x["detections"]["scores"]) for x in found] == [1, 0, 1, 0]
     assert "no detection for 2 of 4 images" in caplog.text and "1 of which are not" in caplog.text
     assert "detections" not in dicts[0]
-    with pytest.raises(ValueError, match="for none of the 4 images.*'77'.*those of the data set"):
+    with pytest.raises(ValueError, match="for none of the 4 images.*'77'.*those of the dataset"):
         attach_detections(dicts, DATASET, write(tmp_path / "x.json", records[2:]), 9)
 
 
@@ -126,7 +126,7 @@ def test_loaders_attach_detections(tmp_path, dataset):
     assert len(any_image["detections"]) == 1
     assert any_image["detections"].image_size == tuple(any_image["image"].shape[1:])
     cfg.DATASETS.DETECTION_FILES_TEST = (path, path)
-    with pytest.raises(ValueError, match="DETECTION_FILES_TEST has 2 files, but.*1 data sets"):
+    with pytest.raises(ValueError, match="DETECTION_FILES_TEST has 2 files, but.*1 datasets"):
         detection_files(cfg, is_train=False)
     assert MetadataCatalog.get(DATASET).thing_classes
 

@@ -108,7 +108,7 @@ def test_check_records_missing_images_raises(tmp_path):
     for index in (1, 2, 4, 5):
         os.remove(records[index]["file_name"])
     message = (
-        r"Data set 'mine': 4 of 6 images do not exist: 1\.png, 2\.png, 4\.png, \.\.\. in "
+        r"Dataset 'mine': 4 of 6 images do not exist: 1\.png, 2\.png, 4\.png, \.\.\. in "
         rf"{tmp_path}/images\. Unpack"
     )
     with pytest.raises(FileNotFoundError, match=message):
@@ -196,7 +196,7 @@ def test_training_start_wrong_frame_raises(tmp_path, registered, change_box, mes
     name = registered("own_wrong_frame")
     cfg = own_data(tmp_path, name, change_box)
     for load in (load_training_dicts, lambda *args: load_test_dicts(args[0], name, *args[1:])):
-        with pytest.raises(ValueError, match=f"Data set '{name}': .*{message}"):
+        with pytest.raises(ValueError, match=f"Dataset '{name}': .*{message}"):
             load(cfg, 1, 1)
 
 
@@ -220,7 +220,7 @@ def test_check_records_scaled_boxes_warns(caplog):
     image["file_name"] = __file__
     with caplog.at_level(logging.WARNING):
         check_records("shrunk", [image])
-    assert "Data set 'shrunk': the" in caplog.text and "reach only 0.80 times" in caplog.text
+    assert "Dataset 'shrunk': the" in caplog.text and "reach only 0.80 times" in caplog.text
 
 
 def test_diagnose_dataset_malformed_boxes_is_none():

@@ -1,4 +1,4 @@
-"""Statistics of registered data sets: the counts, and that the cache is never stale."""
+"""Statistics of registered datasets: the counts, and that the cache is never stale."""
 
 import hashlib
 import json
@@ -63,7 +63,7 @@ def register(tmp_path, monkeypatch):
 
 @pytest.fixture
 def loads(monkeypatch):
-    """Names of the data sets that were loaded."""
+    """Names of the datasets that were loaded."""
     loaded = []
     get = statistics_module.dicts_without_images
     monkeypatch.setattr(
@@ -131,7 +131,7 @@ def test_fingerprint_depends_on_options_names_and_version(register, monkeypatch)
 
 
 def test_fingerprint_ignores_code_of_the_package(register, tmp_path, monkeypatch):
-    """An edit of any file in data/ would otherwise count all data sets again."""
+    """An edit of any file in data/ would otherwise count all datasets again."""
     register("one")
     mark = fingerprint("one")
     opened = []
@@ -146,7 +146,7 @@ def test_fingerprint_ignores_code_of_the_package(register, tmp_path, monkeypatch
 
 
 def test_fingerprint_of_own_function_depends_on_its_source(tmp_path, registered):
-    """Functions registered without this package's helper are part of the data set."""
+    """Functions registered without this package's helper are part of the dataset."""
     name = registered("own_function")
     (tmp_path / "data.txt").write_text("1")
     source = tmp_path / "own_module.py"
@@ -174,7 +174,7 @@ def test_fingerprint_of_own_function_depends_on_its_source(tmp_path, registered)
 
 # What the loaders and count_pairs give for the files of data_files.py, with the version they
 # belong to. When a test fails here, increment COUNTING_VERSION and update both: otherwise cached
-# statistics of real data sets would be stale.
+# statistics of real datasets would be stale.
 GOLDEN_VERSION = 1
 GOLDEN = {
     "coco": "3ca1b0d7d3d07e10",
@@ -281,7 +281,7 @@ def test_training_statistics_of_several_datasets(register):
     register("part_3", content)
     with pytest.raises(
         ValueError,
-        match="predicate_classes of data set 'part_3' and of .*'part_1' differ.*'carries' .1 of",
+        match="predicate_classes of dataset 'part_3' and of .*'part_1' differ.*'carries' .1 of",
     ):
         training_statistics_of(["part_1", "part_3"])
 
@@ -332,7 +332,7 @@ def test_statistics_command_prints_counts(register, capsys, loads):
     assert main(["by_command", "--recount"]) == 0 and len(loads) == count + 1
     assert main(["by_comand"]) == 1
     assert (
-        "No data set 'by_comand' is registered. Did you mean by_command" in capsys.readouterr().err
+        "No dataset 'by_comand' is registered. Did you mean by_command" in capsys.readouterr().err
     )
     os.remove(path)
     assert main(["by_command"]) == 1

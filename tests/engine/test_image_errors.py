@@ -25,7 +25,7 @@ def trainer(tmp_path):
 
 
 def broken_file():
-    """Truncate the second image of the data set and return its name."""
+    """Truncate the second image of the dataset and return its name."""
     file = DatasetCatalog.get(DATASET)[1]["file_name"]
     noise = np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8)
     Image.fromarray(noise).save(file, "JPEG")

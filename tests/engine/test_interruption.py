@@ -118,7 +118,7 @@ def test_train_signal_during_the_final_evaluation_keeps_model_final(tmp_path, da
 
 
 def start(folder, *options, processes=1):
-    """Start train_net.py on the built-in data set, in a session of its own."""
+    """Start train_net.py on the built-in dataset, in a session of its own."""
     values = [*SMALL, *("OUTPUT_DIR", folder, "SOLVER.MAX_ITER", 100_000, "SEED", 1)]
     values += ["SOLVER.CHECKPOINT_PERIOD", 3, "SOLVER.IMS_PER_BATCH", 2, "DATASETS.TEST", "()"]
     values += options

@@ -1,4 +1,4 @@
-"""Runs whose data sets or checkpoints list classes and predicates in another order."""
+"""Runs whose datasets or checkpoints list classes and predicates in another order."""
 
 import pytest
 import torch
@@ -98,7 +98,7 @@ def test_evaluation_on_permuted_names_gives_the_same_metrics(tmp_path, task, mod
     both = ("DATASETS.TEST", (STRAIGHT, PERMUTED), "TEST.RELATIONS.TASK", task, *modules)
     with caplog.at_level("INFO", logger="reldn_d2"):
         results = train(config(tmp_path / "run", *both))._last_eval_results
-    assert f"data set '{PERMUTED}' lists the 6 names of the model in another order" in caplog.text
+    assert f"dataset '{PERMUTED}' lists the 6 names of the model in another order" in caplog.text
     (wanted,) = (x for name, x in results[STRAIGHT].items() if name.startswith("relations_"))
     assert wanted["R@50"] > (0 if task == "prdcls" else -1)
     assert_equal_results(results[PERMUTED], results[STRAIGHT])
@@ -149,7 +149,7 @@ def test_resume_on_permuted_names_equals_an_uninterrupted_run(tmp_path, modules,
     cfg = config(tmp_path / "cut", *more, "DATASETS.TRAIN", (PERMUTED,))
     with caplog.at_level("INFO", logger="reldn_d2"):
         resumed = train(cfg, resume=True)
-    assert f"data set '{PERMUTED}' lists the 9 names of the model" in caplog.text
+    assert f"dataset '{PERMUTED}' lists the 9 names of the model" in caplog.text
     assert resumed.start_iter == 2
     for name, value in whole.model.state_dict().items():
         torch.testing.assert_close(resumed.model.state_dict()[name], value, atol=1e-6, rtol=0)
@@ -177,7 +177,7 @@ def test_trainer_test_set_with_other_names_raises_before_training(tmp_path):
     trainer = RelDNTrainer(config(tmp_path, "DATASETS.TEST", (PERMUTED,)))
     with pytest.raises(NameMismatchError) as error:
         trainer.resume_or_load(resume=False)
-    assert f"Only in data set '{PERMUTED}': 'inside' (1 of 6)" in str(error.value)
+    assert f"Only in dataset '{PERMUTED}': 'inside' (1 of 6)" in str(error.value)
     assert "Only in the model: 'inside of' (1 of 6)" in str(error.value)
 
 

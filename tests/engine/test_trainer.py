@@ -102,7 +102,7 @@ def test_resume_losses_equal_an_uninterrupted_run(tmp_path, dataset, workers):
 
 
 def test_resume_after_sigkill_finds_a_complete_checkpoint(tmp_path, dataset):
-    """SIGKILL at an arbitrary moment of a real run of train_net.py on the built-in data set."""
+    """SIGKILL at an arbitrary moment of a real run of train_net.py on the built-in dataset."""
     folder = tmp_path / "run"
     values = [*SMALL, *("OUTPUT_DIR", folder, "SOLVER.MAX_ITER", 100_000, "SEED", 1)]
     values += ["SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.IMS_PER_BATCH", 2]

@@ -141,7 +141,7 @@ def test_check_run_proposals_without_detections_raises(no_images, caplog):
 
 
 def test_config_that_reads_pixels_without_images_raises(no_images):
-    with pytest.raises(ValueError, match="there is no .*sg_train_images; download the data set"):
+    with pytest.raises(ValueError, match="there is no .*sg_train_images; download the dataset"):
         check_run(merged("configs/VRD/reldn_small.yaml", "MODEL.WEIGHTS", ""))
 
 

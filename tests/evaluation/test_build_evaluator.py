@@ -1,4 +1,4 @@
-"""The evaluator and the values of k that belong to a config and a data set."""
+"""The evaluator and the values of k that belong to a config and a dataset."""
 
 import json
 import logging
@@ -106,7 +106,7 @@ def test_build_relation_evaluator_default_and_named_protocol(
     results = run(evaluator)
     assert [task for task in results if not task.startswith("confusion")] == tasks
     assert all("instance_accuracy" in results[t] for t in results if t.startswith("confusion"))
-    # Another protocol for the same data set, by name.
+    # Another protocol for the same dataset, by name.
     cfg.TEST.RELATIONS.PROTOCOL, cfg.TEST.RELATIONS.RECALL_AT = "openimages", [10]
     evaluator = build_relation_evaluator(cfg, NAME, str(tmp_path))
     assert predicates_per_pair(cfg) == evaluator.settings.predicates_per_pair == (None,)

@@ -197,7 +197,7 @@ def test_evaluator_detections_are_no_given_entities(task):
         if task == "sgdet":
             assert evaluator.evaluate()
         else:
-            message = f"Predictions for data set '{NAME}', image 'a_1.jpg': 5 of 5 boxes"
+            message = f"Predictions for dataset '{NAME}', image 'a_1.jpg': 5 of 5 boxes"
             with pytest.raises(ValueError, match=message):
                 evaluator.evaluate()
 
@@ -209,7 +209,7 @@ def test_evaluator_normalized_boxes_raise_and_misreading_warns(tmp_path, caplog)
         result = output(record, record["relations"])
         result["instances"].pred_boxes.tensor /= 80
         evaluator.process([record], [result])
-        with pytest.raises(ValueError, match=f"Predictions for data set '{NAME}': 100 %.*normali"):
+        with pytest.raises(ValueError, match=f"Predictions for dataset '{NAME}': 100 %.*normali"):
             evaluator.evaluate()
         assert not list(tmp_path.iterdir())
 

@@ -120,9 +120,7 @@ def test_import_predictions_images_with_relations_only(tmp_path, images, file_fo
     assert [graph.image_id for graph in graphs] == [10, 12]
     one = images[:1], DICTS[:1]
     if file_format != "released":  # which names its images
-        with pytest.raises(
-            ValueError, match="1 images, but data set .* has 3, 2 of which have rel"
-        ):
+        with pytest.raises(ValueError, match="1 images, but dataset .* has 3, 2 of which have rel"):
             read(file_format, write(file_format, tmp_path, *one))
 
 
@@ -168,7 +166,7 @@ def test_import_predictions_released_without_names_uses_the_order(tmp_path, imag
     graphs = read("released", write_pickle(tmp_path / "r.pkl", records[::-1]))
     assert [graph.image_id for graph in graphs] == [12, 11, 10]
     records[1]["image"] = "other.jpg"
-    with pytest.raises(ValueError, match="image 1: data set .* has no image 'other.jpg'"):
+    with pytest.raises(ValueError, match="image 1: dataset .* has no image 'other.jpg'"):
         read("released", write_pickle(tmp_path / "r.pkl", records))
 
 
@@ -217,7 +215,7 @@ def set_motifs(name, value):
         (set_field("size", (600, 600)), "100 x 80.*another order"),
         (
             change_tang(lambda content: content["groundtruths"].reverse()),
-            r"groundtruths\[0\] has 4 boxes, but image 10 of data set .* has 3",
+            r"groundtruths\[0\] has 4 boxes, but image 10 of dataset .* has 3",
         ),
         (change_motifs(lambda records: {"a": 1}), "found a dict; expected a list of images"),
         (change_motifs(lambda records: [*records[:2], 7]), "image 2 is 7; expected a dict"),

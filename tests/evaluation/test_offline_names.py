@@ -1,4 +1,4 @@
-"""Predictions files that list the names of their ids meet data sets in another order."""
+"""Predictions files that list the names of their ids meet datasets in another order."""
 
 import json
 

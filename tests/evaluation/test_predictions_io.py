@@ -209,7 +209,7 @@ def twice(item):
     [
         (change("image_id", "other.jpg"), "(image 'other.jpg'): .* no such image_id .*image_0"),
         (change("image_id", "image_1.jpg"), "(image 'image_1.jpg'): record 1 is of the same"),
-        (change("image_id", None), "image_id is None; expected the data set's own"),
+        (change("image_id", None), "image_id is None; expected the dataset's own"),
         (change("instances/classes/0", 2), "IMG class 2 is not one of .* 2, 0 to 1.*0-based"),
         (change("instances/classes/0", -1), "IMG class -1 is not one of"),
         (change("instances/classes/0", 1.5), "IMG classes are .*; expected integers"),
@@ -367,7 +367,7 @@ def test_evaluate_predictions_checks_the_settings_file(given_records, tmp_path, 
     write_settings(path, dict(settings, dataset="another"))
     with caplog.at_level(logging.WARNING):
         evaluate_predictions(NAME, path)
-    assert f"for data set 'another' and is scored on '{NAME}'" in caplog.text
+    assert f"for dataset 'another' and is scored on '{NAME}'" in caplog.text
     Path(settings_file(path)).write_text("{}")
     with pytest.raises(ValueError, match="settings.json: expected dataset, task.*Remove the file"):
         evaluate_predictions(NAME, path)
@@ -442,7 +442,7 @@ def test_evaluate_relations_tool_options(given_records, tmp_path, capsys):
     assert run_tool([*call]) == 1
     assert "error: " in capsys.readouterr().err and not (tmp_path / "out/results.json").exists()
     assert run_tool(["--dataset", "predictions_file_test_sat", "--predictions", path]) == 2
-    message = f"No data set 'predictions_file_test_sat' is registered. Did you mean {NAME}?"
+    message = f"No dataset 'predictions_file_test_sat' is registered. Did you mean {NAME}?"
     assert message in capsys.readouterr().err
 
 
@@ -452,7 +452,7 @@ def test_load_ground_truth_of_detections_needs_real_sizes(registered):
     record = {"image_id": 4, "height": 1024, "width": 1024, "nominal_size": True}
     DatasetCatalog.register(name, lambda: [record])
     assert list(load_ground_truth(name, "prdcls")) == [4]
-    message = f"Data set '{name}', image 4: its boxes are annotated as fractions"
+    message = f"Dataset '{name}', image 4: its boxes are annotated as fractions"
     with pytest.raises(ValueError, match=message):
         load_ground_truth(name, "sgdet")
 

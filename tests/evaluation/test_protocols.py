@@ -1,4 +1,4 @@
-"""Every protocol equals its rule in plain loops, on thousands of random data sets."""
+"""Every protocol equals its rule in plain loops, on thousands of random datasets."""
 
 import math
 
@@ -17,7 +17,7 @@ from reldn_d2.evaluation.scoring import Scores, score
 from reldn_d2.utils.protocols import PROTOCOLS
 
 NAMES = ("on", "holds", "plays")
-# How many random data sets each protocol is compared on. The seed is fixed: a failure stays one.
+# How many random datasets each protocol is compared on. The seed is fixed: a failure stays one.
 CASES = 2000
 FIXED = dict(derandomize=True, deadline=None, database=None)
 FIXED["suppress_health_check"] = list(HealthCheck)

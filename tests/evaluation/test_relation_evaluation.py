@@ -1,4 +1,4 @@
-"""The evaluators on small registered data sets: results, files, errors, several processes."""
+"""The evaluators on small registered datasets: results, files, errors, several processes."""
 
 import json
 import logging

@@ -107,7 +107,7 @@ def test_write_submission_layouts_by_hand(images, tmp_path):
     ("text", "message"),
     [
         ("Image,Labels\n", "line 1: the columns are 'Image, Labels'; expected ImageId,Pred"),
-        ("ImageId,PredictionString\nffff,\n", "line 2: data set .* has no image 'ffff'"),
+        ("ImageId,PredictionString\nffff,\n", "line 2: dataset .* has no image 'ffff'"),
         ("ImageId,PredictionString\nID,0.5 a b\n", "line 2: 3 parts, .*multiple of the 12"),
         ("ImageId,PredictionString\nID\n", "line 2: 1 fields instead of 2. The line is cut off"),
         ("ImageId,PredictionString\nID,\nID,\n", "line 3: image '0{16}' is in line 2 as well"),
@@ -136,7 +136,7 @@ def test_write_submission_unusable_input_raises(images, tmp_path):
         write_submission(NAME, images, str(file), labels=["person", "a guitar"])
     with pytest.raises(ValueError, match="has two equal class names"):
         write_submission(NAME, images, str(file), labels=["person", "person"])
-    with pytest.raises(ValueError, match="1 labels for the 2 classes of data set 'submission_"):
+    with pytest.raises(ValueError, match="1 labels for the 2 classes of dataset 'submission_"):
         write_submission(NAME, images, str(file), labels=["person"])
     stranger = SceneGraph.empty("stranger")
     with pytest.raises(ValueError, match="has no image 'stranger'"):

@@ -13,7 +13,7 @@ from reldn_d2.structures.name_matching import (
 )
 from reldn_d2.structures.scene_graph import SceneGraph
 
-OWNERS = ("thing_classes", "data set 'a'", "data set 'b'")
+OWNERS = ("thing_classes", "dataset 'a'", "dataset 'b'")
 
 
 def test_match_names_equal_returns_none():
@@ -27,7 +27,7 @@ def test_match_names_other_order_returns_ids_of_the_target():
 def test_match_names_more_names_in_the_target_needs_permission():
     names = (["hat", "cup"], ["cup", "box", "hat"])
     assert match_names(*names, *OWNERS, allow_more=True) == [2, 0]
-    with pytest.raises(NameMismatchError, match=r"Only in data set 'b': 'box' \(1 of 3\)"):
+    with pytest.raises(NameMismatchError, match=r"Only in dataset 'b': 'box' \(1 of 3\)"):
         match_names(*names, *OWNERS)
 
 
@@ -36,8 +36,8 @@ def test_match_names_different_lists_both_sides():
     with pytest.raises(NameMismatchError) as error:
         match_names(source, target, *OWNERS, hint="Do this.")
     assert str(error.value) == (
-        "thing_classes of data set 'a' and of data set 'b' differ. Only in data set 'a': 's0', "
-        "'s1', 's2', 's3', 's4', ... (7 of 8); Only in data set 'b': 'Y' (1 of 2). Names are "
+        "thing_classes of dataset 'a' and of dataset 'b' differ. Only in dataset 'a': 's0', "
+        "'s1', 's2', 's3', 's4', ... (7 of 8); Only in dataset 'b': 'Y' (1 of 2). Names are "
         "compared exactly, except for whitespace around them. Do this."
     )
 
@@ -60,12 +60,12 @@ def test_renumbering_between_skips_unknown_names_and_logs(caplog):
     ours = {"thing_classes": ["a", "b"], "predicate_classes": ["p", "q"]}
     theirs = {"thing_classes": ["b", "a"]}
     with caplog.at_level("INFO", logger="reldn_d2"):
-        ids = Renumbering.between(ours, theirs, "data set 'x'", "the model")
+        ids = Renumbering.between(ours, theirs, "dataset 'x'", "the model")
     assert ids == Renumbering([1, 0], None) and ids
     assert not Renumbering.between(ours, ours, "one", "other")
     (line,) = (record.getMessage() for record in caplog.records)
     assert line == (
-        "thing_classes: data set 'x' lists the 2 names of the model in another order; ids are "
+        "thing_classes: dataset 'x' lists the 2 names of the model in another order; ids are "
         "mapped by name."
     )
 

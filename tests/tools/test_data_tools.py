@@ -1,4 +1,4 @@
-"""The tools that prepare, split and convert data sets, with a local server and small files."""
+"""The tools that prepare, split and convert datasets, with a local server and small files."""
 
 import contextlib
 import csv

@@ -28,7 +28,7 @@ NAME = "gallery_test_set"
 
 @pytest.fixture
 def evaluation(tmp_path):
-    """Arguments with a data set of two images and its predictions file."""
+    """Arguments with a dataset of two images and its predictions file."""
     register_dataset(NAME, tmp_path / "images")
     truth = busy_item()
     record = {
@@ -73,7 +73,7 @@ def test_make_gallery_predictions_of_another_data_set_warns(evaluation, tmp_path
     settings = {"dataset": "another", "task": "sgdet", "predicates_per_pair": [1], "triplets": 9}
     (tmp_path / "relation_predictions_settings.json").write_text(json.dumps(settings))
     assert make_gallery.main([*evaluation, "--output", str(tmp_path / "x.html")]) == 0
-    assert "written for data set 'another', not 'gallery_test_set'" in capsys.readouterr().err
+    assert "written for dataset 'another', not 'gallery_test_set'" in capsys.readouterr().err
 
 
 def test_draw_relations_with_and_without_predictions_differ(evaluation, tmp_path, capsys):
@@ -96,7 +96,7 @@ def test_draw_relations_with_and_without_predictions_differ(evaluation, tmp_path
     [
         ({"--dataset": "gallery_test_sat"}, f"Did you mean {NAME}?"),
         ({"--predictions": "none.json"}, "No predictions file 'none.json'"),
-        ({"--predictions": "other.json"}, f"data set '{NAME}' has no image 'x'"),
+        ({"--predictions": "other.json"}, f"dataset '{NAME}' has no image 'x'"),
         ({"--module": "no_such_module"}, "--module no_such_module: No module named"),
     ],
 )

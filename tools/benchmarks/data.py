@@ -1,4 +1,4 @@
-"""Load data sets of the real sizes: time and memory, and what a data loader's workers share.
+"""Load datasets of the real sizes: time and memory, and what a data loader's workers share.
 
 The files are generated in the official formats: OpenImages' challenge with 375,000 rows for 54,000
 images, Visual Genome and a COCO file with 108,000 images and 1.1 million relations. Each load runs
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import reldn_d2  # noqa: F401  # isort: skip  registers the data sets
+import reldn_d2  # noqa: F401  # isort: skip  registers the datasets
 import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader

@@ -1,4 +1,4 @@
-"""Train and evaluate RelDN on every kind of detector, on the built-in data set.
+"""Train and evaluate RelDN on every kind of detector, on the built-in dataset.
 
 For each config of configs/Toy/Detectors and for the Faster R-CNN of configs/Toy: the detector is
 trained, then RelDN on top of it, and both are evaluated. Prints AP50 of the detector and recall of

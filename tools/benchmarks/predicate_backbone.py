@@ -1,7 +1,7 @@
 """Share the detector's first stages with the predicate backbone: savings and cost.
 
 Time and peak memory of a training step of ResNet-50-FPN, against a predicate backbone that shares
-nothing ("same"). With --detector also recall and pairing accuracy on the built-in data set after a
+nothing ("same"). With --detector also recall and pairing accuracy on the built-in dataset after a
 short training on a trained detector of configs/Toy/detector.yaml.
 """
 
@@ -66,7 +66,7 @@ def prepare_step(kind: str, size: tuple[int, int]) -> Callable[[], None]:
 
 
 def measure_accuracy(kind: str, args: argparse.Namespace) -> list[float]:
-    """Train on the built-in data set; return R@n and pairing accuracy of PRDCLS."""
+    """Train on the built-in dataset; return R@n and pairing accuracy of PRDCLS."""
     with tempfile.TemporaryDirectory() as folder:
         options = ["MODEL.WEIGHTS", args.detector, "SOLVER.MAX_ITER", args.iterations, "SEED", 1]
         options += [*KINDS[kind], "OUTPUT_DIR", folder, "TEST.RELATIONS.TASK", "prdcls"]

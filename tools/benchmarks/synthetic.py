@@ -1,4 +1,4 @@
-"""Random input of real sizes: data sets, FPN feature maps and a relation head of the paper's size.
+"""Random input of real sizes: datasets, FPN feature maps and a relation head of the paper's size.
 
 Classes, predicates and predictions are as unevenly distributed as in scene graphs, where the n-th
 most frequent one is about 1/n as frequent as the first.
@@ -24,7 +24,7 @@ __all__ = [
     *("feature_maps", "frequencies", "long_tail"),
 ]
 
-IMAGE_SIZE = (768, 1024)  # height and width of the drawn data set's images
+IMAGE_SIZE = (768, 1024)  # height and width of the drawn dataset's images
 STRIDES = {"p2": 4, "p3": 8, "p4": 16, "p5": 32}
 
 

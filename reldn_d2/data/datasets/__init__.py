@@ -1,6 +1,6 @@
-"""Data sets with relations; importing this package registers the built-in ones."""
+"""Datasets with relations; importing this package registers the built-in ones."""
 
-from . import builtin  # registers the built-in data sets
+from . import builtin  # registers the built-in datasets
 from .coco import load_relation_instances, register_relation_instances
 from .coco_writer import to_relation_instances
 from .importers import import_relations, register_imported_relations

@@ -1,7 +1,7 @@
-"""The built-in data sets: one table of splits for each, and their registration.
+"""The built-in datasets: one table of splits for each, and their registration.
 
 Paths are relative to the folder named by the environment variable ``DETECTRON2_DATASETS``
-("datasets" when it is not set). Registration reads no file, so a data set has to be downloaded only
+("datasets" when it is not set). Registration reads no file, so a dataset has to be downloaded only
 when it is used. See ``datasets/README.md`` for where the files come from.
 """
 
@@ -68,7 +68,7 @@ _OPENIMAGES_SPLITS = {
     },
 }
 
-# prefix: (annotations, classes, predicates, images, evaluator, name of the data set in messages)
+# prefix: (annotations, classes, predicates, images, evaluator, name of the dataset in messages)
 _RELEASED_FILES = {
     "openimages_vrd_released": (
         "openimages_v4/rel/rel_only_annotations_{split}.json",

@@ -22,7 +22,7 @@ __all__ = [
     "require_dataset",
 ]
 
-# Everything that finding and loading a data set raises on purpose; str(error) explains the fix.
+# Everything that finding and loading a dataset raises on purpose; str(error) explains the fix.
 # ImportError: a wrong --module, or h5py is not installed.
 DATASET_ERRORS = (ImportError, OSError, ValueError)
 
@@ -36,11 +36,11 @@ _name_readers: dict[str, Callable[[], dict[str, Any]]] = {}
 
 
 class UnknownDatasetError(ValueError):
-    """No data set of this name is registered."""
+    """No dataset of this name is registered."""
 
 
 class _MetadataFromFiles(Metadata):
-    """Detectron2's ``Metadata`` that reads missing names from the data set's files."""
+    """Detectron2's ``Metadata`` that reads missing names from the dataset's files."""
 
     def __getattr__(self, key: str) -> Any:
         # Attributes of its own would appear in as_dict(), so the reader is kept elsewhere.
@@ -48,7 +48,7 @@ class _MetadataFromFiles(Metadata):
             try:
                 names = _name_readers[self.name]()
             except FileNotFoundError as error:  # not downloaded yet: as if the key were not set
-                raise AttributeError(f"{key} of data set '{self.name}': {error}") from error
+                raise AttributeError(f"{key} of dataset '{self.name}': {error}") from error
             _require_unique(names, self.name)
             for name, value in names.items():
                 self.__dict__.setdefault(name, value)
@@ -66,10 +66,10 @@ def register_dataset(
     read_names: Callable[[], dict[str, Any]] | None = None,
     **metadata: Any,
 ) -> None:
-    """Register a data set. No file is read before its first use.
+    """Register a dataset. No file is read before its first use.
 
     Args:
-        name: name of the data set.
+        name: name of the dataset.
         load: returns the dataset dicts.
         arguments: keyword arguments of ``load``.
         annotation_files: the files that the annotations depend on; statistics are recounted when
@@ -97,13 +97,13 @@ def register_dataset(
 
 
 def _require_unique(metadata: Mapping[str, Any], name: str) -> None:
-    """Raise if the data set ``name`` lists a class or predicate twice."""
+    """Raise if the dataset ``name`` lists a class or predicate twice."""
     for field in NAME_FIELDS:
-        require_unique_names(metadata.get(field) or (), field, f"data set '{name}'")
+        require_unique_names(metadata.get(field) or (), field, f"dataset '{name}'")
 
 
 def dataset_names(name: str) -> dict[str, list[str]]:
-    """Return the class and predicate names of a registered data set, by metadata field.
+    """Return the class and predicate names of a registered dataset, by metadata field.
 
     Fields that its metadata lacks are missing.
 
@@ -122,21 +122,21 @@ def add_module_argument(parser: argparse.ArgumentParser) -> None:
         "--module",
         action="append",
         default=[],
-        help="Python module that registers your data sets; can be repeated",
+        help="Python module that registers your datasets; can be repeated",
     )
 
 
 def require_dataset(name: str, modules: Sequence[str] = ()) -> None:
-    """Raise if no data set of this name is registered.
+    """Raise if no dataset of this name is registered.
 
     Args:
-        name: name of the data set.
+        name: name of the dataset.
         modules: modules to import first, because they may register it (``--module``); modules in
             the current folder are found too.
 
     Raises:
         ImportError: a module does not exist or cannot be imported; the message names the option.
-        UnknownDatasetError: no such data set; the message suggests similar names.
+        UnknownDatasetError: no such dataset; the message suggests similar names.
     """
     if modules and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -153,6 +153,6 @@ def require_dataset(name: str, modules: Sequence[str] = ()) -> None:
         similar = difflib.get_close_matches(name, registered, n=3)
         suggestion = f"Did you mean {', '.join(similar)}? " if similar else ""
         raise UnknownDatasetError(
-            f"No data set '{name}' is registered. {suggestion}Pass --module to import the module "
-            "that registers your own data set."
+            f"No dataset '{name}' is registered. {suggestion}Pass --module to import the module "
+            "that registers your own dataset."
         )

@@ -1,4 +1,4 @@
-"""Your own data sets: a COCO file with relations.
+"""Your own datasets: a COCO file with relations.
 
 In addition to COCO's ``images``, ``annotations`` and ``categories`` the file has ``predicates``, a
 list of ``{"id": 1, "name": "on"}``, and its images or its annotations have ``"relations"``: a list
@@ -61,7 +61,7 @@ def register_relation_instances(
     """Register a COCO file with relations, like ``register_coco_instances`` for one without.
 
     Args:
-        name: name of the data set.
+        name: name of the dataset.
         metadata: further metadata; may be empty. Classes and predicates are read from the file on
             first access. ``evaluator_type`` defaults to "relation".
         json_file, image_root, merge_duplicates: see :func:`load_relation_instances`.
@@ -386,5 +386,5 @@ def locate_nested_images(image_root: str, names: Sequence[str]) -> list[str]:
     for folder, members in by_folder.items():
         root = os.path.join(image_root, folder) if folder else image_root
         files = [os.path.basename(name) for name in members]
-        paths.update(zip(members, locate_images(root, files, "the data set"), strict=True))
+        paths.update(zip(members, locate_images(root, files, "the dataset"), strict=True))
     return [paths[name] for name in names]

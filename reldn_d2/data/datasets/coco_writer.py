@@ -1,4 +1,4 @@
-"""Convert any data set with relations to a COCO file with relations (see :mod:`.coco`)."""
+"""Convert any dataset with relations to a COCO file with relations (see :mod:`.coco`)."""
 
 import os
 from collections.abc import Sequence

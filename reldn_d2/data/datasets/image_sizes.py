@@ -31,7 +31,7 @@ def image_sizes(image_root: str, paths: Sequence[str], what: str) -> list[tuple[
     Args:
         image_root: the folder.
         paths: paths of images in it.
-        what: name of the data set, for messages.
+        what: name of the dataset, for messages.
 
     Raises:
         ValueError: if a file cannot be read as an image; all of them are in ``error.problems``.

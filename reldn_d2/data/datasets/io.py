@@ -1,4 +1,4 @@
-"""Read data set files. Errors name the file and record and say how to fix them."""
+"""Read dataset files. Errors name the file and record and say how to fix them."""
 
 import csv
 import gc
@@ -69,7 +69,7 @@ class Problems:
         if self.count > 1:
             text += (
                 f"\n{self.count - 1} more problems; `python -m reldn_d2.data.check NAME` "
-                "lists all problems of a registered data set."
+                "lists all problems of a registered dataset."
             )
         error = self.error(text)
         error.problems = self.messages
@@ -254,7 +254,7 @@ def locate_images(image_root: str, names: Sequence[str], what: str) -> list[str]
     Args:
         image_root: folder of the images.
         names: annotated file names.
-        what: name of the data set, for messages.
+        what: name of the dataset, for messages.
 
     Raises:
         FileNotFoundError: if the folder is missing or empty, or lacks images under any known
@@ -275,7 +275,7 @@ def locate_images(image_root: str, names: Sequence[str], what: str) -> list[str]
             continue
         problems.add(
             f"{what}: image {name} is annotated but not in {os.path.abspath(image_root)} (also "
-            f"tried {', '.join(IMAGE_SUFFIXES)}). Unpack the images of the data set again "
+            f"tried {', '.join(IMAGE_SUFFIXES)}). Unpack the images of the dataset again "
             "(datasets/README.md) or remove this image from the annotations."
         )
     problems.raise_any()
@@ -311,17 +311,17 @@ def image_size(path: str) -> tuple[int, int]:
             orientation = exif_orientation(image)
     except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(
-            f"{path}: cannot be read as an image ({error}). Unpack the images of the data set "
+            f"{path}: cannot be read as an image ({error}). Unpack the images of the dataset "
             "again."
         ) from error
     return (width, height) if orientation in _SWAPS_WIDTH_AND_HEIGHT else (height, width)
 
 
 def cache_paths(folder: str, name: str) -> list[str]:
-    """Return where to keep a file derived from a data set: next to it, or in Detectron2's cache.
+    """Return where to keep a file derived from a dataset: next to it, or in Detectron2's cache.
 
     Args:
-        folder: a folder of the data set.
+        folder: a folder of the dataset.
         name: name of the derived file.
 
     Returns:

@@ -157,7 +157,7 @@ def register_openimages_vrd(
     """Register OpenImages relationships. No file is read before its first use.
 
     Args:
-        name: name of the data set.
+        name: name of the dataset.
         relations_csv, image_root, classes_csv, attributes_csv, options: arguments of
             :func:`load_openimages_vrd`.
         metadata: further metadata, such as ``train_dataset``.

@@ -54,7 +54,7 @@ class Vocabulary(NamedTuple):
         )
 
     def names(self, attributes_as_relations: bool) -> dict[str, list[str]]:
-        """Return the metadata of a data set."""
+        """Return the metadata of a dataset."""
         return {
             "thing_classes": self.class_names
             + (self.attribute_names if attributes_as_relations else []),

@@ -1,4 +1,4 @@
-"""JSON files in VRD's format, which RelDN's authors also released for other data sets.
+"""JSON files in VRD's format, which RelDN's authors also released for other datasets.
 
 The files map each image's file name to a list of relationships::
 
@@ -51,7 +51,7 @@ def parse_relation_json(
         json_file: the file.
         thing_classes: names of the entity classes.
         predicate_classes: names of the predicates.
-        what: name of the data set, for messages.
+        what: name of the dataset, for messages.
         one_based: boxes are 1-based and inclusive, as in VRD's own files.
         merge_duplicates: keep only one copy of equal relationships of an image. Use it for
             training; published recall counts every copy.
@@ -107,7 +107,7 @@ def load_relation_json(
     thing_classes: Sequence[str],
     predicate_classes: Sequence[str],
     *,
-    what: str = "the data set",
+    what: str = "the dataset",
     **options: bool,
 ) -> list[dict[str, Any]]:
     """Load a file in VRD's format as Detectron2 dataset dicts with ``"relations"``.
@@ -117,7 +117,7 @@ def load_relation_json(
         image_root: folder of the images. An image with another suffix than annotated is accepted.
         thing_classes: names of the entity classes.
         predicate_classes: names of the predicates.
-        what: name of the data set, for messages.
+        what: name of the dataset, for messages.
         options: ``one_based`` and ``merge_duplicates`` of :func:`parse_relation_json`.
 
     Returns:
@@ -165,14 +165,14 @@ def register_relation_json(
     *,
     objects_file: str | None = None,
     predicates_file: str | None = None,
-    what: str = "the data set",
+    what: str = "the dataset",
     merge_duplicates: bool = True,
     **metadata: Any,
 ) -> None:
     """Register a file in VRD's format with 0-based boxes, and the files with its names.
 
     Args:
-        name: name of the data set.
+        name: name of the dataset.
         json_file: see :func:`load_relation_json`.
         image_root: see :func:`load_relation_json`.
         objects_file: JSON list of the entity classes, or a COCO file with them as ``categories``;

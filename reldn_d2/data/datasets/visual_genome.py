@@ -153,7 +153,7 @@ def register_visual_genome(
     """Register a split of Visual Genome. No file is read before its first use.
 
     Args:
-        name: name of the data set.
+        name: name of the dataset.
         h5_file, dicts_file, image_data_file, image_root, split, options: arguments of
             :func:`load_visual_genome`.
         metadata: further metadata, such as ``train_dataset``.

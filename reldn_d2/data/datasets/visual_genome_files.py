@@ -105,7 +105,7 @@ def read_graphs(h5_file: str, num_classes: int, num_predicates: int) -> Graphs:
     Raises:
         FileNotFoundError: if there is no such file.
         ImportError: if h5py is not installed.
-        ValueError: if an HDF5 data set is missing or damaged, or a row is invalid.
+        ValueError: if an HDF5 dataset is missing or damaged, or a row is invalid.
     """
     arrays = _read_h5(h5_file)
     _check_lengths(h5_file, arrays)
@@ -159,7 +159,7 @@ def read_graphs(h5_file: str, num_classes: int, num_predicates: int) -> Graphs:
 
 
 def _read_h5(h5_file: str) -> dict[str, np.ndarray]:
-    """Return the data sets of the file; those with one value per row have the shape (rows, 1)."""
+    """Return the datasets of the file; those with one value per row have the shape (rows, 1)."""
     try:
         h5py = importlib.import_module("h5py")
     except ImportError as error:
@@ -175,7 +175,7 @@ def _read_h5(h5_file: str) -> dict[str, np.ndarray]:
             missing = [name for name in _DATASETS if name not in file]
             if missing:
                 raise ValueError(
-                    f"{h5_file}: no data set {', '.join(missing)}; it has "
+                    f"{h5_file}: no dataset {', '.join(missing)}; it has "
                     f"{', '.join(sorted(file)) or 'none'}. Expected VG-SGG.h5 of the split with "
                     "150 classes."
                 )

@@ -84,7 +84,7 @@ def register_vrd(
     """Register a split of VRD in Detectron2's catalogs. No file is read before its first use.
 
     Args:
-        name: name of the data set, e.g. "vrd_train".
+        name: name of the dataset, e.g. "vrd_train".
         json_file, image_root, merge_duplicates: see :func:`load_vrd`.
         metadata: further metadata, such as ``train_dataset``.
     """
@@ -136,5 +136,5 @@ def _check_names(path: str, expected: Sequence[str]) -> None:
         if name != official:
             raise ValueError(
                 f"{path}: name {index} is {name!r}, but in VRD it is {official!r}. Use the "
-                "official file, or register your own data set (datasets/README.md)."
+                "official file, or register your own dataset (datasets/README.md)."
             )

@@ -1,4 +1,4 @@
-"""A ResNet-FPN small enough to train on a laptop's CPU in minutes, for the built-in data set."""
+"""A ResNet-FPN small enough to train on a laptop's CPU in minutes, for the built-in dataset."""
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec

@@ -46,7 +46,7 @@ class EntityDetector(nn.Module, ABC):
     """
 
     num_classes_key = "MODEL.ROI_HEADS.NUM_CLASSES"
-    backbone_only_hint = "It looks like a backbone only: train the detector on your data set first."
+    backbone_only_hint = "It looks like a backbone only: train the detector on your dataset first."
 
     def __init__(self, model: nn.Module):
         super().__init__()

@@ -163,7 +163,7 @@ class PrecomputedDetector(EntityDetector):
             if "detections" not in x:
                 raise ValueError(
                     f"Image {x.get('image_id', '?')} ({x.get('file_name', 'no file name')}) came "
-                    "without 'detections'. Name a file for each data set in "
+                    "without 'detections'. Name a file for each dataset in "
                     "DATASETS.DETECTION_FILES_TRAIN and DATASETS.DETECTION_FILES_TEST, or put "
                     "Instances with pred_boxes, scores and pred_classes under that key."
                 )

@@ -155,7 +155,7 @@ class SemanticModule(nn.Module):
             raise ValueError(
                 f"The frequency table has shape {tuple(log_frequencies.shape)}, but the model, "
                 f"with {self.num_classes} classes and {self.num_predicates} predicates, needs "
-                f"{expected}. Count it on the data set that the config names."
+                f"{expected}. Count it on the dataset that the config names."
             )
         self.table.weight.copy_(log_frequencies.flatten(0, 1))
         self.counted.fill_(True)

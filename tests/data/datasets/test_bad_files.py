@@ -313,10 +313,10 @@ def array_replaced(name, array):
     ("arrays", "message"),
     [
         *(
-            (array_replaced(name, None), rf"h5: no data set {name}; it has .*Expected VG-SGG\.h5")
+            (array_replaced(name, None), rf"h5: no dataset {name}; it has .*Expected VG-SGG\.h5")
             for name in ("boxes_1024", "labels", "predicates", "relationships", "split")
         ),
-        (array_replaced("img_to_last_rel", None), "no data set img_to_last_rel"),
+        (array_replaced("img_to_last_rel", None), "no dataset img_to_last_rel"),
         (array_with("labels", 3, 151), r"labels\[3\] \(image 1 of the file\) is \[151\].*1 to 150"),
         (array_with("labels", 0, 0), r"labels\[0\] \(image 0 .*a class from 1 to 150"),
         (array_with("predicates", 3, 51), r"predicates\[3\] \(image 2 .*predicate from 1 to 50"),
@@ -344,7 +344,7 @@ def test_vg_empty_h5_raises(tmp_path):
     def spoil(arguments):
         h5py.File(arguments["h5_file"], "w").close()
 
-    check_error(tmp_path, "vg", spoil, ValueError, "no data set split, .*; it has none")
+    check_error(tmp_path, "vg", spoil, ValueError, "no dataset split, .*; it has none")
 
 
 def test_vg_attributes_other_length_raises(tmp_path):

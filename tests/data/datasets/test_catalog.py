@@ -152,9 +152,7 @@ def test_image_sizes_disk_full_warns_and_leaves_no_file(tmp_path, monkeypatch, c
 def test_require_dataset_unknown_name_raises(modules):
     with pytest.raises(UnknownDatasetError) as caught:
         require_dataset("vrd_trian", modules)
-    assert str(caught.value).startswith(
-        "No data set 'vrd_trian' is registered. Did you mean vrd_tr"
-    )
+    assert str(caught.value).startswith("No dataset 'vrd_trian' is registered. Did you mean vrd_tr")
     assert isinstance(caught.value, ValueError), "prints without the quotes of a KeyError"
     require_dataset("vrd_train", modules)
 
@@ -202,7 +200,7 @@ def test_train_loader_serializes_records_once(tmp_path, registered):
 @pytest.mark.parametrize(
     ("field", "message"),
     [
-        ("thing_classes", 'thing_classes of data set .twice.: classes 0 and 2 are both "cup"'),
+        ("thing_classes", 'thing_classes of dataset .twice.: classes 0 and 2 are both "cup"'),
         ("predicate_classes", ".*: predicates 0 and 2 are both .cup.*Rename one of them"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Files of other programs and data sets: what is read, and how invalid records are reported."""
+"""Files of other programs and datasets: what is read, and how invalid records are reported."""
 
 import copy
 import json

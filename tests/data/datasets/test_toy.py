@@ -1,4 +1,4 @@
-"""The toy data set: its images, their cues, and its folder of drawn files."""
+"""The toy dataset: its images, their cues, and its folder of drawn files."""
 
 import json
 import os

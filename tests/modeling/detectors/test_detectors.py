@@ -1,4 +1,4 @@
-"""Every kind of detector: trained and evaluated on the built-in data set; tasks; what is copied."""
+"""Every kind of detector: trained and evaluated on the built-in dataset; tasks; what is copied."""
 
 import json
 
@@ -51,7 +51,7 @@ SPLITS = {"train": 8, "test": 4}
 
 @pytest.fixture(scope="module")
 def toy():
-    """The first images of the built-in data set."""
+    """The first images of the built-in dataset."""
     for split, number in SPLITS.items():
         dicts = DatasetCatalog.get(f"toy_vrd_{split}")[:number]
         known = MetadataCatalog.get(f"toy_vrd_{split}").as_dict()

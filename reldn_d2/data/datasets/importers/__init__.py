@@ -1,4 +1,4 @@
-"""Files of other programs and data sets, imported or registered as they are."""
+"""Files of other programs and datasets, imported or registered as they are."""
 
 from .imported_dataset import FORMATS, import_relations, register_imported_relations
 from .name_lists import read_name_file

@@ -63,7 +63,7 @@ def register_imported_relations(
     """Register a file in another format, which is then read as it is at each use.
 
     Args:
-        name: name of the data set.
+        name: name of the dataset.
         metadata: further metadata; may be empty. ``evaluator_type`` defaults to "relation".
         file_format: one of :data:`FORMATS`.
         path: the file.

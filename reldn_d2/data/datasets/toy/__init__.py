@@ -1,4 +1,4 @@
-"""The built-in data set, drawn by code."""
+"""The built-in dataset, drawn by code."""
 
 from .dataset import register_toy_vrd
 

@@ -1,4 +1,4 @@
-"""The built-in data set: images of people and things, drawn by code from a seed.
+"""The built-in dataset: images of people and things, drawn by code from a seed.
 
 ``toy_vrd_train`` and ``toy_vrd_test`` need no download: they are drawn on first use and stored as
 PNG files and one ``annotations.json`` in ``<root>/toy_vrd/<split>``. Small local cues decide which
@@ -93,10 +93,10 @@ def register_toy_vrd(name: str, split: str, root: str | None = None) -> None:
     """Register a split; it is drawn on first use.
 
     Args:
-        name: name of the data set, e.g. "toy_vrd_train".
+        name: name of the dataset, e.g. "toy_vrd_train".
         split: "train" or "test".
         root: see :func:`load_toy_vrd`; Detectron2's cache folder (``$FVCORE_CACHE``) when None,
-            because a folder of downloaded data sets may be shared or read-only.
+            because a folder of downloaded datasets may be shared or read-only.
     """
     DatasetCatalog.register(name, lambda: load_toy_vrd(root or get_cache_dir(), split))
     MetadataCatalog.get(name).set(

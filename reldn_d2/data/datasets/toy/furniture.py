@@ -1,4 +1,4 @@
-"""Hats, tables, chairs and boxes of the toy data set, and things on, under or inside them.
+"""Hats, tables, chairs and boxes of the toy dataset, and things on, under or inside them.
 
 Every relation has a look-alike without relation: a hat just above a head, a cup just above a table
 or in front of it, a ball in front of a box. They differ in contact, in a small shadow, or in which

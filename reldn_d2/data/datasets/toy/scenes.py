@@ -1,4 +1,4 @@
-"""Scenes of the toy data set: the layout of entities and the relations between them.
+"""Scenes of the toy dataset: the layout of entities and the relations between them.
 
 A small local cue decides which entities are related, never the distance or size of boxes or how
 often classes occur together:

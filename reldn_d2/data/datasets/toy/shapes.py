@@ -1,4 +1,4 @@
-"""Shapes and entities of the toy data set: the look of a cup, a person or a drum.
+"""Shapes and entities of the toy dataset: the look of a cup, a person or a drum.
 
 All coordinates are continuous pixels of the final image (x to the right, y down). An entity is a
 list of polygons and lines; its box is computed from them, so it is tight by construction. Limbs
@@ -63,7 +63,7 @@ class DrawnEntity:
     """One annotated thing.
 
     Attributes:
-        category: one of the data set's ``thing_classes``.
+        category: one of the dataset's ``thing_classes``.
         shapes: shapes to draw.
         outlines: convex polygons whose union is the surface that a hand can touch.
         box: tight around ``shapes``.
