@@ -106,8 +106,8 @@ def _category_of(
         category = category_ids[category]
     if not 0 <= category < num_classes:
         raise ValueError(
-            f"{where}: category_id {category} is outside the {num_classes} classes of the data "
-            "set. Ids are 0-based unless its metadata has thing_dataset_id_to_contiguous_id."
+            f"{where}: category_id {category} is outside the {num_classes} classes of the dataset. "
+            "Ids are 0-based unless its metadata has thing_dataset_id_to_contiguous_id."
         )
     box, score = record["bbox"], record["score"]
     if len(box) != 4 or not np.isfinite([*box, score]).all() or min(box[2:]) < 0:

@@ -187,8 +187,8 @@ def read_submission(
             image = row[0]
             if image not in names.sizes:
                 raise ValueError(
-                    f"{where}: dataset '{dataset_name}' has no image {image!r}. Name the data "
-                    "set that the submission is for."
+                    f"{where}: dataset '{dataset_name}' has no image {image!r}. Name the dataset "
+                    "that the submission is for."
                 )
             if header == COLUMNS:
                 fields = [row[1 + _PLACES.index(place)] for place in range(_NUM_FIELDS)]

@@ -91,8 +91,8 @@ def _require_path(path: str, what: str) -> str:
     root = os.environ.get("DETECTRON2_DATASETS")
     variable = f"DETECTRON2_DATASETS={root}" if root else "DETECTRON2_DATASETS is not set"
     raise FileNotFoundError(
-        f"{what} not found: {os.path.abspath(path)} does not exist ({variable}; built-in data "
-        'sets are expected below that folder, or below "datasets" when it is not set). See '
+        f"{what} not found: {os.path.abspath(path)} does not exist ({variable}; built-in "
+        'datasets are expected below that folder, or below "datasets" when it is not set). See '
         "datasets/README.md for what to download and where to put it."
     )
 
