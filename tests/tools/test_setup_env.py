@@ -120,8 +120,11 @@ def test_check_missing_modules_exits_with_the_commands(setup_env, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         setup_env.check(["base", "test"])
     message = str(stopped.value)
-    assert "lacks detectron2, cv2, pytest, hypothesis, h5py" in message
-    assert f"{sys.executable} -m pip install opencv-python pytest hypothesis h5py\n" in message
+    assert "lacks detectron2, cv2, pytest, xdist, hypothesis, h5py" in message
+    assert (
+        f"{sys.executable} -m pip install opencv-python pytest pytest-xdist hypothesis h5py\n"
+        in message
+    )
     assert "'git+https://github.com/facebookresearch/detectron2.git'\n" in message
     monkeypatch.setattr(setup_env.importlib.util, "find_spec", lambda name: found)
     setup_env.check(["base", "test"])
