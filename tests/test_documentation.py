@@ -33,7 +33,6 @@ from PIL import Image
 from sandbox import NARROW, PRODUCERS, Runner, enter_checkout, merged, write_checkout
 from usage_utils import (
     picture,
-    provide_pretrained,
     write_checkpoint,
     write_coco_detector,
     write_precomputed_checkpoint,
@@ -161,7 +160,6 @@ def reader(folders, request, monkeypatch):
     block = request.getfixturevalue("block")
     folder = folders(block.file)
     enter_checkout(folder, monkeypatch)
-    provide_pretrained(folder, monkeypatch)
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setattr(RelDNTrainer, "auto_scale_workers", staticmethod(two_iterations))
     before = {*DatasetCatalog.list()}, {*sys.modules}

@@ -3,14 +3,12 @@
 from pathlib import Path
 
 import numpy as np
-import pack_checkpoint
 import torch
 from model_utils import CLASSES, PREDICATES, small_config
 from PIL import Image
 
 import reldn_d2
 from reldn_d2.data.datasets.vrd import VRD_CLASSES, VRD_PREDICATES
-from reldn_d2.pretrained import PRETRAINED, weights
 
 from detectron2.modeling import build_model
 
@@ -86,20 +84,3 @@ def write_coco_detector(folder: Path) -> tuple[Path, Path]:
     torch.save({"model": model.state_dict()}, folder / "model_final.pth")
     (folder / "config.yaml").write_text(cfg.dump())
     return folder / "config.yaml", folder / "model_final.pth"
-
-
-def provide_pretrained(folder: Path, monkeypatch) -> None:
-    """Let a small random model stand in for each pretrained one whose file is not there."""
-    for name, file in PRETRAINED.items():
-        if (weights.FOLDER / file).exists():
-            continue
-        packed = folder / file
-        if not packed.exists():
-            checkpoint = write_boxes_checkpoint(folder / "boxes")
-            assert (
-                pack_checkpoint.main(
-                    ["--checkpoint", str(checkpoint), "--output", str(packed), "--note", name]
-                )
-                == 0
-            )
-        monkeypatch.setitem(PRETRAINED, name, str(packed))  # an absolute path replaces FOLDER

@@ -203,7 +203,7 @@ class RelDN(nn.Module):
             predicate_features,
             entities,
             boxes_given=self.task != "sgdet",
-            pairs=self._annotated_pairs(batched_inputs) if self.task == "preddet" else None,
+            **({"pairs": self._annotated_pairs(batched_inputs)} if self.task == "preddet" else {}),
         )
         results = []
         for x, size, found, related in zip(batched_inputs, images.image_sizes, entities, relations):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from usage_utils import picture, provide_pretrained, write_boxes_checkpoint, write_coco_detector
+from usage_utils import picture, write_boxes_checkpoint, write_coco_detector
 
 import demo as demo_script
 
@@ -25,9 +25,8 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture
-def run(models, monkeypatch):
+def run():
     """Run the demo with the pretrained model, or with options that replace it."""
-    provide_pretrained(models, monkeypatch)
 
     def call(*arguments, model=("--pretrained", "vrd_boxes")):
         return demo_script.main([*model, "--device", "cpu", *map(str, arguments)])

@@ -165,8 +165,7 @@ def test_pair_logits_joint_is_one_more_summand():
     assert calls == [4, 4]
 
 
-def test_model_without_joint_module_has_the_weights_and_losses_of_before():
-    """Building and running the other modules draws the same random values with the key off."""
+def test_model_without_joint_module_predicts_as_with_one_that_adds_nothing():
     cfg = small_config()
     assert not cfg.MODEL.ROI_RELATION_HEAD.JOINT.ENABLED
     model = small_model()
