@@ -409,3 +409,11 @@ def test_predictor_pil_images_and_other_types(predictor):
             predictor(wrong)
     with pytest.raises(ImageError, match="^2 images came with 1 sets of boxes; give one per image"):
         predictor([rgb, rgb], boxes=[[[0, 0, 5, 5]]])
+
+
+def test_predictor_boxes_divided_by_the_size_raise(predictor):
+    boxes = [[0.1, 0.1, 0.5, 0.9], [0.4, 0.2, 1.0, 0.8]]
+    with pytest.raises(
+        ImageError, match=r"image: all 2 boxes lie within \[0, 1\]: they look divid"
+    ):
+        predictor(picture(), boxes=boxes, classes=[0, 1])

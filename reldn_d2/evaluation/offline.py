@@ -48,7 +48,13 @@ def evaluate_predictions(
         ValueError: the file or a record is wrong, or cannot contain what the protocol asks for;
             the message names the file and the record and says how to fix it.
     """
-    settings = {} if is_submission(predictions_file) else read_settings(predictions_file)
+    submission = is_submission(predictions_file)
+    settings = {} if submission else read_settings(predictions_file)
+    if not task and "task" not in settings and not submission:
+        logger.warning(
+            f"{predictions_file} has no settings file beside it that names its task: it is scored "
+            "as sgdet. If boxes or classes were given to the model, pass the task (--task)."
+        )
     evaluator = RelationDatasetEvaluator(
         dataset_name,
         output_dir,

@@ -81,6 +81,11 @@ class GivenEntities(NamedTuple):
             )
         boxes = to_array(boxes, name)
         height, width = image_size
+        if len(boxes) and boxes.min() >= 0 and boxes.max() <= 1:
+            raise ImageError(
+                f"{name}: all {len(boxes)} boxes lie within [0, 1]: they look divided by the "
+                "image's size; multiply x by its width and y by its height in pixels"
+            )
         clipped = boxes.clip(0, [width, height, width, height])
         too_thin = (clipped[:, 2:] - clipped[:, :2] < MIN_SIDE).any(axis=1)
         bad = np.flatnonzero(too_thin)

@@ -342,6 +342,15 @@ def test_evaluate_predictions_openimages_takes_any_triplets(cases, tmp_path):
         evaluate_predictions(NAME, path, protocol="motifs")
 
 
+def test_evaluate_predictions_without_task_warns(given_records, tmp_path, caplog):
+    path = write(tmp_path / "relation_predictions.json", given_records)
+    assert "lu2016_sgdet_k1" in evaluate_predictions(NAME, path)
+    assert "names its task: it is scored as sgdet" in caplog.text
+    caplog.clear()
+    evaluate_predictions(NAME, path, task="prdcls")
+    assert "names its task" not in caplog.text
+
+
 def test_evaluate_predictions_checks_the_settings_file(given_records, tmp_path, caplog):
     path = write(tmp_path / "relation_predictions.json", given_records)
     settings = dict(dataset=NAME, task="prdcls", predicates_per_pair=[1, None], triplets=100)
