@@ -86,24 +86,7 @@ def check_results(results, folder, task):
         assert any(record["relations"]["scores"] for record in predictions)
 
 
-# Leaves whose promise is known to be broken
-BROKEN = {
-    "configs/Toy/Detectors/mask_rcnn_FPN.yaml": "the built-in dataset has no masks to train the "
-    "detector on: toy/dataset.py has to add segmentation",
-}
-
-
-@pytest.mark.parametrize(
-    "yaml",
-    [
-        (
-            pytest.param(x, marks=pytest.mark.xfail(strict=True, reason=BROKEN[x]))
-            if x in BROKEN
-            else x
-        )
-        for x in LEAVES
-    ],
-)
+@pytest.mark.parametrize("yaml", LEAVES)
 def test_config_trains_and_evaluates(yaml, run, in_checkout):
     run.provide(yaml)
     cfg = merged(yaml)

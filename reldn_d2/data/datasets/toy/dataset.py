@@ -166,6 +166,13 @@ def _dataset_dict(folder: str, image_id: int, record: dict[str, Any]) -> dict[st
         os.path.join(folder, _image_name(image_id)),
         image_id,
         (IMAGE_SIZE, IMAGE_SIZE),
-        list(map(create_annotation, record["bboxes"], record["classes"])),
+        list(map(_annotation, record["bboxes"], record["classes"])),
         [tuple(relation) for relation in record["relations"]],
     )
+
+
+def _annotation(box: list[float], category: int) -> dict[str, Any]:
+    """Return an annotation whose mask is its box, so that detectors with masks can be trained."""
+    x0, y0, x1, y1 = box
+    polygon = [x0, y0, x1, y0, x1, y1, x0, y1]
+    return {**create_annotation(box, category), "segmentation": [polygon]}
