@@ -400,7 +400,7 @@ def test_mapper_real_images_in_train_loader(real_datasets):
 
 def test_own_data_guide_example_runs(tmp_path, monkeypatch, capsys):
     guide = ROOT / "docs/own_data.md"
-    (example,) = re.findall(r"```python\n(.*?)```", guide.read_text(encoding="utf-8"), re.DOTALL)
+    example, *_ = re.findall(r"```python\n(.*?)```", guide.read_text(encoding="utf-8"), re.DOTALL)
     monkeypatch.chdir(tmp_path)
     try:
         exec(compile(example, str(guide), "exec"), {})
