@@ -4,6 +4,7 @@ Shapes: N images, R entities and M relations of one image.
 """
 
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -198,13 +199,10 @@ class RelDN(nn.Module):
         features, stages = self._detector_features(images)
         entities = self._entities(batched_inputs, images, features)
         predicate_features = self._predicate_features(images, stages)
-        relations = self.relation_head(
-            features,
-            predicate_features,
-            entities,
-            boxes_given=self.task != "sgdet",
-            **({"pairs": self._annotated_pairs(batched_inputs)} if self.task == "preddet" else {}),
-        )
+        options: dict[str, Any] = {"boxes_given": self.task != "sgdet"}
+        if self.task == "preddet":
+            options["pairs"] = self._annotated_pairs(batched_inputs)
+        relations = self.relation_head(features, predicate_features, entities, **options)
         results = []
         for x, size, found, related in zip(batched_inputs, images.image_sizes, entities, relations):
             if do_postprocess:

@@ -6,7 +6,7 @@ evaluation needs (:func:`kept_predicates_per_pair`).
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -63,6 +63,16 @@ class Protocol:
 
 
 _BOTH = ("relationship", "phrase")
+_OPENIMAGES = Protocol(
+    name="openimages",
+    evaluator_type=None,
+    predicates_per_pair=(None,),
+    recall_at=(50, 100),
+    matching="true_positives",
+    precision_overlaps=_BOTH,
+    all_triplets=True,
+    verified_labels="code",
+)
 PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol
     for protocol in (
@@ -83,26 +93,8 @@ PROTOCOLS: dict[str, Protocol] = {
             matching="many_to_many",
             zero_shot=True,
         ),
-        Protocol(
-            name="openimages",
-            evaluator_type=None,
-            predicates_per_pair=(None,),
-            recall_at=(50, 100),
-            matching="true_positives",
-            precision_overlaps=_BOTH,
-            all_triplets=True,
-            verified_labels="code",
-        ),
-        Protocol(
-            name="openimages_text",
-            evaluator_type=None,
-            predicates_per_pair=(None,),
-            recall_at=(50, 100),
-            matching="true_positives",
-            precision_overlaps=_BOTH,
-            all_triplets=True,
-            verified_labels="text",
-        ),
+        _OPENIMAGES,
+        replace(_OPENIMAGES, name="openimages_text", verified_labels="text"),
         Protocol(
             name="released",
             evaluator_type="openimages_vrd",

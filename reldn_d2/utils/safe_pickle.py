@@ -113,14 +113,14 @@ def read_pickle(path: str, records: Collection[str] = ()) -> Any:
 
 
 def _pickle_module(records: frozenset[str]) -> ModuleType:
-    """Return what ``torch.load`` takes in place of Python's ``pickle``."""
+    """Return the module that ``torch.load`` uses instead of Python's ``pickle``."""
 
-    class Unpickler(pickle.Unpickler):
+    class Unpickler(ArraysOnlyUnpickler):
         def find_class(self, module: str, name: str) -> Any:
             if name in records:
                 return Record
-            if (module, name) not in _HARMLESS_GLOBALS | _TENSOR_GLOBALS:
-                raise pickle.UnpicklingError(f"it holds {module}.{name}")
+            if (module, name) in _TENSOR_GLOBALS:
+                return pickle.Unpickler.find_class(self, module, name)
             return super().find_class(module, name)
 
     def load(file: Any, **options: Any) -> Any:

@@ -18,6 +18,7 @@ from .catalog import register_dataset
 from .io import Problems, locate_images, no_garbage_collection, read_json
 
 __all__ = [
+    "are_numbers",
     "load_relation_instances",
     "locate_nested_images",
     "read_segmentation",
@@ -251,7 +252,7 @@ class _CocoReader:
                 f"{len(self.categories)} ids of categories"
             )
         bbox = annotation.get("bbox")
-        if not _are_numbers(bbox) or len(bbox) != 4 or min(bbox[2:]) <= 0:
+        if not are_numbers(bbox) or len(bbox) != 4 or min(bbox[2:]) <= 0:
             raise ValueError(
                 f"bbox is {bbox!r:.80}; expected four numbers [x, y, width, height] with a width "
                 "and a height above 0"
@@ -269,7 +270,7 @@ class _CocoReader:
         if annotation.get("keypoints"):
             # COCO's are pixel indices; Detectron2's are continuous, as in its own reader.
             values = annotation["keypoints"]
-            if not _are_numbers(values) or len(values) % 3:
+            if not are_numbers(values) or len(values) % 3:
                 raise ValueError(
                     f"keypoints are {values!r:.80}; expected three numbers each, [x, y, visibility]"
                 )
@@ -348,7 +349,7 @@ def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _are_numbers(values: Any) -> bool:
+def are_numbers(values: Any) -> bool:
     """Return whether it is a list of numbers that can be coordinates."""
     if type(values) is not list:
         return False
@@ -362,13 +363,13 @@ def read_segmentation(value: Any) -> Any:
     """Return polygons or RLE in Detectron2's format."""
     if isinstance(value, dict):
         size, counts = value.get("size"), value.get("counts")
-        if _are_numbers(size) and len(size) == 2 and all(_is_int(x) and x > 0 for x in size):
+        if are_numbers(size) and len(size) == 2 and all(_is_int(x) and x > 0 for x in size):
             if isinstance(counts, str):
                 return value
-            if _are_numbers(counts) and all(_is_int(x) and x >= 0 for x in counts):
+            if are_numbers(counts) and all(_is_int(x) and x >= 0 for x in counts):
                 return mask_util.frPyObjects(value, *size)
     elif isinstance(value, list) and all(
-        _are_numbers(polygon) and len(polygon) % 2 == 0 and len(polygon) >= 6 for polygon in value
+        are_numbers(polygon) and len(polygon) % 2 == 0 and len(polygon) >= 6 for polygon in value
     ):
         return value
     raise ValueError(

@@ -5,6 +5,7 @@ Classes are the things and after them the stuff. The segments, in panoptic PNG f
 
 from typing import Any
 
+from ..coco import are_numbers
 from ..io import read_json
 from .relation_import import (
     Imported,
@@ -71,11 +72,7 @@ def _read_annotation(
 ) -> None:
     imported.check_fields(annotation, _ANNOTATION)
     bbox, mode = annotation.get("bbox"), annotation.get("bbox_mode")
-    if (
-        not isinstance(bbox, list)
-        or len(bbox) != 4
-        or any(type(x) not in (int, float) for x in bbox)
-    ):
+    if not are_numbers(bbox) or len(bbox) != 4:
         raise ValueError(f"bbox is {bbox!r:.80}; expected four numbers")
     if mode not in (_XYXY, _XYWH) or isinstance(mode, bool):
         raise ValueError(

@@ -8,7 +8,7 @@ annotations, and ``predicate_id``. Polygons and RLE masks are kept.
 from collections.abc import Sequence
 from typing import Any
 
-from ..coco import read_segmentation
+from ..coco import are_numbers, read_segmentation
 from ..io import read_json
 from .relation_import import (
     Imported,
@@ -119,11 +119,7 @@ def _read_annotation(
     if image_of.get(key) is not None:
         raise ValueError("another annotation has this id as well")
     bbox = annotation.get("bbox")
-    if (
-        not isinstance(bbox, list)
-        or len(bbox) != 4
-        or any(type(x) not in (int, float) for x in bbox)
-    ):
+    if not are_numbers(bbox) or len(bbox) != 4:
         raise ValueError(f"bbox is {bbox!r:.80}; expected four numbers [x, y, width, height]")
     category = _get(names, annotation, "category_id")
     if category is None:
