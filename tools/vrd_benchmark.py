@@ -68,7 +68,11 @@ LOSSES = [
         ("joint, L0 per image", [f"{HEAD}.LOSS.L0_MEAN", "images"]),
         ("joint, tuned", []),
     )
-    for share, pairs in (("all pairs", sampling(20_000)), ("24 pairs", sampling(24)))
+    for share, pairs in (
+        ("all pairs", sampling(20_000)),
+        ("24 pairs", sampling(24)),
+        ("8 pairs", sampling(8)),
+    )
     for losses, weights in (("L0", L0), ("four losses", FOUR))
 ]
 
