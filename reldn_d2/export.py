@@ -106,7 +106,7 @@ class RelDNExport(nn.Module):
                 object_vectors = head.object_box_head(pooled)
         image = torch.zeros_like(classes)
         vectors = subject_vectors, object_vectors
-        return head.add_context(EntityBatch(boxes, classes, image, size, [0], *vectors))
+        return head.add_context(EntityBatch(boxes, classes, image, size, [len(boxes)], *vectors))
 
 
 @contextmanager

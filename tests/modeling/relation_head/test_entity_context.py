@@ -238,12 +238,12 @@ def test_model_with_context_trains_on_any_batch_and_predicts(name, options):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_traced_context_equals_eager_for_other_numbers_of_entities(name):
-    context = context_of(name).eval()
+    context = context_of(name).eval().requires_grad_(False)
 
     def forward(boxes, classes, subject_vectors, object_vectors):
         image, size = torch.zeros_like(classes), torch.tensor([[80.0, 90.0]])
         vectors = subject_vectors, object_vectors
-        return context(EntityBatch(boxes, classes, image, size, [0], *vectors))
+        return context(EntityBatch(boxes, classes, image, size, [len(boxes)], *vectors))
 
     def inputs(count):
         x = batch_of(count, seed=count)
