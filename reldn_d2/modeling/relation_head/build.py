@@ -44,6 +44,11 @@ def build_relation_head(
     key, name = "MODEL.ROI_RELATION_HEAD.NAME", cfg.MODEL.ROI_RELATION_HEAD.NAME
     registry, shapes = ROI_RELATION_HEAD_REGISTRY, (entity_shape, predicate_shape)
     head = build_registered(registry, name, key, RelationHead, cfg, *shapes)
+    if "losses" not in head._modules:
+        raise TypeError(
+            f"{key} is '{name}', but its class {type(head).__name__} does not initialize "
+            "RelationHead: call super().__init__ with the arguments of the class."
+        )
     for member in _CONTRACT:
         if member in head._modules:  # the property of the base class would be read instead
             raise TypeError(
