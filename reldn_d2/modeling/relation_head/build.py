@@ -28,9 +28,6 @@ of the detector's and of the predicate backbone, as dicts from feature name to S
 empty without images (:func:`reldn_d2.config.reads_pixels`).
 """
 
-# Members of RelationHead that are read by others.
-_CONTRACT = ("box_heads", "needs_predicate_features", "can_shortlist")
-
 
 def build_relation_head(
     cfg: CfgNode, entity_shape: dict[str, ShapeSpec], predicate_shape: dict[str, ShapeSpec]
@@ -49,12 +46,12 @@ def build_relation_head(
             f"{key} is '{name}', but its class {type(head).__name__} does not initialize "
             "RelationHead: call super().__init__ with the arguments of the class."
         )
-    for member in _CONTRACT:
-        if member in head._modules:  # the property of the base class would be read instead
+    for member in head._modules:
+        if isinstance(getattr(type(head), member, None), property):  # which would be read instead
             raise TypeError(
                 f"{key} is '{name}', but its class {type(head).__name__} has a submodule "
-                f"'{member}', which is a property of RelationHead: rename the submodule and "
-                f"override the property."
+                f"'{member}', which is a property of the head: rename the submodule and override "
+                "the property."
             )
     return head
 

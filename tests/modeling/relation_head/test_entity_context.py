@@ -236,6 +236,18 @@ def test_model_with_context_trains_on_any_batch_and_predicts(name, options):
     assert len(results[0]["relations"]) > 0
 
 
+@pytest.mark.parametrize("off", [("SPO", "OBJECT_SKIP"), ("SPO", "SUBJECT_SKIP"), ()])
+@pytest.mark.parametrize("name", NAMES)
+def test_model_with_context_autocast_and_parts_of_visual_off_trains_all_weights(name, off):
+    switches = [x for part in off for x in (f"{HEAD}.VISUAL.{part}", False)]
+    model = small_model(*keys("NAME", name, "HIDDEN_DIM", 8), *switches).train()
+    with EventStorage(), torch.autocast("cpu", torch.bfloat16):
+        losses = model([busy_item(), empty_item()])
+    sum(losses.values()).backward()
+    missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert missing == [] and all(torch.isfinite(x) for x in losses.values())
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_traced_context_equals_eager_for_other_numbers_of_entities(name):
     context = context_of(name).eval().requires_grad_(False)
