@@ -17,6 +17,7 @@ from model_utils import (
 )
 from torch import nn
 
+from reldn_d2.checkpoint.class_weights import relation_weights
 from reldn_d2.engine import RelDNTrainer
 from reldn_d2.modeling import (
     ENTITY_CONTEXT_REGISTRY,
@@ -263,6 +264,18 @@ def test_own_sampler_draws_again_from_the_kept_grid():
     assert list(entities._derived) == ["grid"] and grids[0] is grids[1]
     assert pairs.labels.tolist() == [[False, False, True], [False] * 3]
     assert pairs.for_predicate.all() and not (pairs.for_subjects | pairs.for_objects).any()
+
+
+@pytest.mark.parametrize(
+    ("case", "weight"),
+    [("head", "relation_head.table.weight"), ("classifier", "relation_head.predictor.layer.bias")],
+)
+def test_relation_weights_of_own_parts_depend_on_all_names(case, weight):
+    """Nothing is known of them, so none is given to classes or predicates of other names."""
+    state = small_model(*CASES[case][0]).state_dict()
+    for field in ("thing_classes", "predicate_classes"):
+        assert weight in relation_weights(state, field)
+        assert not any("box_head" in name for name in relation_weights(state, field))
 
 
 class NoLogitsHead(RelationHead):
