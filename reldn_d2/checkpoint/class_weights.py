@@ -52,6 +52,16 @@ _RELATION_WEIGHTS = {
     ),
 }
 
+# Parts of RelDN's own head, whose other weights do not depend on names. Of the weights of other
+# heads, classifiers and contexts nothing is known, so all of them count as dependent.
+_KNOWN = re.compile(
+    r"relation_head\.(semantic\.(table|counted)|spatial\.(\d|feature_version)"
+    r"|joint\.(layers|(subject|object)_(embedding|context))"
+    r"|visual\.(first|rest|subject_skip|object_skip)|(subject|object|predicate)_box_head"
+    r"|context_to_(subject|object)"
+    r"|context\.(class_embedding|position|vectors|encoder|to_right|to_left))(\.|$)"
+)
+
 # Detectron2's detectors trained on COCO, by its own scheme or by the address that it stands for.
 _COCO_ZOO = re.compile(r"(detectron2://|https?://dl\.fbaipublicfiles\.com/detectron2/)COCO-")
 
@@ -63,13 +73,18 @@ def class_weights(state: Mapping[str, Any]) -> list[str]:
 
 
 def relation_weights(state: Mapping[str, Any], field: str) -> list[str]:
-    """Return the names of the relation head's weights that have one part per class or predicate.
+    """Return the names of the relation head's weights that depend on its classes or predicates.
 
     Args:
         state: weights by name.
         field: ``thing_classes`` or ``predicate_classes``.
     """
-    return [name for name in state if _RELATION_WEIGHTS[field].fullmatch(name)]
+
+    def is_dependent(name: str) -> bool:
+        is_unknown = name.startswith("relation_head.") and not _KNOWN.match(name)
+        return is_unknown or _RELATION_WEIGHTS[field].fullmatch(name) is not None
+
+    return [name for name in state if is_dependent(name)]
 
 
 def num_classes_of(state: Mapping[str, Any]) -> int | None:

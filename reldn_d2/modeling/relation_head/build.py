@@ -28,9 +28,6 @@ of the detector's and of the predicate backbone, as dicts from feature name to S
 empty without images (:func:`reldn_d2.config.reads_pixels`).
 """
 
-# Members of RelationHead that are read by others.
-_CONTRACT = ("box_heads", "needs_predicate_features", "can_shortlist")
-
 
 def build_relation_head(
     cfg: CfgNode, entity_shape: dict[str, ShapeSpec], predicate_shape: dict[str, ShapeSpec]
@@ -44,12 +41,17 @@ def build_relation_head(
     key, name = "MODEL.ROI_RELATION_HEAD.NAME", cfg.MODEL.ROI_RELATION_HEAD.NAME
     registry, shapes = ROI_RELATION_HEAD_REGISTRY, (entity_shape, predicate_shape)
     head = build_registered(registry, name, key, RelationHead, cfg, *shapes)
-    for member in _CONTRACT:
-        if member in head._modules:  # the property of the base class would be read instead
+    if "losses" not in head._modules:
+        raise TypeError(
+            f"{key} is '{name}', but its class {type(head).__name__} does not initialize "
+            "RelationHead: call super().__init__ with the arguments of the class."
+        )
+    for member in head._modules:
+        if isinstance(getattr(type(head), member, None), property):  # which would be read instead
             raise TypeError(
                 f"{key} is '{name}', but its class {type(head).__name__} has a submodule "
-                f"'{member}', which is a property of RelationHead: rename the submodule and "
-                f"override the property."
+                f"'{member}', which is a property of the head: rename the submodule and override "
+                "the property."
             )
     return head
 

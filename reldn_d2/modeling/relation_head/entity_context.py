@@ -209,10 +209,13 @@ class LSTMContext(EntityContext):
         values = self.embed(entities)[order]
         for to_right, to_left in zip(self.to_right, self.to_left):
             values, directions = self.dropout(values), []
+            # Not every CPU has an LSTM in bfloat16, so autocast leaves it alone.
             # Both directions have the padding at the end, where it changes no entity's state.
             for lstm, reverse in ((to_right, False), (to_left, True)):
                 rows, places = to_rows(values, entities, reverse)
-                directions.append(from_rows(lstm(rows)[0], places))
+                with torch.autocast(rows.device.type, enabled=False):
+                    states, _ = lstm(rows.to(lstm.weight_hh_l0.dtype))
+                directions.append(from_rows(states, places))
             values = torch.cat(directions, dim=1)
         return torch.zeros_like(values).index_copy(0, order, values)
 

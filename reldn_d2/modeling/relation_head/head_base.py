@@ -20,11 +20,11 @@ from detectron2.utils.logger import log_first_n
 
 from ...utils.protocols import kept_predicates_per_pair
 from ..losses import draw_predicate_targets
-from .head_losses import RelationLoss, build_relation_losses
+from .head_losses import RelationLoss, build_relation_losses, merge_losses
 from .pair_sampling import PairSampler, SampledPairs, build_pair_sampler, training_pairs
 from .pairs import EntityBatch
-from .topk import best_triplets
-from .training_metrics import to_scalars, training_metrics
+from .topk import best_triplets, check_options
+from .training_metrics import store_metrics, training_metrics
 
 __all__ = ["EntitiesAndRelations", "RelationHead"]
 
@@ -105,7 +105,7 @@ class RelationHead(nn.Module, ABC):
             ValueError: if an option has an invalid value.
         """
         super().__init__()
-        _check_options(predicates_per_pair, pair_chunk, max_visual_pairs)
+        check_options(predicates_per_pair, pair_chunk, max_visual_pairs)
         self.num_classes = num_classes
         self.num_predicates = num_predicates
         self.losses = nn.ModuleDict(losses)
@@ -288,24 +288,17 @@ class RelationHead(nn.Module, ABC):
             for image_proposals, target in zip(proposals, targets)
         ]
         pairs = SampledPairs.cat(samples, entities.sizes)
-        logits = self.pair_logits(entities, predicate_features, pairs.subjects, pairs.objects)
+        logits = self.score_pairs(entities, predicate_features, pairs.subjects, pairs.objects)
         case = (logits, draw_predicate_targets(pairs.labels), pairs, entities)
         parts = {name: loss(*case) for name, loss in self.losses.items()}
         parts["entity_losses"] = self.entity_losses(entities, proposals)
-        losses = _merge(parts)
+        losses = merge_losses(parts)
         storage = get_event_storage()
         if (storage.iter + 1) % self.statistics_period == 0:  # when the trainer's writers write
             metrics = training_metrics(*case[:3])
             for loss in self.losses.values():
                 metrics.update(loss.metrics(*case))
-            storage.put_scalars(smoothing_hint=False, **to_scalars(metrics))
-            if len(pairs) == 0:
-                log_first_n(
-                    logging.WARNING,
-                    f"Iteration {storage.iter}: no pair to train on in {len(proposals)} images. "
-                    "Images with fewer than two annotations have none.",
-                    n=3,
-                )
+            store_metrics(metrics, storage, len(pairs), len(proposals))
         return losses
 
     def _predict(
@@ -319,17 +312,12 @@ class RelationHead(nn.Module, ABC):
         pairs: Tensor | None,
     ) -> EntitiesAndRelations:
         """Rank the triplets of one image; memory is bounded by ``pair_chunk``."""
-        entities = self.encode_entities(
-            features,
-            [instances.pred_boxes],
-            [instances.pred_classes],
-            [instances.image_size],
-            chunk=self.pair_chunk,
-        )
+        data = [instances.pred_boxes], [instances.pred_classes], [instances.image_size]
+        entities = self.encode_entities(features, *data, chunk=self.pair_chunk)
         entities, instances = self.refine(entities, instances, classes_given)
 
         def score_pairs(subjects: Tensor, objects: Tensor) -> Tensor:
-            logits = self.pair_logits(entities, predicate_features, subjects, objects)
+            logits = self.score_pairs(entities, predicate_features, subjects, objects)
             return logits.float().softmax(dim=1)[:, :-1]
 
         def score_cheaply(subjects: Tensor, objects: Tensor) -> Tensor:
@@ -353,12 +341,31 @@ class RelationHead(nn.Module, ABC):
             # (i, j) and (j, i), whose union box is the same, come into one chunk.
             order = (low * len(instances) + high).argsort()
             search = partial(search, shortlist=cheap.pairs[order])
-        relations, _ = search(
-            score_pairs,
-            predicates_per_pair=self.predicates_per_pair,
-            topk=self.topk,
-        )
+        limits = {"predicates_per_pair": self.predicates_per_pair, "topk": self.topk}
+        relations, _ = search(score_pairs, **limits)
         return EntitiesAndRelations(instances, relations)
+
+    def score_pairs(
+        self,
+        entities: EntityBatch,
+        predicate_features: dict[str, Tensor] | None,
+        subjects: Tensor,
+        objects: Tensor,
+    ) -> Tensor:
+        """Call :meth:`pair_logits` and check the shape of its result.
+
+        Raises:
+            ValueError: if it is another one than (P, C + 1).
+        """
+        logits = self.pair_logits(entities, predicate_features, subjects, objects)
+        if logits.shape != (len(subjects), self.num_predicates + 1):
+            raise ValueError(
+                f"{type(self).__name__}.pair_logits returned logits of shape "
+                f"{tuple(logits.shape)} for {len(subjects)} pairs and {self.num_predicates} "
+                f"predicates: return ({len(subjects)}, {self.num_predicates + 1}), the last logit "
+                'of a pair being "no relationship".'
+            )
+        return logits
 
     def refine(
         self, entities: EntityBatch, instances: Instances, classes_given: bool
@@ -388,30 +395,3 @@ class RelationHead(nn.Module, ABC):
             "scores only those that the other modules score best.",
         )
         return True
-
-
-def _merge(parts: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Merge losses by name; raise a ValueError if two parts have a loss of the same name."""
-    merged, source_of = {}, {}
-    for source, losses in parts.items():
-        for name, value in losses.items():
-            if name in merged:
-                raise ValueError(
-                    f"Both {source_of[name]} and {source} return a loss '{name}': rename one."
-                )
-            merged[name], source_of[name] = value, source
-    return merged
-
-
-def _check_options(
-    predicates_per_pair: tuple[int | None, ...], pair_chunk: int, max_visual_pairs: int
-) -> None:
-    """Raise a ValueError that names the config key of an invalid option."""
-    if len(predicates_per_pair) == 0 or any(k is not None and k < 1 for k in predicates_per_pair):
-        raise ValueError(
-            f"TEST.RELATIONS.PREDICATES_PER_PAIR is {list(predicates_per_pair)}; expected at least "
-            "one limit, each 1 or more, or None for no limit."
-        )
-    for key, value in (("PAIR_CHUNK", pair_chunk), ("MAX_VISUAL_PAIRS", max_visual_pairs)):
-        if value < 1:
-            raise ValueError(f"TEST.RELATIONS.{key} is {value}; expected 1 or more pairs.")

@@ -23,7 +23,7 @@ from .training_metrics import contrastive_metrics
 
 __all__ = [
     *("ContrastiveLosses", "L0_MEANS", "PredicateLoss", "RELATION_LOSS_REGISTRY"),
-    *("RelationLoss", "build_relation_losses"),
+    *("RelationLoss", "build_relation_losses", "merge_losses"),
 ]
 
 RELATION_LOSS_REGISTRY = Registry("RELATION_LOSS")
@@ -202,6 +202,32 @@ def build_relation_losses(cfg: CfgNode) -> dict[str, RelationLoss]:
         raise ValueError(f"{key} is {names}; expected one or more losses, each once.")
     registry = RELATION_LOSS_REGISTRY
     return {name: build_registered(registry, name, key, RelationLoss, cfg) for name in names}
+
+
+def merge_losses(parts: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Merge losses by name.
+
+    Args:
+        parts: by the name of what returned them.
+
+    Raises:
+        TypeError: if something else than a dict was returned.
+        ValueError: if two of them have a loss of the same name.
+    """
+    merged: dict[str, Tensor] = {}
+    source_of: dict[str, str] = {}
+    for source, losses in parts.items():
+        if not isinstance(losses, dict):
+            raise TypeError(
+                f"{source} returned a {type(losses).__name__}: return a dict of losses by name."
+            )
+        for name, value in losses.items():
+            if name in merged:
+                raise ValueError(
+                    f"Both {source_of[name]} and {source} return a loss '{name}': rename one."
+                )
+            merged[name], source_of[name] = value, source
+    return merged
 
 
 def _check_choice(key: str, value: str, known: tuple[str, ...]) -> None:

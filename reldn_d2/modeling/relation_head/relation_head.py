@@ -154,10 +154,20 @@ class RelDNHead(RelationHead):
         return self.add_context(EntityBatch.stack(boxes, classes, image_sizes, *vectors))
 
     def add_context(self, entities: EntityBatch) -> EntityBatch:
-        """Compute the contextual vectors, and add them to the vectors of subjects and objects."""
+        """Compute the contextual vectors, and add them to the vectors of subjects and objects.
+
+        Raises:
+            ValueError: if the context returns vectors of another shape than (R, X).
+        """
         if self.context is None:
             return entities
         entities.context = self.context(entities)
+        if entities.context.shape != (len(entities.boxes), self.context.size):
+            raise ValueError(
+                f"{type(self.context).__name__} returned vectors of shape "
+                f"{tuple(entities.context.shape)} for {len(entities.boxes)} entities: return "
+                f"({len(entities.boxes)}, {self.context.size}), the latter being its size."
+            )
         if self.context_to_subject is not None:
             added = self.context_to_subject(entities.context)
             entities.subject_vectors = entities.subject_vectors + added

@@ -24,7 +24,7 @@ from detectron2.structures import Instances
 from ...structures.box_ops import boxes_overlap
 from ...structures.relations import predicted_relations
 
-__all__ = ["TopTriplets", "best_of_chunks", "best_triplets", "pairs_by_bound"]
+__all__ = ["TopTriplets", "best_of_chunks", "best_triplets", "check_options", "pairs_by_bound"]
 
 # Pairs in the first chunk, and growth from chunk to chunk up to the limit. A small first chunk
 # suffices for most images; growing chunks keep the device busy when many pairs are needed.
@@ -316,3 +316,17 @@ def best_triplets(
         threshold=best.threshold,
     )
     return best_of_chunks(chunks, best, score_pairs, scores, image_size)
+
+
+def check_options(
+    predicates_per_pair: tuple[int | None, ...], pair_chunk: int, max_visual_pairs: int
+) -> None:
+    """Raise a ValueError that names the config key of an invalid option."""
+    if len(predicates_per_pair) == 0 or any(k is not None and k < 1 for k in predicates_per_pair):
+        raise ValueError(
+            f"TEST.RELATIONS.PREDICATES_PER_PAIR is {list(predicates_per_pair)}; expected at least "
+            "one limit, each 1 or more, or None for no limit."
+        )
+    for key, value in (("PAIR_CHUNK", pair_chunk), ("MAX_VISUAL_PAIRS", max_visual_pairs)):
+        if value < 1:
+            raise ValueError(f"TEST.RELATIONS.{key} is {value}; expected 1 or more pairs.")

@@ -3,13 +3,18 @@
 Shapes: P sampled pairs of the batch, C predicates; the last of C + 1 logits is "no relationship".
 """
 
+import logging
+
 import torch
 from torch import Tensor
+
+from detectron2.utils.events import EventStorage
+from detectron2.utils.logger import log_first_n
 
 from ..losses.contrastive import LOSS_NAMES, ContrastiveGroups, affinity
 from .pair_sampling import SampledPairs
 
-__all__ = ["contrastive_metrics", "to_scalars", "training_metrics"]
+__all__ = ["contrastive_metrics", "store_metrics", "to_scalars", "training_metrics"]
 
 
 def _mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -74,3 +79,24 @@ def to_scalars(metrics: dict[str, Tensor]) -> dict[str, float]:
     """Bring metrics to the host in one transfer, under ``reldn/`` for the event storage."""
     values = torch.stack([value.float() for value in metrics.values()]).tolist()
     return {f"reldn/{name}": value for name, value in zip(metrics, values)}
+
+
+def store_metrics(
+    metrics: dict[str, Tensor], storage: EventStorage, num_pairs: int, num_images: int
+) -> None:
+    """Store the metrics of a training step, and warn if there was no pair to train on.
+
+    Args:
+        metrics: scalars by name.
+        storage: of the trainer.
+        num_pairs: P.
+        num_images: of the batch.
+    """
+    storage.put_scalars(smoothing_hint=False, **to_scalars(metrics))
+    if num_pairs == 0:
+        log_first_n(
+            logging.WARNING,
+            f"Iteration {storage.iter}: no pair to train on in {num_images} images. "
+            "Images with fewer than two annotations have none.",
+            n=3,
+        )

@@ -236,6 +236,18 @@ def test_model_with_context_trains_on_any_batch_and_predicts(name, options):
     assert len(results[0]["relations"]) > 0
 
 
+@pytest.mark.parametrize("off", [("SPO", "OBJECT_SKIP"), ("SPO", "SUBJECT_SKIP"), ()])
+@pytest.mark.parametrize("name", NAMES)
+def test_model_with_context_autocast_and_parts_of_visual_off_trains_all_weights(name, off):
+    switches = [x for part in off for x in (f"{HEAD}.VISUAL.{part}", False)]
+    model = small_model(*keys("NAME", name, "HIDDEN_DIM", 8), *switches).train()
+    with EventStorage(), torch.autocast("cpu", torch.bfloat16):
+        losses = model([busy_item(), empty_item()])
+    sum(losses.values()).backward()
+    missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert missing == [] and all(torch.isfinite(x) for x in losses.values())
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_traced_context_equals_eager_for_other_numbers_of_entities(name):
     context = context_of(name).eval().requires_grad_(False)
@@ -272,6 +284,22 @@ def test_export_with_context_equals_model(name):
     assert torch.equal(pairs[:3], wanted["relations"].pairs[:3]) and len(predicates) == len(scores)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_relation_weights_of_a_model_with_context_are_the_class_embeddings_and_tables(name):
+    model = small_model(*keys("NAME", name), f"{HEAD}.JOINT.ENABLED", True)
+    assert set(relation_weights(model.state_dict(), "thing_classes")) == {
+        "relation_head.semantic.table.weight",
+        "relation_head.context.class_embedding.weight",
+        "relation_head.joint.subject_embedding.weight",
+        "relation_head.joint.object_embedding.weight",
+    }
+    last = ("spatial.4", "joint.layers.6", "visual.rest.3", "visual.subject_skip")
+    logits = {f"relation_head.{x}.{y}" for x in last for y in ("weight", "bias")}
+    logits |= {f"relation_head.visual.object_skip.{y}" for y in ("weight", "bias")}
+    found = set(relation_weights(model.state_dict(), "predicate_classes"))
+    assert found == logits | {"relation_head.semantic.table.weight"}
+
+
 def test_context_of_another_size_does_not_load(tmp_path):
     options = keys("NAME", "TransformerContext", "HIDDEN_DIM", 8)
     RelDNCheckpointer(small_model(*options), str(tmp_path)).save("model")
@@ -279,5 +307,3 @@ def test_context_of_another_size_does_not_load(tmp_path):
     RelDNCheckpointer(small_model(*options, seed=1)).load(path)
     with pytest.raises(ValueError, match=r"relation_head\.context"):
         RelDNCheckpointer(small_model(*options, *keys("HIDDEN_DIM", 12))).load(path)
-    names = relation_weights(small_model(*options).state_dict(), "thing_classes")
-    assert "relation_head.context.class_embedding.weight" in names

@@ -17,6 +17,7 @@ from model_utils import (
 )
 from torch import nn
 
+from reldn_d2.checkpoint.class_weights import relation_weights
 from reldn_d2.engine import RelDNTrainer
 from reldn_d2.modeling import (
     ENTITY_CONTEXT_REGISTRY,
@@ -32,9 +33,12 @@ from reldn_d2.modeling import (
     SampledPairs,
     build_relation_head,
 )
+from reldn_d2.modeling.relation_head.pair_sampling import training_pairs
 from reldn_d2.predictor import RelationPredictor
+from reldn_d2.structures.relations import ground_truth_relations
 
 from detectron2.config import configurable
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 HEAD = "MODEL.ROI_RELATION_HEAD"
@@ -203,6 +207,77 @@ def test_relation_head_two_losses_of_one_name_raises(monkeypatch):
         model([busy_item()])
 
 
+def test_loss_that_returns_no_dict_raises(monkeypatch):
+    model = small_model(f"{HEAD}.LOSS.NAMES", ["LabelSetLoss"]).train()
+    monkeypatch.setattr(LabelSetLoss, "forward", lambda self, *x: x[0].sum())
+    with EventStorage(), pytest.raises(TypeError, match="LabelSetLoss returned a Tensor: return a"):
+        model([busy_item()])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_head_logits_of_other_shape_raises(training, monkeypatch):
+    model = small_model(*CASES["head"][0]).train(training)
+    original = ClassPairHead.pair_logits
+    monkeypatch.setattr(ClassPairHead, "pair_logits", lambda *args: original(*args)[:, :-1])
+    with (
+        EventStorage(),
+        pytest.raises(
+            ValueError,
+            match=r"ClassPairHead.pair_logits returned .*, 6\) for .* 6 predicates: return",
+        ),
+    ):
+        model([busy_item()])
+
+
+def test_context_of_other_shape_raises(monkeypatch):
+    model = small_model(*CASES["context"][0]).eval()
+    monkeypatch.setattr(MeanContext, "forward", lambda self, entities: self.embed(entities)[:1])
+    with pytest.raises(ValueError, match=r"MeanContext returned .* \(1, 256\) for 6 entities"):
+        model([busy_item()])
+
+
+def test_head_entity_losses_are_added_to_the_others(monkeypatch):
+    model = small_model(*CASES["head"][0]).train()
+    monkeypatch.setattr(
+        *(ClassPairHead, "entity_losses"),
+        lambda self, entities, proposals: {
+            "loss_entity": entities.boxes.sum() * 0 + len(proposals)
+        },
+    )
+    with EventStorage():
+        losses = model([busy_item(), busy_item()])
+    assert set(losses) == LOSSES | {"loss_entity"} and losses["loss_entity"] == 2
+
+
+def test_own_sampler_draws_again_from_the_kept_grid():
+    """What is kept with an image that comes again is none of a sampler's business."""
+    boxes, classes = torch.tensor([[0.0, 0, 9, 9], [5, 5, 20, 20]]), torch.tensor([0, 1])
+    entities, target = Instances((30, 30)), Instances((30, 30))
+    entities.proposal_boxes, entities.gt_classes = Boxes(boxes), classes
+    entities.gt_index, entities._derived = torch.arange(2), {}
+    target.gt_boxes, target.gt_classes = Boxes(boxes), classes
+    relations = ground_truth_relations([(0, 1, 2)], (30, 30))
+    grids, sampler = [], AllPairsSampler(None)
+    sampler.sample = lambda grid: grids.append(grid) or AllPairsSampler.sample(sampler, grid)
+    for _ in range(2):
+        pairs = training_pairs(entities, target, relations, num_predicates=3, sampler=sampler)
+    assert list(entities._derived) == ["grid"] and grids[0] is grids[1]
+    assert pairs.labels.tolist() == [[False, False, True], [False] * 3]
+    assert pairs.for_predicate.all() and not (pairs.for_subjects | pairs.for_objects).any()
+
+
+@pytest.mark.parametrize(
+    ("case", "weight"),
+    [("head", "relation_head.table.weight"), ("classifier", "relation_head.predictor.layer.bias")],
+)
+def test_relation_weights_of_own_parts_depend_on_all_names(case, weight):
+    """Nothing is known of them, so none is given to classes or predicates of other names."""
+    state = small_model(*CASES[case][0]).state_dict()
+    for field in ("thing_classes", "predicate_classes"):
+        assert weight in relation_weights(state, field)
+        assert not any("box_head" in name for name in relation_weights(state, field))
+
+
 class NoLogitsHead(RelationHead):
     pass
 
@@ -212,6 +287,11 @@ class HidesBoxHeads(ClassPairHead):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.box_heads = nn.ModuleList()
+
+
+class NoSuperCall(ClassPairHead):
+    def __init__(self, cfg, *shapes):
+        nn.Module.__init__(self)
 
 
 class NoHead(nn.Module):
@@ -224,6 +304,7 @@ class NoHead(nn.Module):
     [
         (NoLogitsHead, "NAME is 'NoLogitsHead', but that class lacks pair_logits: implement it"),
         (HidesBoxHeads, "HidesBoxHeads has a submodule 'box_heads', .* override the property"),
+        (NoSuperCall, "NoSuperCall does not initialize RelationHead: call super"),
         (NoHead, "'NoHead', but that class is no RelationHead: derive it from .*RelationHead"),
         (lambda *x: NoHead(), "which built a NoHead, and that class is no RelationHead"),
     ],
