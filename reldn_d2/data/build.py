@@ -206,7 +206,7 @@ def load_training_dicts(
     loaded: dict[str, list[dict[str, Any]]] = {}
     for index, name in enumerate(names):
         records = loaded[name] = _load(name, with_images)
-        _check_annotations(records, num_classes, num_predicates, is_train=True)
+        _check_annotations(name, records, num_classes, num_predicates, is_train=True)
         if proposals:
             records = load_proposals_into_dataset(records, proposals[index])
         if detections:
@@ -237,15 +237,17 @@ def _load(name: str, with_images: bool) -> list[dict[str, Any]]:
 
 
 def _check_annotations(
+    name: str,
     records: Sequence[dict[str, Any]],
     num_classes: int | None,
     num_predicates: int | None,
     is_train: bool = False,
 ) -> None:
     """Raise if the annotations of a loaded dataset are invalid."""
+    num_attributes = len(dataset_names(name).get("attribute_classes") or ()) or None
     for record in records:
         if is_train or "annotations" in record:  # a test set may be images alone
-            check_annotations(record, num_classes, num_predicates)
+            check_annotations(record, num_classes, num_predicates, num_attributes=num_attributes)
 
 
 def load_test_dicts(
@@ -272,7 +274,7 @@ def load_test_dicts(
     files = detection_files(cfg, is_train=False)
     if not with_images:
         dicts = load_without_images(name)
-        _check_annotations(dicts, num_classes, num_predicates)
+        _check_annotations(name, dicts, num_classes, num_predicates)
         if files:
             index = list(cfg.DATASETS.TEST).index(name)
             dicts = attach_detections(dicts, name, files[index], num_classes)
@@ -284,7 +286,7 @@ def load_test_dicts(
     dicts = get_detection_dataset_dicts(
         name, filter_empty=False, proposal_files=proposals[index : index + 1] or None
     )
-    _check_annotations(dicts, num_classes, num_predicates)
+    _check_annotations(name, dicts, num_classes, num_predicates)
     check_records(name, dicts)
     return attach_detections(dicts, name, files[index], num_classes) if files else dicts
 
@@ -327,7 +329,7 @@ def build_train_loader(
     for name in cfg.DATASETS.TEST:  # now: the evaluation may be many hours away
         if name not in cfg.DATASETS.TRAIN:
             records = _load(name, with_images)
-            _check_annotations(records, num_classes, num_predicates)
+            _check_annotations(name, records, num_classes, num_predicates)
             check_records(name, records, with_images)
     num_images = len(dicts)  # the sampler must not keep the dicts themselves in memory
     batch, world = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
