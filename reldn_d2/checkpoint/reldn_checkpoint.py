@@ -129,6 +129,7 @@ class RelDNCheckpointer(DetectorCheckpointer):
         save_dir: str = "",
         *,
         predicate_classes: Sequence[str] | None = None,
+        attribute_classes: Sequence[str] | None = None,
         cfg: CfgNode | None = None,
         **kwargs: Any,
     ):
@@ -136,7 +137,8 @@ class RelDNCheckpointer(DetectorCheckpointer):
         Args:
             model: a RelDN, possibly wrapped for distributed training.
             save_dir: folder of checkpoints.
-            predicate_classes, cfg: written into saved checkpoints.
+            predicate_classes, attribute_classes, cfg: written into saved checkpoints; attributes
+                only if the model predicts them.
             kwargs: as for :class:`.DetectorCheckpointer`.
         """
         super().__init__(model, save_dir, cfg=cfg, **kwargs)
@@ -144,6 +146,7 @@ class RelDNCheckpointer(DetectorCheckpointer):
         self.started_from_detector = False  # whether the last load left the relation head untrained
         self.description.update(
             predicate_classes=list(predicate_classes or []),
+            attribute_classes=list(attribute_classes or []),
             # If the config leaves it to the dataset, the dataset may be unknown when loading.
             predicates_per_pair=list(predicates_per_pair(cfg)) if cfg is not None else [],
         )
