@@ -1,12 +1,14 @@
 """The attributes of an image's entities, as tensors, as a list and in files."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from reldn_d2.structures.attributes import EntityAttributes, ground_truth_attributes
+from reldn_d2.structures.graph_formats import graph_to_dot, graph_to_graphml
 from reldn_d2.structures.scene_graph import SceneGraph
 
 from detectron2.structures import Boxes, Instances
@@ -121,3 +123,14 @@ def test_scene_graph_from_dataset_dict_names_attributes():
 def test_entity_attributes_from_wrong_lists_raises(ids, scores, message):
     with pytest.raises(ValueError, match=f"file, record 3: {message}"):
         EntityAttributes.from_lists(ids, scores, 2, "file, record 3")
+
+
+def test_scene_graph_attributes_in_networkx_and_dot():
+    names = dict(attribute_classes=["red", 'ol"d', "wet"], thing_classes=["cup"])
+    graph = graph_of([[0.6, 0.75, 0.0], [0.0, 0.4, 0.0]], **names).graph()
+    assert [data["attributes"] for _, data in graph.nodes(data=True)] == ['ol"d, red', ""]
+    dot = graph_to_dot(graph)
+    assert '0 [label="cup 1\\nol\\"d, red"]' in dot and '1 [label="cup 2"]' in dot
+    assert "red" in graph_to_graphml(graph)
+    plain = replace(graph_of([[0.6]]), attributes=None).graph()
+    assert "attributes" not in plain.nodes[0]
