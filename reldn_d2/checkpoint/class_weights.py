@@ -49,6 +49,7 @@ _RELATION_WEIGHTS = {
         rf"{_TABLE}|relation_head\.(spatial\.4|joint\.layers\.6|visual\.rest\.3"
         r"|visual\.(subject|object)_skip)\.(weight|bias)"
     ),
+    "attribute_classes": re.compile(r"relation_head\.attribute_head\.classifier\.(weight|bias)"),
 }
 
 # Detectron2's detectors trained on COCO, by its own scheme or by the address that it stands for.
@@ -62,11 +63,11 @@ def class_weights(state: Mapping[str, Any]) -> list[str]:
 
 
 def relation_weights(state: Mapping[str, Any], field: str) -> list[str]:
-    """Return the names of the relation head's weights that have one part per class or predicate.
+    """Return the names of the relation head's weights that have one part per name of a field.
 
     Args:
         state: weights by name.
-        field: ``thing_classes`` or ``predicate_classes``.
+        field: ``thing_classes``, ``predicate_classes`` or ``attribute_classes``.
     """
     return [name for name in state if _RELATION_WEIGHTS[field].fullmatch(name)]
 

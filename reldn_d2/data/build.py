@@ -202,6 +202,7 @@ def load_training_dicts(
     names = list(cfg.DATASETS.TRAIN)
     proposals = list(cfg.DATASETS.PROPOSAL_FILES_TRAIN) if cfg.MODEL.LOAD_PROPOSALS else []
     detections = detection_files(cfg, is_train=True)
+    first_names = dict(dataset_names(names[0])) if names else {}
     dicts: list[dict[str, Any]] = []
     loaded: dict[str, list[dict[str, Any]]] = {}
     for index, name in enumerate(names):
@@ -216,10 +217,15 @@ def load_training_dicts(
         check_records(name, records, with_images)
         if index:
             owners = (f"dataset '{name}'", f"dataset '{names[0]}'")
-            ids = Renumbering.between(dataset_names(name), dataset_names(names[0]), *owners)
+            ids = Renumbering.between(dataset_names(name), first_names, *owners)
             records = [ids.dataset_dict(record) for record in records] if ids else records
+            first_names["attribute_classes"] = first_names.get(
+                "attribute_classes"
+            ) or dataset_names(name).get("attribute_classes")
         dicts.extend(records)
     if with_relations:
+        if cfg.MODEL.ROI_ATTRIBUTE_HEAD.ENABLED:
+            _require_attributes(names, dicts)
         for warning in training_warnings(training_statistics_of(names, loaded), cfg):
             logger.warning(warning)
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
@@ -230,6 +236,16 @@ def load_training_dicts(
     if classes is not None:
         print_instances_class_histogram(dicts, classes)
     return dicts
+
+
+def _require_attributes(names: Sequence[str], dicts: Sequence[dict[str, Any]]) -> None:
+    """Raise if there is nothing to train an attribute head on."""
+    if not any(x.get("attributes") for record in dicts for x in record["annotations"]):
+        raise ValueError(
+            f"MODEL.ROI_ATTRIBUTE_HEAD.ENABLED is True, but no annotation of {', '.join(names)} "
+            "(DATASETS.TRAIN) has attributes. Are they where the loader expects them "
+            "(docs/own_data.md)? To train without attributes, set it to False."
+        )
 
 
 def _load(name: str, with_images: bool) -> list[dict[str, Any]]:

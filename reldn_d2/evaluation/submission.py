@@ -126,7 +126,9 @@ def write_submission(
     if layout not in LAYOUTS:
         raise ValueError(f"Unknown layout {layout!r}; expected one of {', '.join(LAYOUTS)}.")
     names = _names(dataset_name, labels)
-    blank = [name for name in (*names.classes, *names.predicates) if len(name.split()) != 1]
+    ends = names.classes[: names.num_classes]
+    blank = [name for name in (*ends, *names.predicates) if len(name.split()) != 1]
+    blank_attributes = [x for x in names.classes[names.num_classes :] if len(x.split()) != 1]
     if layout == "server" and blank:
         raise ValueError(
             f"{blank[0]!r} has a space, which separates the fields of the server's layout. Use "
@@ -142,6 +144,12 @@ def write_submission(
             if key not in names.sizes:
                 raise ValueError(f"Dataset '{dataset_name}' has no image {key!r}.")
             missing.pop(key, None)
+            if layout == "server" and blank_attributes and prediction.attributes is not None:
+                raise ValueError(
+                    f"The attribute {blank_attributes[0]!r} has a space, which separates the "
+                    "fields of the server's layout. Give the identifiers of the attributes after "
+                    'those of the classes (labels), or write the layout "table".'
+                )
             counts = (names.num_classes, names.num_predicates)
             rows = _rows(attribute_relations(prediction, *counts), names)
             if layout == "server":

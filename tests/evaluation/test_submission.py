@@ -273,6 +273,18 @@ def test_write_submission_attributes_by_hand(attributed, tmp_path):
         write_submission(NAME, [one], file, labels=labels[:3])
 
 
+def test_write_submission_attributes_with_blanks_need_labels(attributed, tmp_path):
+    del MetadataCatalog.get(NAME).attribute_classes
+    MetadataCatalog.get(NAME).attribute_classes = ["dark red", "old"]
+    file = str(tmp_path / "server.csv")
+    with pytest.raises(ValueError, match="attribute 'dark red' has a space, which separates"):
+        write_submission(NAME, attributed, file)
+    write_submission(NAME, [replace(x, attributes=None) for x in attributed], file)
+    write_submission(NAME, attributed, file, labels=["A", "B", "C", "D"])
+    write_submission(NAME, attributed, file, "table")
+    assert "dark red" in Path(file).read_text()
+
+
 @pytest.mark.parametrize(
     ("triplet", "message"),
     [
