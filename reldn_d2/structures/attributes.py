@@ -86,10 +86,18 @@ class EntityAttributes:
         """Return the best attributes of a model's ``instances``; None without ``pred_attributes``.
 
         Each entity keeps its 10 best ones with a score of at least 0.01.
+
+        Raises:
+            ValueError: a score is not finite.
         """
         if not instances.has("pred_attributes"):
             return None
         scores = instances.pred_attributes.detach().cpu().double().numpy()
+        if not np.isfinite(scores).all():
+            raise ValueError(
+                "NaN or infinite pred_attributes. The model has diverged (lower the learning rate, "
+                "check the losses) or its checkpoint is broken."
+            )
         order = np.argsort(-scores, axis=1, kind="stable")[:, :_MOST_PER_ENTITY]
         best = np.take_along_axis(scores, order, axis=1)
         entities, places = np.nonzero(best >= _MIN_SCORE)

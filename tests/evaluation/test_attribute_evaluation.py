@@ -23,7 +23,7 @@ from reldn_d2.evaluation.protocol_metrics import Settings
 from reldn_d2.evaluation.scoring import score
 from reldn_d2.structures.attributes import EntityAttributes
 from reldn_d2.structures.scene_graph import SceneGraph
-from reldn_d2.utils.protocols import PROTOCOLS
+from reldn_d2.utils.protocols import find_protocol
 
 NUM_CLASSES, PREDICATES, ATTRIBUTES = 3, ["holds", "on"], ["red", "old", "wet"]
 
@@ -157,9 +157,9 @@ def test_challenge_score_with_attributes_equals_plain_loops(seed, protocol, rule
     images = random_images(seed)
     pairs = [(truth, predicted) for _, truth, predicted in images]
     settings = Settings(PREDICATES, topk=None)
-    boxes_alone = score(pairs, PROTOCOLS[protocol], settings)
-    scores = score(pairs, PROTOCOLS[protocol], settings)
-    add_attribute_scores(scores, pairs, PROTOCOLS[protocol], settings, NUM_CLASSES, ATTRIBUTES)
+    boxes_alone = score(pairs, find_protocol(protocol), settings)
+    scores = score(pairs, find_protocol(protocol), settings)
+    add_attribute_scores(scores, pairs, find_protocol(protocol), settings, NUM_CLASSES, ATTRIBUTES)
     block = f"{protocol}_sgdet"
     np.testing.assert_equal(scores.results[block], boxes_alone.results[block])
     assert set(scores.results) == {block, f"{block}_full", *boxes_alone.results}
@@ -173,9 +173,9 @@ def test_challenge_score_with_attributes_equals_plain_loops(seed, protocol, rule
 def test_dataset_with_attributes_as_relations_has_no_second_block():
     pairs = [(truth, predicted) for _, truth, predicted in random_images(0)]
     settings = Settings(["holds", "is"], topk=None)
-    scores = score(pairs, PROTOCOLS["openimages"], settings)
+    scores = score(pairs, find_protocol("openimages"), settings)
     before = set(scores.results)
-    add_attribute_scores(scores, pairs, PROTOCOLS["openimages"], settings, 3, ATTRIBUTES)
+    add_attribute_scores(scores, pairs, find_protocol("openimages"), settings, 3, ATTRIBUTES)
     assert set(scores.results) == before
 
 

@@ -65,6 +65,8 @@ def test_entity_attributes_from_instances_keeps_the_best():
     assert found.entities.tolist() == [0] * 10 + [1]
     assert found.ids.tolist() == [11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 7]
     np.testing.assert_allclose(found.scores[:2], scores[0, [11, 10]], rtol=1e-6)
+    with pytest.raises(ValueError, match="NaN or infinite pred_attributes"):
+        EntityAttributes.from_instances(predicted([[0.5, float("nan")]]))
     without = predicted([[0.5]])
     without.remove("pred_attributes")
     assert EntityAttributes.from_instances(without) is None
