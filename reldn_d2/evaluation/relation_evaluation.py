@@ -310,6 +310,8 @@ class RelationDatasetEvaluator(DatasetEvaluator):
         attributes = () if graph.attributes is None else graph.attributes.ids
         for key, values in zip(NAME_FIELDS, (graph.classes, graph.predicates, attributes)):
             names = self._metadata.get(key, None)
+            if key == "attribute_classes" and not names:
+                continue  # the dataset has none, so they are not scored
             if names is None or len(values) == 0:
                 continue
             low, high = int(values.min()), int(values.max())

@@ -9,10 +9,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from data_files import write_openimages
 from evaluation_data import NAME, dataset_dicts, output, registered
 from evaluation_oracles import area, mean, percent
 from evaluation_utils import loop_iou, loop_union, random_case
 
+from reldn_d2.data.datasets import load_openimages_vrd
 from reldn_d2.evaluation import RelationDatasetEvaluator
 from reldn_d2.evaluation.attribute_evaluation import (
     add_attribute_scores,
@@ -313,7 +315,23 @@ def test_evaluator_attributes_out_of_range_raise():
             evaluate("prdcls", [0.2, 0.9])
 
 
-def test_evaluator_dataset_without_attributes_ignores_those_of_the_model():
-    with registered():
-        results, _ = evaluate("prdcls", [0.2, 0.9])
-        assert set(results) == {"relations_prdcls"}
+@pytest.mark.parametrize("metadata", [{}, {"attribute_classes": []}])
+def test_evaluator_dataset_without_attributes_ignores_those_of_the_model(metadata):
+    with registered(dataset_dicts, **metadata):
+        results, names = evaluate("prdcls", [0.2, 0.9], attributes=True)
+        assert set(results) == set(names) == {"relations_prdcls"}
+
+
+def test_attribute_relations_equal_those_of_the_openimages_loader(tmp_path):
+    arguments = write_openimages(tmp_path)
+    plain = load_openimages_vrd(**arguments)
+    expected = load_openimages_vrd(**arguments, attributes_as_relations=True)
+    graphs = [attribute_relations(SceneGraph.from_dataset_dict(x), 3, 9) for x in plain]
+    assert sum(len(x.pairs) for x in graphs) > sum(len(x["relations"]) for x in plain)
+    for found, record in zip(graphs, expected, strict=True):
+        wanted = SceneGraph.from_dataset_dict(record)
+        both = [
+            sorted(zip(x.labels.tolist(), x.boxes[x.pairs].reshape(-1, 8).tolist()))
+            for x in (found, wanted)
+        ]
+        assert both[0] == both[1]
