@@ -38,6 +38,7 @@ def add_reldn_config(cfg: CfgNode) -> None:
     """
     _add_model(cfg)
     _add_relation_head(cfg)
+    _add_attribute_head(cfg)
     _add_data_solver_and_test(cfg)
 
 
@@ -154,6 +155,16 @@ def _add_relation_head(cfg: CfgNode) -> None:
     # "paper": means over anchors that have a positive pair. "released_code": mean over all margins
     # and one zero.
     head.LOSS.NORMALIZATION = "paper"
+
+
+def _add_attribute_head(cfg: CfgNode) -> None:
+    # Attributes of entities, such as "wooden", from the entity vectors of the relation head's
+    # visual module; not in the paper.
+    cfg.MODEL.ROI_ATTRIBUTE_HEAD = head = CN()
+    head.ENABLED = False
+    head.NUM_ATTRIBUTES = 5  # A, that of the OpenImages challenge
+    head.HIDDEN_DIM = 256  # units of the hidden layer; 0: one linear layer
+    head.LOSS_WEIGHT = 1.0  # factor of the binary cross-entropy over known entities
 
 
 def _add_data_solver_and_test(cfg: CfgNode) -> None:

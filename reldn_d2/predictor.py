@@ -40,6 +40,7 @@ from .structures.given_boxes import (
     check_size,
     to_array,
 )
+from .structures.name_matching import NAME_FIELDS
 from .structures.scene_graph import SceneGraph
 from .utils.image_io import ONE_IMAGE, ImageError, OneImage, from_rgb, load_rgb
 from .utils.protocols import predicates_per_pair
@@ -78,6 +79,7 @@ class RelationPredictor:
         thing_classes: Sequence[str] = (),
         predicate_classes: Sequence[str] = (),
         unknown_classes: str = "error",
+        attribute_classes: Sequence[str] = (),
     ):
         """
         Args:
@@ -88,6 +90,7 @@ class RelationPredictor:
                 "error", or "leave_out", which lists them in the result's ``left_out`` and logs
                 their count whenever a new class is among them. Synonyms are names that the model
                 has, see :mod:`.structures.class_matching`.
+            attribute_classes: names by id, if the model predicts attributes.
         """
         if unknown_classes not in UNKNOWN_CLASSES:
             raise ValueError(
@@ -99,6 +102,7 @@ class RelationPredictor:
         self.cfg = cfg
         self.thing_classes = list(thing_classes)
         self.predicate_classes = list(predicate_classes)
+        self.attribute_classes = list(attribute_classes)
         self._resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
 
     @classmethod
@@ -153,6 +157,7 @@ class RelationPredictor:
             description.get("thing_classes", ()),
             description.get("predicate_classes", ()),
             unknown_classes,
+            description.get("attribute_classes", ()),
         )
 
     @classmethod
@@ -348,12 +353,13 @@ class RelationPredictor:
             file_name=file_name,
             thing_classes=self.thing_classes,
             predicate_classes=self.predicate_classes,
+            attribute_classes=self.attribute_classes,
         )
 
     @property
     def metadata(self) -> SimpleNamespace:
         """The names in the form that a visualizer takes, without a registered dataset."""
-        names = dict(thing_classes=self.thing_classes, predicate_classes=self.predicate_classes)
+        names = {field: getattr(self, field) for field in NAME_FIELDS}
         return SimpleNamespace(get=lambda key, default=None: names.get(key, default), **names)
 
     @contextmanager

@@ -82,8 +82,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--labels",
         metavar="FILE",
         help="names of the classes in a .csv of the challenge: the first column of this CSV file, "
-        "in the order of the classes (challenge-2018-classes-vrd.csv); default: thing_labels of "
-        "the metadata, or thing_classes",
+        "in the order of the classes (challenge-2018-classes-vrd.csv), optionally followed by "
+        "those of the attributes; default: thing_labels of the metadata, or thing_classes",
     )
     args = parser.parse_args(arguments)
     try:

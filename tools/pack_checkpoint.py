@@ -90,6 +90,7 @@ def pack(checkpoint: Path, license_text: str, note: str) -> dict[str, Any]:
         "reldn": {
             "config": without_paths(description["config"]),
             **{key: description[key] for key in _KEPT},
+            "attribute_classes": description.get("attribute_classes", []),
         },
         "about": {
             "license": license_text,

@@ -26,6 +26,8 @@ _NUM_CLASSES_KEYS = {
 def check_counts(cfg: CfgNode, model: nn.Module) -> None:
     """Compare a model's numbers of classes and predicates with those of the config's datasets.
 
+    So too that of attributes, if the model predicts any; test sets may have none.
+
     Raises:
         ValueError: if they differ, with both counts and the config key; or if two classes or
             predicates of a dataset have the same name.
@@ -41,6 +43,10 @@ def check_counts(cfg: CfgNode, model: nn.Module) -> None:
                 cfg.MODEL.ROI_RELATION_HEAD.NUM_PREDICATES,
             ),
         ]
+        attribute_head = cfg.MODEL.ROI_ATTRIBUTE_HEAD
+        if attribute_head.ENABLED:
+            key = "MODEL.ROI_ATTRIBUTE_HEAD.NUM_ATTRIBUTES"
+            expected.append(("attribute_classes", key, attribute_head.NUM_ATTRIBUTES))
     elif cfg.MODEL.META_ARCHITECTURE in _NUM_CLASSES_KEYS:
         key = _NUM_CLASSES_KEYS[cfg.MODEL.META_ARCHITECTURE]
         expected = [("thing_classes", key, cfg.MODEL[key.split(".")[1]].NUM_CLASSES)]
@@ -48,6 +54,8 @@ def check_counts(cfg: CfgNode, model: nn.Module) -> None:
     for dataset in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST, *counted)):
         for field, key, count in expected:
             names = dataset_names(dataset).get(field)
+            if field == "attribute_classes" and not names:
+                continue
             if names is not None and len(names) != count:
                 raise ValueError(
                     f"{key} is {count}, but the dataset '{dataset}' has {len(names)} {field}. "

@@ -87,6 +87,7 @@ def build_relation_evaluator(
         kept_predicates_per_pair=kept_predicates_per_pair(cfg),
         recall_at=recall_at,
         topk=relations.TOPK if protocol.all_triplets else min(relations.TOPK, most),
+        attributes=cfg.MODEL.ROI_ATTRIBUTE_HEAD.ENABLED,
     )
 
 

@@ -77,8 +77,8 @@ def import_predictions(
     renumbering = Renumbering.between(
         given, names, f"{file} (--classes, --predicates)", f"dataset '{dataset_name}'"
     )
-    counts = [len(given[field] or names.get(field) or ()) for field in NAME_FIELDS]
-    for field, count in zip(NAME_FIELDS, counts):
+    counts = [len(values or names.get(field) or ()) for field, values in given.items()]
+    for field, count in zip(given, counts):
         if not count:
             raise ValueError(f"The metadata of dataset '{dataset_name}' lacks {field}.")
     images = IMPORT_FORMATS[file_format](file)

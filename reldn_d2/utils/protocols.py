@@ -44,6 +44,8 @@ class Protocol:
         verified_labels: ignore triplets with a class that nobody looked for in their image, by the
             "code" of the OpenImages challenge or by its "text"; None ignores none. See
             :meth:`reldn_d2.evaluation.batches.Batch.judgeable`.
+        attribute_relations: the attributes of entities count as well, as relations
+            ``<entity, is, attribute>``: predictions with attributes get another block of results.
         distinct_relations: a relation that is annotated twice counts once.
         zero_shot: recall over the triplets that the training set lacks is reported.
     """
@@ -58,6 +60,7 @@ class Protocol:
     strict_precision: bool = False
     all_triplets: bool = False
     verified_labels: str | None = None
+    attribute_relations: bool = False
     distinct_relations: bool = False
     zero_shot: bool = False
 
@@ -72,6 +75,7 @@ _OPENIMAGES = Protocol(
     precision_overlaps=_BOTH,
     all_triplets=True,
     verified_labels="code",
+    attribute_relations=True,
 )
 PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol

@@ -23,6 +23,7 @@ from reldn_d2.evaluation.predictions_io import (
     write_settings,
 )
 from reldn_d2.evaluation.relation_evaluation import load_ground_truth
+from reldn_d2.structures.attributes import EntityAttributes
 from reldn_d2.utils.protocols import PROTOCOLS
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -136,6 +137,32 @@ def test_predictions_file_roundtrip(cases, tmp_path):
         np.testing.assert_equal(vars(after), vars(before))
 
 
+def test_predictions_file_with_attributes_roundtrip(cases, tmp_path):
+    file = str(tmp_path / "predictions.json")
+    predictions = []
+    for image_id, case in zip(IDS, cases):
+        graph = case.pair()[1]
+        lists = [[[1, 0], [0.75, 0.25]], [[], []]] * len(graph.boxes)
+        ids, values = zip(*lists[: len(graph.boxes)])
+        attributes = EntityAttributes.from_lists(ids, values, len(graph.boxes), "it")
+        predictions.append(replace(graph, image_id=image_id, attributes=attributes))
+    write_predictions(predictions, file)
+    for before, after in zip(predictions, read_predictions(file, num_attributes=2), strict=True):
+        assert after.attributes.rows() == before.attributes.rows()
+    with pytest.raises(ValueError, match="record 0 .*attribute 1 is not one of the dataset's 1, 0"):
+        list(read_predictions(file, num_attributes=1))
+
+
+def attributes(ids, scores):
+    """Give the first record's boxes these attributes; None leaves a list out."""
+
+    def spoil(records):
+        lists = {"attributes": ids, "attribute_scores": scores}
+        records[2]["instances"].update({k: v for k, v in lists.items() if v is not None})
+
+    return spoil
+
+
 def test_read_predictions_long_records_and_spaces(cases, records, tmp_path):
     size = 1 << 20
     blank = " " * (size - 10)
@@ -227,6 +254,9 @@ def twice(item):
         (change("relations", {}), r'IMG "relations" is \[\]; .* pairs, predicates, scores'),
         (change("instances", None), 'IMG "instances" is None; .* boxes, classes, scores'),
         (change("relations/pairs/0", [1, 1]), "IMG triplet .* relates an entity to itself"),
+        (attributes([[0]] * 5, None), 'IMG "instances" has no "attribute_scores", but'),
+        (attributes([[0]] * 5, [[2]] * 5), "IMG an attribute of box 0 has the score 2.0; expected"),
+        (attributes([[0]], [[0.5]]), "IMG attributes are .* one list for each of the 5 boxes"),
         (lambda records: twice(records[2]), "IMG triplet .* is listed before as triplet 0, and"),
         (lambda records: records.__setitem__(2, 7), ": expected an object .* found 7"),
     ],

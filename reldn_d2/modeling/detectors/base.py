@@ -204,7 +204,8 @@ def label_entities(
 
     Returns:
         ``proposal_boxes``, ``gt_classes`` and ``gt_index`` of each image; the latter is the index
-        of a ground-truth box among the targets, and -1 for a proposal.
+        of a ground-truth box among the targets, and -1 for a proposal. If the targets have
+        attributes, also ``gt_attributes`` and ``gt_attributes_known`` of the matched box.
     """
     entities = []
     for boxes, target in zip(proposals, targets):
@@ -226,5 +227,8 @@ def label_entities(
         result.proposal_boxes = boxes[chosen]
         result.gt_classes = target.gt_classes[matched[chosen]]
         result.gt_index = gt_index[chosen]
+        for field in ("gt_attributes", "gt_attributes_known"):
+            if target.has(field):
+                result.set(field, target.get(field)[matched[chosen]])
         entities.append(result)
     return entities

@@ -20,6 +20,7 @@ from detectron2.utils.logger import log_first_n
 
 from ...utils.protocols import kept_predicates_per_pair
 from ..losses import draw_predicate_targets
+from .attribute_head import AttributeHead
 from .head_losses import RelationLoss, build_relation_losses, merge_losses
 from .pair_sampling import PairSampler, SampledPairs, build_pair_sampler, training_pairs
 from .pairs import EntityBatch
@@ -76,6 +77,7 @@ class RelationHead(nn.Module, ABC):
         num_predicates: int,
         losses: dict[str, RelationLoss],
         sampler: PairSampler,
+        attribute_head: AttributeHead | None = None,
         overlap_filter: bool = True,
         pair_iou_threshold: float = 0.5,
         topk: int = 100,
@@ -90,6 +92,8 @@ class RelationHead(nn.Module, ABC):
             num_predicates: C.
             losses: by name.
             sampler: draws the training pairs.
+            attribute_head: scores the attributes of entities from their ``vectors``, in addition to
+                what a subclass does with entities; None for none.
             overlap_filter: leave out pairs of detected boxes (in training: of proposals) that do
                 not overlap. Pairs of given boxes, and in training pairs with a ground-truth box,
                 are all used.
@@ -111,6 +115,7 @@ class RelationHead(nn.Module, ABC):
         self.losses = nn.ModuleDict(losses)
         self.sampler = sampler
         self.sampler.for_anchors = any(loss.needs_anchor_pairs for loss in losses.values())
+        self.attribute_head = attribute_head
         self.overlap_filter = overlap_filter
         self.pair_iou_threshold = pair_iou_threshold
         self.topk = topk
@@ -292,6 +297,8 @@ class RelationHead(nn.Module, ABC):
         case = (logits, draw_predicate_targets(pairs.labels), pairs, entities)
         parts = {name: loss(*case) for name, loss in self.losses.items()}
         parts["entity_losses"] = self.entity_losses(entities, proposals)
+        if self.attribute_head is not None:
+            parts["attribute_head"] = self.attribute_head.losses(entities.vectors, proposals)
         losses = merge_losses(parts)
         storage = get_event_storage()
         if (storage.iter + 1) % self.statistics_period == 0:  # when the trainer's writers write
@@ -372,6 +379,8 @@ class RelationHead(nn.Module, ABC):
     ) -> tuple[EntityBatch, Instances]:
         """Refine the entities of one image; pairs are then scored by the refined classes.
 
+        With an attribute head the entities get ``pred_attributes``.
+
         Raises:
             ValueError: if :meth:`refine_entities` returns another number of entities.
         """
@@ -381,6 +390,9 @@ class RelationHead(nn.Module, ABC):
                 f"{type(self).__name__}.refine_entities returned {len(refined)} entities for "
                 f"{len(instances)}: return the same ones in the same order."
             )
+        if self.attribute_head is not None:
+            refined = Instances(refined.image_size, **refined.get_fields())
+            refined.pred_attributes = self.attribute_head.predict(entities.vectors)
         return replace(entities, classes=refined.pred_classes), refined
 
     def _too_many_pairs(self, num_entities: int) -> bool:

@@ -201,6 +201,12 @@ class EntityBatch:
     object_vectors: Tensor | None
     context: Tensor | None = None
 
+    @property
+    def vectors(self) -> Tensor | None:
+        """Return (R, d) or (R, 2 d), the vectors of each entity in one; None if there are none."""
+        parts = [x for x in (self.subject_vectors, self.object_vectors) if x is not None]
+        return torch.cat(parts, dim=1) if parts else None
+
     @classmethod
     def stack(
         cls,
