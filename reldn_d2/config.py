@@ -169,6 +169,9 @@ def _add_data_solver_and_test(cfg: CfgNode) -> None:
     # paper.
     cfg.TEST.RELATIONS.PROTOCOL = ""
     cfg.TEST.RELATIONS.RECALL_AT = []  # the n of R@n, each at most TOPK; empty: the protocol's
+    # Head, body and tail of the predicates: [10000, 500] puts those with at least 10,000 relations
+    # in the training set into the head and those with fewer than 500 into the tail; empty: thirds.
+    cfg.TEST.RELATIONS.GROUP_THRESHOLDS = []
     # k: max predicates kept per pair; None means no limit. With several values the output holds
     # the exact top TOPK of each. Empty: the values that any protocol needs are kept, and those of
     # the protocol are evaluated.
