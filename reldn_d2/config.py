@@ -149,6 +149,12 @@ def _add_data_solver_and_test(cfg: CfgNode) -> None:
     cfg.DATASETS.DETECTION_FILES_TRAIN = ()
     cfg.DATASETS.DETECTION_FILES_TEST = ()
 
+    # DATALOADER.SAMPLER_TRAIN can also be "RepeatFactorByPredicateSampler": images with predicates
+    # that fewer than a share of REPEAT_THRESHOLD of the images have are repeated. In these images
+    # relations of frequent predicates are dropped with up to this probability (gamma_d of bi-level
+    # sampling, Li et al. 2021).
+    cfg.DATALOADER.RELATION_DROP_RATE = 0.0
+
     cfg.SOLVER.OPTIMIZER = "SGD"  # or "AdamW"
     # lr factor of the predicate backbone and the predicate box head; the subject and the object box
     # head learn at the full rate.
