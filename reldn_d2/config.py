@@ -182,6 +182,9 @@ def _add_data_solver_and_test(cfg: CfgNode) -> None:
     # the exact top TOPK of each. Empty: the values that any protocol needs are kept, and those of
     # the protocol are evaluated.
     cfg.TEST.RELATIONS.PREDICATES_PER_PAIR = []
+    # tau of logit adjustment: raise rare predicates by their frequency in training; 0.0 is off, 1.0
+    # scores all predicates as if they were equally frequent.
+    cfg.TEST.RELATIONS.LOGIT_ADJUSTMENT = 0.0
     cfg.TEST.RELATIONS.PAIR_CHUNK = 2048  # pairs scored at once: bounds the memory
     # With given boxes (sgcls, prdcls) of an image with more pairs, that is more than 200 boxes, the
     # visual module is applied to this many pairs: those that the other modules score best.

@@ -122,7 +122,8 @@ class RelationPredictor:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is not a RelDN checkpoint, or there is no such device.
+            ValueError: the file is not a RelDN checkpoint or lacks what ``opts`` ask for, or there
+                is no such device.
         """
         path = str(path)
         device = check_device(device)
@@ -147,6 +148,8 @@ class RelationPredictor:
         cfg.MODEL.WEIGHTS = path
         model = build_model(cfg)
         RelDNCheckpointer(model).load(path)
+        if hasattr(model.relation_head, "prior"):
+            model.relation_head.prior.check(path)
         return cls(
             model,
             cfg,

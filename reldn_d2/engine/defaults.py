@@ -129,7 +129,8 @@ class RelDNTrainer(DefaultTrainer):
             self.data_loader.seek(self.start_iter, self.seed)
         elif self.start_iter:
             logger.warning("This data loader cannot be resumed: it restarts its shuffling.")
-        statistics = ensure_frequency_table(self.cfg, self.model)
+        training = "resumed" if resumed else "new"
+        statistics = ensure_frequency_table(self.cfg, self.model, training)
         if statistics is not None:
             self.checkpointer.description["statistics"] = statistics.description()
 
@@ -283,6 +284,8 @@ class RelDNTrainer(DefaultTrainer):
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
         ensure_frequency_table(cfg, model)
         head = getattr(model, "relation_head", None)
+        if hasattr(head, "prior"):
+            head.prior.check(f"the checkpoint {cfg.MODEL.WEIGHTS}")
         has_weights = any(
             getattr(head, part, None) is not None for part in ("spatial", "joint", "visual")
         )

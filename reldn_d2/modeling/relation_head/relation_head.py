@@ -23,6 +23,7 @@ from ..losses.contrastive import NORMALIZATIONS
 from .build import ROI_RELATION_HEAD_REGISTRY, build_visual_parts
 from .head_losses import L0_MEANS, relation_losses
 from .joint import JointModule
+from .logit_adjustment import PredicatePrior
 from .pair_sampling import SampledPairs, training_pairs
 from .pairs import EntityBatch, distinct_unions
 from .predictors import SemanticModule, SpatialModule, VisualModule, spatial_features
@@ -67,6 +68,7 @@ class RelDNHead(nn.Module):
         predicates_per_pair: tuple[int | None, ...] = (1,),
         pair_chunk: int = 2048,
         max_visual_pairs: int = 40_000,
+        logit_adjustment: float = 0.0,
         statistics_period: int = 20,
     ):
         """
@@ -92,6 +94,7 @@ class RelDNHead(nn.Module):
             pair_chunk: max pairs scored at once at test time.
             max_visual_pairs: max pairs of an image with given boxes that the visual module scores;
                 of more pairs, those that the other modules score best are kept.
+            logit_adjustment: tau at test time, see :class:`.logit_adjustment.PredicatePrior`.
             statistics_period: log training metrics every so many iterations.
 
         Raises:
@@ -131,6 +134,7 @@ class RelDNHead(nn.Module):
         self.predicates_per_pair = tuple(predicates_per_pair)
         self.pair_chunk = pair_chunk
         self.max_visual_pairs = max_visual_pairs
+        self.prior = PredicatePrior(num_predicates, logit_adjustment)
         self.statistics_period = statistics_period
 
     @classmethod
@@ -163,6 +167,7 @@ class RelDNHead(nn.Module):
             "predicates_per_pair": kept_predicates_per_pair(cfg),
             "pair_chunk": cfg.TEST.RELATIONS.PAIR_CHUNK,
             "max_visual_pairs": cfg.TEST.RELATIONS.MAX_VISUAL_PAIRS,
+            "logit_adjustment": cfg.TEST.RELATIONS.LOGIT_ADJUSTMENT,
         }
         if head.SEMANTIC.ENABLED:
             ret["semantic"] = SemanticModule(num_classes, num_predicates, head.SEMANTIC.FREEZE)
@@ -318,6 +323,7 @@ class RelDNHead(nn.Module):
         """
         if self.training:
             return self._losses(features, predicate_features, entities, targets)
+        self.prior.check()
         return [
             self._predict(
                 {name: x[i : i + 1] for name, x in features.items()},
@@ -395,7 +401,7 @@ class RelDNHead(nn.Module):
 
         def score_pairs(subjects: Tensor, objects: Tensor, visual: bool = True) -> Tensor:
             logits = self.pair_logits(entities, predicate_features, subjects, objects, visual)
-            return logits.float().softmax(dim=1)[:, :-1]
+            return self.prior(logits)[:, :-1]
 
         overlap_filter = self.overlap_filter and not boxes_given
         search = partial(
