@@ -148,8 +148,7 @@ class RelationPredictor:
         cfg.MODEL.WEIGHTS = path
         model = build_model(cfg)
         RelDNCheckpointer(model).load(path)
-        if hasattr(model.relation_head, "prior"):
-            model.relation_head.prior.check(path)
+        model.relation_head.prior.check(path)
         return cls(
             model,
             cfg,

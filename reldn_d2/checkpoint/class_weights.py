@@ -46,6 +46,7 @@ _COUNTS = r"relation_head\.prior\.predicate_counts"
 _RELATION_WEIGHTS = {
     "thing_classes": re.compile(
         rf"{_TABLE}|relation_head\.joint\.(subject|object)_embedding\.weight"
+        r"|relation_head\.context\.class_embedding\.weight"
     ),
     "predicate_classes": re.compile(
         rf"{_TABLE}|{_COUNTS}|relation_head\.(spatial\.4|joint\.layers\.6|visual\.rest\.3"
