@@ -145,6 +145,9 @@ def _add_relation_head(cfg: CfgNode) -> None:
     # "images": L0 is the mean over images of the mean over an image's pairs. "pairs": the mean over
     # the pairs of all images of the batch, so that images with more pairs count more.
     head.LOSS.L0_MEAN = "images"
+    # beta of class-balanced weights of L0 (Cui et al. 2019): the larger, the more rare predicates
+    # count; 0.0 is off, 0.9 to 0.999 are common.
+    head.LOSS.CLASS_BALANCED_BETA = 0.0
     head.LOSS.LAMBDA_1 = 1.0  # lambda_1: class agnostic loss L1; 0 switches a loss off
     head.LOSS.LAMBDA_2 = 0.5  # lambda_2: entity class aware loss L2
     head.LOSS.LAMBDA_3 = 0.1  # lambda_3: predicate class aware loss L3

@@ -68,9 +68,9 @@ def ensure_frequency_table(
     Args:
         cfg: names these datasets and says whether pairs must overlap.
         model: possibly wrapped for distributed training.
-        training: "new" for a new training, which is not the one of its initial checkpoint;
-            "resumed" for one that goes on with the counts of its checkpoint, if that has any; empty
-            for an evaluation, which needs no training set unless there is no table.
+        training: "new" counts predicates also if the initial checkpoint has counts, because those
+            are of another training. "resumed" keeps the counts of the checkpoint if it has any.
+            Empty is for evaluations, which must not need a training set unless there is no table.
 
     Returns:
         the statistics of the training sets, in the model's order of names; None if nothing had to
@@ -84,13 +84,15 @@ def ensure_frequency_table(
     needs_counts = prior is not None and (
         training == "new" or not prior.known and (training == "resumed" or needs_table)
     )
+    if training and prior is not None and not needs_counts:
+        head.set_predicate_counts(prior.predicate_counts)  # those of the checkpoint
     if not (needs_table or needs_counts):
         return None
     statistics = training_statistics_of(cfg.DATASETS.TRAIN)
     owner = f"dataset '{cfg.DATASETS.TRAIN[0]}'"
     of_model = statistics.in_order_of(getattr(model, "names", {}), owner, "the model")
     if needs_counts:
-        prior.set_counts(torch.from_numpy(of_model.predicate_counts))
+        head.set_predicate_counts(torch.from_numpy(of_model.predicate_counts))
     if needs_table:
         _fill_table(cfg, model, statistics)
     return of_model

@@ -145,6 +145,12 @@ class RelationHead(nn.Module, ABC):
             "logit_adjustment": cfg.TEST.RELATIONS.LOGIT_ADJUSTMENT,
         }
 
+    def set_predicate_counts(self, predicate_counts: Tensor) -> None:
+        """Give losses and logit adjustment the (C,) relations of each predicate in training."""
+        self.prior.set_counts(predicate_counts)
+        for loss in self.losses.values():
+            loss.set_predicate_counts(self.prior.predicate_counts)
+
     @property
     def box_heads(self) -> list[nn.Module]:
         """Return the box heads that start from the weights of the detector's."""
