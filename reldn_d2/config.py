@@ -146,6 +146,9 @@ def _add_relation_head(cfg: CfgNode) -> None:
     # "images": L0 is the mean over images of the mean over an image's pairs. "pairs": the mean over
     # the pairs of all images of the batch, so that images with more pairs count more.
     head.LOSS.L0_MEAN = "images"
+    # beta of class-balanced weights of L0 (Cui et al. 2019): the larger, the more rare predicates
+    # count; 0.0 is off, 0.9 to 0.999 are common.
+    head.LOSS.CLASS_BALANCED_BETA = 0.0
     head.LOSS.LAMBDA_1 = 1.0  # lambda_1: class agnostic loss L1; 0 switches a loss off
     head.LOSS.LAMBDA_2 = 0.5  # lambda_2: entity class aware loss L2
     head.LOSS.LAMBDA_3 = 0.1  # lambda_3: predicate class aware loss L3
@@ -174,6 +177,12 @@ def _add_data_solver_and_test(cfg: CfgNode) -> None:
     cfg.DATASETS.DETECTION_FILES_TRAIN = ()
     cfg.DATASETS.DETECTION_FILES_TEST = ()
 
+    # DATALOADER.SAMPLER_TRAIN can also be "RepeatFactorByPredicateSampler": images with predicates
+    # that fewer than a share of REPEAT_THRESHOLD of the images have are repeated. In these images
+    # relations of frequent predicates are dropped with up to this probability (gamma_d of bi-level
+    # sampling, Li et al. 2021).
+    cfg.DATALOADER.RELATION_DROP_RATE = 0.0
+
     cfg.SOLVER.OPTIMIZER = "SGD"  # or "AdamW"
     # lr factor of the predicate backbone and the predicate box head; the subject and the object box
     # head learn at the full rate.
@@ -194,10 +203,16 @@ def _add_data_solver_and_test(cfg: CfgNode) -> None:
     # paper.
     cfg.TEST.RELATIONS.PROTOCOL = ""
     cfg.TEST.RELATIONS.RECALL_AT = []  # the n of R@n, each at most TOPK; empty: the protocol's
+    # Head, body and tail of the predicates: [10000, 500] puts those with at least 10,000 relations
+    # in the training set into the head and those with fewer than 500 into the tail; empty: thirds.
+    cfg.TEST.RELATIONS.GROUP_THRESHOLDS = []
     # k: max predicates kept per pair; None means no limit. With several values the output holds
     # the exact top TOPK of each. Empty: the values that any protocol needs are kept, and those of
     # the protocol are evaluated.
     cfg.TEST.RELATIONS.PREDICATES_PER_PAIR = []
+    # tau of logit adjustment: raise rare predicates by their frequency in training; 0.0 is off, 1.0
+    # scores all predicates as if they were equally frequent.
+    cfg.TEST.RELATIONS.LOGIT_ADJUSTMENT = 0.0
     cfg.TEST.RELATIONS.PAIR_CHUNK = 2048  # pairs scored at once: bounds the memory
     # With given boxes (sgcls, prdcls) of an image with more pairs, that is more than 200 boxes, the
     # visual module is applied to this many pairs: those that the other modules score best.

@@ -126,7 +126,8 @@ class RelationPredictor:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is not a RelDN checkpoint, or there is no such device.
+            ValueError: the file is not a RelDN checkpoint or lacks what ``opts`` ask for, or there
+                is no such device.
         """
         path = str(path)
         device = check_device(device)
@@ -151,6 +152,7 @@ class RelationPredictor:
         cfg.MODEL.WEIGHTS = path
         model = build_model(cfg)
         RelDNCheckpointer(model).load(path)
+        model.relation_head.prior.check(path)
         return cls(
             model,
             cfg,

@@ -34,7 +34,7 @@ from detectron2.modeling import build_model
 _FROZEN_BN_EPSILON = 1e-5
 
 # Buffers that the released code has no counterpart of.
-_OURS_ONLY = ("running_mean", "running_var", "counted", "feature_version")
+_OURS_ONLY = ("running_mean", "running_var", "counted", "feature_version", "predicate_counts")
 
 # Our module: their module. Box heads and backbones occur several times.
 _HEADS = {
@@ -233,6 +233,8 @@ def _constant(name: str, like: Tensor) -> Tensor:
         return torch.ones_like(like, device="cpu")
     if name.endswith("feature_version"):
         return torch.tensor(SpatialModule.FEATURE_VERSION)
+    if name.endswith("predicate_counts"):  # unknown: the released files do not have them
+        return torch.zeros_like(like, device="cpu")
     value = 1.0 - _FROZEN_BN_EPSILON if name.endswith("running_var") else 0.0
     return torch.full(like.shape, value)
 

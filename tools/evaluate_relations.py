@@ -67,7 +67,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="the n of R@n; default: the protocol's",
     )
     parser.add_argument(
-        "--train-dataset", help="for zero-shot recall; default: the one the dataset names"
+        "--train-dataset",
+        help="for zero-shot recall and the predicates' frequencies; default: the one that the "
+        "dataset names",
+    )
+    parser.add_argument(
+        "--group-thresholds",
+        type=int,
+        nargs=2,
+        default=(),
+        metavar=("HEAD", "TAIL"),
+        help="a predicate with at least HEAD training relations belongs to the head, one with "
+        "fewer than TAIL to the tail; default: thirds of the predicates",
     )
     parser.add_argument(
         "--output", help="folder for results.json and the tables and plots of all predicates"
@@ -124,6 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
             predicates_per_pair=args.predicates_per_pair,
             recall_at=args.recall_at,
             labels=labels,
+            group_thresholds=args.group_thresholds,
         )
         if args.output:
             path = os.path.join(args.output, "results.json")

@@ -39,15 +39,17 @@ _MASKS = re.compile(r"roi_heads\.mask_head\.predictor\.(weight|bias)")
 _DENSE_SCORES = re.compile(r"head\.cls_score\.(weight|bias)")
 
 # Weights of the relation head that depend on which classes or predicates it has, by the field of
-# their names: the frequency table, the class embeddings, and the last layer of each module.
+# their names: the frequency table, the class embeddings, the last layer of each module, and the
+# relations of each predicate.
 _TABLE = r"relation_head\.semantic\.table\.weight"
+_COUNTS = r"relation_head\.prior\.predicate_counts"
 _RELATION_WEIGHTS = {
     "thing_classes": re.compile(
         rf"{_TABLE}|relation_head\.joint\.(subject|object)_embedding\.weight"
         r"|relation_head\.context\.class_embedding\.weight"
     ),
     "predicate_classes": re.compile(
-        rf"{_TABLE}|relation_head\.(spatial\.4|joint\.layers\.6|visual\.rest\.3"
+        rf"{_TABLE}|{_COUNTS}|relation_head\.(spatial\.4|joint\.layers\.6|visual\.rest\.3"
         r"|visual\.(subject|object)_skip)\.(weight|bias)"
     ),
     "attribute_classes": re.compile(r"relation_head\.attribute_head\.classifier\.(weight|bias)"),

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from math import isqrt
 from typing import Any
 
+import torch
 from torch import nn
 
 from detectron2.checkpoint import DetectionCheckpointer
@@ -184,6 +185,8 @@ class RelDNCheckpointer(DetectorCheckpointer):
                 semantic.counted.fill_(False)  # so that the trainer counts the table again
             elif self.loaded.get("statistics"):  # a resumed run saves them again
                 self.description["statistics"] = self.loaded["statistics"]
+            if "predicate_classes" not in different:
+                self._take_counts()
             return incompatible
 
         if not self.model.detector.reads_images:
@@ -201,6 +204,13 @@ class RelDNCheckpointer(DetectorCheckpointer):
         initialize_relation_branch(self.model, self.allow_pickle)
         self.started_from_detector = True
         return incompatible
+
+    def _take_counts(self) -> None:
+        """Take the relations of each predicate from the statistics of an older checkpoint."""
+        prior = self.model.relation_head.prior
+        counts = (self.loaded.get("statistics") or {}).get("predicate_counts") or []
+        if not prior.known and len(counts) == len(prior.predicate_counts):
+            prior.set_counts(torch.tensor(counts))
 
     def _adopt_reldn_names(self) -> list[str]:
         """Give the model the checkpoint's names; see ``DetectorCheckpointer._adopt_names``."""

@@ -31,6 +31,13 @@ from .boxes_only import add_sizes, load_without_images
 from .dataset_dict import check_annotations
 from .datasets.catalog import dataset_names
 from .detection_files import attach_detections
+from .repeat_factors import (
+    PREDICATE_SAMPLER,
+    check_sampler,
+    log_repeats,
+    predicate_repeats,
+    with_drop_probabilities,
+)
 from .start_checks import check_records, training_warnings
 from .statistics import training_statistics_of
 
@@ -338,9 +345,10 @@ def build_train_loader(
     and the checks. The sets of ``DATASETS.TEST`` are checked as well.
 
     Raises:
-        ValueError: the batch size is not divisible by the number of processes, or the sampler is
-            unknown.
+        ValueError: the batch size is not divisible by the number of processes, or the sampler's
+            keys are wrong (see :func:`.repeat_factors.check_sampler`).
     """
+    check_sampler(cfg, with_relations)
     dicts = load_training_dicts(cfg, num_classes, num_predicates, with_relations, with_images)
     for name in cfg.DATASETS.TEST:  # now: the evaluation may be many hours away
         if name not in cfg.DATASETS.TRAIN:
@@ -351,25 +359,29 @@ def build_train_loader(
     batch, world = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
     if batch % world or batch < world:
         raise ValueError(f"SOLVER.IMS_PER_BATCH is {batch}: not divisible by {world} processes.")
-    name = cfg.DATALOADER.SAMPLER_TRAIN
-    if name == "RepeatFactorTrainingSampler":
-        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            dicts, cfg.DATALOADER.REPEAT_THRESHOLD
-        )
-
-        def build_sampler(seed: int) -> Sampler:
-            return RepeatFactorTrainingSampler(factors, seed=seed)
-
-    elif name == "TrainingSampler":
+    name, threshold = cfg.DATALOADER.SAMPLER_TRAIN, cfg.DATALOADER.REPEAT_THRESHOLD
+    if name == "TrainingSampler":
 
         def build_sampler(seed: int) -> Sampler:
             return TrainingSampler(num_images, seed=seed)
 
     else:
-        raise ValueError(
-            f"DATALOADER.SAMPLER_TRAIN is '{name}'; expected TrainingSampler or "
-            "RepeatFactorTrainingSampler. Override build_train_loader to use another one."
-        )
+        if name == PREDICATE_SAMPLER:
+            repeats = predicate_repeats(dicts, threshold, num_predicates)
+            factors = repeats.images
+            if cfg.DATALOADER.RELATION_DROP_RATE:
+                # Other relations are dropped each time, so no mapped image can be kept.
+                keep_mapped = False
+                dicts = with_drop_probabilities(dicts, repeats, cfg.DATALOADER.RELATION_DROP_RATE)
+            names = dataset_names(cfg.DATASETS.TRAIN[0]).get("predicate_classes")
+            log_repeats(repeats, dicts, names, cfg)
+        else:
+            count_classes = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency
+            factors = count_classes(dicts, threshold)
+
+        def build_sampler(seed: int) -> Sampler:
+            return RepeatFactorTrainingSampler(factors, seed=seed)
+
     return TrainLoader(
         dicts,
         mapper,

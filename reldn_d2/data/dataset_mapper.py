@@ -22,6 +22,7 @@ from .boxes_only import image_name
 from .dataset_dict import check_annotations
 from .datasets.catalog import dataset_names as names_of
 from .detection_files import transform_detections
+from .repeat_factors import DROP_KEY
 
 __all__ = ["RelationDatasetMapper"]
 
@@ -106,10 +107,11 @@ class RelationDatasetMapper(DatasetMapper):
               attributes, also ``gt_attributes`` (R, A) and ``gt_attributes_known`` (R,), see
               :mod:`reldn_d2.structures.attributes`.
             * ``relations``: ``Instances`` of M relations, with ``gt_pairs`` (M, 2) into
-              ``instances`` and ``gt_predicates`` (M,); M may be 0.
-
-            * ``derived``: an empty dict, if the result may be kept (:attr:`keeps_results`); the
-              model keeps there what it computes from this image alone.
+              ``instances`` and ``gt_predicates`` (M,); M may be 0. In training, if the dict has
+              ``"drop_probabilities"`` (:mod:`.repeat_factors`), also ``gt_kept`` (M,) bool, drawn
+              anew each time: False for a relation that is not trained on this time.
+            * ``derived``: an empty dict, if the result may be kept (:attr:`keeps_results`, and no
+              relation is dropped); the model keeps there what it computes from this image alone.
 
             ``instances`` and ``relations`` are missing without ``"annotations"`` (inference on
             plain images).
@@ -206,10 +208,11 @@ class RelationDatasetMapper(DatasetMapper):
                 kept &= ~torch.tensor([bool(x.get("iscrowd", 0)) for x in annotations]).bool()
                 kept &= instances.gt_boxes.nonempty(threshold=_EMPTY)
                 instances = instances[kept]
-            relations = ground_truth_relations(dataset_dict.get("relations", ()), size)
+            relations = self._relations(dataset_dict, size)
             result["instances"] = instances
             result["relations"] = remap_relations(relations, kept)
-        if self.is_train and self.keeps_results:
+        drops = result.pop(DROP_KEY, None) is not None
+        if self.is_train and self.keeps_results and not drops:
             result["derived"] = {}
         return result
 
@@ -252,9 +255,19 @@ class RelationDatasetMapper(DatasetMapper):
                 instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
             instances, nonempty = utils.filter_empty_instances(instances, return_mask=True)
             kept[kept.clone()] = nonempty
-        relations = ground_truth_relations(dataset_dict.pop("relations", ()), image_shape)
+        relations = self._relations(dataset_dict, image_shape)
+        dataset_dict.pop(DROP_KEY, None)
         dataset_dict["instances"] = instances
         dataset_dict["relations"] = remap_relations(relations, kept)
+
+    def _relations(self, dataset_dict: dict[str, Any], image_size: Sequence[int]) -> Instances:
+        """Return all relations of an image; in training draw which of them are dropped."""
+        relations = ground_truth_relations(dataset_dict.get("relations", ()), image_size)
+        if self.is_train and DROP_KEY in dataset_dict:
+            # numpy's generator, as Detectron2's augmentations: the loader seeds it for each image.
+            draws = np.random.random(len(relations))
+            relations.gt_kept = torch.from_numpy(draws >= np.array(dataset_dict[DROP_KEY]))
+        return relations
 
 
 def _count_names(dataset_names: Sequence[str], key: str) -> int | None:

@@ -129,7 +129,8 @@ class RelDNTrainer(DefaultTrainer):
             self.data_loader.seek(self.start_iter, self.seed)
         elif self.start_iter:
             logger.warning("This data loader cannot be resumed: it restarts its shuffling.")
-        statistics = ensure_frequency_table(self.cfg, self.model)
+        training = "resumed" if resumed else "new"
+        statistics = ensure_frequency_table(self.cfg, self.model, training)
         if statistics is not None:
             self.checkpointer.description["statistics"] = statistics.description()
 
@@ -283,8 +284,10 @@ class RelDNTrainer(DefaultTrainer):
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
         ensure_frequency_table(cfg, model)
         head = getattr(model, "relation_head", None)
+        if head is not None:
+            head.prior.check(f"the checkpoint {cfg.MODEL.WEIGHTS}")
         names = [] if head is None else head.state_dict()
-        has_weights = any(not name.startswith("semantic.") for name in names)
+        has_weights = any(not name.startswith(("semantic.", "prior.")) for name in names)
         untrained = None
         if getattr(checkpointer, "started_from_detector", False):
             untrained = f"MODEL.WEIGHTS ({cfg.MODEL.WEIGHTS}) is a detector"

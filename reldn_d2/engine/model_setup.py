@@ -1,8 +1,9 @@
-"""Fitting a model to its datasets: the numbers of classes and the frequency table."""
+"""Fitting a model to its datasets: the numbers of classes, and what is counted in training sets."""
 
 import logging
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from detectron2.config import CfgNode
@@ -63,23 +64,51 @@ def check_counts(cfg: CfgNode, model: nn.Module) -> None:
                 )
 
 
-def ensure_frequency_table(cfg: CfgNode, model: nn.Module) -> RelationStatistics | None:
+def ensure_frequency_table(
+    cfg: CfgNode, model: nn.Module, training: str = ""
+) -> RelationStatistics | None:
     """Fill the semantic module's table from the annotations unless a checkpoint had it.
 
-    It is counted on ``DATASETS.TRAIN``, or on ``SEMANTIC.COUNT_DATASETS`` if that is set.
+    It is counted on ``DATASETS.TRAIN``, or on ``SEMANTIC.COUNT_DATASETS`` if that is set. For a
+    training, the head also gets the relations of each predicate in ``DATASETS.TRAIN``, for class
+    balanced weights and, from the checkpoint, for logit adjustment.
 
     Args:
         cfg: names these datasets and says whether pairs must overlap.
         model: possibly wrapped for distributed training.
+        training: "new" counts predicates also if the initial checkpoint has counts, because those
+            are of another training. "resumed" keeps the counts of the checkpoint if it has any.
+            Empty is for evaluations, which must not need a training set unless there is no table.
 
     Returns:
-        the statistics of the training sets; None if nothing had to be counted.
+        the statistics of the training sets, in the model's order of names; None if nothing had to
+        be counted.
     """
     model = getattr(model, "module", model)
-    semantic = getattr(getattr(model, "relation_head", None), "semantic", None)
-    if semantic is None or bool(semantic.counted):
+    head = getattr(model, "relation_head", None)
+    semantic = getattr(head, "semantic", None)
+    needs_table = semantic is not None and not bool(semantic.counted)
+    prior = getattr(head, "prior", None)
+    needs_counts = prior is not None and (
+        training == "new" or not prior.known and (training == "resumed" or needs_table)
+    )
+    if training and prior is not None and not needs_counts:
+        head.set_predicate_counts(prior.predicate_counts)  # those of the checkpoint
+    if not (needs_table or needs_counts):
         return None
-    training = training_statistics_of(cfg.DATASETS.TRAIN)
+    statistics = training_statistics_of(cfg.DATASETS.TRAIN)
+    owner = f"dataset '{cfg.DATASETS.TRAIN[0]}'"
+    of_model = statistics.in_order_of(getattr(model, "names", {}), owner, "the model")
+    if needs_counts:
+        head.set_predicate_counts(torch.from_numpy(of_model.predicate_counts))
+    if needs_table:
+        _fill_table(cfg, model, statistics)
+    return of_model
+
+
+def _fill_table(cfg: CfgNode, model: nn.Module, training: RelationStatistics) -> None:
+    """Fill the semantic module's table; ``training`` has the statistics of ``DATASETS.TRAIN``."""
+    semantic = model.relation_head.semantic
     names = tuple(cfg.MODEL.ROI_RELATION_HEAD.SEMANTIC.COUNT_DATASETS) or cfg.DATASETS.TRAIN
     counted = training if names == cfg.DATASETS.TRAIN else _statistics_of(names, training, cfg)
     owner = f"dataset '{names[0]}'"
@@ -90,7 +119,6 @@ def ensure_frequency_table(cfg: CfgNode, model: nn.Module) -> RelationStatistics
         f"Counted {int(counts[..., :-1].sum())} relations of {counted.num_images} images of "
         f"{', '.join(names)} for the semantic module's frequency table."
     )
-    return training
 
 
 def _statistics_of(

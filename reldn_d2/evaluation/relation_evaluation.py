@@ -26,6 +26,7 @@ from ..utils.protocols import distinct_limits, find_protocol
 from .attribute_evaluation import add_attribute_scores
 from .batches import ImagePair
 from .diagnosis import check_given_entities, check_not_normalized, find_misreading
+from .frequency_groups import check_thresholds
 from .per_predicate import PredicateTable
 from .predictions_io import PREDICTIONS_FILE, write_predictions, write_settings
 from .protocol_metrics import Settings
@@ -64,6 +65,7 @@ class RelationDatasetEvaluator(DatasetEvaluator):
         recall_at: Sequence[int] | None = None,
         topk: int | None = None,
         seen_triplets: Iterable[tuple[int, int, int]] | None = None,
+        group_thresholds: Sequence[int] = (),
         keep_predictions: bool = True,
         attributes: bool | None = None,
     ):
@@ -90,6 +92,8 @@ class RelationDatasetEvaluator(DatasetEvaluator):
                 for ``openimages`` (both) and otherwise 100, or the largest n if that is more.
             seen_triplets: (subject class, predicate, object class) of the training set, instead of
                 those of the metadata's ``train_dataset``.
+            group_thresholds: two numbers of training relations that divide the predicates into
+                head, body and tail; empty: thirds (see :mod:`.frequency_groups`).
             keep_predictions: write ``relation_predictions.json`` to ``output_dir``.
             attributes: whether the model predicts attributes, which are then scored too if the
                 dataset has any (:mod:`.attribute_evaluation`); None: if any prediction has some.
@@ -109,6 +113,8 @@ class RelationDatasetEvaluator(DatasetEvaluator):
             topk = max(100, *recall_at, 0)
         names = self._metadata.get("predicate_classes", None)
         _check_settings(dataset_name, names, predicates_per_pair, recall_at, topk)
+        has_training_set = bool(self._metadata.get("train_dataset", None))
+        check_thresholds(group_thresholds, has_training_set, dataset_name)
         if seen_triplets is not None:
             seen_triplets = np.asarray(list(seen_triplets), dtype=np.int64).reshape(-1, 3)
         self._seen_triplets = seen_triplets
@@ -118,6 +124,7 @@ class RelationDatasetEvaluator(DatasetEvaluator):
             predicates_per_pair=distinct_limits(predicates_per_pair),
             recall_at=recall_at,
             topk=topk,
+            group_thresholds=tuple(group_thresholds),
         )
         self._kept = distinct_limits([*predicates_per_pair, *kept_predicates_per_pair])
         self._dataset_name = dataset_name

@@ -54,6 +54,7 @@ def score(images: Sequence[ImagePair], protocol: Protocol, settings: Settings) -
             recall=block.recall,
             recall_at=max(settings.recall_at, default=0),
             average_precision=block.average_precision,
+            group_thresholds=settings.group_thresholds,
         )
         if not matches.confusion.keys() <= block.metrics.keys():
             confusions[block_name("confusion", settings.task, k)] = matches.confusion

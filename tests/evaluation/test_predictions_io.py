@@ -464,6 +464,20 @@ def test_evaluate_relations_tool_scores_what_the_evaluator_wrote(given_cases, tm
     assert not (out / "relation_predictions.json").exists()
 
 
+def test_evaluate_relations_tool_group_thresholds(given_records, tmp_path, capsys):
+    path = write(tmp_path / "theirs.json", given_records)
+    call = ["--dataset", NAME, "--predictions", path, "--task", "prdcls", "--protocol", "motifs"]
+    call += ["--output", tmp_path / "out"]
+    assert run_tool([*call, "--group-thresholds", 3, 1]) == 1
+    assert "--train-dataset" in capsys.readouterr().err  # which the dataset does not name
+    more = ["--train-dataset", NAME, "--group-thresholds", 10_000_000, 1]
+    assert run_tool([*call, *more]) == 0
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    metrics = results["motifs_prdcls_no_constraint"]
+    assert metrics["head mR@50"] is None and metrics["tail mR@50"] is None
+    assert metrics["body mR@50"] == metrics["mR@50"]
+
+
 def test_evaluate_relations_tool_options(given_records, tmp_path, capsys):
     path = write(tmp_path / "theirs.json", given_records)
     call = ["--dataset", NAME, "--predictions", path, "--output", tmp_path / "out"]

@@ -22,6 +22,7 @@ from ...utils.protocols import kept_predicates_per_pair
 from ..losses import draw_predicate_targets
 from .attribute_head import AttributeHead
 from .head_losses import RelationLoss, build_relation_losses, merge_losses
+from .logit_adjustment import PredicatePrior
 from .pair_sampling import PairSampler, SampledPairs, build_pair_sampler, training_pairs
 from .pairs import EntityBatch
 from .topk import best_triplets, check_options
@@ -84,6 +85,7 @@ class RelationHead(nn.Module, ABC):
         predicates_per_pair: tuple[int | None, ...] = (1,),
         pair_chunk: int = 2048,
         max_visual_pairs: int = 40_000,
+        logit_adjustment: float = 0.0,
         statistics_period: int = 20,
     ):
         """
@@ -103,6 +105,7 @@ class RelationHead(nn.Module, ABC):
             pair_chunk: max pairs scored at once at test time.
             max_visual_pairs: max pairs of an image with given boxes that are scored completely; of
                 more pairs, those with the best :meth:`shortlist_logits` are kept.
+            logit_adjustment: tau at test time, see :class:`.logit_adjustment.PredicatePrior`.
             statistics_period: log training metrics every so many iterations.
 
         Raises:
@@ -122,6 +125,7 @@ class RelationHead(nn.Module, ABC):
         self.predicates_per_pair = tuple(predicates_per_pair)
         self.pair_chunk = pair_chunk
         self.max_visual_pairs = max_visual_pairs
+        self.prior = PredicatePrior(num_predicates, logit_adjustment)
         self.statistics_period = statistics_period
 
     @classmethod
@@ -143,7 +147,14 @@ class RelationHead(nn.Module, ABC):
             "predicates_per_pair": kept_predicates_per_pair(cfg),
             "pair_chunk": cfg.TEST.RELATIONS.PAIR_CHUNK,
             "max_visual_pairs": cfg.TEST.RELATIONS.MAX_VISUAL_PAIRS,
+            "logit_adjustment": cfg.TEST.RELATIONS.LOGIT_ADJUSTMENT,
         }
+
+    def set_predicate_counts(self, predicate_counts: Tensor) -> None:
+        """Give losses and logit adjustment the (C,) relations of each predicate in training."""
+        self.prior.set_counts(predicate_counts)
+        for loss in self.losses.values():
+            loss.set_predicate_counts(self.prior.predicate_counts)
 
     @property
     def box_heads(self) -> list[nn.Module]:
@@ -259,6 +270,7 @@ class RelationHead(nn.Module, ABC):
         """
         if self.training:
             return self._losses(features, predicate_features, entities, targets)
+        self.prior.check()
         return [
             self._predict(
                 {name: x[i : i + 1] for name, x in features.items()},
@@ -325,11 +337,11 @@ class RelationHead(nn.Module, ABC):
 
         def score_pairs(subjects: Tensor, objects: Tensor) -> Tensor:
             logits = self.score_pairs(entities, predicate_features, subjects, objects)
-            return logits.float().softmax(dim=1)[:, :-1]
+            return self.prior(logits)[:, :-1]
 
         def score_cheaply(subjects: Tensor, objects: Tensor) -> Tensor:
             logits = self.shortlist_logits(entities, subjects, objects)
-            return logits.float().softmax(dim=1)[:, :-1]
+            return self.prior(logits)[:, :-1]
 
         overlap_filter = self.overlap_filter and not boxes_given
         search = partial(
