@@ -26,6 +26,7 @@ from reldn_d2.checkpoint.detection_checkpoint import read_checkpoint
 from reldn_d2.modeling.backbone.vgg import TORCHVISION_NAMES
 from reldn_d2.modeling.relation_head.predictors import SpatialModule
 from reldn_d2.utils.file_io import check_writable, write_atomically
+from reldn_d2.utils.user_modules import add_module_argument, parse_and_import
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -311,8 +312,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--allow-pickle", action="store_true", help="unpickle the file; this can run code"
     )
+    add_module_argument(parser)
     parser.add_argument("--options", nargs="*", default=[], help="KEY VALUE overrides")
-    args = parser.parse_args(arguments)
+    args = parse_and_import(parser, arguments)
     cfg = reldn_d2.load_config(args.config_file)
     cfg.merge_from_list(released_options(cfg))
     reldn_d2.merge_config(cfg, None, [*args.options, "MODEL.WEIGHTS", str(args.target)])
