@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from reldn_d2.utils import user_modules
+from reldn_d2.utils.protocols import PROTOCOL_REGISTRY
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.registry import Registry
@@ -15,7 +16,8 @@ def registry_tables() -> list[dict]:
     modules = [x for name, x in list(sys.modules.items()) if name.startswith(("reldn", "detec"))]
     values = [value for module in modules for value in list(vars(module).values())]
     registries = {id(x): x for x in values if isinstance(x, Registry)}
-    return [*(x._obj_map for x in registries.values()), user_modules._imported]
+    tables = [x._obj_map for x in registries.values()]
+    return [*tables, PROTOCOL_REGISTRY._by_name, user_modules._imported]
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from reldn_d2.evaluation.offline import read_file
 from reldn_d2.evaluation.predictions_io import read_settings
 from reldn_d2.structures.scene_graph import SceneGraph
 from reldn_d2.utils.image_io import distinct_paths, read_rgb
-from reldn_d2.utils.protocols import PROTOCOLS, find_protocol
+from reldn_d2.utils.protocols import PROTOCOL_REGISTRY, find_protocol
 from reldn_d2.utils.user_modules import add_module_argument, parse_and_import
 from reldn_d2.vis.compare import compare_models
 from reldn_d2.vis.visualizer import RelationVisualizer
@@ -57,9 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser, predictions_required: bool) -
     )
     parser.add_argument(
         "--protocol",
-        choices=PROTOCOLS,
         default="",
-        help="evaluation protocol that counts the hits; default: the dataset's own",
+        metavar="NAME",
+        help="evaluation protocol that counts the hits: "
+        f"{', '.join(PROTOCOL_REGISTRY)}, or one that --module registers; default: the dataset's "
+        "own",
     )
 
 
@@ -97,7 +99,7 @@ def load_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
         require_dataset(args.dataset)
         dicts, metadata = DatasetCatalog.get(args.dataset), MetadataCatalog.get(args.dataset)
         predictions = {}
-        if args.predictions:
+        if args.predictions or args.protocol:
             find_protocol(args.protocol, metadata.get("evaluator_type", None))
             predictions = load_predictions(args.predictions, dicts, metadata)
     except (ImportError, OSError, ValueError) as error:

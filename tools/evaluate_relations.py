@@ -24,7 +24,7 @@ from reldn_d2.evaluation.submission import LAYOUTS, write_submission
 from reldn_d2.structures.relations import TASKS
 from reldn_d2.utils.events import log_to_terminal
 from reldn_d2.utils.file_io import check_writable, check_writable_folder, write_results
-from reldn_d2.utils.protocols import PROTOCOLS
+from reldn_d2.utils.protocols import PROTOCOL_REGISTRY, find_protocol
 from reldn_d2.utils.user_modules import add_module_argument, parse_and_import
 
 from detectron2.data import MetadataCatalog
@@ -48,7 +48,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="relation_predictions.json, or a .csv of the OpenImages challenge; plain or gzipped",
     )
     parser.add_argument(
-        "--protocol", default="", choices=list(PROTOCOLS), help="default: the dataset's own"
+        "--protocol",
+        default="",
+        metavar="NAME",
+        help=f"{', '.join(PROTOCOL_REGISTRY)}, or one that --module registers; default: the "
+        "dataset's own",
     )
     parser.add_argument("--task", choices=TASKS, help="default: the one the file was written for")
     parser.add_argument(
@@ -89,6 +93,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     try:
         for name in filter(None, (args.dataset, args.train_dataset)):
             require_dataset(name)
+        if args.protocol:
+            find_protocol(args.protocol)
     except ValueError as error:
         parser.error(str(error))
     return args

@@ -24,15 +24,13 @@ from reldn_d2.data.datasets.catalog import (
     require_dataset,
 )
 from reldn_d2.data.datasets.importers import read_name_file
-from reldn_d2.evaluation.imported_predictions import (
-    KEPT_PREDICATES_PER_PAIR,
-    import_predictions,
-)
+from reldn_d2.evaluation.imported_predictions import import_predictions
 from reldn_d2.evaluation.pickled_predictions import IMPORT_FORMATS
 from reldn_d2.evaluation.predictions_io import write_predictions, write_settings
 from reldn_d2.structures.relations import TASKS
 from reldn_d2.utils.events import log_to_terminal
 from reldn_d2.utils.file_io import check_writable
+from reldn_d2.utils.protocols import all_predicates_per_pair
 from reldn_d2.utils.user_modules import add_module_argument, parse_and_import
 
 
@@ -115,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
         settings = {
             "dataset": args.dataset,
             "task": args.task,
-            "predicates_per_pair": list(KEPT_PREDICATES_PER_PAIR),
+            "predicates_per_pair": list(all_predicates_per_pair()),
             "triplets": args.topk,
             **dataset_names(args.dataset),
         }
