@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from reldn_d2.utils import user_modules
+from reldn_d2.utils import config_keys, user_modules
 from reldn_d2.utils.protocols import PROTOCOL_REGISTRY
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -17,7 +17,8 @@ def registry_tables() -> list[dict]:
     values = [value for module in modules for value in list(vars(module).values())]
     registries = {id(x): x for x in values if isinstance(x, Registry)}
     tables = [x._obj_map for x in registries.values()]
-    return [*tables, PROTOCOL_REGISTRY._by_name, user_modules._imported]
+    tables += [PROTOCOL_REGISTRY._by_name, config_keys.CONFIG_HOOKS, config_keys._owners]
+    return [*tables, user_modules._imported]
 
 
 @contextmanager

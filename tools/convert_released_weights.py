@@ -25,6 +25,7 @@ import reldn_d2
 from reldn_d2.checkpoint.detection_checkpoint import read_checkpoint
 from reldn_d2.modeling.backbone.vgg import TORCHVISION_NAMES
 from reldn_d2.modeling.relation_head.predictors import SpatialModule
+from reldn_d2.utils.config_keys import key_owners
 from reldn_d2.utils.file_io import check_writable, write_atomically
 from reldn_d2.utils.user_modules import add_module_argument, parse_and_import
 
@@ -296,7 +297,8 @@ def convert(source: str, target: Path, cfg: CfgNode, allow_pickle: bool = False)
         for key in ("thing_classes", "predicate_classes")
     }
     with write_atomically(target, "wb") as file:
-        torch.save({"model": state, "reldn": {**description, "config": cfg.dump()}}, file)
+        config = {"config": cfg.dump(), "config_keys": key_owners(cfg)}
+        torch.save({"model": state, "reldn": {**description, **config}}, file)
     with write_atomically(target.with_suffix(".yaml")) as file:
         file.write(cfg.dump())
 

@@ -90,7 +90,7 @@ def pack(checkpoint: Path, license_text: str, note: str) -> dict[str, Any]:
         "model": {name: to_half(name, value) for name, value in content["model"].items()},
         "reldn": {
             "config": without_paths(description["config"]),
-            **{key: description[key] for key in _KEPT},
+            **{key: description[key] for key in (*_KEPT, "config_keys") if key in description},
         },
         "about": {
             "license": license_text,
