@@ -36,5 +36,5 @@ def restored_registries() -> Iterator[None]:
         MetadataCatalog.pop(name, None)
     sys.path[:] = path
     for name in set(sys.modules) - modules:
-        if "pytest" in str(getattr(sys.modules[name], "__file__", "")):  # in a test's folder
+        if "pytest-of-" in str(getattr(sys.modules[name], "__file__", "")):  # in a test's folder
             del sys.modules[name]
