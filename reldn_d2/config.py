@@ -182,8 +182,8 @@ def _add_data_solver_and_test(cfg: CfgNode) -> None:
     cfg.TEST.RELATIONS.TASK = "sgdet"
     cfg.TEST.RELATIONS.TOPK = 100  # triplets kept per image
     # How relations are scored (docs/evaluation.md): lu2016, motifs, openimages,
-    # openimages_text, released or relations; empty: the protocol of the dataset's tables in the
-    # paper.
+    # openimages_text, released, relations, or one in PROTOCOL_REGISTRY of your own; empty: the
+    # protocol of the dataset's tables in the paper.
     cfg.TEST.RELATIONS.PROTOCOL = ""
     cfg.TEST.RELATIONS.RECALL_AT = []  # the n of R@n, each at most TOPK; empty: the protocol's
     # k: max predicates kept per pair; None means no limit. With several values the output holds
