@@ -101,6 +101,7 @@ def _add_model(cfg: CfgNode) -> None:
 def _add_relation_head(cfg: CfgNode) -> None:
     cfg.MODEL.ROI_RELATION_HEAD = head = CN()
     head.NAME = "RelDNHead"  # entry of ROI_RELATION_HEAD_REGISTRY
+    head.PREDICTOR = "RelDNPredictor"  # entry of RELATION_PREDICTOR_REGISTRY, used by RelDNHead
     head.NUM_PREDICATES = 9  # P, without "no relationship"
     head.IN_FEATURES = []  # feature maps to pool from; empty: MODEL.ROI_HEADS.IN_FEATURES
     head.POOLER_RESOLUTION = 0  # 0: that of the detector's box head
@@ -138,13 +139,26 @@ def _add_relation_head(cfg: CfgNode) -> None:
     head.VISUAL.SUBJECT_SKIP = True  # the linear layer on the subject vector
     head.VISUAL.OBJECT_SKIP = True  # the linear layer on the object vector
 
+    # A vector per entity that knows of the image's other entities; not in the paper. The visual
+    # module adds it to the vectors of subjects and objects, the joint module reads it as it is.
+    head.CONTEXT = CN()
+    # Entry of ENTITY_CONTEXT_REGISTRY ("TransformerContext", "LSTMContext"); "none" is RelDN.
+    head.CONTEXT.NAME = "none"
+    head.CONTEXT.LAYERS = 2
+    head.CONTEXT.HEADS = 4  # TransformerContext: attention heads, a divisor of HIDDEN_DIM
+    head.CONTEXT.HIDDEN_DIM = 256  # values per contextual vector
+    head.CONTEXT.DROPOUT = 0.1  # in training
+
     head.SAMPLING = CN()  # max pairs per image (section 5)
+    head.SAMPLING.NAME = "RelDNPairSampler"  # entry of PAIR_SAMPLER_REGISTRY
     head.SAMPLING.PAIRS = 512  # for L0; released code: 2048
     head.SAMPLING.POSITIVE_PAIRS = 128  # positive ones among them; released code: 512
     head.SAMPLING.ANCHOR_POSITIVE_PAIRS = 128  # for L1-L3, each for subjects and for objects
     head.SAMPLING.ANCHOR_NEGATIVE_PAIRS = 128
 
     head.LOSS = CN()
+    # Entries of RELATION_LOSS_REGISTRY; their losses are added up.
+    head.LOSS.NAMES = ["PredicateLoss", "ContrastiveLosses"]
     # "images": L0 is the mean over images of the mean over an image's pairs. "pairs": the mean over
     # the pairs of all images of the batch, so that images with more pairs count more.
     head.LOSS.L0_MEAN = "images"

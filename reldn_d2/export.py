@@ -76,10 +76,11 @@ class RelDNExport(nn.Module):
         features, maps = model.feature_maps(images)
         detections = model.detector.detect(inputs, images, features)[0]
         boxes, classes = detections.pred_boxes.tensor, detections.pred_classes
-        box_scores = detections.scores
 
         size = torch.tensor([list(image.shape[-2:])], dtype=boxes.dtype, device=boxes.device)
         entities = self._encode(features, boxes, classes, size)
+        entities, detections = head.refine(entities, detections, classes_given=False)
+        classes, box_scores = detections.pred_classes, detections.scores
         subjects, objects = candidate_pairs(boxes, head.overlap_filter).nonzero().unbind(1)
         logits = head.pair_logits(entities, maps, subjects, objects)
         probabilities = logits.float().softmax(dim=1)[:, :-1]  # without "no relationship"
@@ -104,7 +105,8 @@ class RelDNExport(nn.Module):
             if head.object_box_head is not None:
                 object_vectors = head.object_box_head(pooled)
         image = torch.zeros_like(classes)
-        return EntityBatch(boxes, classes, image, size, [0], subject_vectors, object_vectors)
+        vectors = subject_vectors, object_vectors
+        return head.add_context(EntityBatch(boxes, classes, image, size, [len(boxes)], *vectors))
 
 
 @contextmanager

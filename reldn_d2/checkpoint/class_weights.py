@@ -44,6 +44,7 @@ _TABLE = r"relation_head\.semantic\.table\.weight"
 _RELATION_WEIGHTS = {
     "thing_classes": re.compile(
         rf"{_TABLE}|relation_head\.joint\.(subject|object)_embedding\.weight"
+        r"|relation_head\.context\.class_embedding\.weight"
     ),
     "predicate_classes": re.compile(
         rf"{_TABLE}|relation_head\.(spatial\.4|joint\.layers\.6|visual\.rest\.3"

@@ -44,7 +44,7 @@ def pretrained_predicate_modules(model: RelDN) -> list[nn.Module]:
     modules = []
     if model.predicate_backbone is not None and model.predicate_weights != "":
         modules.append(model.predicate_backbone)
-    box_head = model.relation_head.predicate_box_head
+    box_head = getattr(model.relation_head, "predicate_box_head", None)
     if box_head is not None and _same_structure(box_head, model.detector.box_head):
         modules.append(box_head)
     return modules
@@ -74,7 +74,10 @@ def initialize_relation_branch(model: RelDN, allow_pickle: bool = False) -> None
         _load_backbone(model.predicate_backbone, model.predicate_weights, allow_pickle)
         done.append(f"the predicate backbone from {model.predicate_weights}")
     for box_head in head.box_heads if detector.box_head is not None else ():
-        own = box_head is head.predicate_box_head and model.predicate_weights is not None
+        own = (
+            box_head is getattr(head, "predicate_box_head", None)
+            and model.predicate_weights is not None
+        )
         if not own or _same_structure(box_head, detector.box_head):
             copies.append(("a relation box head", box_head, detector.box_head))
     for part, target, source in copies:

@@ -283,9 +283,8 @@ class RelDNTrainer(DefaultTrainer):
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
         ensure_frequency_table(cfg, model)
         head = getattr(model, "relation_head", None)
-        has_weights = any(
-            getattr(head, part, None) is not None for part in ("spatial", "joint", "visual")
-        )
+        names = [] if head is None else head.state_dict()
+        has_weights = any(not name.startswith("semantic.") for name in names)
         untrained = None
         if getattr(checkpointer, "started_from_detector", False):
             untrained = f"MODEL.WEIGHTS ({cfg.MODEL.WEIGHTS}) is a detector"

@@ -21,7 +21,7 @@ from .detectors import (
     build_entity_detector,
     label_entities,
 )
-from .relation_head import build_relation_head
+from .relation_head import RelationHead, build_relation_head
 
 __all__ = ["RelDN", "needs_images", "postprocess_relations", "predicts_relations"]
 
@@ -42,7 +42,7 @@ class RelDN(nn.Module):
         self,
         *,
         detector: EntityDetector,
-        relation_head: nn.Module,
+        relation_head: RelationHead,
         predicate_backbone: nn.Module | None = None,
         predicate_weights: str | None = None,
         task: str = "sgdet",
@@ -53,7 +53,7 @@ class RelDN(nn.Module):
         """
         Args:
             detector: the frozen detector.
-            relation_head: see :class:`reldn_d2.modeling.relation_head.RelDNHead`.
+            relation_head: see :class:`reldn_d2.modeling.relation_head.RelationHead`.
             predicate_backbone: computes the feature maps of union boxes; None if the head needs
                 none. With ``shared_stages`` its input is these maps of the detector, not images.
             predicate_weights: initial weights of the predicate backbone: a file or URL; None means
@@ -199,12 +199,15 @@ class RelDN(nn.Module):
         features, stages = self._detector_features(images)
         entities = self._entities(batched_inputs, images, features)
         predicate_features = self._predicate_features(images, stages)
-        options: dict[str, Any] = {"boxes_given": self.task != "sgdet"}
+        options: dict[str, Any] = {
+            "boxes_given": self.task != "sgdet",
+            "classes_given": self.task not in ("sgdet", "sgcls"),
+        }
         if self.task == "preddet":
             options["pairs"] = self._annotated_pairs(batched_inputs)
-        relations = self.relation_head(features, predicate_features, entities, **options)
+        predicted = self.relation_head(features, predicate_features, entities, **options)
         results = []
-        for x, size, found, related in zip(batched_inputs, images.image_sizes, entities, relations):
+        for x, size, (found, related) in zip(batched_inputs, images.image_sizes, predicted):
             if do_postprocess:
                 height, width = x.get("height", size[0]), x.get("width", size[1])
                 found, related = postprocess_relations(found, related, height, width)

@@ -97,8 +97,8 @@ def triplet_saliency(
     head = model.relation_head
     with torch.no_grad():
         images, features, predicate_features = _features(predictor, inputs)
-        entities = model.detector.detect(inputs, images, features)[0]
-        relations = head(features, predicate_features, [entities])[0]
+        detected = model.detector.detect(inputs, images, features)[0]
+        entities, relations = head(features, predicate_features, [detected])[0]
     if not 0 <= rank < len(relations):
         raise ImageError(f"{name}: no triplet {rank}; there are {len(relations)}, counted from 0")
     subject, object_ = relations.pairs[rank]
@@ -108,8 +108,9 @@ def triplet_saliency(
         branches.append({n: x.detach().requires_grad_(True) for n, x in levels.items()})
     with torch.enable_grad():
         encoded = head.encode_entities(
-            branches[0], [entities.pred_boxes], [entities.pred_classes], [entities.image_size]
+            branches[0], [detected.pred_boxes], [detected.pred_classes], [detected.image_size]
         )
+        encoded, _ = head.refine(encoded, detected, classes_given=False)
         logits = head.pair_logits(encoded, branches[1] or None, subject[None], object_[None])
         score = logits.float().log_softmax(dim=1)[0, predicate]
         leaves = [x for levels in branches for x in levels.values()]

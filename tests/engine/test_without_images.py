@@ -225,7 +225,7 @@ def test_images_are_mapped_once_and_their_pairs_kept(no_images):
 
 def pairs_of(model, entities, target):
     head = model.relation_head
-    options = dict(num_predicates=head.num_predicates, sampling=head.sampling)
+    options = dict(num_predicates=head.num_predicates, sampler=head.sampler)
     return training_pairs(entities, *target, **options)
 
 

@@ -87,7 +87,7 @@ def test_triplet_saliency_equals_gradient_times_map(predictor):
         shares = {level: torch.ones_like(features[level][:, :1]) for level in LEVELS}
         factors.append({level: x.requires_grad_(True) for level, x in shares.items()})
         grown.append({level: features[level] * factors[-1][level] for level in LEVELS})
-    relations = model.relation_head(*grown, entities)[0]
+    relations = model.relation_head(*grown, entities)[0].relations
     for rank in (0, 3):
         score = relations.predicate_scores[rank].log()
         for actual, shares in zip(triplet_saliency(predictor, rgb, rank)[0], factors):

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from reldn_d2.modeling.losses import AnchorSides, draw_predicate_targets
 from reldn_d2.modeling.losses.contrastive import LOSS_NAMES
-from reldn_d2.modeling.relation_head.pair_sampling import sample_pairs
 from reldn_d2.modeling.relation_head.pairs import match_pairs
 from reldn_d2.modeling.relation_head.predictors import spatial_features
 from reldn_d2.structures.box_ops import union_boxes
@@ -134,7 +133,8 @@ def plain_head_losses(head, features, predicate_features, proposals, targets) ->
         overlap_filter=head.overlap_filter,
         iou_threshold=head.pair_iou_threshold,
     )
-    pairs = sample_pairs(grid, **head.sampling)
+    pairs = head.sampler.sample(grid)
+    contrastive = head.losses["ContrastiveLosses"]
 
     def score(mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         subjects, objects = pairs.subjects[mask], pairs.objects[mask]
@@ -161,8 +161,8 @@ def plain_head_losses(head, features, predicate_features, proposals, targets) ->
         anchor, other = (subjects, objects) if is_subject else (objects, subjects)
         sampled = torch.ones_like(anchor[None], dtype=torch.bool)
         side = AnchorSides(sampled, anchor[None], classes[other][None])
-        parts = losses_in_loops(logits, labels, side, alphas=head.alphas)
-        for name, weight, loss in zip(LOSS_NAMES, head.lambdas, parts):
+        parts = losses_in_loops(logits, labels, side, alphas=contrastive.alphas)
+        for name, weight, loss in zip(LOSS_NAMES, contrastive.lambdas, parts):
             losses[f"loss_{name}"] = losses.get(f"loss_{name}", 0.0) + weight * loss
     return losses
 

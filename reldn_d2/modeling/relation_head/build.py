@@ -1,5 +1,7 @@
 """Registry of relation heads, and the parts of a head that follow from a config."""
 
+from typing import Any
+
 from torch import nn
 
 from detectron2.config import CfgNode
@@ -9,28 +11,47 @@ from detectron2.modeling.roi_heads.box_head import build_box_head
 from detectron2.utils.registry import Registry
 
 from ...config import reads_pixels
+from ...utils.registry import build_registered
 from ..backbone.vgg import VGG16BoxHead
-from .predictors import VisualModule, without_last_relu
+from .head_base import RelationHead
+from .predictors import without_last_relu
 
 __all__ = ["ROI_RELATION_HEAD_REGISTRY", "build_relation_head", "build_visual_parts"]
 
 ROI_RELATION_HEAD_REGISTRY = Registry("ROI_RELATION_HEAD")
 ROI_RELATION_HEAD_REGISTRY.__doc__ = """
-Registry for relation heads, which predict the predicates of pairs of entities.
+Registry for relation heads, subclasses of :class:`.head_base.RelationHead`, which predict the
+predicates of pairs of entities.
 
 The registered object is called with ``obj(cfg, entity_shape, predicate_shape)``: the output shapes
 of the detector's and of the predicate backbone, as dicts from feature name to ShapeSpec; both are
-empty without images (:func:`reldn_d2.config.reads_pixels`). It is used like
-:class:`reldn_d2.modeling.relation_head.RelDNHead`, whose ``forward`` describes the arguments.
+empty without images (:func:`reldn_d2.config.reads_pixels`).
 """
+
+# Members of RelationHead that are read by others.
+_CONTRACT = ("box_heads", "needs_predicate_features", "can_shortlist")
 
 
 def build_relation_head(
     cfg: CfgNode, entity_shape: dict[str, ShapeSpec], predicate_shape: dict[str, ShapeSpec]
-) -> nn.Module:
-    """Build the head named by ``cfg.MODEL.ROI_RELATION_HEAD.NAME``."""
-    name = cfg.MODEL.ROI_RELATION_HEAD.NAME
-    return ROI_RELATION_HEAD_REGISTRY.get(name)(cfg, entity_shape, predicate_shape)
+) -> RelationHead:
+    """Build the head named by ``cfg.MODEL.ROI_RELATION_HEAD.NAME`` and check its contract.
+
+    Raises:
+        ValueError: if no head of this name is registered.
+        TypeError: if its class does not fulfill the contract of :class:`.head_base.RelationHead`.
+    """
+    key, name = "MODEL.ROI_RELATION_HEAD.NAME", cfg.MODEL.ROI_RELATION_HEAD.NAME
+    registry, shapes = ROI_RELATION_HEAD_REGISTRY, (entity_shape, predicate_shape)
+    head = build_registered(registry, name, key, RelationHead, cfg, *shapes)
+    for member in _CONTRACT:
+        if member in head._modules:  # the property of the base class would be read instead
+            raise TypeError(
+                f"{key} is '{name}', but its class {type(head).__name__} has a submodule "
+                f"'{member}', which is a property of RelationHead: rename the submodule and "
+                f"override the property."
+            )
+    return head
 
 
 def build_visual_parts(
@@ -38,8 +59,8 @@ def build_visual_parts(
     in_features: list[str],
     entity_shape: dict[str, ShapeSpec],
     predicate_shape: dict[str, ShapeSpec],
-) -> dict[str, nn.Module]:
-    """Build the enabled parts of the visual module, with the poolers and box heads that they need.
+) -> dict[str, Any]:
+    """Build the poolers and box heads that the enabled parts of the visual module need.
 
     Args:
         cfg: config with ``MODEL.ROI_RELATION_HEAD`` and ``MODEL.ROI_BOX_HEAD``.
@@ -47,7 +68,8 @@ def build_visual_parts(
         entity_shape, predicate_shape: output shapes of the detector's and the predicate backbone.
 
     Returns:
-        Keyword arguments of :class:`.relation_head.RelDNHead`, without those that are not needed.
+        Keyword arguments of :class:`.relation_head.RelDNHead`, without those that are not needed;
+        ``vector_size`` among them if any box head is.
     """
     head, switch = cfg.MODEL.ROI_RELATION_HEAD, cfg.MODEL.ROI_RELATION_HEAD.VISUAL
     resolution = head.POOLER_RESOLUTION or cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION
@@ -70,7 +92,7 @@ def build_visual_parts(
             built.fc6_dropout.p = head.FC6_DROPOUT
         return without_last_relu(built) if head.NO_FC7_RELU else built
 
-    parts = {"entity_pooler": pooler(entity_shape)}
+    parts: dict[str, Any] = {"entity_pooler": pooler(entity_shape)}
     if switch.SPO or switch.SUBJECT_SKIP:
         parts["subject_box_head"] = box_head(entity_shape)
     if switch.SPO or switch.OBJECT_SKIP:
@@ -79,11 +101,5 @@ def build_visual_parts(
         parts["predicate_pooler"] = pooler(predicate_shape)
         parts["predicate_box_head"] = box_head(predicate_shape)
     some_head = next(part for name, part in parts.items() if name.endswith("box_head"))
-    parts["visual"] = VisualModule(
-        some_head.output_shape.channels,
-        head.NUM_PREDICATES,
-        spo=switch.SPO,
-        subject_skip=switch.SUBJECT_SKIP,
-        object_skip=switch.OBJECT_SKIP,
-    )
+    parts["vector_size"] = some_head.output_shape.channels
     return parts

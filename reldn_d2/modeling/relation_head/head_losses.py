@@ -4,85 +4,212 @@ Shapes: N images, R entities of the batch, P sampled pairs of the batch, C predi
 C + 1 logits is "no relationship".
 """
 
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from detectron2.config import CfgNode, configurable
 from detectron2.utils import comm
+from detectron2.utils.registry import Registry
 
-from ..losses import AnchorSides, contrastive_losses, draw_predicate_targets, predicate_loss
-from ..losses.contrastive import LOSS_NAMES, ContrastiveGroups
+from ...utils.registry import build_registered
+from ..losses import AnchorSides, contrastive_losses, predicate_loss
+from ..losses.contrastive import LOSS_NAMES, NORMALIZATIONS, ContrastiveGroups
 from .pair_sampling import SampledPairs
 from .pairs import EntityBatch
+from .training_metrics import contrastive_metrics
 
-__all__ = ["L0_MEANS", "RelationLosses", "relation_losses"]
+__all__ = [
+    *("ContrastiveLosses", "L0_MEANS", "PredicateLoss", "RELATION_LOSS_REGISTRY"),
+    *("RelationLoss", "build_relation_losses"),
+]
+
+RELATION_LOSS_REGISTRY = Registry("RELATION_LOSS")
+RELATION_LOSS_REGISTRY.__doc__ = """
+Registry for losses of the relation head, subclasses of :class:`RelationLoss`.
+
+The registered object is called with ``obj(cfg)``.
+"""
 
 # What L0 is a mean over: "images" (of the mean over each image's pairs) or "pairs" (of all images)
 L0_MEANS = ("images", "pairs")
 
 
-class RelationLosses(NamedTuple):
-    """Losses of a batch, and the intermediate results that the training metrics read."""
+class RelationLoss(nn.Module, ABC):
+    """One or several losses on the sampled pairs of a batch.
 
-    losses: dict[str, Tensor]  # by name, weighted by their lambdas
-    targets: Tensor  # (P,) int64, the class that L0 asks for; C is "no relationship"
-    groups: ContrastiveGroups | None  # None if L1-L3 are off or there is no pair
-
-
-def relation_losses(
-    logits: Tensor,
-    pairs: SampledPairs,
-    entities: EntityBatch,
-    *,
-    num_classes: int,
-    lambdas: tuple[float, float, float],
-    alphas: Tensor,
-    normalization: str,
-    l0_mean: str = "images",
-) -> RelationLosses:
-    """Compute L0 and, for each lambda that is not zero, L1 to L3 of both sides.
-
-    Args:
-        logits: (P, C + 1).
-        pairs: the sampled pairs.
-        entities: the R entities.
-        num_classes: number of entity classes.
-        lambdas: weights of L1 to L3.
-        alphas: (3,) margins of L1 to L3, on the device of the logits.
-        normalization: see :func:`..losses.contrastive.group_weights`.
-        l0_mean: one of :data:`L0_MEANS`.
+    Attributes:
+        needs_anchor_pairs: whether the loss reads ``for_subjects`` or ``for_objects`` of the pairs.
+            Unless some loss does, no pairs are sampled for them.
     """
-    num_images = len(entities.sizes)
-    targets = draw_predicate_targets(pairs.labels)
-    if l0_mean == "pairs":
-        weights = _pair_weights(pairs.for_predicate)
-    else:
-        weights = _mean_weights(pairs.for_predicate, entities.image[pairs.subjects], num_images)
-    losses = {"loss_predicate": predicate_loss(logits, targets, weights)}
-    if not any(lambdas):
-        return RelationLosses(losses, targets, None)
 
-    ends = torch.stack([pairs.subjects, pairs.objects])
-    sides = AnchorSides(
-        sampled=torch.stack([pairs.for_subjects, pairs.for_objects]),
-        anchor=ends,
-        other_class=entities.classes[ends.flip(0)],
-    )
-    contrastive, groups = contrastive_losses(
-        logits,
-        pairs.labels,
-        sides,
-        entities.image,
-        num_images=num_images,
-        num_classes=num_classes,
-        alphas=alphas,
-        normalization=normalization,
-    )
-    for name, loss, weight in zip(LOSS_NAMES, contrastive, lambdas):
-        if weight:
-            losses[f"loss_{name}"] = weight * loss
-    return RelationLosses(losses, targets, groups)
+    needs_anchor_pairs: bool = False
+
+    @abstractmethod
+    def forward(
+        self, logits: Tensor, targets: Tensor, pairs: SampledPairs, entities: EntityBatch
+    ) -> dict[str, Tensor]:
+        """Compute the losses; called once per training step.
+
+        Args:
+            logits: (P, C + 1), P may be 0.
+            targets: (P,) int64 in ``[0, C]``, one class per pair: one of its predicates, drawn at
+                random, or C for "no relationship". ``pairs.labels`` has all predicates of a pair.
+            pairs: the sampled pairs; ``subjects`` and ``objects`` are indices into the entities.
+            entities: the R entities.
+
+        Returns:
+            Scalars by the name under which they are logged, weighted; the sum of all is minimized.
+        """
+
+    def metrics(
+        self, logits: Tensor, targets: Tensor, pairs: SampledPairs, entities: EntityBatch
+    ) -> dict[str, Tensor]:
+        """Compute scalars that are logged every few iterations under ``reldn/``; by default none.
+
+        Arguments as in :meth:`forward`.
+        """
+        return {}
+
+
+@RELATION_LOSS_REGISTRY.register()
+class PredicateLoss(RelationLoss):
+    """L0, the cross entropy of the predicates on the pairs that are drawn for it."""
+
+    @configurable
+    def __init__(self, *, mean: str = "images"):
+        """
+        Args:
+            mean: one of :data:`L0_MEANS`.
+
+        Raises:
+            ValueError: if it is another value.
+        """
+        super().__init__()
+        _check_choice("L0_MEAN", mean, L0_MEANS)
+        self.mean = mean
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        return {"mean": cfg.MODEL.ROI_RELATION_HEAD.LOSS.L0_MEAN}
+
+    def forward(
+        self, logits: Tensor, targets: Tensor, pairs: SampledPairs, entities: EntityBatch
+    ) -> dict[str, Tensor]:
+        if self.mean == "pairs":
+            weights = _pair_weights(pairs.for_predicate)
+        else:
+            image = entities.image[pairs.subjects]
+            weights = _mean_weights(pairs.for_predicate, image, len(entities.sizes))
+        return {"loss_predicate": predicate_loss(logits, targets, weights)}
+
+
+@RELATION_LOSS_REGISTRY.register()
+class ContrastiveLosses(RelationLoss):
+    """The graphical contrastive losses L1, L2 and L3, with subjects and with objects as anchors."""
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        lambdas: tuple[float, float, float] = (1.0, 0.5, 0.1),
+        alphas: tuple[float, float, float] = (0.2, 0.2, 0.2),
+        normalization: str = "paper",
+    ):
+        """
+        Args:
+            num_classes: number of entity classes.
+            lambdas: weights of L1 to L3; 0 switches one off.
+            alphas: margins of L1 to L3.
+            normalization: see :func:`..losses.contrastive.group_weights`.
+
+        Raises:
+            ValueError: if the normalization is unknown.
+        """
+        super().__init__()
+        _check_choice("NORMALIZATION", normalization, NORMALIZATIONS)
+        self.num_classes = num_classes
+        self.lambdas = tuple(lambdas)
+        self.alphas = tuple(alphas)
+        self.register_buffer("_alphas", torch.tensor(self.alphas), persistent=False)
+        self.normalization = normalization
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        loss = cfg.MODEL.ROI_RELATION_HEAD.LOSS
+        return {
+            "num_classes": cfg.MODEL.ROI_HEADS.NUM_CLASSES,
+            "lambdas": (loss.LAMBDA_1, loss.LAMBDA_2, loss.LAMBDA_3),
+            "alphas": (loss.ALPHA_1, loss.ALPHA_2, loss.ALPHA_3),
+            "normalization": loss.NORMALIZATION,
+        }
+
+    @property
+    def needs_anchor_pairs(self) -> bool:
+        """Whether any of the three losses is on."""
+        return any(self.lambdas)
+
+    def forward(
+        self, logits: Tensor, targets: Tensor, pairs: SampledPairs, entities: EntityBatch
+    ) -> dict[str, Tensor]:
+        if not any(self.lambdas):
+            return {}
+        values, _ = self._losses_and_groups(logits, pairs, entities)
+        named = zip(LOSS_NAMES, values, self.lambdas)
+        return {f"loss_{name}": weight * loss for name, loss, weight in named if weight}
+
+    def metrics(
+        self, logits: Tensor, targets: Tensor, pairs: SampledPairs, entities: EntityBatch
+    ) -> dict[str, Tensor]:
+        if not any(self.lambdas):
+            return {}
+        _, groups = self._losses_and_groups(logits, pairs, entities)
+        return {} if groups is None else contrastive_metrics(logits, groups, self.alphas)
+
+    def _losses_and_groups(
+        self, logits: Tensor, pairs: SampledPairs, entities: EntityBatch
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], ContrastiveGroups | None]:
+        ends = torch.stack([pairs.subjects, pairs.objects])
+        sides = AnchorSides(
+            sampled=torch.stack([pairs.for_subjects, pairs.for_objects]),
+            anchor=ends,
+            other_class=entities.classes[ends.flip(0)],
+        )
+        return contrastive_losses(
+            logits,
+            pairs.labels,
+            sides,
+            entities.image,
+            num_images=len(entities.sizes),
+            num_classes=self.num_classes,
+            alphas=self._alphas,
+            normalization=self.normalization,
+        )
+
+
+def build_relation_losses(cfg: CfgNode) -> dict[str, RelationLoss]:
+    """Build the losses in ``MODEL.ROI_RELATION_HEAD.LOSS.NAMES``, by name.
+
+    Raises:
+        ValueError: if the list is empty or names a loss twice.
+    """
+    key = "MODEL.ROI_RELATION_HEAD.LOSS.NAMES"
+    names = list(cfg.MODEL.ROI_RELATION_HEAD.LOSS.NAMES)
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"{key} is {names}; expected one or more losses, each once.")
+    registry = RELATION_LOSS_REGISTRY
+    return {name: build_registered(registry, name, key, RelationLoss, cfg) for name in names}
+
+
+def _check_choice(key: str, value: str, known: tuple[str, ...]) -> None:
+    """Raise a ValueError that names the config key of an invalid value."""
+    if value not in known:
+        raise ValueError(
+            f"MODEL.ROI_RELATION_HEAD.LOSS.{key} is '{value}'; known: {', '.join(known)}"
+        )
 
 
 def _mean_weights(chosen: Tensor, image: Tensor, num_images: int) -> Tensor:

@@ -1,6 +1,7 @@
 """The joint module: predicate logits from both classes and both boxes of a pair at once.
 
-Shapes: P pairs, K entity classes, C predicates, E values per class embedding, H hidden units.
+Shapes: R entities, P pairs, K entity classes, C predicates, E values per class embedding, H hidden
+units, X values per contextual vector.
 """
 
 import torch
@@ -40,6 +41,9 @@ class JointModule(nn.Module):
     in one way for a person and a horse and in another for a person and a hat. Here it can. Unlike a
     table, the embeddings share what they learn among pairs of classes, so that predicates of
     triplets that are not in the training set can score high too.
+
+    With an entity context, the first layer also reads the contextual vectors of both entities. It
+    is linear, so that part is computed once per entity instead of once per pair.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class JointModule(nn.Module):
         embedding_dim: int = 48,
         hidden_dim: int = 256,
         dropout: float = 0.3,
+        context_size: int = 0,
     ):
         """
         Args:
@@ -58,6 +63,7 @@ class JointModule(nn.Module):
             embedding_dim: E.
             hidden_dim: H.
             dropout: share of hidden units that are dropped in training.
+            context_size: X; 0 without an entity context.
 
         Raises:
             ValueError: if an option has an invalid value.
@@ -85,18 +91,34 @@ class JointModule(nn.Module):
             ByteDropout(dropout),
             nn.Linear(hidden_dim, num_predicates + 1),
         )
+        self.subject_context = self.object_context = None
+        if context_size:
+            self.subject_context = nn.Linear(context_size, hidden_dim, bias=False)
+            self.object_context = nn.Linear(context_size, hidden_dim, bias=False)
 
     def forward(
-        self, subject_classes: Tensor, object_classes: Tensor, spatial_features: Tensor
+        self,
+        subject_classes: Tensor,
+        object_classes: Tensor,
+        spatial_features: Tensor,
+        context: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Score the pairs.
 
         Args:
             subject_classes, object_classes: (P,) int64 in ``[0, K)``.
             spatial_features: (P, 28), see :func:`.predictors.spatial_features`.
+            context: (R, X) contextual vectors, (P,) subjects and (P,) objects, indices into them;
+                None without an entity context.
 
         Returns:
             (P, C + 1) logits.
         """
         embedded = [self.subject_embedding(subject_classes), self.object_embedding(object_classes)]
-        return self.layers(torch.cat([*embedded, spatial_features], dim=1))
+        features = torch.cat([*embedded, spatial_features], dim=1)
+        if context is None:
+            return self.layers(features)
+        vectors, subjects, objects = context
+        from_subject = self.subject_context(vectors)[subjects]
+        from_object = self.object_context(vectors)[objects]
+        return self.layers[1:](self.layers[0](features) + from_subject + from_object)

@@ -8,19 +8,32 @@ the same random key per pair. So each draw is uniform over its candidates, as if
 one, and the draws share as many pairs as their preferences allow.
 """
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from detectron2.config import CfgNode, configurable
 from detectron2.structures import Instances
+from detectron2.utils.registry import Registry
 
+from ...utils.registry import build_registered
 from ..sampling import random_keys, sample_mask
 from .pairs import PairGrid, match_pairs
 
-__all__ = ["SampledPairs", "leaves_no_choice", "sample_pairs", "training_pairs"]
+__all__ = [
+    *("PAIR_SAMPLER_REGISTRY", "PairSampler", "RelDNPairSampler", "SampledPairs"),
+    *("build_pair_sampler", "leaves_no_choice", "sample_pairs", "training_pairs"),
+]
+
+PAIR_SAMPLER_REGISTRY = Registry("PAIR_SAMPLER")
+PAIR_SAMPLER_REGISTRY.__doc__ = """
+Registry for samplers of training pairs, subclasses of :class:`PairSampler`.
+
+The registered object is called with ``obj(cfg)``.
+"""
 
 
 @dataclass
@@ -40,6 +53,36 @@ class SampledPairs:
     for_predicate: Tensor
     for_subjects: Tensor
     for_objects: Tensor
+
+    @classmethod
+    def from_masks(
+        cls,
+        grid: PairGrid,
+        for_predicate: Tensor,
+        for_subjects: Tensor | None = None,
+        for_objects: Tensor | None = None,
+    ) -> "SampledPairs":
+        """Collect the pairs that at least one mask chooses.
+
+        The number of pairs is read on the host, once.
+
+        Args:
+            grid: the image's pairs.
+            for_predicate, for_subjects, for_objects: (R, R) bool, subsets of ``grid.candidates``;
+                None chooses no pair.
+        """
+        none = torch.zeros_like(for_predicate)
+        for_subjects = none if for_subjects is None else for_subjects
+        for_objects = none if for_objects is None else for_objects
+        subjects, objects = (for_predicate | for_subjects | for_objects).nonzero(as_tuple=True)
+        return cls(
+            subjects=subjects,
+            objects=objects,
+            labels=grid.label_sets[grid.match[subjects, objects]],
+            for_predicate=for_predicate[subjects, objects],
+            for_subjects=for_subjects[subjects, objects],
+            for_objects=for_objects[subjects, objects],
+        )
 
     @classmethod
     def cat(cls, batch: list["SampledPairs"], sizes: list[int]) -> "SampledPairs":
@@ -108,15 +151,7 @@ def sample_pairs(
 
     for_subjects = for_anchors(grid.is_subject[:, None], grid.is_object[None])
     for_objects = for_anchors(grid.is_object[None], grid.is_subject[:, None])
-    subjects, objects = (for_predicate | for_subjects | for_objects).nonzero(as_tuple=True)
-    return SampledPairs(
-        subjects=subjects,
-        objects=objects,
-        labels=grid.label_sets[grid.match[subjects, objects]],
-        for_predicate=for_predicate[subjects, objects],
-        for_subjects=for_subjects[subjects, objects],
-        for_objects=for_objects[subjects, objects],
-    )
+    return SampledPairs.from_masks(grid, for_predicate, for_subjects, for_objects)
 
 
 def leaves_no_choice(
@@ -140,12 +175,96 @@ def leaves_no_choice(
     )
 
 
+class PairSampler(ABC):
+    """Draws the training pairs of one image.
+
+    A subclass implements :meth:`sample`. Pairs that are computed once and kept with an image are
+    none of its business: see :func:`training_pairs`.
+
+    Attributes:
+        for_anchors: whether any loss reads ``for_subjects`` and ``for_objects`` of the pairs. The
+            relation head sets it; pairs that are drawn for nothing are scored for nothing.
+    """
+
+    for_anchors: bool = True
+
+    @abstractmethod
+    def sample(self, grid: PairGrid, generator: torch.Generator | None = None) -> SampledPairs:
+        """Draw pairs, for instance as masks over the grid (:meth:`SampledPairs.from_masks`).
+
+        Args:
+            grid: the image's pairs.
+            generator: source of randomness; the device's default generator when None. It is given
+                only if :meth:`leaves_no_choice` is True.
+        """
+
+    def leaves_no_choice(self, grid: PairGrid) -> bool:
+        """Tell whether :meth:`sample` draws the same pairs whatever its randomness.
+
+        The pairs of an image that comes again unchanged are then kept.
+        """
+        return False
+
+
+@PAIR_SAMPLER_REGISTRY.register()
+class RelDNPairSampler(PairSampler):
+    """Draw up to a number of positive and of negative pairs for each loss; see `sample_pairs`."""
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        num_pairs: int = 512,
+        num_positive: int = 128,
+        num_anchor_positive: int = 128,
+        num_anchor_negative: int = 128,
+    ):
+        """Arguments as for :func:`sample_pairs`."""
+        self.num_pairs = num_pairs
+        self.num_positive = num_positive
+        self.num_anchor_positive = num_anchor_positive
+        self.num_anchor_negative = num_anchor_negative
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        sampling = cfg.MODEL.ROI_RELATION_HEAD.SAMPLING
+        return {
+            "num_pairs": sampling.PAIRS,
+            "num_positive": sampling.POSITIVE_PAIRS,
+            "num_anchor_positive": sampling.ANCHOR_POSITIVE_PAIRS,
+            "num_anchor_negative": sampling.ANCHOR_NEGATIVE_PAIRS,
+        }
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """Return the keyword arguments of :func:`sample_pairs`."""
+        return {
+            "num_pairs": self.num_pairs,
+            "num_positive": self.num_positive,
+            "num_anchor_positive": self.num_anchor_positive * self.for_anchors,
+            "num_anchor_negative": self.num_anchor_negative * self.for_anchors,
+        }
+
+    def sample(self, grid: PairGrid, generator: torch.Generator | None = None) -> SampledPairs:
+        return sample_pairs(grid, **self.limits, generator=generator)
+
+    def leaves_no_choice(self, grid: PairGrid) -> bool:
+        return leaves_no_choice(grid, **self.limits)
+
+
+def build_pair_sampler(cfg: CfgNode) -> PairSampler:
+    """Build the sampler named by ``MODEL.ROI_RELATION_HEAD.SAMPLING.NAME``."""
+    key = "MODEL.ROI_RELATION_HEAD.SAMPLING.NAME"
+    name = cfg.MODEL.ROI_RELATION_HEAD.SAMPLING.NAME
+    return build_registered(PAIR_SAMPLER_REGISTRY, name, key, PairSampler, cfg)
+
+
 def training_pairs(
     proposals: Instances,
     instances: Instances,
     relations: Instances,
     *,
-    sampling: Mapping[str, int],
+    sampler: PairSampler,
     **matching: Any,
 ) -> SampledPairs:
     """Match the pairs of one image with its ground truth and sample from them.
@@ -155,7 +274,7 @@ def training_pairs(
             comes again with the same entities, they have a dict ``_derived`` (see
             :class:`..meta_arch.RelDN`), in which this function keeps what it would compute again.
         instances, relations: ground truth.
-        sampling: keyword arguments of :func:`sample_pairs`.
+        sampler: draws the pairs.
         matching: keyword arguments of :func:`.pairs.match_pairs`.
     """
     derived = getattr(proposals, "_derived", None) or {}
@@ -172,11 +291,11 @@ def training_pairs(
             **matching,
         )
         if hasattr(proposals, "_derived"):
-            if leaves_no_choice(grid, **sampling):
+            if sampler.leaves_no_choice(grid):
                 # A generator of its own: in a resumed run, which has kept nothing yet, the default
                 # one must be in the same state after this as in a run that uses the kept pairs.
                 own = torch.Generator(grid.candidates.device)
-                proposals._derived["pairs"] = sample_pairs(grid, **sampling, generator=own)
+                proposals._derived["pairs"] = sampler.sample(grid, generator=own)
                 return proposals._derived["pairs"]
             proposals._derived["grid"] = grid
-    return sample_pairs(grid, **sampling)
+    return sampler.sample(grid)

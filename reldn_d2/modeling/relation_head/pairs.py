@@ -5,6 +5,7 @@ relations, Q pairs, U union boxes, C predicates, d values per ROI vector.
 Boxes are XYXY in absolute pixels; all boxes of one call share one coordinate frame.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,10 @@ from detectron2.structures import Boxes, pairwise_iou
 
 from ...structures.box_ops import boxes_overlap
 
-__all__ = ["EntityBatch", "PairGrid", "candidate_pairs", "distinct_unions", "match_pairs"]
+__all__ = [
+    *("EntityBatch", "PairBatch", "PairGrid"),
+    *("candidate_pairs", "distinct_unions", "match_pairs"),
+]
 
 
 # Overlap of a ground-truth box with itself: above every IoU, so that no other box, however close,
@@ -185,6 +189,7 @@ class EntityBatch:
         image_sizes: (N, 2) height and width.
         sizes: number of entities of each of the N images.
         subject_vectors, object_vectors: (R, d), or None if no module reads them.
+        context: (R, X), what an entity context says of each entity; None without one.
     """
 
     boxes: Tensor
@@ -194,6 +199,7 @@ class EntityBatch:
     sizes: list[int]
     subject_vectors: Tensor | None
     object_vectors: Tensor | None
+    context: Tensor | None = None
 
     @classmethod
     def stack(
@@ -224,3 +230,24 @@ class EntityBatch:
             subject_vectors=subject_vectors,
             object_vectors=object_vectors,
         )
+
+
+@dataclass
+class PairBatch:
+    """Pairs of entities that are scored, and their union boxes, which are encoded on demand.
+
+    Attributes:
+        subjects, objects: (Q,) int64, indices into the entities of the batch.
+        encode_unions: returns (U, d) vectors of the distinct union boxes and (Q,) int64, each
+            pair's union box; None instead of the latter if U = Q, pair by pair. None if the union
+            boxes are not encoded.
+    """
+
+    subjects: Tensor
+    objects: Tensor
+    encode_unions: Callable[[], tuple[Tensor, Tensor | None]] | None = None
+
+    def union_vectors(self) -> Tensor:
+        """Encode the union box of each pair: (Q, d)."""
+        vectors, union = self.encode_unions()
+        return vectors if union is None else vectors[union]

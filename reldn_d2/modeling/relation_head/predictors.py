@@ -18,6 +18,7 @@ __all__ = [
     "SemanticModule",
     "SpatialModule",
     "VisualModule",
+    "box_position",
     "spatial_features",
     "without_last_relu",
 ]
@@ -190,8 +191,8 @@ def _box_delta(first: Tensor, second: Tensor) -> Tensor:
     return torch.cat([offset / size1, torch.log(size2 / size1), -offset / size2], dim=1)
 
 
-def _box_position(boxes: Tensor, image_sizes: Tensor) -> Tensor:
-    """Compute Eq 10, corners and area as shares of the image: (P, 5)."""
+def box_position(boxes: Tensor, image_sizes: Tensor) -> Tensor:
+    """Compute Eq 10, corners and area as shares of the image: (P, 5) from (P, 4) and (P, 2)."""
     relative = boxes / image_sizes.flip(1).repeat(1, 2)
     area = (relative[:, 2:] - relative[:, :2]).prod(dim=1, keepdim=True)
     return torch.cat([relative, area], dim=1)
@@ -217,8 +218,8 @@ def spatial_features(subject_boxes: Tensor, object_boxes: Tensor, image_sizes: T
             _box_delta(subject_boxes, object_boxes),
             _box_delta(subject_boxes, union),
             _box_delta(union, object_boxes),
-            _box_position(subject_boxes, image_sizes),
-            _box_position(object_boxes, image_sizes),
+            box_position(subject_boxes, image_sizes),
+            box_position(object_boxes, image_sizes),
         ],
         dim=1,
     )

@@ -17,7 +17,7 @@ from model_utils import (
 from reldn_d2 import RelDNCheckpointer
 from reldn_d2.engine.defaults import build_optimizer
 from reldn_d2.export import RelDNExport
-from reldn_d2.modeling.relation_head import relation_head as head_module
+from reldn_d2.modeling.relation_head import predicate_classifier as classifier_module
 from reldn_d2.modeling.relation_head.joint import ByteDropout, JointModule
 from reldn_d2.modeling.relation_head.pairs import EntityBatch
 from reldn_d2.modeling.relation_head.predictors import spatial_features
@@ -154,9 +154,9 @@ def test_pair_logits_joint_is_one_more_summand():
         return spatial_features(*args)
 
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(head_module, "spatial_features", counted)
+        patch.setattr(classifier_module, "spatial_features", counted)
         logits = head.pair_logits(batch, None, subjects, objects)
-        joint, head.joint = head.joint, None
+        joint, head.predictor.joint = head.joint, None
         others = head.pair_logits(batch, None, subjects, objects)
         sizes = torch.tensor([[64.0, 96], [64, 96], [50, 80], [50, 80]])
         features = spatial_features(batch.boxes[subjects], batch.boxes[objects], sizes)

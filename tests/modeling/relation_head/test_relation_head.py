@@ -11,7 +11,14 @@ from loss_oracle import contrastive_in_loops
 from model_utils import busy_item, small_config, small_model
 
 from reldn_d2.data.frequency import count_predicates, log_frequencies
-from reldn_d2.modeling.relation_head import RelDNHead, build_relation_head
+from reldn_d2.modeling.relation_head import (
+    ContrastiveLosses,
+    PredicateLoss,
+    RelDNHead,
+    RelDNPairSampler,
+    RelDNPredictor,
+    build_relation_head,
+)
 from reldn_d2.modeling.relation_head import pair_sampling as sampling_module
 from reldn_d2.modeling.relation_head import relation_head as head_module
 from reldn_d2.modeling.relation_head.predictors import (
@@ -262,11 +269,19 @@ def table_head(**kwargs):
     )
     options = dict(overlap_filter=False, statistics_period=1)
     options.update(kwargs)
+    mean = options.pop("l0_mean", "images")
+    names = ("lambdas", "alphas", "normalization")
+    contrastive = {name: options.pop(name) for name in names if name in options}
     return RelDNHead(
         num_classes=CLASSES,
         num_predicates=PREDICATES,
         in_features=[],
-        semantic=semantic,
+        predictor=RelDNPredictor(semantic=semantic),
+        sampler=RelDNPairSampler(),
+        losses={
+            "PredicateLoss": PredicateLoss(mean=mean),
+            "ContrastiveLosses": ContrastiveLosses(num_classes=CLASSES, **contrastive),
+        },
         **options,
     )
 
@@ -349,7 +364,7 @@ def test_relation_head_predictions_equal_plain_loops():
         instances(boxes[:1], classes[:1], False, scores[:1]),
     ]
     with torch.no_grad():
-        found, *none = head({}, None, entities)
+        found, *none = (x.relations for x in head({}, None, entities))
     assert found.scores.tolist() == pytest.approx([t[0] for t in triplets], rel=1e-5)
     # Cups 1 and 2 are of one class: where scores are equal the order is free.
     for (i, j), e, score, p in zip(
@@ -372,6 +387,7 @@ def test_relation_head_overlap_filter_spares_given_boxes():
     entities = [instances(boxes, torch.tensor([0, 1, 2]), False, torch.ones(3))]
     with torch.no_grad():
         (detected,), (given,) = (head({}, None, entities, boxes_given=x) for x in (False, True))
+    detected, given = detected.relations, given.relations
     assert {tuple(x) for x in detected.pairs.tolist()} == {(0, 1), (1, 0)}
     assert {tuple(x) for x in given.pairs.tolist()} == set(itertools.permutations(range(3), 2))
 
@@ -456,8 +472,8 @@ def test_without_last_relu_other_last_layer_raises():
 
 def test_relation_head_invalid_options_raise():
     with pytest.raises(ValueError, match="no module left.*SEMANTIC.ENABLED.*VISUAL.SPO"):
-        RelDNHead(num_classes=2, num_predicates=2, in_features=[])
-    with pytest.raises(KeyError, match="NoSuchHead"):
+        RelDNPredictor()
+    with pytest.raises(ValueError, match="HEAD.NAME is 'NoSuchHead'; known: .*RelDNHead.*--module"):
         build_relation_head(small_config("MODEL.ROI_RELATION_HEAD.NAME", "NoSuchHead"), {}, {})
     with pytest.raises(ValueError, match="LOSS.NORMALIZATION is 'mean'; known: paper, released"):
         table_head(normalization="mean")
@@ -498,13 +514,14 @@ def test_relation_head_config_reaches_matching_and_sampling(monkeypatch):
     assert seen["match_pairs"]["overlap_filter"] is False
     assert seen["match_pairs"]["iou_threshold"] == 0.625
     anchors = {"num_anchor_positive": 5, "num_anchor_negative": 3}
-    assert seen["sample_pairs"] == {"num_pairs": 11, "num_positive": 7, **anchors}
+    limits = {"num_pairs": 11, "num_positive": 7, "generator": None}
+    assert seen["sample_pairs"] == {**limits, **anchors}
     # Without L1 to L3 no pair is drawn for them.
     off = (x for i in (1, 2, 3) for x in (f"{key}.LOSS.LAMBDA_{i}", 0.0))
     with EventStorage(0):
         small_model(*options, *off).train()([busy_item()])
     none = {"num_anchor_positive": 0, "num_anchor_negative": 0}
-    assert seen["sample_pairs"] == {"num_pairs": 11, "num_positive": 7, **none}
+    assert seen["sample_pairs"] == {**limits, **none}
 
 
 def test_pair_logits_traced_equal_eager():

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_utils import CLASSES, busy_item, empty_item, one_box_item, small_model
 
-from reldn_d2.modeling.relation_head import relation_head as head_module
+from reldn_d2.modeling.relation_head import head_base as head_module
 from reldn_d2.modeling.relation_head import topk as topk_module
 from reldn_d2.modeling.relation_head.pairs import candidate_pairs
 from reldn_d2.modeling.relation_head.topk import (
@@ -338,7 +338,8 @@ def test_relation_head_many_given_pairs_visual_module_scores_the_shortlist(caplo
     head.visual.register_forward_pre_hook(lambda _, x: scored.extend(zip(*map(list, x[3:5]))))
     with torch.no_grad():
         found, wanted = (x([busy_item()])[0]["relations"] for x in (model, every))
-        cheap = head.pair_logits(*_encoded(model), visual=False).softmax(dim=1)[:, :-1].amax(dim=1)
+        entities, _, *chosen = _encoded(model)
+        cheap = head.shortlist_logits(entities, *chosen).softmax(dim=1)[:, :-1].amax(dim=1)
     pairs = [(i, j) for i in range(4) for j in range(4) if i != j]
     shortlist = {pairs[i] for i in cheap.topk(5).indices.tolist()}
     assert {(int(i), int(j)) for i, j in scored} == shortlist and len(scored) == 5

@@ -8,7 +8,11 @@ from model_utils import busy_item, empty_item, small_model, unrelated_item
 
 from reldn_d2.modeling.losses import AnchorSides, contrastive_losses
 from reldn_d2.modeling.relation_head.pair_sampling import SampledPairs
-from reldn_d2.modeling.relation_head.training_metrics import training_metrics
+from reldn_d2.modeling.relation_head.training_metrics import (
+    contrastive_metrics,
+    to_scalars,
+    training_metrics,
+)
 from reldn_d2.utils.events import RelationStatisticsPrinter
 
 from detectron2.utils.events import EventStorage
@@ -40,7 +44,8 @@ def test_training_metrics_one_subject_equal_hand_computed_values():
     image = torch.zeros(6, dtype=torch.int64)
     _, groups = contrastive_losses(logits, labels, sides, image, num_images=1, num_classes=2)
     targets = torch.tensor([0, 0, 2, 2, 2])
-    values = training_metrics(logits, targets, pairs, groups, ALPHAS)
+    metrics = training_metrics(logits, targets, pairs)
+    values = to_scalars({**metrics, **contrastive_metrics(logits, groups, ALPHAS)})
     expected = {
         "num_positive_pairs": 2,
         "num_negative_pairs": 3,
@@ -59,9 +64,9 @@ def test_training_metrics_one_subject_equal_hand_computed_values():
         "predicate_class_violated": 1,
     }
     assert values == {f"reldn/{k}": pytest.approx(v, abs=1e-6) for k, v in expected.items()}
-    half = training_metrics(logits, targets, pairs, groups, (0.2, 0.15, 0.05))
-    assert half["reldn/entity_class_violated"] == 0.5
-    assert half["reldn/predicate_class_violated"] == 0
+    half = contrastive_metrics(logits, groups, (0.2, 0.15, 0.05))
+    assert half["entity_class_violated"] == 0.5
+    assert half["predicate_class_violated"] == 0
 
 
 @pytest.mark.parametrize("batch", [[busy_item()], [unrelated_item(), busy_item()], [empty_item()]])

@@ -1,0 +1,299 @@
+"""A head, a classifier, a context, a sampler and a loss of one's own, in a few lines each.
+
+Each is registered, trained by the trainer, saved, loaded and evaluated.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from model_utils import (
+    PREDICATES,
+    SIZE,
+    busy_item,
+    register_dataset,
+    small_config,
+    small_model,
+    unregister_dataset,
+)
+from torch import nn
+
+from reldn_d2.engine import RelDNTrainer
+from reldn_d2.modeling import (
+    ENTITY_CONTEXT_REGISTRY,
+    PAIR_SAMPLER_REGISTRY,
+    RELATION_LOSS_REGISTRY,
+    RELATION_PREDICTOR_REGISTRY,
+    ROI_RELATION_HEAD_REGISTRY,
+    EntityContext,
+    PairSampler,
+    PredicateClassifier,
+    RelationHead,
+    RelationLoss,
+    SampledPairs,
+    build_relation_head,
+)
+from reldn_d2.predictor import RelationPredictor
+
+from detectron2.config import configurable
+from detectron2.utils.events import EventStorage
+
+HEAD = "MODEL.ROI_RELATION_HEAD"
+
+
+@ROI_RELATION_HEAD_REGISTRY.register()
+class ClassPairHead(RelationHead):
+    """One row of logits per pair of classes; it also halves the scores of entities."""
+
+    @configurable
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.table = nn.Embedding(self.num_classes**2, self.num_predicates + 1)
+
+    def pair_logits(self, entities, predicate_features, subjects, objects):
+        classes = entities.classes
+        return self.table(classes[subjects] * self.num_classes + classes[objects])
+
+    def refine_entities(self, entities, instances, classes_given):
+        refined = type(instances)(instances.image_size, **instances.get_fields())
+        refined.scores = instances.scores if classes_given else 0.5 * instances.scores
+        return refined
+
+
+@RELATION_PREDICTOR_REGISTRY.register()
+class UnionClassifier(PredicateClassifier):
+    """A linear layer on subject, union and object vectors."""
+
+    def __init__(self, cfg, vector_size, context_size):
+        super().__init__()
+        num_predicates = cfg.MODEL.ROI_RELATION_HEAD.NUM_PREDICATES
+        self.layer = nn.Linear(3 * vector_size, num_predicates + 1)
+
+    def forward(self, entities, pairs):
+        subject = entities.subject_vectors[pairs.subjects]
+        object_ = entities.object_vectors[pairs.objects]
+        return self.layer(torch.cat([subject, pairs.union_vectors(), object_], dim=1))
+
+
+@ENTITY_CONTEXT_REGISTRY.register()
+class MeanContext(EntityContext):
+    """The mean of the entities of the image."""
+
+    def forward(self, entities):
+        embedded = self.embed(entities)
+        sums = embedded.new_zeros(len(entities.sizes), self.size)
+        sums = sums.index_add(0, entities.image, embedded)
+        sizes = embedded.new_tensor(entities.sizes).clamp(min=1)
+        return (sums / sizes[:, None])[entities.image]
+
+
+@PAIR_SAMPLER_REGISTRY.register()
+class AllPairsSampler(PairSampler):
+    """Use all pairs for L0 and none for L1 to L3."""
+
+    def __init__(self, cfg):
+        pass
+
+    def sample(self, grid, generator=None):
+        return SampledPairs.from_masks(grid, grid.candidates)
+
+
+@RELATION_LOSS_REGISTRY.register()
+class LabelSetLoss(RelationLoss):
+    """Binary cross entropy of all predicates of a pair."""
+
+    def __init__(self, cfg):
+        super().__init__()
+
+    def forward(self, logits, targets, pairs, entities):
+        labels = pairs.labels.float()
+        losses = F.binary_cross_entropy_with_logits(logits[:, :-1], labels, reduction="none")
+        return {"loss_label_set": losses.sum() / max(len(pairs), 1)}
+
+
+LOSSES = {"loss_predicate", "loss_class_agnostic", "loss_entity_class", "loss_predicate_class"}
+JOINT_ONLY = (
+    *(f"{HEAD}.JOINT.ENABLED", True, f"{HEAD}.VISUAL.SPO", False),
+    *(f"{HEAD}.VISUAL.SUBJECT_SKIP", False, f"{HEAD}.VISUAL.OBJECT_SKIP", False),
+)
+CASES = {
+    "head": ((f"{HEAD}.NAME", "ClassPairHead"), LOSSES),
+    "classifier": ((f"{HEAD}.PREDICTOR", "UnionClassifier"), LOSSES),
+    "context": ((f"{HEAD}.CONTEXT.NAME", "MeanContext"), LOSSES),
+    "context, boxes only": ((f"{HEAD}.CONTEXT.NAME", "MeanContext", *JOINT_ONLY), LOSSES),
+    "transformer": ((f"{HEAD}.CONTEXT.NAME", "TransformerContext"), LOSSES),
+    "lstm": ((f"{HEAD}.CONTEXT.NAME", "LSTMContext", *JOINT_ONLY), LOSSES),
+    "sampler": ((f"{HEAD}.SAMPLING.NAME", "AllPairsSampler"), LOSSES),
+    "loss": (
+        (f"{HEAD}.LOSS.NAMES", ["PredicateLoss", "LabelSetLoss"]),
+        {"loss_predicate", "loss_label_set"},
+    ),
+    # Detectron2 logs the only loss as total_loss.
+    "other loss alone": ((f"{HEAD}.LOSS.NAMES", ["LabelSetLoss"]), set()),
+}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    register_dataset("extensions", tmp_path_factory.mktemp("extensions"))
+    yield "extensions"
+    unregister_dataset("extensions")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_registered_part_trains_saves_loads_and_evaluates(case, dataset, tmp_path):
+    options, losses = CASES[case]
+    cfg = small_config(
+        *("DATASETS.TRAIN", (dataset,), "DATASETS.TEST", (dataset,), "OUTPUT_DIR", str(tmp_path)),
+        *("SOLVER.MAX_ITER", 2, "SOLVER.IMS_PER_BATCH", 2, "DATALOADER.NUM_WORKERS", 0),
+        *("TEST.EVAL_PERIOD", 0, "SOLVER.CHECKPOINT_PERIOD", 1000, "SEED", 1),
+        *(f"{HEAD}.CONTEXT.HIDDEN_DIM", 8, *options),
+    )
+    trainer = RelDNTrainer(cfg)
+    before = {name: x.clone() for name, x in trainer.model.relation_head.state_dict().items()}
+    trainer.train()
+    logged = {name for name in trainer.storage.latest() if name.startswith("loss_")}
+    assert logged == losses
+    after = trainer.model.relation_head.state_dict()
+    assert not any("predictor.visual" in name for name in after)
+    moved = [name for name, x in after.items() if not torch.equal(x, before[name])]
+    assert moved and (case != "context" or "context.class_embedding.weight" in moved)
+
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.WEIGHTS = str(tmp_path / "model_final.pth")
+    results = RelDNTrainer.evaluate_checkpoint(cfg)
+    assert 0 <= results["relations_sgdet"]["R@n"] <= 100
+    predictor = RelationPredictor.from_checkpoint(cfg.MODEL.WEIGHTS, device="cpu")
+    loaded = predictor.model.relation_head.state_dict()
+    assert loaded.keys() == after.keys()
+    assert all(torch.equal(x, after[name]) for name, x in loaded.items())
+    assert len(predictor.model.relation_head.losses) == len(cfg.MODEL.ROI_RELATION_HEAD.LOSS.NAMES)
+
+
+def test_head_refined_entities_are_the_models_output_and_rank_the_triplets():
+    plain, refining = (small_model(*x, seed=3).eval() for x in ((), CASES["head"][0]))
+    with torch.no_grad():
+        (detected,), (refined,) = plain([busy_item()]), refining([busy_item()])
+    assert torch.equal(refined["instances"].scores, 0.5 * detected["instances"].scores)
+    relations = refined["relations"]
+    ends = refined["instances"].scores[relations.pairs].prod(dim=1)
+    torch.testing.assert_close(relations.scores, ends * relations.predicate_scores)
+    refining.task = "prdcls"
+    with torch.no_grad():
+        (given,) = refining([busy_item()])
+    assert (given["instances"].scores == 1).all()  # given classes are not scored again
+
+
+def test_head_refine_other_number_of_entities_raises(monkeypatch):
+    model = small_model(*CASES["head"][0]).eval()
+    monkeypatch.setattr(ClassPairHead, "refine_entities", lambda self, x, found, given: found[1:])
+    with pytest.raises(ValueError, match="ClassPairHead.refine_entities returned 5 .* for 6: ret"):
+        model([busy_item()])
+
+
+def test_relation_head_two_losses_of_one_name_raises(monkeypatch):
+    model = small_model(f"{HEAD}.LOSS.NAMES", ["PredicateLoss", "LabelSetLoss"]).train()
+    monkeypatch.setattr(LabelSetLoss, "forward", lambda self, *x: {"loss_predicate": x[0].sum()})
+    with (
+        EventStorage(),
+        pytest.raises(
+            ValueError, match="Both PredicateLoss and LabelSetLoss return a loss 'loss_predicate'"
+        ),
+    ):
+        model([busy_item()])
+
+
+class NoLogitsHead(RelationHead):
+    pass
+
+
+class HidesBoxHeads(ClassPairHead):
+    @configurable
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.box_heads = nn.ModuleList()
+
+
+class NoHead(nn.Module):
+    def __init__(self, *args):
+        super().__init__()
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        (NoLogitsHead, "NAME is 'NoLogitsHead', but that class lacks pair_logits: implement it"),
+        (HidesBoxHeads, "HidesBoxHeads has a submodule 'box_heads', .* override the property"),
+        (NoHead, "'NoHead', but that class is no RelationHead: derive it from .*RelationHead"),
+        (lambda *x: NoHead(), "which built a NoHead, and that class is no RelationHead"),
+    ],
+)
+def test_build_relation_head_broken_contract_raises(head, message, monkeypatch):
+    name = getattr(head, "__name__", "").strip("<>")
+    monkeypatch.setitem(ROI_RELATION_HEAD_REGISTRY._obj_map, name, head)
+    with pytest.raises(TypeError, match=message):
+        build_relation_head(small_config(f"{HEAD}.NAME", name), {}, {})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "known"),
+    [
+        ("PREDICTOR", "Nobody", "RelDNPredictor"),
+        ("CONTEXT.NAME", "Nobody", "TransformerContext"),
+        ("SAMPLING.NAME", "Nobody", "RelDNPairSampler"),
+        ("LOSS.NAMES", ["Nobody"], "PredicateLoss"),
+    ],
+)
+def test_build_unknown_part_raises_with_known_names(key, value, known):
+    with pytest.raises(ValueError, match=rf"{key} is 'Nobody'; known: .*{known}.*--module"):
+        small_model(f"{HEAD}.{key}", value)
+
+
+@pytest.mark.parametrize("names", [[], ["PredicateLoss", "PredicateLoss"]])
+def test_build_no_loss_or_one_twice_raises(names):
+    with pytest.raises(ValueError, match="LOSS.NAMES is .*; expected one or more losses, each on"):
+        small_model(f"{HEAD}.LOSS.NAMES", names)
+
+
+@pytest.mark.parametrize("names", [["PredicateLoss"], ["PredicateLoss", "LabelSetLoss"]])
+def test_losses_without_anchors_switch_their_sampling_off(names):
+    sampler = small_model(f"{HEAD}.LOSS.NAMES", names).relation_head.sampler
+    assert not sampler.for_anchors and sampler.limits["num_anchor_positive"] == 0
+    assert small_model().relation_head.sampler.limits["num_anchor_positive"] > 0
+
+
+def test_reldn_predictor_fuse_sums_module_logits():
+    model = small_model(f"{HEAD}.JOINT.ENABLED", True).eval()
+    head, x = model.relation_head, busy_item()
+    features, maps = model.feature_maps(model.detector.preprocess([x]))
+    given = x["instances"]
+    entities = head.encode_entities(features, [given.gt_boxes], [given.gt_classes], [SIZE])
+    pair = torch.tensor([0, 1]), torch.tensor([1, 3])
+    logits = head.predictor.module_logits(entities, head.pair_batch(entities, maps, *pair))
+    assert list(logits) == ["semantic", "spatial", "joint", "visual"]
+    assert all(x.shape == (2, len(PREDICATES) + 1) for x in logits.values())
+    fused = head.pair_logits(entities, maps, *pair)
+    assert torch.equal(fused, head.predictor.fuse(logits))
+    torch.testing.assert_close(fused, sum(logits.values()))
+
+
+def test_reldn_head_names_of_weights_have_no_predictor():
+    """So that models load weights that were saved before there were other classifiers."""
+    head = small_model(f"{HEAD}.JOINT.ENABLED", True).relation_head
+    listed = {
+        "state": list(head.state_dict()),
+        "parameters": [name for name, _ in head.named_parameters()],
+    }
+    for names in listed.values():
+        assert not any("predictor" in name for name in names)
+        assert {name.partition(".")[0] for name in names} == {
+            *("semantic", "spatial", "joint", "visual"),
+            *("subject_box_head", "object_box_head", "predicate_box_head"),
+        }
+    assert head.get_parameter("semantic.table.weight") is head.semantic.table.weight
+    state = head.state_dict()
+    del state["spatial.0.bias"]
+    state["visual.surplus"] = torch.zeros(1)
+    result = head.load_state_dict(state, strict=False)
+    assert result.missing_keys == ["spatial.0.bias"]
+    assert result.unexpected_keys == ["visual.surplus"]
