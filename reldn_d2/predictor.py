@@ -43,6 +43,7 @@ from .structures.given_boxes import (
 from .structures.scene_graph import SceneGraph
 from .utils.image_io import ONE_IMAGE, ImageError, OneImage, from_rgb, load_rgb
 from .utils.protocols import predicates_per_pair
+from .utils.registry import explain_unregistered
 
 __all__ = ["GivenBoxes", "RelationPredictor"]
 
@@ -146,7 +147,8 @@ class RelationPredictor:
                 values = description.get("predicates_per_pair", [])
             merge_config(cfg, None, ["TEST.RELATIONS.PREDICATES_PER_PAIR", values])
         cfg.MODEL.WEIGHTS = path
-        model = build_model(cfg)
+        with explain_unregistered(f"{path}: its config"):
+            model = build_model(cfg)
         RelDNCheckpointer(model).load(path)
         return cls(
             model,
