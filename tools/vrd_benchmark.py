@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))  # if the package is not installed
 CONFIG = PROJECT / "configs" / "VRD" / "reldn_boxes.yaml"
 HELD_OUT, NUM_HELD_OUT = ("vrd_train_rest", "vrd_train_held_out"), 500
 
