@@ -7,7 +7,7 @@ from here: a model keeps the triplets that any evaluation needs (:func:`kept_pre
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -104,8 +104,8 @@ class Protocol:
             self._require(field, fits, '("relationship",) or ("relationship", "phrase")')
         rule = self.verified_labels
         self._require("verified_labels", rule in _VERIFIED_LABELS, '"code", "text" or None')
-        for field in ("strict_precision", "all_triplets", "distinct_relations", "zero_shot"):
-            self._require(field, isinstance(getattr(self, field), bool), "True or False")
+        for switch in (x.name for x in fields(self) if isinstance(x.default, bool)):
+            self._require(switch, isinstance(getattr(self, switch), bool), "True or False")
         fits = callable(self.metrics) or self.metrics in METRIC_SETS
         expected = f"a function, or one of {', '.join(METRIC_SETS)}"
         self._require("metrics", fits, expected)
