@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""Train or evaluate RelDN, or its detector, with Detectron2's arguments.
+"""Train or evaluate RelDN, or its detector, with Detectron2's arguments and ``--module``.
 
-Example::
+Examples::
 
     python train_net.py --config-file configs/Toy/reldn.yaml --num-gpus 1
+    python train_net.py --config-file my_reldn.yaml --module my_head.py
 """
 
 import sys
@@ -17,6 +18,7 @@ from reldn_d2.engine import (
     check_run,
     launch,
 )
+from reldn_d2.utils.user_modules import add_module_argument, parse_and_import
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
@@ -53,7 +55,9 @@ def main(args):
 
 
 if __name__ == "__main__":
-    args = default_argument_parser().parse_args()
+    parser = default_argument_parser()
+    add_module_argument(parser)
+    args = parse_and_import(parser)
     print("Command Line Args:", args)
     cfg = reldn_d2.load_config(args.config_file, args.opts)
     try:

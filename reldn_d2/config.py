@@ -4,7 +4,7 @@ import difflib
 import functools
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -12,12 +12,23 @@ from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 from detectron2.utils.file_io import PathManager
 
+from .utils.config_keys import (
+    ConfigKeyError,
+    add_registered_keys,
+    all_keys,
+    register_config_keys,
+    unknown_keys_message,
+)
+
 __all__ = [
+    "ConfigKeyError",
     "UnknownKeyError",
     "add_reldn_config",
     "load_config",
     "merge_config",
+    "merge_saved_config",
     "reads_pixels",
+    "register_config_keys",
 ]
 
 logger = logging.getLogger(__name__)
@@ -30,16 +41,22 @@ class UnknownKeyError(ValueError):
 def add_reldn_config(cfg: CfgNode) -> None:
     """Add the keys of RelDN to a Detectron2 config, with the paper's values as defaults.
 
+    The keys of your own modules (:func:`register_config_keys`) are added as well.
+
     Symbols behind a key are those of the paper. The detector itself is configured by
     Detectron2's own keys (``MODEL.BACKBONE``, ``MODEL.RPN``, ``MODEL.ROI_HEADS``, ...).
 
     Args:
         cfg: the result of :func:`detectron2.config.get_cfg`; changed in place.
+
+    Raises:
+        ConfigKeyError: a registered function sets a key that exists already, or fails.
     """
     _add_model(cfg)
     _add_relation_head(cfg)
     _add_attribute_head(cfg)
     _add_data_solver_and_test(cfg)
+    add_registered_keys(cfg)
 
 
 def _add_model(cfg: CfgNode) -> None:
@@ -199,8 +216,8 @@ def _add_data_solver_and_test(cfg: CfgNode) -> None:
     cfg.TEST.RELATIONS.TASK = "sgdet"
     cfg.TEST.RELATIONS.TOPK = 100  # triplets kept per image
     # How relations are scored (docs/evaluation.md): lu2016, motifs, openimages,
-    # openimages_text, released or relations; empty: the protocol of the dataset's tables in the
-    # paper.
+    # openimages_text, released, relations, or one in PROTOCOL_REGISTRY of your own; empty: the
+    # protocol of the dataset's tables in the paper.
     cfg.TEST.RELATIONS.PROTOCOL = ""
     cfg.TEST.RELATIONS.RECALL_AT = []  # the n of R@n, each at most TOPK; empty: the protocol's
     # Head, body and tail of the predicates: [10000, 500] puts those with at least 10,000 relations
@@ -253,6 +270,9 @@ def merge_config(
         ValueError: if ``opts`` has a key without a value, or a value is not valid.
     """
     opts = list(opts or [])
+    late = [x for x in opts[::2] if str(x).startswith("--")]
+    if late:
+        raise ValueError(f"{late[0]} comes after a KEY VALUE pair; write it before all of them.")
     if len(opts) % 2:
         raise ValueError(f"Options are KEY VALUE pairs, but '{opts[-1]}' has no value: {opts}")
     if config_file and not PathManager.isfile(config_file):
@@ -280,6 +300,31 @@ def merge_config(
     limits = _read_predicates_per_pair(relations.PREDICATES_PER_PAIR)
     if limits != relations.PREDICATES_PER_PAIR:
         relations.PREDICATES_PER_PAIR = limits
+
+
+def merge_saved_config(
+    cfg: CfgNode, saved: str, source: str, owners: Mapping[str, str] | None = None
+) -> None:
+    """Merge the config of a checkpoint into ``cfg``.
+
+    Args:
+        cfg: config with the keys of :func:`add_reldn_config`; changed in place.
+        saved: YAML, as :class:`.DetectorCheckpointer` writes it.
+        source: the checkpoint's file, for error messages.
+        owners: who had registered its own keys, see :func:`.config_keys.key_owners`.
+
+    Raises:
+        UnknownKeyError: it has keys that no imported module registers.
+        ValueError: a value is of another type than the key's.
+    """
+    theirs = CfgNode.load_cfg(saved)
+    message = unknown_keys_message(cfg, theirs, owners or {}, source)
+    if message is not None:
+        raise UnknownKeyError(message)
+    try:
+        cfg.merge_from_other_cfg(theirs)
+    except ValueError as error:
+        raise ValueError(f"{source}: its config cannot be read: {error}") from error
 
 
 def _read_predicates_per_pair(values: Iterable[Any]) -> list[int | None]:
@@ -329,20 +374,14 @@ def _write_floats_as_floats(cfg: CfgNode, opts: list[str]) -> list[str]:
 
 
 def _unknown_key_message(cfg: CfgNode, key: str, source: str) -> str:
-    keys = _all_keys(cfg)
+    keys = all_keys(cfg)
     similar = difflib.get_close_matches(key, keys, n=3, cutoff=0.6)
     leaf = key.rsplit(".", 1)[-1]
     similar += [k for k in keys if k.rsplit(".", 1)[-1] == leaf and k not in similar][:3]
     hint = (
         f"Did you mean {', '.join(similar)}?" if similar else "See reldn_d2/config.py for the keys."
     )
-    return f"Unknown config key {key} in {source}. {hint}"
-
-
-def _all_keys(node: CfgNode, prefix: str = "") -> list[str]:
-    keys = []
-    for key, value in node.items():
-        keys.append(prefix + key)
-        if isinstance(value, CfgNode):
-            keys.extend(_all_keys(value, prefix + key + "."))
-    return keys
+    return (
+        f"Unknown config key {key} in {source}. {hint} Pass --module to import the module that "
+        "registers keys of your own."
+    )

@@ -26,7 +26,7 @@ from detectron2.utils.file_io import PathManager
 
 from .checkpoint.detection_checkpoint import fetch, read_checkpoint
 from .checkpoint.reldn_checkpoint import RelDNCheckpointer
-from .config import add_reldn_config, merge_config
+from .config import add_reldn_config, merge_config, merge_saved_config
 from .data.boxes_only import spanned_size
 from .data.detection_files import load_detections, transform_detections
 from .modeling.detectors.precomputed import PrecomputedDetector
@@ -44,6 +44,7 @@ from .structures.name_matching import NAME_FIELDS
 from .structures.scene_graph import SceneGraph
 from .utils.image_io import ONE_IMAGE, ImageError, OneImage, from_rgb, load_rgb
 from .utils.protocols import predicates_per_pair
+from .utils.registry import explain_unregistered
 
 __all__ = ["GivenBoxes", "RelationPredictor"]
 
@@ -126,8 +127,9 @@ class RelationPredictor:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is not a RelDN checkpoint or lacks what ``opts`` ask for, or there
-                is no such device.
+            ValueError: the file is not a RelDN checkpoint or lacks what ``opts`` ask for, its
+                config has keys of a module that is not imported
+                (:func:`.config.register_config_keys`), or there is no such device.
         """
         path = str(path)
         device = check_device(device)
@@ -140,7 +142,7 @@ class RelationPredictor:
                 "the model."
             )
         if config_file is None:
-            cfg.merge_from_other_cfg(CfgNode.load_cfg(description["config"]))
+            merge_saved_config(cfg, description["config"], path, description.get("config_keys"))
         merge_config(cfg, config_file, ["MODEL.DEVICE", device, *opts])
         relations = cfg.TEST.RELATIONS
         if not relations.PREDICATES_PER_PAIR:
@@ -150,7 +152,8 @@ class RelationPredictor:
                 values = description.get("predicates_per_pair", [])
             merge_config(cfg, None, ["TEST.RELATIONS.PREDICATES_PER_PAIR", values])
         cfg.MODEL.WEIGHTS = path
-        model = build_model(cfg)
+        with explain_unregistered(f"{path}: its config"):
+            model = build_model(cfg)
         RelDNCheckpointer(model).load(path)
         model.relation_head.prior.check(path)
         return cls(

@@ -71,6 +71,15 @@ def registered():
         MetadataCatalog.pop(name, None)
 
 
+@pytest.fixture
+def own_registrations():
+    """Forget after the test which modules it imported with --module and what they registered."""
+    from registrations import restored_registries
+
+    with restored_registries():
+        yield
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     """Write ``model_final.pth`` of a tiny RelDN."""

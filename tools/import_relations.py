@@ -11,7 +11,6 @@ Examples:
 
 import argparse
 import json
-import logging
 import sys
 from pathlib import Path
 
@@ -20,9 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # if the packag
 import reldn_d2  # noqa: E402,F401  # isort: skip  before Detectron2
 from reldn_d2.data.datasets import import_relations, to_relation_instances
 from reldn_d2.data.datasets.importers import FORMATS, ImportOptions, read_name_file
+from reldn_d2.utils.events import log_to_terminal
 from reldn_d2.utils.file_io import check_writable, write_atomically
-
-from detectron2.utils.logger import setup_logger
 
 _SHOWN = 20  # problems on the terminal
 
@@ -89,8 +87,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Convert the file and return the exit status."""
     args = parse_arguments(arguments)
-    setup_logger(name="reldn_d2")
-    logging.getLogger("reldn_d2").propagate = False
+    log_to_terminal()
     try:
         check_writable(args.output)
         options = ImportOptions(

@@ -26,7 +26,7 @@ from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSample
 from detectron2.utils import comm
 
 from ..structures.name_matching import Renumbering
-from ..utils.processes import protect_loader_worker
+from ..utils.processes import loader_worker_init
 from .boxes_only import add_sizes, load_without_images
 from .dataset_dict import check_annotations
 from .datasets.catalog import dataset_names
@@ -176,7 +176,7 @@ class TrainLoader:
             batch_sampler=islice(self.indices(), self.start, None),
             num_workers=self.num_workers,
             collate_fn=_as_list,
-            worker_init_fn=protect_loader_worker,
+            worker_init_fn=loader_worker_init(),
             generator=torch.Generator(),  # the global one belongs to the model
         )
 

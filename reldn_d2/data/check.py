@@ -23,17 +23,17 @@ from tqdm import tqdm
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
-from detectron2.utils.logger import setup_logger
 
 from ..structures.box_frames import BoxDiagnosis
 from ..structures.name_matching import NAME_FIELDS
 from ..structures.scene_graph import boxes_xyxy
+from ..utils.events import log_to_terminal
 from ..utils.image_io import ImageError, read_rgb
+from ..utils.user_modules import add_module_argument, parse_and_import
 from .boxes_only import add_sizes, load_without_images
 from .dataset_dict import annotation_problems
 from .datasets.catalog import (
     DATASET_ERRORS,
-    add_module_argument,
     dataset_names,
     require_dataset,
 )
@@ -348,11 +348,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--limit", type=int, help="max errors and max warnings to print; default: all"
     )
-    args = parser.parse_args(arguments)
-    setup_logger(name="reldn_d2")
+    args = parse_and_import(parser, arguments)
+    log_to_terminal()
     try:
-        require_dataset(args.name, args.module)
-    except (ImportError, ValueError) as error:
+        require_dataset(args.name)
+    except ValueError as error:
         parser.error(str(error))
     report = check_dataset(args.name, args.decode)
     if report.summary is not None:

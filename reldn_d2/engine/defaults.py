@@ -25,7 +25,8 @@ from ..evaluation.build import build_relation_evaluator
 from ..modeling.meta_arch import needs_images, predicts_relations
 from ..utils.events import FailSafeWriter, RelationStatisticsPrinter, report_log_errors_once
 from ..utils.file_io import write_results
-from ..utils.processes import protect_loader_worker
+from ..utils.processes import loader_worker_init
+from ..utils.registry import explain_unregistered
 from .hooks import FiniteLossCheck, ResumableBestCheckpointer, SeedEachIteration
 from .image_errors import NameImageInErrors, named_images
 from .interruption import StopOnSignal
@@ -206,7 +207,8 @@ class RelDNTrainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        model = super().build_model(cfg)
+        with explain_unregistered("The config"):
+            model = super().build_model(cfg)
         check_counts(cfg, model)
         return model
 
@@ -238,7 +240,7 @@ class RelDNTrainer(DefaultTrainer):
             mapper=NameImageInErrors(mapper),
             num_workers=cfg.DATALOADER.NUM_WORKERS,
         )
-        loader.worker_init_fn = protect_loader_worker
+        loader.worker_init_fn = loader_worker_init()
         return loader
 
     @classmethod

@@ -23,6 +23,7 @@ from detectron2.utils import comm
 
 from ..utils.compat import set_local_process_group
 from ..utils.processes import end_with_parent
+from ..utils.user_modules import import_modules, imported_modules
 
 __all__ = ["LaunchError", "ProcessFailed", "check_device", "launch"]
 
@@ -53,7 +54,7 @@ def launch(
 
     SIGTERM and SIGINT are passed on to the processes, which training answers with a checkpoint; a
     second signal ends them at once. If one process fails, the others are ended. If this process
-    dies, so do they.
+    dies, so do they. Each process imports the modules of ``--module`` first.
 
     Args:
         main_func: called with ``args`` in every process.
@@ -84,13 +85,15 @@ def launch(
         "world_size": world_size,
         "timeout": timeout,
     }
+    modules = imported_modules()
     first_rank = machine_rank * num_processes_per_machine
     context = multiprocessing.get_context("spawn")
     processes = {
         first_rank
         + local_rank: context.Process(
             target=_run_process,
-            args=(main_func, args, settings, local_rank, num_processes_per_machine, machine_rank),
+            args=(main_func, args, settings, modules, local_rank)
+            + (num_processes_per_machine, machine_rank),
         )
         for local_rank in range(num_processes_per_machine)
     }
@@ -157,6 +160,7 @@ def _run_process(
     main_func: Callable,
     args: tuple,
     settings: dict[str, Any],
+    modules: Sequence[str],
     local_rank: int,
     num_local: int,
     machine_rank: int,
@@ -164,6 +168,7 @@ def _run_process(
     """Run one of the processes, in its own interpreter."""
     end_with_parent(_GRACE)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C comes from the launcher, as SIGTERM
+    import_modules(modules)
     if settings["backend"] == "gloo":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_local))
     else:

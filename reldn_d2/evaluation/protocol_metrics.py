@@ -5,13 +5,15 @@ gives the recall and the average precision (AP) of each predicate. P predicates,
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
 
-from .batches import NEVER, OVERLAPS, RelationTable
+from ..utils.protocols import OVERLAPS, Protocol
+from .batches import NEVER, RelationTable
 from .frequency_groups import GROUPS, frequency_groups
 from .metrics import (
     ScoredTriplets,
@@ -25,7 +27,7 @@ from .metrics import (
     relative_image_recall,
 )
 
-__all__ = ["Block", "METRICS", "Matches", "Settings", "block_name"]
+__all__ = ["Block", "METRICS", "Matches", "Settings", "block_name", "measure"]
 
 _SUFFIXES = dict(zip(OVERLAPS, ("rel", "phr")))
 
@@ -228,10 +230,33 @@ METRICS: dict[str, Callable[[Matches, Settings], Block]] = {
     "lu2016": _lu2016,
     "motifs": _motifs,
     "openimages": _openimages,
-    "openimages_text": _openimages,
     "released": _released,
     "relations": _relations,
 }
+
+
+def measure(matches: Matches, settings: Settings, protocol: Protocol) -> Block:
+    """Return the metrics of a protocol, its own or a built-in set.
+
+    Raises:
+        ValueError: a protocol's own function returns something else than numbers by name.
+    """
+    if isinstance(protocol.metrics, str):
+        return METRICS[protocol.metrics](matches, settings)
+    values = protocol.metrics(matches, settings)
+    if not isinstance(values, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, (Real, np.number))
+        for name, value in values.items()
+    ):
+        raise ValueError(
+            f"Protocol '{protocol.name}': its metrics return {values!r}; expected a dict of "
+            'numbers by name, such as {"R@50": 12.3}.'
+        )
+    metrics = OrderedDict((name, float(value)) for name, value in values.items())
+    precision = matches.triplets["relationship"].average_precision(
+        matches.truth, settings.num_predicates
+    )
+    return Block(metrics, matches.largest_recall(settings), precision)
 
 
 def _pooled_recalls(matches: Matches, recall_at: Sequence[int | str]) -> "OrderedDict[str, float]":

@@ -79,8 +79,8 @@ class RelationDatasetEvaluator(DatasetEvaluator):
                 of this process.
             task: ``sgdet``, ``sgcls``, ``prdcls`` or ``preddet``, what was given to the model. It
                 is part of the results' names; the rules of matching are the same for all.
-            protocol: a name of :data:`reldn_d2.utils.protocols.PROTOCOLS`; default: that of the
-                class or of the dataset's ``evaluator_type``.
+            protocol: a name in :data:`reldn_d2.utils.protocols.PROTOCOL_REGISTRY`; default:
+                that of the class or of the dataset's ``evaluator_type``.
             predicates_per_pair: values of k, each with results of its own; None in the list means
                 no limit; default: the protocol's. The model's output must contain the exact best
                 triplets for each.

@@ -23,7 +23,7 @@ from reldn_d2.evaluation import (
 )
 from reldn_d2.evaluation.predictions_io import read_settings
 from reldn_d2.utils.protocols import (
-    PROTOCOLS,
+    PROTOCOL_REGISTRY,
     default_protocol,
     kept_predicates_per_pair,
     predicates_per_pair,
@@ -121,7 +121,7 @@ def test_build_relation_evaluator_default_and_named_protocol(
         build_relation_evaluator(cfg, NAME, str(tmp_path))
 
 
-@pytest.mark.parametrize("protocol", ["", *PROTOCOLS])
+@pytest.mark.parametrize("protocol", ["", *PROTOCOL_REGISTRY])
 def test_model_keeps_the_triplets_of_all_protocols(protocol):
     model = small_model("TEST.RELATIONS.PROTOCOL", protocol)
     assert model.relation_head.predicates_per_pair == EVERY_K
@@ -129,7 +129,7 @@ def test_model_keeps_the_triplets_of_all_protocols(protocol):
     assert small_model(*only).relation_head.predicates_per_pair == (3,)
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("protocol", PROTOCOL_REGISTRY)
 def test_predictions_of_one_protocol_can_be_scored_by_another(dataset, cfg, tmp_path, protocol):
     run(build_relation_evaluator(cfg, NAME, str(tmp_path)))
     file = str(tmp_path / "relation_predictions.json")

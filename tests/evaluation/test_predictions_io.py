@@ -24,7 +24,7 @@ from reldn_d2.evaluation.predictions_io import (
 )
 from reldn_d2.evaluation.relation_evaluation import load_ground_truth
 from reldn_d2.structures.attributes import EntityAttributes
-from reldn_d2.utils.protocols import PROTOCOLS
+from reldn_d2.utils.protocols import PROTOCOL_REGISTRY
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
@@ -518,7 +518,9 @@ def test_evaluate_predictions_vrd_as_its_own_predictions(full_vrd_annotations, t
     register_vrd(name, str(full_vrd_annotations / "annotations_test.json"), "no/images", False)
     try:
         truth = load_ground_truth(name)
-        distinct = {i: counted_relations(gt, PROTOCOLS["relations"]) for i, gt in truth.items()}
+        distinct = {
+            i: counted_relations(gt, PROTOCOL_REGISTRY["relations"]) for i, gt in truth.items()
+        }
         records = [
             {
                 "image_id": image_id,

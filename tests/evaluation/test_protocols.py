@@ -14,7 +14,7 @@ from reldn_d2.evaluation.confusion import ConfusionCounter
 from reldn_d2.evaluation.matching import counted_relations, counted_triplets
 from reldn_d2.evaluation.protocol_metrics import METRICS, Settings
 from reldn_d2.evaluation.scoring import Scores, score
-from reldn_d2.utils.protocols import PROTOCOLS
+from reldn_d2.utils.protocols import METRIC_SETS, PROTOCOL_REGISTRY
 
 NAMES = ("on", "holds", "plays")
 # How many random datasets each protocol is compared on. The seed is fixed: a failure stays one.
@@ -53,7 +53,7 @@ def no_accuracies(monkeypatch):
 
 
 def scored(protocol, cases, options) -> Scores:
-    return score([c.pair() for c in cases], PROTOCOLS[protocol], options)
+    return score([c.pair() for c in cases], PROTOCOL_REGISTRY[protocol], options)
 
 
 def blocks(protocol, cases, options):
@@ -115,22 +115,22 @@ def test_relations_random_cases_equal_loops(cases, limit):
 
 
 @pytest.mark.usefixtures("no_accuracies")
-@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("protocol", PROTOCOL_REGISTRY)
 @settings(max_examples=100, **FIXED)
 @given(cases=data_sets(), shown=st.sampled_from([1, 3, 50]), k=st.sampled_from([None, 1, 2]))
 def test_match_relations_found_is_the_recall_numerator(protocol, cases, shown, k):
     """Of the triplets shown, the protocol counts as many finds as a picture of each image shows."""
     images = [c.pair() for c in cases]
     options = Settings(NAMES, "sgdet", (k,), (shown,), topk=None)
-    metrics, *_ = score(images, PROTOCOLS[protocol], options).results.values()
+    metrics, *_ = score(images, PROTOCOL_REGISTRY[protocol], options).results.values()
     numerators, totals, shares = 0, 0, []
     for truth, predicted in images:
-        kept = counted_triplets(predicted, truth, PROTOCOLS[protocol], k, shown)
+        kept = counted_triplets(predicted, truth, PROTOCOL_REGISTRY[protocol], k, shown)
         hits, found = match_relations(kept, truth, protocol, k)
-        counted = len(counted_relations(truth, PROTOCOLS[protocol]).pairs)
+        counted = len(counted_relations(truth, PROTOCOL_REGISTRY[protocol]).pairs)
         assert len(hits) == len(kept.pairs) and len(found) == len(truth.pairs)
         assert found.sum() <= counted and hits.any() == found.any()
-        if PROTOCOLS[protocol].matching != "many_to_many":
+        if PROTOCOL_REGISTRY[protocol].matching != "many_to_many":
             assert hits.sum() == found.sum()
         numerators, totals = numerators + int(found.sum()), totals + counted
         shares += [found.sum() / counted] if counted else []
@@ -158,7 +158,7 @@ def test_random_cases_have_varied_recall():
 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])
-@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("protocol", PROTOCOL_REGISTRY)
 def test_score_batch_size_changes_nothing(protocol, size, monkeypatch):
     rng = np.random.default_rng(5)
     cases = [random_case(rng, 5, 5, 2, 3) for _ in range(20)]
@@ -182,7 +182,8 @@ def test_score_builds_each_batch_once(monkeypatch):
 
 
 def test_protocols_all_have_metrics():
-    assert list(METRICS) == list(PROTOCOLS)
+    assert tuple(METRICS) == METRIC_SETS
+    assert {protocol.metrics for protocol in PROTOCOL_REGISTRY.values()} == set(METRICS)
 
 
 # By hand. Two persons (class 0), each holding (1) a cup (class 1); the first also looks at (0) it.

@@ -17,6 +17,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from detectron2.utils.registry import Registry
 
+from ...utils.registry import find_registered
 from ..sampling import random_keys, sample_mask
 
 __all__ = [
@@ -139,11 +140,12 @@ def build_entity_detector(cfg: CfgNode) -> EntityDetector:
     """Build the adapter named by ``cfg.MODEL.RELDN.DETECTOR``, with its detector.
 
     Raises:
-        ValueError: if it is "auto" and no adapter accepts the config's detector.
+        ValueError: if there is no such adapter, or it is "auto" and none accepts the config's
+            detector.
     """
     name = cfg.MODEL.RELDN.DETECTOR
     if name != "auto":
-        return ENTITY_DETECTOR_REGISTRY.get(name)(cfg)
+        return find_registered(ENTITY_DETECTOR_REGISTRY, name, "MODEL.RELDN.DETECTOR")(cfg)
     adapters = dict(ENTITY_DETECTOR_REGISTRY)
     for adapter in reversed(list(adapters.values())):
         if adapter.accepts(cfg):
@@ -151,7 +153,7 @@ def build_entity_detector(cfg: CfgNode) -> EntityDetector:
     raise ValueError(
         f'MODEL.RELDN.DETECTOR is "auto", but no adapter knows MODEL.ROI_HEADS.NAME '
         f"'{cfg.MODEL.ROI_HEADS.NAME}'. Name one of {', '.join(adapters)}, or register an "
-        "EntityDetector of your own (docs/detectors.md)."
+        "EntityDetector of your own in a module that you pass with --module (docs/detectors.md)."
     )
 
 
