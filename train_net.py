@@ -17,6 +17,7 @@ from reldn_d2.engine import (
     check_run,
     launch,
 )
+from reldn_d2.utils.included_configs import find_config_file
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
@@ -52,8 +53,10 @@ def main(args):
     return trainer.train()
 
 
-if __name__ == "__main__":
+def invoke_main() -> None:
+    """Run the command line; also the command ``reldn-train``."""
     args = default_argument_parser().parse_args()
+    args.config_file = find_config_file(args.config_file)
     print("Command Line Args:", args)
     cfg = reldn_d2.load_config(args.config_file, args.opts)
     try:
@@ -69,3 +72,7 @@ if __name__ == "__main__":
         )
     except (LaunchError, ProcessFailed) as error:
         sys.exit(f"train_net.py: {error}")
+
+
+if __name__ == "__main__":
+    invoke_main()

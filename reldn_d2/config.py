@@ -12,6 +12,8 @@ from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 from detectron2.utils.file_io import PathManager
 
+from .utils.included_configs import find_config_file
+
 __all__ = [
     "UnknownKeyError",
     "add_reldn_config",
@@ -204,7 +206,7 @@ def merge_config(
 
     Args:
         cfg: config with the keys of :func:`add_reldn_config`; changed in place.
-        config_file: a YAML file, or none.
+        config_file: a YAML file, an included one such as ``configs/VRD/reldn_boxes.yaml``, or none.
         opts: ``[key, value, key, value, ...]``.
 
     Raises:
@@ -213,12 +215,13 @@ def merge_config(
         ValueError: if ``opts`` has a key without a value, or a value is not valid.
     """
     opts = list(opts or [])
+    config_file = find_config_file(config_file) if config_file else config_file
     if len(opts) % 2:
         raise ValueError(f"Options are KEY VALUE pairs, but '{opts[-1]}' has no value: {opts}")
     if config_file and not PathManager.isfile(config_file):
         raise FileNotFoundError(
-            f"No config file '{config_file}'. Paths are relative to the current folder; the "
-            "project's configs are under configs/."
+            f"No config file '{config_file}', neither below the current folder nor among the "
+            "project's configs, such as configs/VRD/reldn_boxes.yaml."
         )
     source = config_file or "the command line"
     try:
