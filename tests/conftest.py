@@ -18,9 +18,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores; be
 # small ones (sandbox.py), and no test depends on what the user has.
 os.environ.pop("DETECTRON2_DATASETS", None)
 
-# Matplotlib's cache of fonts, instead of the home folder; kept, because it takes seconds to make.
+# Caches of fonts and of drawn images, instead of the home folder; kept, because they take time.
 _CACHE = Path(tempfile.gettempdir(), f"reldn_d2_tests_{os.getuid()}")
 os.environ.setdefault("MPLCONFIGDIR", str(_CACHE / "matplotlib"))
+os.environ.setdefault("FVCORE_CACHE", str(_CACHE / "fvcore"))
 
 GUARD = WriteGuard()
 GUARD.start()

@@ -59,6 +59,8 @@ class WriteGuard:
             path = arguments[position]
             if folder is not None and arguments[folder] not in (-1, None):
                 return  # relative to an open folder, whose name is not known
+            if event == "os.mkdir" and os.path.isdir(path):
+                return  # nothing changes
         else:
             return
         if isinstance(path, (str, bytes, os.PathLike)):
