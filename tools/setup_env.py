@@ -18,6 +18,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -170,34 +171,37 @@ def check_disk(build: str) -> None:
 def check_index(environment: "dict[str, str]", package: str = "pip", url: str = "") -> None:
     """Exit if the package index does not answer; pip itself would try for many minutes.
 
-    pip asks, so that its configuration, its variables and proxies apply.
+    pip asks, so that its configuration, its variables and proxies apply. The answer must have the
+    version that is installed next: other indexes, such as a folder, may have others.
     """
+    file = REQUIREMENTS / ("torch-cpu.txt" if url else "build.txt")
+    pinned = re.findall(rf"^{package}==(\S+)", file.read_text(), re.MULTILINE)
     command = [str(VENV_PYTHON), "-m", "pip", "index", "versions", package]
     command += ["--retries", "0", "--timeout", str(CONNECT_SECONDS)]
     command += ["--index-url", url] if url else []
     try:
-        subprocess.run(
+        output = subprocess.run(
             command,
             env=environment,
             cwd=str(ROOT),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            check=True,
             timeout=INDEX_SECONDS,
-        )
-        return
+        ).stdout.decode(errors="replace")
     except subprocess.TimeoutExpired:
-        reason = f"no answer in {INDEX_SECONDS} seconds"
-    except subprocess.CalledProcessError as error:
-        lines = error.stdout.decode(errors="replace").strip().splitlines()
-        with LOG.open("a") as log:
-            log.write("\n".join(["", " ".join(command), *lines, ""]))
-        reason = next((x for x in lines if "rror" in x), lines[-1] if lines else "pip failed")
+        output = reason = f"no answer in {INDEX_SECONDS} seconds"
+    else:
+        reason = f"it has no {package} {' or '.join(pinned)}"
+    available = re.search("Available versions: (.*)", output)
+    if available and set(pinned) & set(available.group(1).split(", ")):
+        return
+    with LOG.open("a") as log:
+        log.write("\n".join(["", " ".join(command), output]))
     fix = "set TORCH_INDEX to an index that has the CPU build" if url else "set PIP_INDEX_URL"
     sys.exit(
-        f"The package index {url or 'of pip'} cannot be used from here ({reason.strip()}). Connect "
-        f"to the network, set HTTPS_PROXY if there is a proxy, or {fix}; then run the same command "
-        "again."
+        f"The package index {url or 'of pip'} cannot be used from here: {reason} (log: {LOG}). "
+        f"Connect to the network, set HTTPS_PROXY if there is a proxy, or {fix}; then run the same "
+        "command again."
     )
 
 

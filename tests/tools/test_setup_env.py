@@ -210,6 +210,17 @@ def test_check_index_unreachable_exits_within_seconds(setup_env, monkeypatch, tm
     assert "set HTTPS_PROXY" in message and "PIP_INDEX_URL" in message
 
 
+def test_check_index_folder_with_another_version_exits(setup_env, monkeypatch, tmp_path):
+    (tmp_path / "simple/pip").mkdir(parents=True)
+    page = tmp_path / "simple/pip/index.html"
+    page.write_text('<a href="pip-99.9-py3-none-any.whl">pip-99.9-py3-none-any.whl</a>')
+    url = f"file://{tmp_path}/simple"
+    message, _ = ask_index(setup_env, monkeypatch, tmp_path, url)
+    assert "it has no pip 25.3" in message and str(setup_env.LOG) in message
+    page.write_text(page.read_text() + '<a href="pip-25.3-py3-none-any.whl">pip-25.3</a>')
+    setup_env.check_index({**os.environ, "PIP_INDEX_URL": url})
+
+
 def test_check_index_silent_server_exits_within_seconds(setup_env, monkeypatch, tmp_path):
     """As behind a firewall that drops packets: connections are accepted and never answered."""
     with socket.create_server(("127.0.0.1", 0)) as server:
