@@ -18,6 +18,7 @@ from reldn_d2.engine import (
     check_run,
     launch,
 )
+from reldn_d2.utils.included_configs import find_config_file
 from reldn_d2.utils.user_modules import add_module_argument, parse_and_import
 
 from detectron2.config import CfgNode
@@ -54,10 +55,12 @@ def main(args):
     return trainer.train()
 
 
-if __name__ == "__main__":
+def invoke_main() -> None:
+    """Run the command line; also the command ``reldn-train``."""
     parser = default_argument_parser()
     add_module_argument(parser)
     args = parse_and_import(parser)
+    args.config_file = find_config_file(args.config_file)
     print("Command Line Args:", args)
     cfg = reldn_d2.load_config(args.config_file, args.opts)
     try:
@@ -73,3 +76,7 @@ if __name__ == "__main__":
         )
     except (LaunchError, ProcessFailed) as error:
         sys.exit(f"train_net.py: {error}")
+
+
+if __name__ == "__main__":
+    invoke_main()

@@ -25,16 +25,17 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # if it is not installed
+if not __package__:  # run as a file, perhaps without installation
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import reldn_d2  # noqa: E402,F401  # isort: skip  must be imported before Detectron2
 import numpy as np
-from entity_files import read_entities
 from PIL import Image
 from tqdm import tqdm
 
 from reldn_d2.predictor import RelationPredictor
 from reldn_d2.pretrained import PRETRAINED, pretrained_file
+from reldn_d2.scripts.entity_files import read_entities
 from reldn_d2.structures.graph_formats import graph_to_dot, graph_to_graphml
 from reldn_d2.structures.scene_graph import SceneGraph
 from reldn_d2.utils.file_io import write_atomically

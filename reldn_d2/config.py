@@ -19,6 +19,7 @@ from .utils.config_keys import (
     register_config_keys,
     unknown_keys_message,
 )
+from .utils.included_configs import find_config_file
 
 __all__ = [
     "ConfigKeyError",
@@ -261,7 +262,7 @@ def merge_config(
 
     Args:
         cfg: config with the keys of :func:`add_reldn_config`; changed in place.
-        config_file: a YAML file, or none.
+        config_file: a YAML file, an included one such as ``configs/VRD/reldn_boxes.yaml``, or none.
         opts: ``[key, value, key, value, ...]``.
 
     Raises:
@@ -273,12 +274,13 @@ def merge_config(
     late = [x for x in opts[::2] if str(x).startswith("--")]
     if late:
         raise ValueError(f"{late[0]} comes after a KEY VALUE pair; write it before all of them.")
+    config_file = find_config_file(config_file) if config_file else config_file
     if len(opts) % 2:
         raise ValueError(f"Options are KEY VALUE pairs, but '{opts[-1]}' has no value: {opts}")
     if config_file and not PathManager.isfile(config_file):
         raise FileNotFoundError(
-            f"No config file '{config_file}'. Paths are relative to the current folder; the "
-            "project's configs are under configs/."
+            f"No config file '{config_file}', neither below the current folder nor among the "
+            "project's configs, such as configs/VRD/reldn_boxes.yaml."
         )
     source = config_file or "the command line"
     try:

@@ -33,6 +33,20 @@ METRICS = {  # key in the results: name in the table
     "instance_accuracy": "instance accuracy",
     "pairing_accuracy": "pairing accuracy",
 }
+# Runs the script that the arguments begin with, and ends it when the demo (a process id) has ended.
+RUN_WITH_PARENT = """
+import os, runpy, signal, sys, threading, time
+
+def watch():
+    while os.getppid() == %d:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)  # training writes a checkpoint
+
+threading.Thread(target=watch, daemon=True).start()
+del sys.argv[0]
+sys.path[0] = os.path.dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 _print_lock = threading.Lock()
 
 
@@ -70,12 +84,13 @@ def run_train_net(name: str, config: str, output: Path, options: list[str]) -> N
     Raises:
         StageFailed: the process failed.
     """
-    command = [sys.executable, "-W", "ignore", str(PROJECT / "train_net.py")]
+    command = [sys.executable, "-W", "ignore", "-c", RUN_WITH_PARENT % os.getpid()]
+    command += [str(PROJECT / "train_net.py")]
     command += ["--config-file", str(PROJECT / "configs" / "Toy" / f"{config}.yaml")]
     command += [*options, "OUTPUT_DIR", str(output)]
     output.mkdir(parents=True, exist_ok=True)
     # One thread per training: two trainings in parallel are faster than one with two threads.
-    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
     log = output / ("demo_prdcls.log" if "--eval-only" in options else "demo.log")
     with (
         log.open("w") as file,

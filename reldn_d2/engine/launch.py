@@ -24,6 +24,7 @@ from detectron2.utils import comm
 from ..utils.compat import set_local_process_group
 from ..utils.processes import end_with_parent
 from ..utils.user_modules import import_modules, imported_modules
+from .rendezvous import meet_other_machines
 
 __all__ = ["LaunchError", "ProcessFailed", "check_device", "launch"]
 
@@ -64,8 +65,10 @@ def launch(
         dist_url: ``"tcp://FIRST_MACHINE:FREE_PORT"``; None or ``"auto"`` finds a free port, on a
             single machine only.
         args: for ``main_func``.
-        timeout: how long a process waits for the others, as in Detectron2.
-        on_cpu: use gloo on the CPU; None means only if there is no CUDA.
+        timeout: how long a process waits for the others, as in Detectron2. While machines are
+            missing, a line every 30 seconds names them.
+        on_cpu: use gloo on the CPU; None means only if there is no CUDA. The processes of a machine
+            share its cores, unless ``OMP_NUM_THREADS`` sets the threads of each.
 
     Raises:
         ProcessFailed: if one of the processes fails.
@@ -169,11 +172,18 @@ def _run_process(
     end_with_parent(_GRACE)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C comes from the launcher, as SIGTERM
     import_modules(modules)
-    if settings["backend"] == "gloo":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_local))
-    else:
+    if settings["backend"] != "gloo":
         torch.cuda.set_device(local_rank)
-    dist.init_process_group(rank=machine_rank * num_local + local_rank, **settings)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_local))
+    rank, world_size = machine_rank * num_local + local_rank, settings["world_size"]
+    if world_size > num_local and settings["init_method"].startswith("tcp://"):
+        url, timeout = settings.pop("init_method"), settings["timeout"]
+        num_machines = world_size // num_local
+        settings["store"] = meet_other_machines(
+            url, rank, world_size, num_machines, machine_rank, timeout
+        )
+    dist.init_process_group(rank=rank, **settings)
     set_local_process_group(num_local, machine_rank)
     comm.synchronize()
     main_func(*args)

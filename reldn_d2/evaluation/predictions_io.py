@@ -33,7 +33,7 @@ import numpy as np
 from ..structures.attributes import EntityAttributes
 from ..structures.name_matching import NAME_FIELDS
 from ..structures.scene_graph import SceneGraph
-from ..utils.file_io import write_atomically
+from ..utils.file_io import json_problem, write_atomically
 
 __all__ = [
     "PREDICTIONS_FILE",
@@ -194,8 +194,8 @@ def _unreadable(file: str, index: int, error: Exception) -> str:
     """Return the message about a record that is no JSON, or whose end is missing."""
     if not isinstance(error, json.JSONDecodeError):  # nested too deeply, too many digits
         return (
-            f"{file}: record {index} cannot be read: {error}. Expected {_EXPECTED}; write the file "
-            "again."
+            f"{file}: record {index} cannot be read: {json_problem(error)}. Expected {_EXPECTED}; "
+            "write the file again."
         )
     text = error.doc.rstrip()
     # The position of an unterminated string is its beginning, however long it is.

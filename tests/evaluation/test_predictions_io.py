@@ -277,7 +277,7 @@ def test_evaluate_predictions_wrong_record_raises(cases, records, tmp_path, appl
         (lambda text: text[: len(text) // 2], r"ends within record \d.*cut off. Copy or write"),
         (lambda text: text[:-1], "record 6, or before the closing bracket: it is cut off"),
         (lambda text: "", "is empty; expected a list with one record per image.*Copy or write"),
-        (lambda text: "[" * 100000, "record 0 cannot be read: .*recursion.* Expected a list"),
+        (lambda text: "[" * 100000, "record 0 cannot be read: nested too deeply. Expected a list"),
         (lambda text: text[1:-1], "begins with '{.*expected a list with one record per image"),
         (lambda text: text.replace('}, {"rel', '} {"rel', 1), "after record 0; expected a comma"),
         (lambda text: text + text, r"'\[.* after the closing bracket.*Merge"),
