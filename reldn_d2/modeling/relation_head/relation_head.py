@@ -5,6 +5,7 @@ vector. Boxes are XYXY in pixels of the network's input.
 """
 
 import logging
+import math
 from functools import partial
 from typing import Any
 
@@ -67,6 +68,7 @@ class RelDNHead(nn.Module):
         predicates_per_pair: tuple[int | None, ...] = (1,),
         pair_chunk: int = 2048,
         max_visual_pairs: int = 40_000,
+        entity_score_exponent: float = 1.0,
         statistics_period: int = 20,
     ):
         """
@@ -92,6 +94,8 @@ class RelDNHead(nn.Module):
             pair_chunk: max pairs scored at once at test time.
             max_visual_pairs: max pairs of an image with given boxes that the visual module scores;
                 of more pairs, those that the other modules score best are kept.
+            entity_score_exponent: a triplet's score is the probability of its predicate times the
+                scores of subject and object, each to this power.
             statistics_period: log training metrics every so many iterations.
 
         Raises:
@@ -105,6 +109,11 @@ class RelDNHead(nn.Module):
                 "VISUAL.OBJECT_SKIP under MODEL.ROI_RELATION_HEAD."
             )
         _check_options(normalization, l0_mean, predicates_per_pair, pair_chunk, max_visual_pairs)
+        if not 0 <= entity_score_exponent < math.inf:
+            raise ValueError(
+                f"TEST.RELATIONS.ENTITY_SCORE_EXPONENT is {entity_score_exponent}; expected a finite "
+                "number of 0 or more."
+            )
         self.num_classes = num_classes
         self.num_predicates = num_predicates
         self.in_features = list(in_features)
@@ -131,6 +140,7 @@ class RelDNHead(nn.Module):
         self.predicates_per_pair = tuple(predicates_per_pair)
         self.pair_chunk = pair_chunk
         self.max_visual_pairs = max_visual_pairs
+        self.entity_score_exponent = entity_score_exponent
         self.statistics_period = statistics_period
 
     @classmethod
@@ -163,6 +173,7 @@ class RelDNHead(nn.Module):
             "predicates_per_pair": kept_predicates_per_pair(cfg),
             "pair_chunk": cfg.TEST.RELATIONS.PAIR_CHUNK,
             "max_visual_pairs": cfg.TEST.RELATIONS.MAX_VISUAL_PAIRS,
+            "entity_score_exponent": cfg.TEST.RELATIONS.ENTITY_SCORE_EXPONENT,
         }
         if head.SEMANTIC.ENABLED:
             ret["semantic"] = SemanticModule(num_classes, num_predicates, head.SEMANTIC.FREEZE)
@@ -175,6 +186,7 @@ class RelDNHead(nn.Module):
                 embedding_dim=head.JOINT.EMBEDDING_DIM,
                 hidden_dim=head.JOINT.HIDDEN_DIM,
                 dropout=head.JOINT.DROPOUT,
+                embedding_std=head.JOINT.EMBEDDING_STD,
             )
         ret.update(build_visual_parts(cfg, in_features, entity_shape, predicate_shape))
         return ret
@@ -400,7 +412,7 @@ class RelDNHead(nn.Module):
         overlap_filter = self.overlap_filter and not boxes_given
         search = partial(
             best_triplets,
-            scores=instances.scores,
+            scores=self.entity_factors(instances.scores),
             boxes=instances.pred_boxes.tensor if overlap_filter else None,
             image_size=instances.image_size,
             num_predicates=self.num_predicates,
@@ -424,6 +436,15 @@ class RelDNHead(nn.Module):
             topk=self.topk,
         )
         return relations
+
+    def entity_factors(self, scores: Tensor) -> Tensor:
+        """Return the factors by which entities with these (R,) scores multiply a triplet's score.
+
+        They are in [0, 1] like the scores, so that the search for the best triplets stays exact.
+        """
+        if self.entity_score_exponent == 1:
+            return scores
+        return scores.float() ** self.entity_score_exponent
 
     def _too_many_pairs(self, num_entities: int) -> bool:
         """Tell whether the visual module would score too many pairs, and others can choose some."""

@@ -3,7 +3,8 @@
 Shapes: R entities of one image, P pairs, C predicates, K kept triplets (``topk``).
 
 A triplet scores ``p_det(s) * p(pred | s, o) * p_det(o)``, so no triplet of a pair scores more than
-the pair's bound ``p_det(s) * p_det(o)``. Pairs are scored in descending order of this bound. Once
+the pair's bound ``p_det(s) * p_det(o)``. (p_det is the detector's score, or a power of it:
+``TEST.RELATIONS.ENTITY_SCORE_EXPONENT``.) Pairs are scored in descending order of this bound. Once
 the K-th best triplet so far scores more than the bound of every remaining pair, none of those pairs
 can contribute, and their union boxes are never pooled.
 
