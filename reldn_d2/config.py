@@ -178,8 +178,8 @@ def _add_data_solver_and_test(cfg: CfgNode) -> None:
     # With given boxes (sgcls, prdcls) of an image with more pairs, that is more than 200 boxes, the
     # visual module is applied to this many pairs: those that the other modules score best.
     cfg.TEST.RELATIONS.MAX_VISUAL_PAIRS = 40_000
-    # A triplet's score is p_det(s)^x * p(pred | s, o) * p_det(o)^x. The paper's x is 1; a larger one
-    # ranks pairs of certain detections higher. No effect where all scores are 1 (prdcls, preddet).
+    # A triplet's score is p_det(s)^x * p(pred | s, o) * p_det(o)^x. The paper's x is 1; a larger
+    # one ranks pairs of certain detections higher. No effect if all scores are 1 (prdcls, preddet).
     cfg.TEST.RELATIONS.ENTITY_SCORE_EXPONENT = 1.0
 
 

@@ -77,8 +77,8 @@ class JointModule(nn.Module):
             )
         if not 0 <= embedding_std < math.inf:
             raise ValueError(
-                f"MODEL.ROI_RELATION_HEAD.JOINT.EMBEDDING_STD is {embedding_std}; expected a finite "
-                "number of 0 or more."
+                f"MODEL.ROI_RELATION_HEAD.JOINT.EMBEDDING_STD is {embedding_std}; expected a "
+                "finite number of 0 or more."
             )
         self.subject_embedding = nn.Embedding(num_classes, embedding_dim)
         self.object_embedding = nn.Embedding(num_classes, embedding_dim)

@@ -111,8 +111,8 @@ class RelDNHead(nn.Module):
         _check_options(normalization, l0_mean, predicates_per_pair, pair_chunk, max_visual_pairs)
         if not 0 <= entity_score_exponent < math.inf:
             raise ValueError(
-                f"TEST.RELATIONS.ENTITY_SCORE_EXPONENT is {entity_score_exponent}; expected a finite "
-                "number of 0 or more."
+                f"TEST.RELATIONS.ENTITY_SCORE_EXPONENT is {entity_score_exponent}; expected a "
+                "finite number of 0 or more."
             )
         self.num_classes = num_classes
         self.num_predicates = num_predicates
