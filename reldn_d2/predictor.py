@@ -377,6 +377,11 @@ class RelationPredictor:
     def require_detections(self, record: Mapping[str, Any]) -> None:
         """Raise ImageError if the model needs detections and a prepared input has none."""
         if self.needs_detections and "detections" not in record:
+            if "given_boxes" in record:
+                raise ImageError(
+                    f"{record['file_name']}: classes are missing: this model has no detector that "
+                    "could classify the boxes; give the class of each box"
+                )
             raise ImageError(
                 f"{record['file_name']}: this model was trained on detections from files and has "
                 "no detector of its own; give detections, or boxes with classes"

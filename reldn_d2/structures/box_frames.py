@@ -8,7 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["BOX_FORMS", "BoxDiagnosis", "diagnose_boxes"]
+__all__ = ["BOX_FORMS", "EXPECTED_BOX", "BoxDiagnosis", "diagnose_boxes", "mostly_outside"]
+
+# For messages about boxes that lie outside their images.
+EXPECTED_BOX = (
+    "Expected x0, y0, x1, y1 in pixels of the original image. Scale boxes of a resized image back, "
+    "and convert x, y, width, height to corners"
+)
 
 # The order decides between forms that fit equally well.
 BOX_FORMS = {
@@ -71,6 +77,20 @@ def diagnose_boxes(
         or _diagnose_form(boxes, sides, form)
         or _diagnose_scale(_corners(boxes, form), sides)
     )
+
+
+def mostly_outside(boxes: np.ndarray, image_sizes: np.ndarray) -> np.ndarray:
+    """Return (N,) bool: less than half of a box's area lies within its image.
+
+    Args:
+        boxes: (N, 4) XYXY with positive area.
+        image_sizes: (N, 2) height and width of each box's image.
+    """
+    corners = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
+    limits = np.asarray(image_sizes, dtype=np.float64).reshape(-1, 2)[:, [1, 0, 1, 0]]
+    inside = corners.clip(0, limits)
+    areas = [(x[:, 2:] - x[:, :2]).prod(axis=1) for x in (inside, corners)]
+    return areas[0] < 0.5 * areas[1]
 
 
 def _corners(boxes: np.ndarray, form: str) -> np.ndarray:

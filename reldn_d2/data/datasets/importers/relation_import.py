@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from ....structures.box_frames import EXPECTED_BOX, mostly_outside
 from ....structures.name_matching import Renumbering, require_unique_names
 from ...dataset_dict import create_annotation, create_dataset_dict
 from ..io import Problems, image_size
@@ -132,7 +135,7 @@ class ImportedImage:
         if x0 >= width or y0 >= height or x1 <= 0 or y1 <= 0:
             raise ValueError(
                 f"the box {[x0, y0, x1, y1]} (x1, y1, x2, y2) is outside the image of {width} x "
-                f"{height} pixels"
+                f"{height} pixels. {EXPECTED_BOX}"
             )
         self._indices[key] = len(self._indices)
         annotation = create_annotation((x0, y0, x1, y1), category)
@@ -218,7 +221,9 @@ class RelationImport:
         except ValueError as error:
             if image is not None and key not in image:
                 image.invalid.add(key)
-            self.problems.add(f"{self.source}, {where}: {error}. Fix or remove it.")
+            # Errors of shared functions are sentences already.
+            reason = str(error).rstrip().removesuffix(".")
+            self.problems.add(f"{self.source}, {where}: {reason}. Fix or remove it.")
 
     def check_fields(self, record: Any, read: Sequence[str], unused: Collection[str] = ()) -> None:
         """Raise ValueError if a record is no object or has a field that is not known.
@@ -314,6 +319,7 @@ class RelationImport:
                 f"{self._lost_relations} relations of such entities. The first: "
                 f"{self.problems.messages[0]}"
             )
+        self._check_frame()
         if not any(image.record["relations"] for image in self.images):
             raise ValueError(f"{self.source}: no relation in its {len(self.images)} images.")
         classes, new_classes = self._classes.finish()
@@ -321,6 +327,20 @@ class RelationImport:
         renumbering = Renumbering(new_classes, new_predicates)
         dicts = [renumbering.dataset_dict(image.record) for image in self.images]
         return Imported(dicts, classes, predicates)
+
+    def _check_frame(self) -> None:
+        """Raise ValueError if most boxes of the file lie mostly outside their images."""
+        entities = [(x, image.record) for image in self.images for x in image.record["annotations"]]
+        boxes = [annotation["bbox"] for annotation, _ in entities]
+        sizes = [(record["height"], record["width"]) for _, record in entities]
+        outside = np.flatnonzero(mostly_outside(np.array(boxes), np.array(sizes)))
+        if len(outside) > 0.5 * len(boxes):
+            annotation, record = entities[outside[0]]
+            raise ValueError(
+                f"{self.source}: {len(outside)} of {len(boxes)} boxes lie mostly outside their "
+                f"images, e.g. {list(annotation['bbox'])} in {record['file_name']} of "
+                f"{record['width']} x {record['height']} pixels. {EXPECTED_BOX}."
+            )
 
 
 def require_list(path: str, content: Any, what: str, keys: Sequence[str] = ()) -> None:
