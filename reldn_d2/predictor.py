@@ -37,6 +37,7 @@ from .structures.given_boxes import (
     GivenEntities,
     ModelClasses,
     check_detections,
+    check_inside,
     check_size,
     to_array,
 )
@@ -455,6 +456,8 @@ class RelationPredictor:
             )
         else:
             height, width = rgb.shape[:2]
+        if arrays is not None:
+            check_inside(arrays["boxes"], (height, width), f"{name}: detections")
         result: dict[str, Any] = {"height": height, "width": width, "file_name": name}
         transform: T.Transform = T.NoOpTransform()
         size = height, width

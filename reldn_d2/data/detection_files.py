@@ -21,6 +21,8 @@ from detectron2.data import transforms as T
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from detectron2.structures import Boxes, BoxMode, Instances
 
+from ..structures.box_frames import outside_problem
+
 __all__ = ["attach_detections", "load_detections", "transform_detections"]
 
 logger = logging.getLogger(__name__)
@@ -196,6 +198,7 @@ def attach_detections(
             f"{path} has no detection for {len(without)} of {len(dicts)} images of "
             f"'{dataset_name}', e.g. image {without[0]}: these images get no relations."
         )
+    _check_frame(path, [(x, detections[key]) for x, key in zip(dicts, keys) if key in detections])
     unused = len(detections) - (len(dicts) - len(without))
     logger.info(
         f"{path} has {sum(len(x['scores']) for x in detections.values())} detections for "
@@ -207,6 +210,25 @@ def attach_detections(
         "classes": np.zeros(0, np.int64),
     }
     return [{**x, "detections": detections.get(key, no_detections)} for x, key in zip(dicts, keys)]
+
+
+def _check_frame(path: str, images: Sequence[tuple[dict[str, Any], dict[str, np.ndarray]]]) -> None:
+    """Raise ValueError if most boxes of a file lie mostly outside their images.
+
+    Args:
+        path: the file.
+        images: dataset dict and detections of each image; those of unknown size are not checked.
+    """
+    sized = [
+        (record, found["boxes"])
+        for record, found in images
+        if "height" in record and "width" in record and not record.get("nominal_size")
+    ]
+    sizes = [(record["height"], record["width"]) for record, boxes in sized for _ in boxes]
+    boxes = np.concatenate([np.zeros((0, 4)), *(boxes for _, boxes in sized)])
+    problem = outside_problem(boxes, np.array(sizes), "xywh")
+    if problem is not None:
+        raise ValueError(f"{path}: {problem[1]}")
 
 
 def transform_detections(

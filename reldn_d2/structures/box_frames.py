@@ -8,13 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["BOX_FORMS", "EXPECTED_BOX", "BoxDiagnosis", "diagnose_boxes", "mostly_outside"]
-
-# For messages about boxes that lie outside their images.
-EXPECTED_BOX = (
-    "Expected x0, y0, x1, y1 in pixels of the original image. Scale boxes of a resized image back, "
-    "and convert x, y, width, height to corners"
-)
+__all__ = ["BOX_FORMS", "BoxDiagnosis", "diagnose_boxes", "expected_box", "outside_problem"]
 
 # The order decides between forms that fit equally well.
 BOX_FORMS = {
@@ -79,18 +73,42 @@ def diagnose_boxes(
     )
 
 
-def mostly_outside(boxes: np.ndarray, image_sizes: np.ndarray) -> np.ndarray:
-    """Return (N,) bool: less than half of a box's area lies within its image.
+def expected_box(form: str = "xyxy") -> str:
+    """Return the frame of boxes and how to get there, for messages about boxes outside images."""
+    return (
+        f"Expected {BOX_FORMS[form]} in pixels of the original image: scale boxes of a resized "
+        "image back, and convert boxes of another form"
+    )
+
+
+def outside_problem(
+    boxes: np.ndarray, image_sizes: np.ndarray, form: str = "xyxy"
+) -> tuple[int, str] | None:
+    """Say that most boxes lie mostly outside their images, as boxes in a wrong frame do.
 
     Args:
-        boxes: (N, 4) XYXY with positive area.
+        boxes: (N, 4) XYXY.
         image_sizes: (N, 2) height and width of each box's image.
+        form: key of ``BOX_FORMS``, what the user's file has, for the message.
+
+    Returns:
+        None if at least half of the boxes have at least half of their area within their image;
+        otherwise the index of the first that does not, and the message.
     """
     corners = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
-    limits = np.asarray(image_sizes, dtype=np.float64).reshape(-1, 2)[:, [1, 0, 1, 0]]
-    inside = corners.clip(0, limits)
+    sizes = np.asarray(image_sizes, dtype=np.float64).reshape(-1, 2)
+    inside = corners.clip(0, sizes[:, [1, 0, 1, 0]])
     areas = [(x[:, 2:] - x[:, :2]).prod(axis=1) for x in (inside, corners)]
-    return areas[0] < 0.5 * areas[1]
+    outside = np.flatnonzero(areas[0] < 0.5 * areas[1])
+    if len(outside) <= 0.5 * len(corners):
+        return None
+    first = int(outside[0])
+    height, width = sizes[first]
+    return first, (
+        f"{len(outside)} of {len(corners)} boxes lie mostly outside their image, e.g. "
+        f"{corners[first].tolist()} (corners) in one of {width:g} x {height:g} pixels. "
+        f"{expected_box(form)}."
+    )
 
 
 def _corners(boxes: np.ndarray, form: str) -> np.ndarray:

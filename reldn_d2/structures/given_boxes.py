@@ -13,7 +13,7 @@ import torch
 from detectron2.structures import Boxes
 
 from ..utils.image_io import ImageError
-from .box_frames import EXPECTED_BOX, mostly_outside
+from .box_frames import expected_box, outside_problem
 from .class_matching import find_class, similar_names
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "GivenEntities",
     "ModelClasses",
     "check_detections",
+    "check_inside",
     "check_keys",
     "check_size",
     "to_array",
@@ -93,14 +94,9 @@ class GivenEntities(NamedTuple):
         if len(bad):
             raise ImageError(
                 f"{name}: box {bad[0]}, {boxes[bad[0]].tolist()}, has no area within the image of "
-                f"{width} x {height} pixels. {EXPECTED_BOX}."
+                f"{width} x {height} pixels. {expected_box()}."
             )
-        outside = np.flatnonzero(mostly_outside(boxes, np.tile([height, width], (len(boxes), 1))))
-        if len(outside) > 0.5 * len(boxes):
-            raise ImageError(
-                f"{name}: {len(outside)} of {len(boxes)} boxes lie mostly outside the image of "
-                f"{width} x {height} pixels, e.g. {boxes[outside[0]].tolist()}. {EXPECTED_BOX}."
-            )
+        check_inside(boxes, image_size, name)
         beyond = np.flatnonzero((np.abs(boxes - clipped) > _ROUNDING).any(axis=1))
         if len(beyond):
             logger.warning(
@@ -146,6 +142,13 @@ def check_detections(
         "classes": _class_ids(detections["classes"], len(boxes), known, name),
         "scores": _check_scores(detections["scores"], len(boxes), name),
     }
+
+
+def check_inside(boxes: np.ndarray, image_size: tuple[int, int], name: str) -> None:
+    """Raise ImageError if most boxes lie mostly outside the image of (height, width) pixels."""
+    problem = outside_problem(boxes, np.tile(image_size, (len(boxes), 1)))
+    if problem is not None:
+        raise ImageError(f"{name}: {problem[1]}")
 
 
 def check_keys(

@@ -118,6 +118,22 @@ def test_attach_detections_matches_image_ids(tmp_path, dataset, caplog):
         attach_detections(dicts, DATASET, write(tmp_path / "x.json", records[2:]), 9)
 
 
+def test_attach_detections_boxes_of_another_frame_raise(tmp_path, dataset):
+    """Images have 96 x 64 pixels; a single stray box is no reason."""
+    dicts = DatasetCatalog.get(DATASET)
+    far = {**RECORD, "bbox": [150, 100, 90, 90]}
+    path = write(tmp_path / "x.json", [far, {**far, "image_id": 1}, RECORD])
+    message = (
+        r"x.json: 2 of 3 boxes lie mostly outside .*96 x 64 pixels. Expected \[x, y, width, hei"
+    )
+    with pytest.raises(ValueError, match=message):
+        attach_detections(dicts, DATASET, path, 9)
+    unsized = [{k: v for k, v in x.items() if k not in ("height", "width")} for x in dicts]
+    attach_detections(unsized, DATASET, path, 9)
+    path = write(tmp_path / "x.json", [far, RECORD, RECORD])
+    assert len(attach_detections(dicts, DATASET, path, 9)[0]["detections"]["scores"]) == 3
+
+
 def test_transform_detections_follow_image():
     arrays = {
         "boxes": np.array([[10.0, 5, 40, 45], [90, 0, 96, 4]], np.float32),

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ....structures.box_frames import EXPECTED_BOX, mostly_outside
+from ....structures.box_frames import expected_box, outside_problem
 from ....structures.name_matching import Renumbering, require_unique_names
 from ...dataset_dict import create_annotation, create_dataset_dict
 from ..io import Problems, image_size
@@ -135,7 +135,7 @@ class ImportedImage:
         if x0 >= width or y0 >= height or x1 <= 0 or y1 <= 0:
             raise ValueError(
                 f"the box {[x0, y0, x1, y1]} (x1, y1, x2, y2) is outside the image of {width} x "
-                f"{height} pixels. {EXPECTED_BOX}"
+                f"{height} pixels. {expected_box()}"
             )
         self._indices[key] = len(self._indices)
         annotation = create_annotation((x0, y0, x1, y1), category)
@@ -333,14 +333,10 @@ class RelationImport:
         entities = [(x, image.record) for image in self.images for x in image.record["annotations"]]
         boxes = [annotation["bbox"] for annotation, _ in entities]
         sizes = [(record["height"], record["width"]) for _, record in entities]
-        outside = np.flatnonzero(mostly_outside(np.array(boxes), np.array(sizes)))
-        if len(outside) > 0.5 * len(boxes):
-            annotation, record = entities[outside[0]]
-            raise ValueError(
-                f"{self.source}: {len(outside)} of {len(boxes)} boxes lie mostly outside their "
-                f"images, e.g. {list(annotation['bbox'])} in {record['file_name']} of "
-                f"{record['width']} x {record['height']} pixels. {EXPECTED_BOX}."
-            )
+        problem = outside_problem(np.array(boxes), np.array(sizes))
+        if problem is not None:
+            record = entities[problem[0]][1]
+            raise ValueError(f"{self.source}, image {record['file_name']}: {problem[1]}")
 
 
 def require_list(path: str, content: Any, what: str, keys: Sequence[str] = ()) -> None:
