@@ -135,6 +135,7 @@ def _add_relation_head(cfg: CfgNode) -> None:
     head.JOINT.EMBEDDING_DIM = 48  # values per class, as a subject and as an object
     head.JOINT.HIDDEN_DIM = 256  # units of each of the two hidden layers
     head.JOINT.DROPOUT = 0.3  # of the hidden units, in training
+    head.JOINT.EMBEDDING_STD = 0.1  # standard deviation of the embeddings at the start
 
     head.VISUAL = CN()  # f_vis, the sum of:
     head.VISUAL.SPO = True  # the MLP on <subject, predicate, object> vectors
@@ -235,6 +236,9 @@ def _add_data_solver_and_test(cfg: CfgNode) -> None:
     # With given boxes (sgcls, prdcls) of an image with more pairs, that is more than 200 boxes, the
     # visual module is applied to this many pairs: those that the other modules score best.
     cfg.TEST.RELATIONS.MAX_VISUAL_PAIRS = 40_000
+    # A triplet's score is p_det(s)^x * p(pred | s, o) * p_det(o)^x. The paper's x is 1; a larger
+    # one ranks pairs of certain detections higher. No effect if all scores are 1 (prdcls, preddet).
+    cfg.TEST.RELATIONS.ENTITY_SCORE_EXPONENT = 1.0
 
 
 def reads_pixels(cfg: CfgNode) -> bool:

@@ -85,7 +85,8 @@ class RelDNExport(nn.Module):
         subjects, objects = candidate_pairs(boxes, head.overlap_filter).nonzero().unbind(1)
         logits = head.pair_logits(entities, maps, subjects, objects)
         probabilities = head.prior(logits)[:, :-1]  # without "no relationship"
-        pair_scores = box_scores[subjects] * box_scores[objects]
+        factors = head.entity_factors(box_scores)
+        pair_scores = factors[subjects] * factors[objects]
         pair_index, predicates, scores = rank_triplets(
             probabilities, pair_scores, head.predicates_per_pair, head.topk
         )

@@ -37,6 +37,7 @@ from .structures.given_boxes import (
     GivenEntities,
     ModelClasses,
     check_detections,
+    check_inside,
     check_size,
     to_array,
 )
@@ -388,6 +389,11 @@ class RelationPredictor:
     def require_detections(self, record: Mapping[str, Any]) -> None:
         """Raise ImageError if the model needs detections and a prepared input has none."""
         if self.needs_detections and "detections" not in record:
+            if "given_boxes" in record:
+                raise ImageError(
+                    f"{record['file_name']}: classes are missing: this model has no detector that "
+                    "could classify the boxes; give the class of each box"
+                )
             raise ImageError(
                 f"{record['file_name']}: this model was trained on detections from files and has "
                 "no detector of its own; give detections, or boxes with classes"
@@ -461,6 +467,8 @@ class RelationPredictor:
             )
         else:
             height, width = rgb.shape[:2]
+        if arrays is not None:
+            check_inside(arrays["boxes"], (height, width), f"{name}: detections")
         result: dict[str, Any] = {"height": height, "width": width, "file_name": name}
         transform: T.Transform = T.NoOpTransform()
         size = height, width

@@ -31,6 +31,7 @@ from import_files import write_import_files
 from model_utils import CLASSES, PREDICATES, ROOT, released_state, write_dataset
 from PIL import Image
 from sandbox import NARROW, PRODUCERS, Runner, enter_checkout, merged, write_checkout
+from torchvision import models
 from usage_utils import (
     picture,
     write_checkpoint,
@@ -140,6 +141,8 @@ def write_files_of_reader(folder: Path) -> None:
     checkpoint = write_checkpoint(folder)
     write_precomputed_checkpoint(folder / "my_precomputed")
     write_coco_detector(folder / "coco_detector")
+    own = models.get_model("ssdlite320_mobilenet_v3_large", weights_backbone=None, num_classes=3)
+    torch.save(own.state_dict(), folder / "own_ssd.pth")
     detection = {"image_id": 139, "category_id": 0, "bbox": [9, 9, 50, 50], "score": 0.9}
     (folder / "coco_instances_results.json").write_text(json.dumps([detection]))
     detections = [{**detection, "image_id": f"test_{i}.jpg", "category_id": i} for i in range(4)]
@@ -285,6 +288,7 @@ def test_block_runs(block, reader, namespaces, monkeypatch):
             assert "OUTPUT_DIR" in block.text
     elif block.language == "python":
         names = namespaces.setdefault(block.file, {"__name__": "__main__"})
+        names["__file__"] = str(reader / (block.title or "block.py"))
         exec(compile(block.text, block.name, "exec"), names)
     else:
         for command in block.commands():

@@ -61,6 +61,7 @@ def test_export_model_in_new_process_gives_equal_triplets(
 def test_reldn_export_equals_the_model(checkpoint, ks, overlap):
     options = ["TEST.RELATIONS.PREDICATES_PER_PAIR", ks, "TEST.RELATIONS.TOPK", 11]
     options += ["MODEL.ROI_RELATION_HEAD.OVERLAP_FILTER", overlap]
+    options += ["TEST.RELATIONS.ENTITY_SCORE_EXPONENT", 2.0 if overlap else 1.0]
     model = RelationPredictor.from_checkpoint(checkpoint, "cpu", opts=options).model
     image = torch.as_tensor(picture(64, 96).transpose(2, 0, 1).copy()).float()
     with torch.no_grad():

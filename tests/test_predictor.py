@@ -131,8 +131,15 @@ def test_predictor_given_boxes_are_kept(predictor):
         ([[200, 0, 300, 20]], None, "90 x 60"),
         ([[0, 0, 9, 9], [50, 5, 50.00001, 50]], None, "box 1"),  # its width is 0 in float32
         ([[0, 0, float("nan"), 5]], None, "box 0, .* is not finite"),
-        ([[0, 0, 9, 9]], [99], "no class 99"),
-        ([[0, 0, 9, 9]], ["unicorn"], "no class 'unicorn'"),
+        ([[0, 0, 9, 9]], [99], "no class 99; its ids are 0 to 8"),
+        ([[0, 0, 9, 9]], ["unicorn"], "no class 'unicorn'; its 9 classes are "),
+        ([[0, 0, 9, 9]], [f" {CLASSES[2]}x"], f"did you mean '{CLASSES[2]}'"),
+        (
+            [[50, 30, 190, 150]],
+            [0],
+            "1 of 1 boxes lie mostly outside .*in one of 90 x 60 pixels. Exp",
+        ),
+        ([[200, 0, 300, 20]], [0], "pixels of the original image: scale boxes of a resized"),
         ([[0, 0, 9, 9]], [None], "no class None"),
         ([[0, 0, 9, 9]], [0.5], "no class 0.5"),
         ([[0, 0, 9, 9]], 3, "classes is 3; expected a list"),
@@ -297,6 +304,10 @@ def test_predictor_detections_equal_the_evaluation(precomputed, tmp_path):
         ({"boxes": [[9, 0, 0, 9]], "classes": [0], "scores": [1]}, "corners of box 0, .* swapped"),
         ({"boxes": [[0, 0, 9, 9]], "classes": [0], "scores": [90]}, "the score 90 is not"),
         ({"boxes": [[0, 0, 9, 9]], "classes": [9], "scores": [1]}, "no class 9"),
+        (
+            {"boxes": [[200, 9, 400, 90]], "classes": [0], "scores": [1]},
+            "detections: 1 of 1 boxes lie mostly outside",
+        ),
     ],
 )
 def test_predictor_bad_detections_raise(precomputed, detections, message):

@@ -13,22 +13,36 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))  # if the package is not installed
-CONFIG = PROJECT / "configs" / "VRD" / "reldn_boxes.yaml"
-HELD_OUT, NUM_HELD_OUT = ("vrd_train_rest", "vrd_train_held_out"), 500
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # if it is not installed
+
+from benchmarks.vrd_data import CONFIG, ceiling, find_detections, prepared
+from benchmarks.vrd_table import (
+    ACCURACIES,
+    LOSSES_CORNER,
+    LOSSES_TABLE,
+    PUBLISHED,
+    RECALL_AT,
+    RECALLS,
+    TABLE,
+    format_table,
+)
+
+LIMITS = (1, 70)  # predicates per pair
 
 HEAD = "MODEL.ROI_RELATION_HEAD"
 MODULES = ("SEMANTIC", "SPATIAL", "JOINT")
 L0 = [x for i in (1, 2, 3) for x in (f"{HEAD}.LOSS.LAMBDA_{i}", 0.0)]
 FOUR = [x for i, y in ((1, 1.0), (2, 0.5), (3, 0.1)) for x in (f"{HEAD}.LOSS.LAMBDA_{i}", y)]
-# The optimizer and L0 of all rows but the last, whose settings were chosen on held-out images.
+# The paper's score of a triplet, and the optimizer and L0 of all rows but the last, whose settings
+# were chosen on held-out images.
+PLAIN_SCORE = ["TEST.RELATIONS.ENTITY_SCORE_EXPONENT", 1.0]
 PLAIN = ["SOLVER.BASE_LR", 0.008, "SOLVER.WEIGHT_DECAY", 0.0001, f"{HEAD}.LOSS.L0_MEAN", "images"]
-PLAIN += ["SOLVER.WEIGHT_DECAY_BIAS", None]
+PLAIN += ["SOLVER.WEIGHT_DECAY_BIAS", None, *PLAIN_SCORE]
 
 
 def modules(*names: str) -> list[Any]:
@@ -51,7 +65,7 @@ def sampling(pairs: int) -> list[Any]:
     return [x for key, value in keys.items() for x in (f"{HEAD}.SAMPLING.{key}", value)]
 
 
-FREQUENCIES = [*modules("SEMANTIC"), f"{HEAD}.SEMANTIC.FREEZE", True]
+FREQUENCIES = [*modules("SEMANTIC"), f"{HEAD}.SEMANTIC.FREEZE", True, *PLAIN_SCORE]
 ADDITIVE = [*modules("SEMANTIC", "SPATIAL"), *PLAIN]
 BENCHMARK = [
     Model("Freq", FREQUENCIES, trained=False),
@@ -77,33 +91,11 @@ LOSSES = [
     for losses, weights in (("L0", L0), ("four losses", FOUR))
 ]
 
-# Published on the same detections (Lu et al., ECCV 2016): the scores of their result file in this
-# protocol; for annotated pairs their paper has 47.87. Nothing else is published on them.
-PUBLISHED = {
-    "name": "Lu et al. 2016, vision + language, published",
-    "relationship_k1": [14.11, 14.96],
-    "phrase_k1": [None, 17.33],
-    "zero_shot_k1": [None, 5.39],
-    "annotated_pairs_k1": [48.73, 48.73],
-}
-
-# Column of the report: block and metrics of an evaluation.
-RECALLS = {
-    "relationship_k1": ("lu2016_sgdet_k1", "relationship R@{}"),
-    "relationship_k70": ("lu2016_sgdet_k70", "relationship R@{}"),
-    "phrase_k1": ("lu2016_sgdet_k1", "phrase R@{}"),
-    "phrase_k70": ("lu2016_sgdet_k70", "phrase R@{}"),
-    "zero_shot_k1": ("lu2016_sgdet_k1", "zero-shot relationship R@{}"),
-    "annotated_pairs_k1": ("lu2016_preddet_k1", "predicate R@{}"),
-    "all_pairs_k1": ("lu2016_prdcls_k1", "predicate R@{}"),
-    "all_pairs_k70": ("lu2016_prdcls_k70", "predicate R@{}"),
-}
-LIMITS = (1, 70)  # predicates per pair
-ACCURACIES = ("instance_accuracy", "pairing_accuracy")  # with all predicates, boxes given
-
 
 def run(model: Model, seed: int, detections: str | None, output: Path) -> dict[str, Any]:
-    """Train a model with one seed and evaluate it; called in a process of its own.
+    """Train a model with one seed and evaluate it.
+
+    What does not depend on model and seed is prepared once per process, see :func:`prepared`.
 
     Args:
         model: what to train.
@@ -118,78 +110,57 @@ def run(model: Model, seed: int, detections: str | None, output: Path) -> dict[s
     import torch
 
     from reldn_d2 import load_config
-    from reldn_d2.engine import RelDNTrainer
-    from reldn_d2.engine.model_setup import ensure_frequency_table
     from reldn_d2.evaluation import VRDEvaluator
 
     from detectron2.evaluation import inference_on_dataset
     from detectron2.utils.env import seed_all_rng
 
     torch.set_num_threads(1)
-    logging.basicConfig(filename=output / "log.txt", filemode="w", level=logging.INFO)
-    logging.getLogger("detectron2").setLevel(logging.INFO)
-    names, tasks = ("vrd_train", "vrd_test"), ("sgdet", "preddet", "prdcls")
-    options = ["OUTPUT_DIR", str(output), "SEED", seed, *model.options]
-    if detections is None:
-        register_held_out()
-        names, tasks = HELD_OUT, ("prdcls",)
-    options += ["DATASETS.TRAIN", (names[0],)]
-    started = time.time()
-    seed_all_rng(seed)
-    cfg = load_config(str(CONFIG), [*options, "DATASETS.TEST", ()])
-    if model.trained:
-        trainer = RelDNTrainer(cfg)
-        trainer.resume_or_load(resume=False)
-        trainer.train()
-        network = trainer.model.eval()
-    else:
-        network = RelDNTrainer.build_model(cfg).eval()
-        ensure_frequency_table(cfg, network)
-    trained, results = time.time(), {}
-    options += ["DATASETS.TEST", (names[1],), "TEST.RELATIONS.PREDICATES_PER_PAIR", list(LIMITS)]
-    for task in tasks:
-        more = ["TEST.RELATIONS.TASK", task]
-        if task == "sgdet":
-            more += ["DATASETS.DETECTION_FILES_TEST", (detections,)]
-        cfg = load_config(str(CONFIG), [*options, *more])
-        network.task = task
-        evaluator = VRDEvaluator(names[1], task=task, predicates_per_pair=LIMITS)
-        loader = RelDNTrainer.build_test_loader(cfg, names[1])
-        results.update(inference_on_dataset(network, loader, evaluator))
+    prepare = prepared(detections is None)
+    (train, test), tasks = prepare.names, prepare.tasks
+    options = ["OUTPUT_DIR", str(output), "SEED", seed, "DATASETS.TRAIN", (train,)]
+    options += [*model.options, "DATASETS.TEST", ()]
+    started, results = [time.time(), time.process_time()], {}
+    with log_to(output / "log.txt"):
+        seed_all_rng(seed)
+        network = prepare.train(load_config(CONFIG, options), model.trained)
+        trained = [time.time(), time.process_time()]
+        network.relation_head.predicates_per_pair = LIMITS  # no others, which also take time
+        for task in tasks:
+            batches = prepare.test_batches(detections if task == "sgdet" else None)
+            network.task = task
+            evaluator = VRDEvaluator(test, task=task, predicates_per_pair=LIMITS)
+            results.update(inference_on_dataset(network, batches, evaluator))
     columns: dict[str, Any] = {
-        column: [results[block][metric.format(n)] for n in (50, 100)]
+        column: [results[block][metric.format(n)] for n in RECALL_AT]
         for column, (block, metric) in RECALLS.items()
         if block in results
     }
     accuracies = results["confusion_prdcls_k70"]
     columns.update({name: accuracies[name] for name in ACCURACIES})
-    columns["training_seconds"] = trained - started
-    columns["evaluation_seconds"] = time.time() - trained
+    if model.trained:
+        columns["training_seconds"] = trained[0] - started[0]
+    columns["evaluation_seconds"] = time.time() - trained[0]
+    columns["processor_seconds"] = time.process_time() - started[1]
     columns["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return columns
 
 
-def register_held_out() -> None:
-    """Split ``vrd_train``: 500 images are held out, always the same ones."""
-    import numpy as np
-
-    import reldn_d2  # noqa: F401  (registers vrd_train)
-    from reldn_d2.data.boxes_only import load_without_images
-
-    from detectron2.data import DatasetCatalog, MetadataCatalog
-
-    records = load_without_images("vrd_train")
-    chosen = set(np.random.default_rng(0).permutation(len(records))[:NUM_HELD_OUT].tolist())
-    metadata = MetadataCatalog.get("vrd_train")
-    for held_out, name in enumerate(HELD_OUT):
-        part = [x for i, x in enumerate(records) if (i in chosen) == bool(held_out)]
-        DatasetCatalog.register(name, lambda part=part: part)
-        MetadataCatalog.get(name).set(
-            thing_classes=metadata.thing_classes,
-            predicate_classes=metadata.predicate_classes,
-            evaluator_type=metadata.evaluator_type,
-            train_dataset=HELD_OUT[0],
-        )
+@contextmanager
+def log_to(path: Path) -> Iterator[None]:
+    """Write all log lines to a file."""
+    root, handler = logging.getLogger(), logging.FileHandler(path, mode="w")
+    levels = [(x, x.level) for x in (root, logging.getLogger("detectron2"))]
+    root.addHandler(handler)
+    for logger, _ in levels:
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        handler.close()
+        for logger, level in levels:
+            logger.setLevel(level)
 
 
 def run_all(
@@ -210,27 +181,35 @@ def run_all(
 
     context = multiprocessing.get_context("spawn")
     start = dict(initializer=import_modules, initargs=(imported_modules(),))
-    with context.Pool(processes, maxtasksperchild=1, **start) as pool:
+    runs: dict[str, dict[int, dict[str, Any]]] = {model.name: {} for model in models}
+    with context.Pool(processes, **start) as pool:
         pending = []
-        for model in models:
+        # The later rows take longer. Short ones at the end let all processes end together.
+        for model in reversed(models):
             for seed in seeds if model.trained else seeds[:1]:
                 folder = output / model.name.replace(" ", "_").replace(",", "") / f"seed_{seed}"
                 folder.mkdir(parents=True, exist_ok=True)
                 arguments = (model, seed, detections, folder)
                 pending.append((model.name, seed, pool.apply_async(run, arguments)))
-        runs: dict[str, dict[int, dict[str, Any]]] = {}  # by model and seed
         for name, seed, result in pending:
-            runs.setdefault(name, {})[seed] = columns = result.get()
+            runs[name][seed] = columns = result.get()
             print(f"{name}, seed {seed}: {format_run(columns)}", flush=True)
     return [summary(name, list(x), list(x.values())) for name, x in runs.items()]
+
+
+def processor_seconds() -> float:
+    """Return the processor time of the processes that this one has started and that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def format_run(columns: dict[str, Any]) -> str:
     """Return the main figures of a run in a line."""
     main = columns.get("relationship_k1") or columns["all_pairs_k70"]
     return (
-        f"R@50/100 {main[0]:.2f} / {main[1]:.2f}, training {columns['training_seconds']:.0f} s, "
-        f"evaluation {columns['evaluation_seconds']:.0f} s"
+        f"R@50/100 {main[0]:.2f} / {main[1]:.2f}, training "
+        f"{columns.get('training_seconds', 0):.0f} s, evaluation "
+        f"{columns['evaluation_seconds']:.0f} s, processor {columns['processor_seconds']:.0f} s"
     )
 
 
@@ -256,77 +235,6 @@ def summary(name: str, seeds: Sequence[int], runs: Sequence[dict[str, Any]]) -> 
         **{column: apply(mean, column) for column in runs[0]},
         "deviation": {column: apply(deviation, column) for column in runs[0]},
     }
-
-
-def format_table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
-    """Format rows as a Markdown table of means ± standard deviations."""
-    from tabulate import tabulate
-
-    def number(mean: float, deviation: float, several: bool) -> str:
-        return f"{mean:.2f} ± {deviation:.2f}" if several else f"{mean:.2f}"
-
-    def cell(row: dict[str, Any], column: str) -> str:
-        means, deviations = row[column], row["deviation"][column]
-        if not isinstance(means, list):
-            means, deviations = [means], [deviations]
-        several = len(row["seeds"]) > 1
-        return " / ".join(number(m, d, several) for m, d in zip(means, deviations))
-
-    heads = ["%", *(column.replace("_", " ") for column in columns), "seeds", "training"]
-    table = [
-        [
-            row["name"],
-            *(cell(row, column) for column in columns),
-            len(row["seeds"]),
-            f"{row['training_seconds']:.0f} s",
-        ]
-        for row in rows
-    ]
-    return tabulate(table, heads, tablefmt="github", disable_numparse=True)
-
-
-def ceiling(detections: str) -> float:
-    """Return the share of the test set's relations with both boxes among the detections, in %.
-
-    No model can find more of them.
-    """
-    import reldn_d2  # noqa: F401  (registers vrd_test)
-    from reldn_d2.config import load_config
-    from reldn_d2.data.build import load_test_dicts
-    from reldn_d2.structures.boxes_np import pairwise_iou
-    from reldn_d2.structures.scene_graph import SceneGraph
-
-    options = ["DATASETS.DETECTION_FILES_TEST", (detections,), "TEST.RELATIONS.TASK", "sgdet"]
-    cfg = load_config(str(CONFIG), options)
-    num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    reachable, total = 0, 0
-    for record in load_test_dicts(cfg, "vrd_test", num_classes, None, with_images=False):
-        truth, found = SceneGraph.from_dataset_dict(record), record["detections"]
-        same_class = truth.classes[:, None] == found["classes"][None]
-        is_found = same_class & (pairwise_iou(truth.boxes, found["boxes"]) >= 0.5)
-        subjects, objects = is_found[truth.pairs[:, 0]], is_found[truth.pairs[:, 1]]
-        one_box = (subjects.sum(1) == 1) & (objects.sum(1) == 1) & (subjects & objects).any(1)
-        reachable += int((subjects.any(1) & objects.any(1) & ~one_box).sum())
-        total += len(truth.pairs)
-    return 100 * reachable / total
-
-
-def find_detections() -> str:
-    """Return the file with Lu et al.'s detections, in the folder of VRD.
-
-    Raises:
-        FileNotFoundError: the annotations or the detections are missing.
-    """
-    folder = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")) / "vrd"
-    path = folder / "test_detections_rcnn.json"
-    for needed in (folder / "json_dataset" / "annotations_train.json", path):
-        if not needed.is_file():
-            raise FileNotFoundError(
-                f"There is no {needed}. Set DETECTRON2_DATASETS to a folder with vrd/json_dataset "
-                "(the annotations) and vrd/test_detections_rcnn.json, the detections; "
-                "docs/benchmarks.md says where to get them. Images are not needed."
-            )
-    return str(path)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -363,16 +271,21 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     from reldn_d2.utils.file_io import write_results
 
-    started = time.time()
+    started, before = time.time(), processor_seconds()
     name = "vrd_boxes_losses" if args.losses else "vrd_boxes"
     given = None if args.losses else detections
     rows = run_all(models, args.seeds, given, args.output / name, args.processes)
-    columns = [*RECALLS, *ACCURACIES]
-    columns = [x for x in columns if x in rows[0]]
-    print(format_table(rows, columns))
+    if args.losses:
+        print(format_table(rows, LOSSES_TABLE, LOSSES_CORNER))
+    else:
+        print(format_table([PUBLISHED, *rows], TABLE))
     seconds = time.time() - started
     memory = max(row["peak_memory_mib"] for row in rows)
-    print(f"{seconds:.0f} s in all; peak memory of a process {memory:.0f} MiB")
+    processor = processor_seconds() - before
+    print(
+        f"{seconds:.0f} s in all, {processor:.0f} s of the processor; peak memory of a process "
+        f"{memory:.0f} MiB"
+    )
     path = args.output / f"{name}.json"
     content = {"rows": rows, "published": [PUBLISHED], "seconds": seconds}
     if not args.losses:

@@ -26,7 +26,19 @@ from detectron2.utils.file_io import PathManager
 from ..modeling.backbone.vgg import TORCHVISION_NAMES
 from ..utils.safe_pickle import ArraysOnlyUnpickler
 
-__all__ = ["fetch", "from_torchvision_vgg16", "read_checkpoint"]
+__all__ = ["UntrustedContentError", "fetch", "from_torchvision_vgg16", "read_checkpoint"]
+
+
+class UntrustedContentError(ValueError):
+    """A file that is not unpickled, because that can run code.
+
+    Attributes:
+        reason: what it holds, such as "it holds torchvision.models.resnet.ResNet".
+    """
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.reason = reason
 
 
 def fetch(path: str) -> None:
@@ -68,10 +80,12 @@ def read_checkpoint(path: str, allow_pickle: bool = False) -> dict[str, Any]:
             unpickler = pickle.Unpickler if allow_pickle else ArraysOnlyUnpickler
             return unpickler(file, encoding="latin1").load()
     except pickle.UnpicklingError as error:
-        raise ValueError(
+        reason = _unpickling_reason(error)
+        raise UntrustedContentError(
             f"{path} is broken or holds more than tensors and plain types. It was not unpickled, "
             "because that can run code. If you trust the file, set MODEL.RELDN.LOAD.ALLOW_PICKLE "
-            f"to True (converters: --allow-pickle). ({_unpickling_reason(error)})"
+            f"to True (converters: --allow-pickle). ({reason})",
+            reason,
         ) from error
     except Exception as error:  # torch's readers fail on other files in many ways
         raise ValueError(

@@ -71,15 +71,31 @@ def add_sizes(name: str, dicts: Sequence[dict[str, Any]]) -> list[dict[str, Any]
     return [_with_size(record) for record in dicts]
 
 
-def require_real_size(record: dict[str, Any], where: str) -> None:
-    """Raise ValueError if boxes of a dict are not in pixels of the image, as detections are."""
-    if record.get("nominal_size"):
-        raise ValueError(
-            f"{where}: its boxes are annotated as fractions of the image, whose size is unknown "
-            "because the image does not exist, so they cannot be compared with detected boxes. "
-            "Unpack the images (datasets/README.md), or use given boxes (TEST.RELATIONS.TASK "
-            "prdcls or --task prdcls, without DATASETS.DETECTION_FILES_TRAIN and _TEST)."
-        )
+def require_real_size(record: dict[str, Any], where: str, given: bool = False) -> None:
+    """Raise ValueError if boxes of a dict are not in pixels of the image.
+
+    Args:
+        record: the dict.
+        where: image, for the message.
+        given: whether they are compared with predictions for given boxes, not with detections.
+    """
+    if not record.get("nominal_size"):
+        return
+    problem = (
+        f"{where}: its boxes are annotated as fractions of the image, whose size is unknown "
+        "because the image does not exist"
+    )
+    sizes = (
+        "Unpack the images (datasets/README.md), or put the cached sizes, "
+        "reldn_cache/FOLDER.sizes.json, next to their folder (docs/boxes.md)"
+    )
+    if given:
+        raise ValueError(f"{problem}, so predicted boxes in pixels do not match them. {sizes}.")
+    raise ValueError(
+        f"{problem}, so they cannot be compared with detected boxes. {sizes}, or use given boxes "
+        "(TEST.RELATIONS.TASK prdcls or --task prdcls, without DATASETS.DETECTION_FILES_TRAIN and "
+        "_TEST)."
+    )
 
 
 def image_name(record: dict[str, Any]) -> str:

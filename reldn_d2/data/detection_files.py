@@ -18,13 +18,18 @@ import torch
 
 from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from detectron2.structures import Boxes, BoxMode, Instances
+
+from ..structures.box_frames import outside_problem
 
 __all__ = ["attach_detections", "load_detections", "transform_detections"]
 
 logger = logging.getLogger(__name__)
 
 _KEYS = ("image_id", "category_id", "bbox", "score")
+_COCO_IDS = {x["id"] for x in COCO_CATEGORIES if x["isthing"]}
+_FEWEST_COCO_IDS = 5  # different ones that make a file look like COCO's
 
 
 def load_detections(
@@ -62,12 +67,29 @@ def load_detections(
             )
     else:
         records, category_ids = _read_predictions(path), None
+    coco = ""
+    if category_ids is None and path.endswith(".json") and _are_coco_ids(records):
+        coco = (
+            "These ids look like COCO's own (1 to 90, with gaps), which are neither 0-based nor "
+            "this model's classes: map each to the 0-based id of the class with the same name."
+        )
     rows: dict[str, list[tuple[Sequence[float], float, int]]] = {}
     for index, record in enumerate(records):
-        category = _category_of(record, f"{path}, detection {index}", num_classes, category_ids)
+        where = f"{path}, detection {index}"
+        category = _category_of(record, where, num_classes, category_ids, coco)
         row = (record["bbox"], record["score"], category)
         rows.setdefault(str(record["image_id"]), []).append(row)
+    if coco:
+        logger.warning(f"{path}: {coco}")
     return {image_id: _arrays(of_image) for image_id, of_image in rows.items()}
+
+
+def _are_coco_ids(records: Sequence[Any]) -> bool:
+    """Tell whether the category ids of records look like COCO's 80 ids between 1 and 90."""
+    ids = {x.get("category_id") for x in records if isinstance(x, dict)}
+    # Ids up to 80 alone may as well be 0-based. 1 is COCO's person, which few files lack.
+    is_like_coco = ids <= _COCO_IDS and 1 in ids and max(ids) > 80
+    return is_like_coco and len(ids) >= _FEWEST_COCO_IDS
 
 
 def _read_predictions(path: str) -> list[dict[str, Any]]:
@@ -90,9 +112,20 @@ def _read_predictions(path: str) -> list[dict[str, Any]]:
 
 
 def _category_of(
-    record: Any, where: str, num_classes: int, category_ids: Mapping[int, int] | None
+    record: Any,
+    where: str,
+    num_classes: int,
+    category_ids: Mapping[int, int] | None,
+    hint: str = "",
 ) -> int:
-    """Return the 0-based class of a record; raise ValueError if the record is invalid."""
+    """Return the 0-based class of a record; raise ValueError if the record is invalid.
+
+    Args:
+        record: of the file.
+        where: the record, for messages.
+        num_classes, category_ids: see :func:`load_detections`.
+        hint: how to fix an id outside the classes, if that is known.
+    """
     missing = [key for key in _KEYS if key not in record] if isinstance(record, dict) else _KEYS
     if missing:
         raise ValueError(f"{where}: {', '.join(missing)} missing in {str(record)[:100]}")
@@ -107,7 +140,7 @@ def _category_of(
     if not 0 <= category < num_classes:
         raise ValueError(
             f"{where}: category_id {category} is outside the {num_classes} classes of the dataset. "
-            "Ids are 0-based unless its metadata has thing_dataset_id_to_contiguous_id."
+            + (hint or "Ids are 0-based unless its metadata has thing_dataset_id_to_contiguous_id.")
         )
     box, score = record["bbox"], record["score"]
     if len(box) != 4 or not np.isfinite([*box, score]).all() or min(box[2:]) < 0:
@@ -165,6 +198,7 @@ def attach_detections(
             f"{path} has no detection for {len(without)} of {len(dicts)} images of "
             f"'{dataset_name}', e.g. image {without[0]}: these images get no relations."
         )
+    _check_frame(path, [(x, detections[key]) for x, key in zip(dicts, keys) if key in detections])
     unused = len(detections) - (len(dicts) - len(without))
     logger.info(
         f"{path} has {sum(len(x['scores']) for x in detections.values())} detections for "
@@ -176,6 +210,25 @@ def attach_detections(
         "classes": np.zeros(0, np.int64),
     }
     return [{**x, "detections": detections.get(key, no_detections)} for x, key in zip(dicts, keys)]
+
+
+def _check_frame(path: str, images: Sequence[tuple[dict[str, Any], dict[str, np.ndarray]]]) -> None:
+    """Raise ValueError if most boxes of a file lie mostly outside their images.
+
+    Args:
+        path: the file.
+        images: dataset dict and detections of each image; those of unknown size are not checked.
+    """
+    sized = [
+        (record, found["boxes"])
+        for record, found in images
+        if "height" in record and "width" in record and not record.get("nominal_size")
+    ]
+    sizes = [(record["height"], record["width"]) for record, boxes in sized for _ in boxes]
+    boxes = np.concatenate([np.zeros((0, 4)), *(boxes for _, boxes in sized)])
+    problem = outside_problem(boxes, np.array(sizes), "xywh")
+    if problem is not None:
+        raise ValueError(f"{path}: {problem[1]}")
 
 
 def transform_detections(

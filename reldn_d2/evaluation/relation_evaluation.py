@@ -256,7 +256,13 @@ class RelationDatasetEvaluator(DatasetEvaluator):
         processed = [(truth, predicted) for truth, predicted in images if predicted is not None]
         check_not_normalized(processed, what)
         for truth, predicted in processed:
-            check_given_entities(self.settings.task, truth, predicted, what)
+            try:
+                check_given_entities(self.settings.task, truth, predicted, what)
+            except ValueError as error:
+                for record in dicts_without_images(self._dataset_name):
+                    if record["image_id"] == truth.image_id:  # the cause, if its size is unknown
+                        require_real_size(record, f"{what}, image {truth.image_id!r}", given=True)
+                raise error
 
     def _write_predictions(self, predictions: Sequence[SceneGraph]) -> None:
         file = os.path.join(self._output_dir, PREDICTIONS_FILE)

@@ -9,8 +9,10 @@ They return boxes, class names and scores, which any predictor takes, because it
 Shapes: R boxes of one image, K classes. Boxes are XYXY in pixels of the image as it was read.
 """
 
+import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,14 +25,17 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model
+from detectron2.utils.logger import log_first_n
 
-from ..checkpoint.checkpoint_reader import read_checkpoint
+from ..checkpoint.checkpoint_reader import UntrustedContentError, read_checkpoint
 from ..checkpoint.class_weights import num_classes_of
 from ..checkpoint.detection_checkpoint import DetectorCheckpointer
 from ..config import add_reldn_config, merge_config
 from ..utils.image_io import OneImage, from_rgb, load_rgb
 
 __all__ = ["ImageDetector", "load_detector"]
+
+logger = logging.getLogger(__name__)
 
 _TORCHVISION = "torchvision:"
 
@@ -45,11 +50,13 @@ class ImageDetector(NamedTuple):
         detect: see ``_Detect``.
         class_names: names by class id.
         min_score: detections with a lower score are dropped.
+        name: for messages.
     """
 
     detect: _Detect
     class_names: Sequence[str]
     min_score: float
+    name: str = "the detector"
 
     def __call__(self, image: OneImage, channels: str = "RGB") -> dict[str, Any]:
         """Detect the entities of one image.
@@ -69,11 +76,26 @@ class ImageDetector(NamedTuple):
             boxes, ids, scores = (x.cpu() for x in self.detect(load_rgb(image, channels)))
         order = scores.argsort(descending=True, stable=True)
         order = order[scores[order] >= self.min_score]
+        if not len(order):
+            self._warn_about_nothing(image, scores)
         return {
             "boxes": boxes[order].numpy(),
             "classes": [self.class_names[x] for x in ids[order].tolist()],
             "scores": scores[order].clamp(0, 1).tolist(),
         }
+
+    def _warn_about_nothing(self, image: OneImage, scores: Tensor) -> None:
+        """Log that nothing was detected; only once for images without a path, such as frames."""
+        problem = (
+            f"detector {self.name} finds nothing with a score of {self.min_score} or more "
+            "(min_score; in the demo --confidence-threshold)"
+        )
+        if isinstance(image, (str, Path)):
+            best = f"{float(scores.max()):.3f}" if len(scores) else "none"
+            logger.warning(f"{image}: {problem}; the highest score is {best}.")
+        else:
+            message = f"an image: {problem}; further such images are not reported."
+            log_first_n(logging.WARNING, message, key="message", name=__name__)
 
 
 def load_detector(
@@ -94,8 +116,9 @@ def load_detector(
             the first use, or a YAML file's ``MODEL.WEIGHTS``.
         device: such as ``cpu``; None uses a GPU if there is one.
         min_score: detections with a lower score are dropped.
-        class_names: names by class id (torchvision: without the background); by default those that
-            the checkpoint, the config's dataset or torchvision names.
+        class_names: names by class id (torchvision: without the background) of weights with other
+            classes than the published ones, in any number; by default those that the checkpoint,
+            the config's dataset or torchvision names.
 
     Raises:
         FileNotFoundError: no such file, or the weights cannot be downloaded.
@@ -106,12 +129,10 @@ def load_detector(
     weights = None if weights is None else str(weights)
     if name.startswith(_TORCHVISION):
         model_name = name.removeprefix(_TORCHVISION)
-        return ImageDetector(
-            *_torchvision_detector(model_name, weights, device, class_names), min_score
-        )
-    return ImageDetector(
-        *_detectron2_detector(name, weights, device, min_score, class_names), min_score
-    )
+        found = _torchvision_detector(model_name, weights, device, min_score, class_names)
+    else:
+        found = _detectron2_detector(name, weights, device, min_score, class_names)
+    return ImageDetector(*found, min_score, name)
 
 
 def _detectron2_detector(
@@ -127,7 +148,8 @@ def _detectron2_detector(
     cfg.MODEL.DEVICE = device
     model = build_model(cfg).eval()
     checkpointer = DetectorCheckpointer(model, complete=True)
-    checkpointer.load(cfg.MODEL.WEIGHTS)
+    with _only_state_dicts(cfg.MODEL.WEIGHTS):
+        checkpointer.load(cfg.MODEL.WEIGHTS)
     names = class_names or checkpointer.description["thing_classes"] or _dataset_classes(cfg)
     count = num_classes_of(model.state_dict())
     if not names or (count is not None and len(names) != count):
@@ -184,7 +206,11 @@ def _dataset_classes(cfg: CfgNode) -> list[str]:
 
 
 def _torchvision_detector(
-    name: str, weights: str | None, device: str, class_names: Sequence[str] | None
+    name: str,
+    weights: str | None,
+    device: str,
+    min_score: float,
+    class_names: Sequence[str] | None,
 ) -> tuple[_Detect, Sequence[str]]:
     try:
         from torchvision import models
@@ -218,6 +244,9 @@ def _torchvision_detector(
         model = models.get_model(name, weights=None, weights_backbone=None, num_classes=len(names))
         _load_torchvision(model, weights, f"{_TORCHVISION}{name} with {len(names) - 1} classes")
     model = model.eval().to(device)
+    # torchvision's detectors drop low scores themselves, by default those below 0.05 (FCOS: 0.2).
+    owner = getattr(model, "roi_heads", model)
+    owner.score_thresh = min(owner.score_thresh, min_score)
 
     def detect(rgb: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         image = torch.as_tensor(rgb.transpose(2, 0, 1).copy()).to(device).float() / 255
@@ -227,11 +256,25 @@ def _torchvision_detector(
     return detect, names
 
 
+@contextmanager
+def _only_state_dicts(weights: str) -> Iterator[None]:
+    """Say how to save the weights if the file holds a whole model, which is not unpickled."""
+    try:
+        yield
+    except UntrustedContentError as error:
+        raise ValueError(
+            f"{weights}: expected a state dict, as torch.save(model.state_dict(), FILE) writes it, "
+            f"but {error.reason}. A whole model, torch.save(model, FILE), is not read, because "
+            "that can run code: load it where it was made, and save its state dict."
+        ) from error
+
+
 def _load_torchvision(model: nn.Module, weights: str, what: str) -> None:
     """Load a file of weights as torchvision's training scripts write it."""
     if not os.path.isfile(weights):
         raise FileNotFoundError(f"detector {what}: there is no file '{weights}'")
-    state = read_checkpoint(weights)
+    with _only_state_dicts(weights):
+        state = read_checkpoint(weights)
     try:
         model.load_state_dict(state.get("model", state))
     except (RuntimeError, AttributeError) as error:

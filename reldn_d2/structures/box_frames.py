@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["BOX_FORMS", "BoxDiagnosis", "diagnose_boxes"]
+__all__ = ["BOX_FORMS", "BoxDiagnosis", "diagnose_boxes", "expected_box", "outside_problem"]
 
 # The order decides between forms that fit equally well.
 BOX_FORMS = {
@@ -70,6 +70,44 @@ def diagnose_boxes(
         _diagnose_fractions(boxes, sides, form)
         or _diagnose_form(boxes, sides, form)
         or _diagnose_scale(_corners(boxes, form), sides)
+    )
+
+
+def expected_box(form: str = "xyxy") -> str:
+    """Return the frame of boxes and how to get there, for messages about boxes outside images."""
+    return (
+        f"Expected {BOX_FORMS[form]} in pixels of the original image: scale boxes of a resized "
+        "image back, and convert boxes of another form"
+    )
+
+
+def outside_problem(
+    boxes: np.ndarray, image_sizes: np.ndarray, form: str = "xyxy"
+) -> tuple[int, str] | None:
+    """Say that most boxes lie mostly outside their images, as boxes in a wrong frame do.
+
+    Args:
+        boxes: (N, 4) XYXY.
+        image_sizes: (N, 2) height and width of each box's image.
+        form: key of ``BOX_FORMS``, what the user's file has, for the message.
+
+    Returns:
+        None if at least half of the boxes have at least half of their area within their image;
+        otherwise the index of the first that does not, and the message.
+    """
+    corners = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
+    sizes = np.asarray(image_sizes, dtype=np.float64).reshape(-1, 2)
+    inside = corners.clip(0, sizes[:, [1, 0, 1, 0]])
+    areas = [(x[:, 2:] - x[:, :2]).prod(axis=1) for x in (inside, corners)]
+    outside = np.flatnonzero(areas[0] < 0.5 * areas[1])
+    if len(outside) <= 0.5 * len(corners):
+        return None
+    first = int(outside[0])
+    height, width = sizes[first]
+    return first, (
+        f"{len(outside)} of {len(corners)} boxes lie mostly outside their image, e.g. "
+        f"{corners[first].tolist()} (corners) in one of {width:g} x {height:g} pixels. "
+        f"{expected_box(form)}."
     )
 
 

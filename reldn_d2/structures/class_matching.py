@@ -11,6 +11,7 @@ A rule that fits several classes of the model does not decide between them: the 
 unknown.
 """
 
+import difflib
 import logging
 import re
 from collections import Counter
@@ -18,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-__all__ = ["MORE_GENERAL", "SAME_THING", "find_class", "leave_out_unknown"]
+__all__ = ["MORE_GENERAL", "SAME_THING", "find_class", "leave_out_unknown", "similar_names"]
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +115,19 @@ def find_class(name: str, names: Sequence[str]) -> int | None:
     return _find(name, tuple(names))
 
 
+def similar_names(name: str, names: Sequence[str], min_ratio: float = 0.6) -> str:
+    """Return up to three of the names that a misspelled one may mean, for messages; or "".
+
+    Args:
+        name: that the model does not have.
+        names: the model's class names.
+        min_ratio: of similarity, see ``difflib.get_close_matches``.
+    """
+    by_key = {_key(x): x for x in names}
+    similar = difflib.get_close_matches(_key(name), by_key, n=3, cutoff=min_ratio)
+    return " or ".join(f"'{by_key[key]}'" for key in similar)
+
+
 def leave_out_unknown(
     entities: Mapping[str, Any],
     names: Sequence[str],
@@ -154,9 +168,15 @@ def leave_out_unknown(
     counts = Counter(left_out.values())
     if counts.keys() - reported:
         reported.update(counts)
+        # Strict: another detector's classes are names of other things, not misspelled ones.
+        similar = {name: similar_names(name, names, min_ratio=0.8) for name in counts}
+        shown = [
+            f"{n} x {name}" + (f" (did you mean {similar[name]}?)" if similar[name] else "")
+            for name, n in counts.most_common()
+        ]
         logger.warning(
             f"{where}: left out {len(left_out)} of {len(classes)} boxes, whose classes the model "
-            f"does not have: {', '.join(f'{n} x {name}' for name, n in counts.most_common())}"
+            f"does not have: {', '.join(shown)}"
         )
     for key, x in values.items():
         is_list = isinstance(x, (list, tuple))

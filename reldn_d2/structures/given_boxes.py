@@ -13,7 +13,8 @@ import torch
 from detectron2.structures import Boxes
 
 from ..utils.image_io import ImageError
-from .class_matching import find_class
+from .box_frames import expected_box, outside_problem
+from .class_matching import find_class, similar_names
 
 __all__ = [
     "ENTITY_KEYS",
@@ -21,6 +22,7 @@ __all__ = [
     "GivenEntities",
     "ModelClasses",
     "check_detections",
+    "check_inside",
     "check_keys",
     "check_size",
     "to_array",
@@ -71,8 +73,8 @@ class GivenEntities(NamedTuple):
 
         Raises:
             ImageError: other shapes, types or lengths, an unknown class, values that are not
-                finite, a score outside [0, 1], scores without classes, or a box without area in the
-                image.
+                finite, a score outside [0, 1], scores without classes, a box without area in the
+                image, or boxes most of which lie mostly outside it.
         """
         if scores is not None and classes is None:
             raise ImageError(
@@ -92,8 +94,9 @@ class GivenEntities(NamedTuple):
         if len(bad):
             raise ImageError(
                 f"{name}: box {bad[0]}, {boxes[bad[0]].tolist()}, has no area within the image of "
-                f"{width} x {height} pixels; expected x0, y0, x1, y1"
+                f"{width} x {height} pixels. {expected_box()}."
             )
+        check_inside(boxes, image_size, name)
         beyond = np.flatnonzero((np.abs(boxes - clipped) > _ROUNDING).any(axis=1))
         if len(beyond):
             logger.warning(
@@ -139,6 +142,13 @@ def check_detections(
         "classes": _class_ids(detections["classes"], len(boxes), known, name),
         "scores": _check_scores(detections["scores"], len(boxes), name),
     }
+
+
+def check_inside(boxes: np.ndarray, image_size: tuple[int, int], name: str) -> None:
+    """Raise ImageError if most boxes lie mostly outside the image of (height, width) pixels."""
+    problem = outside_problem(boxes, np.tile(image_size, (len(boxes), 1)))
+    if problem is not None:
+        raise ImageError(f"{name}: {problem[1]}")
 
 
 def check_keys(
@@ -206,12 +216,22 @@ def _class_ids(classes: Any, num_boxes: int, known: ModelClasses, name: str) -> 
         class_id = find_class(value, known.names) if isinstance(value, str) else value
         is_integer = isinstance(class_id, (int, float, np.number)) and class_id == class_id // 1
         if not is_integer or not 0 <= class_id < known.count:
-            names = ", ".join(known.names[:8]) or f"0 to {known.count - 1}"
-            raise ImageError(f"{name}: the model has no class {value!r}; it has {names}, ...")
+            raise ImageError(f"{name}: the model has no class {value!r}; {_hint(value, known)}")
         ids.append(int(class_id))
     if len(ids) != num_boxes:
         raise ImageError(f"{name}: got {len(ids)} classes for {num_boxes} boxes")
     return np.array(ids, dtype=np.int64)
+
+
+def _hint(value: Any, known: ModelClasses) -> str:
+    """Say which class may be meant, or which classes there are."""
+    if isinstance(value, str) and known.names:
+        similar = similar_names(value, known.names)
+        if similar:
+            return f"did you mean {similar}?"
+        shown = ", ".join(known.names[:8])
+        return f"its {known.count} classes are {shown}" + (", ..." if known.count > 8 else "")
+    return f"its ids are 0 to {known.count - 1}"
 
 
 def _check_scores(scores: Any, num_boxes: int, name: str) -> np.ndarray:

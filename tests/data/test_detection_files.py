@@ -72,6 +72,26 @@ def test_load_detections_invalid_record_raises(tmp_path, record, message):
         load_detections(write(tmp_path / "x.json", [RECORD, record]), 3)
 
 
+COCO_LIKE = [{**RECORD, "category_id": i} for i in (1, 2, 17, 44, 82, 90)]
+
+
+def test_load_detections_coco_ids_say_so(tmp_path, caplog):
+    """COCO's own ids, 1 to 90, are recognized, whether the dataset has as many classes or not."""
+    path = write(tmp_path / "x.json", COCO_LIKE)
+    with pytest.raises(ValueError, match="category_id 82 is outside the 80 classes.*COCO's own"):
+        load_detections(path, 80)
+    assert not caplog.text
+    load_detections(path, 100)
+    assert f"{path}: These ids look like COCO's own (1 to 90, with gaps)" in caplog.text
+    caplog.clear()
+    load_detections(path, 3, dict.fromkeys(range(91), 0))
+    # 0-based ids: 0 occurs; 12, which COCO does not have; no high id; too few to tell.
+    for ids in ((0, 1, 17, 44, 82, 90), (1, 2, 12, 44, 82, 90), (1, 2, 3, 4, 5, 6), (1, 90)):
+        records = [{**RECORD, "category_id": i} for i in ids]
+        load_detections(write(tmp_path / "x.json", records), 100)
+    assert not caplog.text
+
+
 def test_load_detections_invalid_file_raises(tmp_path):
     with pytest.raises(FileNotFoundError, match="Detection file '.*no.json' does not exist"):
         load_detections(str(tmp_path / "no.json"), 3)
@@ -96,6 +116,22 @@ def test_attach_detections_matches_image_ids(tmp_path, dataset, caplog):
     assert "detections" not in dicts[0]
     with pytest.raises(ValueError, match="for none of the 4 images.*'77'.*those of the dataset"):
         attach_detections(dicts, DATASET, write(tmp_path / "x.json", records[2:]), 9)
+
+
+def test_attach_detections_boxes_of_another_frame_raise(tmp_path, dataset):
+    """Images have 96 x 64 pixels; a single stray box is no reason."""
+    dicts = DatasetCatalog.get(DATASET)
+    far = {**RECORD, "bbox": [150, 100, 90, 90]}
+    path = write(tmp_path / "x.json", [far, {**far, "image_id": 1}, RECORD])
+    message = (
+        r"x.json: 2 of 3 boxes lie mostly outside .*96 x 64 pixels. Expected \[x, y, width, hei"
+    )
+    with pytest.raises(ValueError, match=message):
+        attach_detections(dicts, DATASET, path, 9)
+    unsized = [{k: v for k, v in x.items() if k not in ("height", "width")} for x in dicts]
+    attach_detections(unsized, DATASET, path, 9)
+    path = write(tmp_path / "x.json", [far, RECORD, RECORD])
+    assert len(attach_detections(dicts, DATASET, path, 9)[0]["detections"]["scores"]) == 3
 
 
 def test_transform_detections_follow_image():

@@ -311,7 +311,7 @@ def test_predictor_without_image_keeps_scores_and_names(predictor):
     ("arguments", "message"),
     [
         ({}, "image: .* give detections, or boxes with classes"),
-        ({"boxes": BOXES}, "image: .* give detections, or boxes with classes"),
+        ({"boxes": BOXES}, "image: classes are missing: this model has no detector"),
         ({**GIVEN, "size": (60, 0)}, "image: size is .60, 0.; expected height and width"),
         ({**GIVEN, "size": 60}, "image: size is 60; expected height and width in pixels"),
         ({**GIVEN, "size": (20, 20)}, "image: box 1, .* has no area within the image of 20 x 20"),

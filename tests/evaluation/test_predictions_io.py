@@ -14,7 +14,12 @@ import pytest
 import torch
 from evaluation_utils import random_case, run_tool
 
-from reldn_d2.evaluation import VRDEvaluator, counted_relations, evaluate_predictions
+from reldn_d2.evaluation import (
+    RelationEvaluator,
+    VRDEvaluator,
+    counted_relations,
+    evaluate_predictions,
+)
 from reldn_d2.evaluation.predictions_io import (
     read_predictions,
     read_settings,
@@ -24,6 +29,7 @@ from reldn_d2.evaluation.predictions_io import (
 )
 from reldn_d2.evaluation.relation_evaluation import load_ground_truth
 from reldn_d2.structures.attributes import EntityAttributes
+from reldn_d2.structures.scene_graph import SceneGraph
 from reldn_d2.utils.protocols import PROTOCOL_REGISTRY
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -508,6 +514,34 @@ def test_load_ground_truth_of_detections_needs_real_sizes(registered):
     message = f"Dataset '{name}', image 4: its boxes are annotated as fractions"
     with pytest.raises(ValueError, match=message):
         load_ground_truth(name, "sgdet")
+
+
+def test_evaluator_given_boxes_in_pixels_of_unknown_images_names_the_cause(registered):
+    """The annotated fractions are scaled to a nominal size; predictions have the real one."""
+    name = registered("fractions_with_given_boxes")
+    boxes = np.array([[0.0, 0, 512, 512], [256, 256, 1024, 1024]])
+    annotations = [
+        {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": i}
+        for i, box in enumerate(boxes.tolist())
+    ]
+    record = {"image_id": 4, "height": 1024, "width": 1024, "nominal_size": True}
+    record |= {"annotations": annotations, "relations": [(0, 1, 0)]}
+    DatasetCatalog.register(name, lambda: [record])
+    MetadataCatalog.get(name).set(thing_classes=["a", "b"], predicate_classes=["on"])
+
+    def evaluate(scale):
+        evaluator = RelationEvaluator(name, task="prdcls")
+        graph = (boxes * scale, [0, 1], [1.0, 1.0], [[0, 1]], [0], [0.5])
+        evaluator.add(SceneGraph.from_arrays(4, *graph))
+        return evaluator.evaluate()
+
+    assert evaluate(1.0)
+    message = (
+        "image 4: its boxes are annotated as fractions.*predicted boxes in pixels do not match"
+    )
+    with pytest.raises(ValueError, match=message) as error:
+        evaluate(0.5)
+    assert "sizes.json" in str(error.value) and "sgdet" not in str(error.value)
 
 
 def test_evaluate_predictions_vrd_as_its_own_predictions(full_vrd_annotations, tmp_path):

@@ -187,6 +187,43 @@ def test_load_detector_torchvision_unusable_raises(tmp_path, monkeypatch):
         load_detector(SSD)
 
 
+def test_load_detector_whole_model_file_says_how_to_save_weights(coco, ssd, tmp_path):
+    file = str(tmp_path / "whole.pth")
+    for name, model in ((SSD, ssd[1]), (coco[0], coco[2])):
+        torch.save(model, file)
+        with pytest.raises(
+            ValueError, match="whole.pth: expected a state dict, as torch.save.mod"
+        ) as e:
+            load_detector(name, file, device="cpu")
+        assert "but it holds " in str(e.value) and "ALLOW_PICKLE" not in str(e.value)
+
+
+def test_image_detector_no_detection_is_logged_with_the_threshold(coco, ssd, tmp_path, caplog):
+    Image.fromarray(picture()).save(tmp_path / "a.png")
+    for name, file in ((coco[0], coco[1]), (SSD, ssd[0])):
+        detect = load_detector(name, file, device="cpu", min_score=0.999)
+        caplog.clear()
+        assert len(detect(tmp_path / "a.png")["boxes"]) == 0
+        assert f"a.png: detector {name} finds nothing with a score of 0.999 or more" in caplog.text
+        caplog.clear()
+        for _ in range(2):  # frames of a video
+            detect(picture())
+        assert caplog.text.count("finds nothing") == 1
+
+
+@pytest.mark.parametrize("name", ["fcos_resnet50_fpn", "retinanet_resnet50_fpn"])
+def test_load_detector_torchvision_own_threshold_is_lowered(name, tmp_path, monkeypatch):
+    """torchvision's detectors drop scores below 0.05 or 0.2 by themselves."""
+    from torchvision import models
+
+    model = models.get_model(name, weights=None, weights_backbone=None, num_classes=3)
+    torch.save(model.state_dict(), tmp_path / "x.pth")
+    monkeypatch.setattr(models, "get_model", lambda *_, **__: model)
+    names = ["cup", "person"]
+    load_detector(f"torchvision:{name}", tmp_path / "x.pth", "cpu", 0.01, names)
+    assert model.score_thresh == 0.01
+
+
 def test_load_detector_without_torchvision_says_what_to_install(monkeypatch):
     real_import = builtins.__import__
 

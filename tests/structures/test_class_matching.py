@@ -7,8 +7,13 @@ import pytest
 import torch
 
 from reldn_d2.data.datasets.vrd import VRD_CLASSES
-from reldn_d2.structures.class_matching import MORE_GENERAL, SAME_THING, find_class
+from reldn_d2.structures.class_matching import (
+    MORE_GENERAL,
+    SAME_THING,
+    find_class,
+)
 from reldn_d2.structures.class_matching import leave_out_unknown as leave_out
+from reldn_d2.structures.class_matching import similar_names
 
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from detectron2.structures import Boxes
@@ -102,6 +107,14 @@ def test_leave_out_unknown_filters_every_kind_of_boxes(kind, caplog):
         "a.jpg: left out 2 of 4 boxes, whose classes the model does not have: 2 x zebra"
         in caplog.text
     )
+
+
+def test_leave_out_unknown_misspelled_name_is_suggested(caplog):
+    given = {"boxes": BOXES[:3], "classes": ["hrose", "broccoli", "person"]}
+    leave_out(given, VRD_CLASSES, "a.jpg")
+    assert "1 x hrose (did you mean 'horse'?), 1 x broccoli" in caplog.text
+    assert similar_names("Hors", VRD_CLASSES).startswith("'horse' or ")
+    assert similar_names("qq", ["a"]) == ""
 
 
 def test_leave_out_unknown_all_left_out_gives_no_boxes():

@@ -236,6 +236,8 @@ def csv_rows(path: str, what: str) -> Iterator[tuple[int, list[str]]]:
         reader = csv.reader(file, strict=True)
         try:
             for row in reader:
+                if reader.line_num == 1 and len(row) == 1:
+                    _check_separator(path, row[0], what)
                 if row:
                     yield reader.line_num, row
         except UnicodeDecodeError as error:
@@ -248,6 +250,16 @@ def csv_rows(path: str, what: str) -> Iterator[tuple[int, list[str]]]:
                 f"{path}, line {reader.line_num}: not a CSV file ({error}). Expected {what}: "
                 "download it again."
             ) from error
+
+
+def _check_separator(path: str, line: str, what: str) -> None:
+    """Raise ValueError if the only value of a CSV file's first line has another separator."""
+    for separator, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "vertical bars")):
+        if separator in line:
+            raise ValueError(
+                f"{path}, line 1: the values are separated by {name}, expected commas ({what}). "
+                "Save the file as CSV with commas, and numbers with a decimal point."
+            )
 
 
 def locate_images(image_root: str, names: Sequence[str], what: str) -> list[str]:

@@ -86,6 +86,7 @@ class RelationHead(nn.Module, ABC):
         pair_chunk: int = 2048,
         max_visual_pairs: int = 40_000,
         logit_adjustment: float = 0.0,
+        entity_score_exponent: float = 1.0,
         statistics_period: int = 20,
     ):
         """
@@ -106,13 +107,15 @@ class RelationHead(nn.Module, ABC):
             max_visual_pairs: max pairs of an image with given boxes that are scored completely; of
                 more pairs, those with the best :meth:`shortlist_logits` are kept.
             logit_adjustment: tau at test time, see :class:`.logit_adjustment.PredicatePrior`.
+            entity_score_exponent: a triplet's score is the probability of its predicate times the
+                scores of subject and object, each to this power.
             statistics_period: log training metrics every so many iterations.
 
         Raises:
             ValueError: if an option has an invalid value.
         """
         super().__init__()
-        check_options(predicates_per_pair, pair_chunk, max_visual_pairs)
+        check_options(predicates_per_pair, pair_chunk, max_visual_pairs, entity_score_exponent)
         self.num_classes = num_classes
         self.num_predicates = num_predicates
         self.losses = nn.ModuleDict(losses)
@@ -126,6 +129,7 @@ class RelationHead(nn.Module, ABC):
         self.pair_chunk = pair_chunk
         self.max_visual_pairs = max_visual_pairs
         self.prior = PredicatePrior(num_predicates, logit_adjustment)
+        self.entity_score_exponent = entity_score_exponent
         self.statistics_period = statistics_period
 
     @classmethod
@@ -148,6 +152,7 @@ class RelationHead(nn.Module, ABC):
             "pair_chunk": cfg.TEST.RELATIONS.PAIR_CHUNK,
             "max_visual_pairs": cfg.TEST.RELATIONS.MAX_VISUAL_PAIRS,
             "logit_adjustment": cfg.TEST.RELATIONS.LOGIT_ADJUSTMENT,
+            "entity_score_exponent": cfg.TEST.RELATIONS.ENTITY_SCORE_EXPONENT,
         }
 
     def set_predicate_counts(self, predicate_counts: Tensor) -> None:
@@ -346,7 +351,7 @@ class RelationHead(nn.Module, ABC):
         overlap_filter = self.overlap_filter and not boxes_given
         search = partial(
             best_triplets,
-            scores=instances.scores,
+            scores=self.entity_factors(instances.scores),
             boxes=instances.pred_boxes.tensor if overlap_filter else None,
             image_size=instances.image_size,
             num_predicates=self.num_predicates,
@@ -406,6 +411,15 @@ class RelationHead(nn.Module, ABC):
             refined = Instances(refined.image_size, **refined.get_fields())
             refined.pred_attributes = self.attribute_head.predict(entities.vectors)
         return replace(entities, classes=refined.pred_classes), refined
+
+    def entity_factors(self, scores: Tensor) -> Tensor:
+        """Return the factors by which entities with these (R,) scores multiply a triplet's score.
+
+        They are in [0, 1] like the scores, so that the search for the best triplets stays exact.
+        """
+        if self.entity_score_exponent == 1:
+            return scores
+        return scores.float() ** self.entity_score_exponent
 
     def _too_many_pairs(self, num_entities: int) -> bool:
         """Tell whether there are too many pairs to score completely, and some can be chosen."""

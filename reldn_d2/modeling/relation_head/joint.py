@@ -4,16 +4,14 @@ Shapes: R entities, P pairs, K entity classes, C predicates, E values per class 
 units, X values per contextual vector.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from .predictors import SPATIAL_FEATURE_SIZE
 
 __all__ = ["JointModule"]
-
-# Small, so that classes start out alike and differ only where the data say so: rare classes then
-# keep to what all classes have in common. With PyTorch's 1, fewer unseen triplets are predicted.
-_EMBEDDING_STD = 0.1
 
 
 class ByteDropout(nn.Dropout):
@@ -55,6 +53,7 @@ class JointModule(nn.Module):
         hidden_dim: int = 256,
         dropout: float = 0.3,
         context_size: int = 0,
+        embedding_std: float = 0.1,
     ):
         """
         Args:
@@ -64,6 +63,10 @@ class JointModule(nn.Module):
             hidden_dim: H.
             dropout: share of hidden units that are dropped in training.
             context_size: X; 0 without an entity context.
+            embedding_std: standard deviation of the embeddings at the start of training. If it is
+                small, classes start out alike and differ only where the data say so: rare classes
+                then keep to what all classes have in common. With PyTorch's 1, fewer unseen
+                triplets are predicted.
 
         Raises:
             ValueError: if an option has an invalid value.
@@ -78,10 +81,15 @@ class JointModule(nn.Module):
             raise ValueError(
                 f"MODEL.ROI_RELATION_HEAD.JOINT.DROPOUT is {dropout}; expected 0 to below 1."
             )
+        if not 0 <= embedding_std < math.inf:
+            raise ValueError(
+                f"MODEL.ROI_RELATION_HEAD.JOINT.EMBEDDING_STD is {embedding_std}; expected a "
+                "finite number of 0 or more."
+            )
         self.subject_embedding = nn.Embedding(num_classes, embedding_dim)
         self.object_embedding = nn.Embedding(num_classes, embedding_dim)
         for embedding in (self.subject_embedding, self.object_embedding):
-            nn.init.normal_(embedding.weight, std=_EMBEDDING_STD)
+            nn.init.normal_(embedding.weight, std=embedding_std)
         self.layers = nn.Sequential(
             nn.Linear(2 * embedding_dim + SPATIAL_FEATURE_SIZE, hidden_dim),
             nn.LeakyReLU(0.1),

@@ -121,6 +121,7 @@ class RelDNPredictor(PredicateClassifier):
                 embedding_dim=head.JOINT.EMBEDDING_DIM,
                 hidden_dim=head.JOINT.HIDDEN_DIM,
                 dropout=head.JOINT.DROPOUT,
+                embedding_std=head.JOINT.EMBEDDING_STD,
                 context_size=context_size,
             )
         if reads_pixels(cfg):

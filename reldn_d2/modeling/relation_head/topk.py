@@ -3,7 +3,8 @@
 Shapes: R entities of one image, P pairs, C predicates, K kept triplets (``topk``).
 
 A triplet scores ``p_det(s) * p(pred | s, o) * p_det(o)``, so no triplet of a pair scores more than
-the pair's bound ``p_det(s) * p_det(o)``. Pairs are scored in descending order of this bound. Once
+the pair's bound ``p_det(s) * p_det(o)``. (p_det is the detector's score, or a power of it:
+``TEST.RELATIONS.ENTITY_SCORE_EXPONENT``.) Pairs are scored in descending order of this bound. Once
 the K-th best triplet so far scores more than the bound of every remaining pair, none of those pairs
 can contribute, and their union boxes are never pooled.
 
@@ -319,7 +320,10 @@ def best_triplets(
 
 
 def check_options(
-    predicates_per_pair: tuple[int | None, ...], pair_chunk: int, max_visual_pairs: int
+    predicates_per_pair: tuple[int | None, ...],
+    pair_chunk: int,
+    max_visual_pairs: int,
+    entity_score_exponent: float,
 ) -> None:
     """Raise a ValueError that names the config key of an invalid option."""
     if len(predicates_per_pair) == 0 or any(k is not None and k < 1 for k in predicates_per_pair):
@@ -330,3 +334,8 @@ def check_options(
     for key, value in (("PAIR_CHUNK", pair_chunk), ("MAX_VISUAL_PAIRS", max_visual_pairs)):
         if value < 1:
             raise ValueError(f"TEST.RELATIONS.{key} is {value}; expected 1 or more pairs.")
+    if not 0 <= entity_score_exponent < math.inf:
+        raise ValueError(
+            f"TEST.RELATIONS.ENTITY_SCORE_EXPONENT is {entity_score_exponent}; expected a finite "
+            "number of 0 or more."
+        )

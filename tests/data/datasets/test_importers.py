@@ -302,6 +302,37 @@ def test_import_relations_label_studio_directions_and_files(tmp_path):
     }
 
 
+@pytest.mark.parametrize(("separator", "name"), [(";", "semicolons"), ("\t", "tabs")])
+def test_import_relations_csv_other_separator_says_so(tmp_path, separator, name):
+    path = tmp_path / "a.csv"
+    path.write_text("\n".join(csv_lines()).replace(",", separator))
+    with pytest.raises(ValueError, match=f"a.csv, line 1: the values are separated by {name}, exp"):
+        import_relations("csv", str(path))
+
+
+def test_import_relations_csv_boxes_of_larger_images_say_which_frame_is_expected(tmp_path):
+    """Boxes within images of 4 times the size: no box lies wholly outside, most lie mostly."""
+    path = tmp_path / "a.csv"
+    row = "1.jpg,man,{},plays,dog,{},60,40"
+    boxes = [("0,0,120,160", "8,8,200,150"), ("0,0,30,40", "50,10,240,120")]
+    path.write_text("\n".join([CSV_HEADER, *(row.format(*x) for x in boxes)]))
+    message = (
+        r"a.csv, image 1.jpg: 3 of 4 boxes lie mostly outside .* 60 x 40 pixels. Expected \[x0, y0"
+    )
+    with pytest.raises(ValueError, match=message):
+        import_relations("csv", str(path))
+    path.write_text("\n".join([CSV_HEADER, row.format("0,0,30,40", "10,10,75,45")]))
+    assert len(import_relations("csv", str(path)).dicts) == 1  # a little beyond the image
+
+
+def test_import_relations_csv_missing_image_message_has_one_full_stop(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("\n".join(line.rsplit(",", 2)[0] for line in csv_lines()))
+    with pytest.raises(ValueError, match=r"a.csv, line 2: .*[^.]\. Fix or remove it\.") as error:
+        import_relations("csv", str(path), ImportOptions(image_root=str(tmp_path)))
+    assert ".." not in str(error.value).replace(str(tmp_path), "")
+
+
 def test_import_relations_csv_rows_without_relation_and_one_box_twice(tmp_path):
     lines = csv_lines()[:2]
     lines.append("1.jpg,lamp,1,1,5,9,,,,,,,60,40")
@@ -350,7 +381,10 @@ def break_csv(old, new, line=1):
         (break_csv(",0,0,30,40,plays", ",a,0,30,40,plays"), "line 2: subject_x1 is 'a'; expected"),
         (break_csv(",0,0,30,40,plays", ",nan,0,30,40,plays"), "line 2: the box .*finite"),
         (break_csv(",0,0,30,40,plays", ",30,0,0,40,plays"), "line 2: the box .* has no area"),
-        (break_csv(",0,0,30,40,plays", ",70,0,80,40,plays"), "line 2: .* outside the image of 60"),
+        (
+            break_csv(",0,0,30,40,plays", ",70,0,80,40,plays"),
+            "line 2: .* outside the image of 60.*Expected .x0",
+        ),
         (break_csv(",plays,", ",,"), "line 2: no predicate; expected subject, predicate and obj"),
         (break_csv(",man,", ",,"), "line 2: the subject has a box but no class"),
         (break_csv(",60,40", ",60,50"), "line 3: the size 60 x 40 of image '1.jpg' is 60 x 50"),
@@ -493,7 +527,11 @@ RESULT = (0, "annotations", 0, "result")
             change_at("annotations", 0, "bbox", value=[1, 2, 3]),
             "bbox is .1, 2, 3.",
         ),
-        ("sgg-benchmark", change_at("annotations", 0, "id", value=True), "its id is no integer"),
+        (
+            "sgg-benchmark",
+            change_at("annotations", 0, "id", value=True),
+            "its id is not an integer",
+        ),
         ("sgg-benchmark", change_at("annotations", 1, "id", value=100), "another annotation has"),
         ("sgg-benchmark", change_at("annotations", 0, "image_id", value=5), "no image with the im"),
         ("sgg-benchmark", change_at("annotations", 0, "category_id", value=9), "no category with"),

@@ -118,7 +118,13 @@ def test_byte_dropout_drops_each_column_alike_and_keeps_the_mean(p):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("EMBEDDING_DIM", 0), ("HIDDEN_DIM", -1), ("DROPOUT", 1.0), ("DROPOUT", -0.1)],
+    [
+        ("EMBEDDING_DIM", 0),
+        ("HIDDEN_DIM", -1),
+        ("DROPOUT", 1.0),
+        ("DROPOUT", -0.1),
+        ("EMBEDDING_STD", -1.0),
+    ],
 )
 def test_joint_module_invalid_option_raises(key, value):
     with pytest.raises(ValueError, match=rf"RELATION_HEAD\.JOINT\.{key} is {value}; expected"):
@@ -126,13 +132,16 @@ def test_joint_module_invalid_option_raises(key, value):
 
 
 def test_config_joint_keys_reach_the_module():
-    options = ("EMBEDDING_DIM", 7, "HIDDEN_DIM", 9, "DROPOUT", 0.25)
+    options = ("EMBEDDING_DIM", 7, "HIDDEN_DIM", 9, "DROPOUT", 0.25, "EMBEDDING_STD", 3.0)
     options = [x if i % 2 else f"{HEAD}.JOINT.{x}" for i, x in enumerate(options)]
     joint = small_model(*ON, *options).relation_head.joint
     assert joint.subject_embedding.weight.shape == (len(CLASSES), 7)
     assert joint.layers[0].weight.shape == (9, 2 * 7 + 28)
     assert joint.layers[-1].weight.shape == (len(PREDICATES) + 1, 9)
     assert {x.p for x in joint.layers if isinstance(x, torch.nn.Dropout)} == {0.25}
+    assert float(joint.subject_embedding.weight.detach().std()) == pytest.approx(3, rel=0.5)
+    default = small_model(*ON).relation_head.joint
+    assert float(default.object_embedding.weight.detach().std()) == pytest.approx(0.1, rel=0.2)
 
 
 def entities():

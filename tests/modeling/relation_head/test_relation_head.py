@@ -347,8 +347,10 @@ def test_relation_head_losses_equal_plain_loops(l0_mean):
     assert 0 < numbers["reldn/affinity_negative"] < 1
 
 
-def test_relation_head_predictions_equal_plain_loops():
-    head = table_head(topk=7, predicates_per_pair=(2,), pair_chunk=3).eval()
+@pytest.mark.parametrize("exponent", [0.25, 1.0, 2.0])
+def test_relation_head_predictions_equal_plain_loops(exponent):
+    options = {} if exponent == 1 else {"entity_score_exponent": exponent}
+    head = table_head(topk=7, predicates_per_pair=(2,), pair_chunk=3, **options).eval()
     classes, scores = torch.tensor([0, 1, 1, 2]), torch.tensor([0.9, 0.8, 0.6, 0.5])
     boxes = random_boxes(4)
     triplets = []
@@ -356,7 +358,8 @@ def test_relation_head_predictions_equal_plain_loops():
         logits = head.semantic.table.weight[classes[i] * CLASSES + classes[j]]
         best = logits.softmax(0)[:-1].sort(descending=True)
         for p, e in zip(best.values[:2].tolist(), best.indices[:2].tolist()):
-            triplets.append((float(scores[i] * scores[j]) * p, (i, j), e, p))
+            pair_score = float(scores[i]) ** exponent * float(scores[j]) ** exponent
+            triplets.append((pair_score * p, (i, j), e, p))
     triplets = sorted(triplets, reverse=True)[:7]
     entities = [
         instances(boxes, classes, False, scores),
@@ -479,6 +482,11 @@ def test_relation_head_invalid_options_raise():
         table_head(normalization="mean")
     with pytest.raises(ValueError, match="LOSS.L0_MEAN is 'boxes'; known: images, pairs"):
         table_head(l0_mean="boxes")
+    for wrong in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(
+            ValueError, match=f"ENTITY_SCORE_EXPONENT is {wrong}; expected a finite"
+        ):
+            table_head(entity_score_exponent=wrong)
     for wrong in ((), (1, -1)):
         with pytest.raises(ValueError, match="PREDICATES_PER_PAIR"):
             table_head(predicates_per_pair=wrong)

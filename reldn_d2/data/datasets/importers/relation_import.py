@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from ....structures.box_frames import expected_box, outside_problem
 from ....structures.name_matching import NAME_FIELDS, Renumbering, require_unique_names
 from ...dataset_dict import create_annotation, create_dataset_dict
 from ..io import Problems, image_size
@@ -142,7 +145,7 @@ class ImportedImage:
         if x0 >= width or y0 >= height or x1 <= 0 or y1 <= 0:
             raise ValueError(
                 f"the box {[x0, y0, x1, y1]} (x1, y1, x2, y2) is outside the image of {width} x "
-                f"{height} pixels"
+                f"{height} pixels. {expected_box()}"
             )
         self._indices[key] = len(self._indices)
         annotation = create_annotation((x0, y0, x1, y1), category)
@@ -232,7 +235,9 @@ class RelationImport:
         except ValueError as error:
             if image is not None and key not in image:
                 image.invalid.add(key)
-            self.problems.add(f"{self.source}, {where}: {error}. Fix or remove it.")
+            # Errors of shared functions are sentences already.
+            reason = str(error).rstrip().removesuffix(".")
+            self.problems.add(f"{self.source}, {where}: {reason}. Fix or remove it.")
 
     def check_fields(self, record: Any, read: Sequence[str], unused: Collection[str] = ()) -> None:
         """Raise ValueError if a record is no object or has a field that is not known.
@@ -348,6 +353,7 @@ class RelationImport:
                 f"{self._lost_relations} relations of such entities. The first: "
                 f"{self.problems.messages[0]}"
             )
+        self._check_frame()
         if not any(image.record["relations"] for image in self.images):
             raise ValueError(f"{self.source}: no relation in its {len(self.images)} images.")
         classes, new_classes = self._classes.finish()
@@ -356,6 +362,16 @@ class RelationImport:
         renumbering = Renumbering(new_classes, new_predicates, new_attributes)
         dicts = [renumbering.dataset_dict(image.record) for image in self.images]
         return Imported(dicts, classes, predicates, attributes)
+
+    def _check_frame(self) -> None:
+        """Raise ValueError if most boxes of the file lie mostly outside their images."""
+        entities = [(x, image.record) for image in self.images for x in image.record["annotations"]]
+        boxes = [annotation["bbox"] for annotation, _ in entities]
+        sizes = [(record["height"], record["width"]) for _, record in entities]
+        problem = outside_problem(np.array(boxes), np.array(sizes))
+        if problem is not None:
+            record = entities[problem[0]][1]
+            raise ValueError(f"{self.source}, image {record['file_name']}: {problem[1]}")
 
 
 def require_list(path: str, content: Any, what: str, keys: Sequence[str] = ()) -> None:

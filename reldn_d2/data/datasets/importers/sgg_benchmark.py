@@ -119,7 +119,7 @@ def _read_annotation(
     imported.check_fields(annotation, _ANNOTATION, _UNUSED_IN_ANNOTATION)
     key, image_id = annotation.get("id"), annotation.get("image_id")
     if type(key) is not int:
-        raise ValueError("its id is no integer")
+        raise ValueError("its id is not an integer")
     image = _get(images, annotation, "image_id")
     if image is None:
         if type(image_id) in (int, str) and image_id in images:
