@@ -1,15 +1,18 @@
 # The project's commands; `make` without a target lists them.
 #
 # They use their own environment in .venv, which is created at first use. PYTHON=/path/to/python uses
-# an environment that already has torch and Detectron2; nothing is installed into it.
+# an environment that already has torch and Detectron2; nothing is installed into it. TORCH=cpu
+# installs torch without CUDA, from the package index TORCH_INDEX (tools/setup_env.py).
 
-SYSTEM_PYTHON := $(firstword $(foreach name,python3 python3.12 python3.11 python3.10, \
+SYSTEM_PYTHON := $(firstword $(foreach name,python3 \
+	python3.14 python3.13 python3.12 python3.11 python3.10, \
 	$(shell command -v $(name) 2>/dev/null)))
 
 ifeq ($(strip $(PYTHON)),)
 RUN := .venv/bin/python
-ready = @$(if $(SYSTEM_PYTHON),"$(SYSTEM_PYTHON)" tools/setup_env.py install $(1), \
-	echo "There is no Python on PATH: install Python 3.10, 3.11 or 3.12." >&2; exit 1)
+ready = @$(if $(SYSTEM_PYTHON),"$(SYSTEM_PYTHON)" tools/setup_env.py install $(1) \
+	$(if $(TORCH),torch=$(TORCH)), \
+	echo "There is no Python on PATH: install Python 3.10 to 3.14." >&2; exit 1)
 else
 RUN := "$(PYTHON)"
 ready = @command -v $(RUN) >/dev/null || { echo "PYTHON=$(PYTHON) is not a program." >&2; exit 1; }; \
@@ -29,6 +32,7 @@ help:  ## list the commands
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /@/' | \
 		awk -F@ '{printf "make %-9s %s\n", $$1, $$2}'
 	@echo 'PYTHON=/path/to/python uses that environment instead of .venv; ARGS="..." is passed on.'
+	@echo 'TORCH=cpu sets .venv up with torch for the CPU: 2 GB in place of 6.'
 
 setup:  ## create the environment .venv
 	$(call ready)

@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""Train or evaluate RelDN, or its detector, with Detectron2's arguments.
+"""Train or evaluate RelDN, or its detector, with Detectron2's arguments and ``--module``.
 
-Example::
+Examples::
 
     python train_net.py --config-file configs/Toy/reldn.yaml --num-gpus 1
+    python train_net.py --config-file my_reldn.yaml --module my_head.py
 """
 
 import sys
@@ -17,6 +18,8 @@ from reldn_d2.engine import (
     check_run,
     launch,
 )
+from reldn_d2.utils.included_configs import find_config_file
+from reldn_d2.utils.user_modules import add_module_argument, parse_and_import
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
@@ -52,8 +55,12 @@ def main(args):
     return trainer.train()
 
 
-if __name__ == "__main__":
-    args = default_argument_parser().parse_args()
+def invoke_main() -> None:
+    """Run the command line; also the command ``reldn-train``."""
+    parser = default_argument_parser()
+    add_module_argument(parser)
+    args = parse_and_import(parser)
+    args.config_file = find_config_file(args.config_file)
     print("Command Line Args:", args)
     cfg = reldn_d2.load_config(args.config_file, args.opts)
     try:
@@ -69,3 +76,7 @@ if __name__ == "__main__":
         )
     except (LaunchError, ProcessFailed) as error:
         sys.exit(f"train_net.py: {error}")
+
+
+if __name__ == "__main__":
+    invoke_main()

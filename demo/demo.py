@@ -25,20 +25,22 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # if it is not installed
+if not __package__:  # run as a file, perhaps without installation
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import reldn_d2  # noqa: E402,F401  # isort: skip  must be imported before Detectron2
 import numpy as np
-from entity_files import read_entities
 from PIL import Image
 from tqdm import tqdm
 
 from reldn_d2.predictor import RelationPredictor
 from reldn_d2.pretrained import PRETRAINED, pretrained_file
+from reldn_d2.scripts.entity_files import read_entities
 from reldn_d2.structures.graph_formats import graph_to_dot, graph_to_graphml
 from reldn_d2.structures.scene_graph import SceneGraph
 from reldn_d2.utils.file_io import write_atomically
 from reldn_d2.utils.image_io import ImageError, distinct_paths, expand_inputs, read_rgb
+from reldn_d2.utils.user_modules import add_module_argument, parse_and_import
 from reldn_d2.vis.gallery import gallery_record, write_gallery
 from reldn_d2.vis.video import EntityTracker, VideoFile, VideoWriter, draw_frame
 from reldn_d2.vis.visualizer import RelationVisualizer, heading_of
@@ -83,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--pretrained", choices=sorted(PRETRAINED), help="a model that comes with this package"
     )
     parser.add_argument("--config-file", metavar="FILE", help="replaces the checkpoint's config")
+    add_module_argument(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", nargs="+", metavar="PATH", help="images, globs, folders")
     source.add_argument("--video-input", metavar="FILE", help="a video")
@@ -384,7 +387,7 @@ def show(picture: np.ndarray, title: str, wait: int) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the demo and return the exit status."""
-    args = build_parser().parse_args(arguments)
+    args = parse_and_import(build_parser(), arguments)
     try:
         if not args.input:
             return run_video(build_predictor(args), args)

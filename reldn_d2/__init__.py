@@ -3,7 +3,7 @@
 from .utils import compat  # isort: skip  must run before Detectron2 is imported
 from . import data, modeling  # noqa: F401  register datasets and architectures
 from .checkpoint.reldn_checkpoint import RelDNCheckpointer, initialize_relation_branch
-from .config import add_reldn_config, load_config, merge_config
+from .config import add_reldn_config, load_config, merge_config, register_config_keys
 
 __version__ = "0.1.0"
 
@@ -14,4 +14,5 @@ __all__ = [
     "initialize_relation_branch",
     "load_config",
     "merge_config",
+    "register_config_keys",
 ]

@@ -4,7 +4,7 @@ import difflib
 import functools
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -12,12 +12,24 @@ from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 from detectron2.utils.file_io import PathManager
 
+from .utils.config_keys import (
+    ConfigKeyError,
+    add_registered_keys,
+    all_keys,
+    register_config_keys,
+    unknown_keys_message,
+)
+from .utils.included_configs import find_config_file
+
 __all__ = [
+    "ConfigKeyError",
     "UnknownKeyError",
     "add_reldn_config",
     "load_config",
     "merge_config",
+    "merge_saved_config",
     "reads_pixels",
+    "register_config_keys",
 ]
 
 logger = logging.getLogger(__name__)
@@ -30,15 +42,22 @@ class UnknownKeyError(ValueError):
 def add_reldn_config(cfg: CfgNode) -> None:
     """Add the keys of RelDN to a Detectron2 config, with the paper's values as defaults.
 
+    The keys of your own modules (:func:`register_config_keys`) are added as well.
+
     Symbols behind a key are those of the paper. The detector itself is configured by
     Detectron2's own keys (``MODEL.BACKBONE``, ``MODEL.RPN``, ``MODEL.ROI_HEADS``, ...).
 
     Args:
         cfg: the result of :func:`detectron2.config.get_cfg`; changed in place.
+
+    Raises:
+        ConfigKeyError: a registered function sets a key that exists already, or fails.
     """
     _add_model(cfg)
     _add_relation_head(cfg)
+    _add_attribute_head(cfg)
     _add_data_solver_and_test(cfg)
+    add_registered_keys(cfg)
 
 
 def _add_model(cfg: CfgNode) -> None:
@@ -145,6 +164,9 @@ def _add_relation_head(cfg: CfgNode) -> None:
     # "images": L0 is the mean over images of the mean over an image's pairs. "pairs": the mean over
     # the pairs of all images of the batch, so that images with more pairs count more.
     head.LOSS.L0_MEAN = "images"
+    # beta of class-balanced weights of L0 (Cui et al. 2019): the larger, the more rare predicates
+    # count; 0.0 is off, 0.9 to 0.999 are common.
+    head.LOSS.CLASS_BALANCED_BETA = 0.0
     head.LOSS.LAMBDA_1 = 1.0  # lambda_1: class agnostic loss L1; 0 switches a loss off
     head.LOSS.LAMBDA_2 = 0.5  # lambda_2: entity class aware loss L2
     head.LOSS.LAMBDA_3 = 0.1  # lambda_3: predicate class aware loss L3
@@ -156,12 +178,28 @@ def _add_relation_head(cfg: CfgNode) -> None:
     head.LOSS.NORMALIZATION = "paper"
 
 
+def _add_attribute_head(cfg: CfgNode) -> None:
+    # Attributes of entities, such as "wooden", from the entity vectors of the relation head's
+    # visual module; not in the paper.
+    cfg.MODEL.ROI_ATTRIBUTE_HEAD = head = CN()
+    head.ENABLED = False
+    head.NUM_ATTRIBUTES = 5  # A, that of the OpenImages challenge
+    head.HIDDEN_DIM = 256  # units of the hidden layer; 0: one linear layer
+    head.LOSS_WEIGHT = 1.0  # factor of the binary cross-entropy over known entities
+
+
 def _add_data_solver_and_test(cfg: CfgNode) -> None:
     # Files of detections that replace a detector (PrecomputedDetector), one per dataset: COCO
     # results (.json) or Detectron2's instances_predictions.pth, matched by image id or, if no id
     # matches, by file name.
     cfg.DATASETS.DETECTION_FILES_TRAIN = ()
     cfg.DATASETS.DETECTION_FILES_TEST = ()
+
+    # DATALOADER.SAMPLER_TRAIN can also be "RepeatFactorByPredicateSampler": images with predicates
+    # that fewer than a share of REPEAT_THRESHOLD of the images have are repeated. In these images
+    # relations of frequent predicates are dropped with up to this probability (gamma_d of bi-level
+    # sampling, Li et al. 2021).
+    cfg.DATALOADER.RELATION_DROP_RATE = 0.0
 
     cfg.SOLVER.OPTIMIZER = "SGD"  # or "AdamW"
     # lr factor of the predicate backbone and the predicate box head; the subject and the object box
@@ -179,14 +217,20 @@ def _add_data_solver_and_test(cfg: CfgNode) -> None:
     cfg.TEST.RELATIONS.TASK = "sgdet"
     cfg.TEST.RELATIONS.TOPK = 100  # triplets kept per image
     # How relations are scored (docs/evaluation.md): lu2016, motifs, openimages,
-    # openimages_text, released or relations; empty: the protocol of the dataset's tables in the
-    # paper.
+    # openimages_text, released, relations, or one in PROTOCOL_REGISTRY of your own; empty: the
+    # protocol of the dataset's tables in the paper.
     cfg.TEST.RELATIONS.PROTOCOL = ""
     cfg.TEST.RELATIONS.RECALL_AT = []  # the n of R@n, each at most TOPK; empty: the protocol's
+    # Head, body and tail of the predicates: [10000, 500] puts those with at least 10,000 relations
+    # in the training set into the head and those with fewer than 500 into the tail; empty: thirds.
+    cfg.TEST.RELATIONS.GROUP_THRESHOLDS = []
     # k: max predicates kept per pair; None means no limit. With several values the output holds
     # the exact top TOPK of each. Empty: the values that any protocol needs are kept, and those of
     # the protocol are evaluated.
     cfg.TEST.RELATIONS.PREDICATES_PER_PAIR = []
+    # tau of logit adjustment: raise rare predicates by their frequency in training; 0.0 is off, 1.0
+    # scores all predicates as if they were equally frequent.
+    cfg.TEST.RELATIONS.LOGIT_ADJUSTMENT = 0.0
     cfg.TEST.RELATIONS.PAIR_CHUNK = 2048  # pairs scored at once: bounds the memory
     # With given boxes (sgcls, prdcls) of an image with more pairs, that is more than 200 boxes, the
     # visual module is applied to this many pairs: those that the other modules score best.
@@ -218,7 +262,7 @@ def merge_config(
 
     Args:
         cfg: config with the keys of :func:`add_reldn_config`; changed in place.
-        config_file: a YAML file, or none.
+        config_file: a YAML file, an included one such as ``configs/VRD/reldn_boxes.yaml``, or none.
         opts: ``[key, value, key, value, ...]``.
 
     Raises:
@@ -227,12 +271,16 @@ def merge_config(
         ValueError: if ``opts`` has a key without a value, or a value is not valid.
     """
     opts = list(opts or [])
+    late = [x for x in opts[::2] if str(x).startswith("--")]
+    if late:
+        raise ValueError(f"{late[0]} comes after a KEY VALUE pair; write it before all of them.")
+    config_file = find_config_file(config_file) if config_file else config_file
     if len(opts) % 2:
         raise ValueError(f"Options are KEY VALUE pairs, but '{opts[-1]}' has no value: {opts}")
     if config_file and not PathManager.isfile(config_file):
         raise FileNotFoundError(
-            f"No config file '{config_file}'. Paths are relative to the current folder; the "
-            "project's configs are under configs/."
+            f"No config file '{config_file}', neither below the current folder nor among the "
+            "project's configs, such as configs/VRD/reldn_boxes.yaml."
         )
     source = config_file or "the command line"
     try:
@@ -254,6 +302,31 @@ def merge_config(
     limits = _read_predicates_per_pair(relations.PREDICATES_PER_PAIR)
     if limits != relations.PREDICATES_PER_PAIR:
         relations.PREDICATES_PER_PAIR = limits
+
+
+def merge_saved_config(
+    cfg: CfgNode, saved: str, source: str, owners: Mapping[str, str] | None = None
+) -> None:
+    """Merge the config of a checkpoint into ``cfg``.
+
+    Args:
+        cfg: config with the keys of :func:`add_reldn_config`; changed in place.
+        saved: YAML, as :class:`.DetectorCheckpointer` writes it.
+        source: the checkpoint's file, for error messages.
+        owners: who had registered its own keys, see :func:`.config_keys.key_owners`.
+
+    Raises:
+        UnknownKeyError: it has keys that no imported module registers.
+        ValueError: a value is of another type than the key's.
+    """
+    theirs = CfgNode.load_cfg(saved)
+    message = unknown_keys_message(cfg, theirs, owners or {}, source)
+    if message is not None:
+        raise UnknownKeyError(message)
+    try:
+        cfg.merge_from_other_cfg(theirs)
+    except ValueError as error:
+        raise ValueError(f"{source}: its config cannot be read: {error}") from error
 
 
 def _read_predicates_per_pair(values: Iterable[Any]) -> list[int | None]:
@@ -303,20 +376,14 @@ def _write_floats_as_floats(cfg: CfgNode, opts: list[str]) -> list[str]:
 
 
 def _unknown_key_message(cfg: CfgNode, key: str, source: str) -> str:
-    keys = _all_keys(cfg)
+    keys = all_keys(cfg)
     similar = difflib.get_close_matches(key, keys, n=3, cutoff=0.6)
     leaf = key.rsplit(".", 1)[-1]
     similar += [k for k in keys if k.rsplit(".", 1)[-1] == leaf and k not in similar][:3]
     hint = (
         f"Did you mean {', '.join(similar)}?" if similar else "See reldn_d2/config.py for the keys."
     )
-    return f"Unknown config key {key} in {source}. {hint}"
-
-
-def _all_keys(node: CfgNode, prefix: str = "") -> list[str]:
-    keys = []
-    for key, value in node.items():
-        keys.append(prefix + key)
-        if isinstance(value, CfgNode):
-            keys.extend(_all_keys(value, prefix + key + "."))
-    return keys
+    return (
+        f"Unknown config key {key} in {source}. {hint} Pass --module to import the module that "
+        "registers keys of your own."
+    )

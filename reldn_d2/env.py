@@ -3,5 +3,11 @@
 from . import __version__
 from .utils.collect_env import environment_table
 
-if __name__ == "__main__":
+
+def main() -> None:
+    """Print the report."""
     print(environment_table(__version__))
+
+
+if __name__ == "__main__":
+    main()

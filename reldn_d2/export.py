@@ -56,6 +56,7 @@ class RelDNExport(nn.Module):
             raise TypeError("a model whose detections come from files cannot be exported")
         if not isinstance(model.relation_head, RelDNHead):
             raise TypeError(f"only RelDNHead can be exported, not {type(model.relation_head)}")
+        model.relation_head.prior.check()
         self.model = model.eval()
         self.size = None if size is None else tuple(size)
 
@@ -83,7 +84,7 @@ class RelDNExport(nn.Module):
         classes, box_scores = detections.pred_classes, detections.scores
         subjects, objects = candidate_pairs(boxes, head.overlap_filter).nonzero().unbind(1)
         logits = head.pair_logits(entities, maps, subjects, objects)
-        probabilities = logits.float().softmax(dim=1)[:, :-1]  # without "no relationship"
+        probabilities = head.prior(logits)[:, :-1]  # without "no relationship"
         pair_scores = box_scores[subjects] * box_scores[objects]
         pair_index, predicates, scores = rank_triplets(
             probabilities, pair_scores, head.predicates_per_pair, head.topk

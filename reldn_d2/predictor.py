@@ -26,7 +26,7 @@ from detectron2.utils.file_io import PathManager
 
 from .checkpoint.detection_checkpoint import fetch, read_checkpoint
 from .checkpoint.reldn_checkpoint import RelDNCheckpointer
-from .config import add_reldn_config, merge_config
+from .config import add_reldn_config, merge_config, merge_saved_config
 from .data.boxes_only import spanned_size
 from .data.detection_files import load_detections, transform_detections
 from .modeling.detectors.precomputed import PrecomputedDetector
@@ -40,9 +40,11 @@ from .structures.given_boxes import (
     check_size,
     to_array,
 )
+from .structures.name_matching import NAME_FIELDS
 from .structures.scene_graph import SceneGraph
 from .utils.image_io import ONE_IMAGE, ImageError, OneImage, from_rgb, load_rgb
 from .utils.protocols import predicates_per_pair
+from .utils.registry import explain_unregistered
 
 __all__ = ["GivenBoxes", "RelationPredictor"]
 
@@ -78,6 +80,7 @@ class RelationPredictor:
         thing_classes: Sequence[str] = (),
         predicate_classes: Sequence[str] = (),
         unknown_classes: str = "error",
+        attribute_classes: Sequence[str] = (),
     ):
         """
         Args:
@@ -88,6 +91,7 @@ class RelationPredictor:
                 "error", or "leave_out", which lists them in the result's ``left_out`` and logs
                 their count whenever a new class is among them. Synonyms are names that the model
                 has, see :mod:`.structures.class_matching`.
+            attribute_classes: names by id, if the model predicts attributes.
         """
         if unknown_classes not in UNKNOWN_CLASSES:
             raise ValueError(
@@ -99,6 +103,7 @@ class RelationPredictor:
         self.cfg = cfg
         self.thing_classes = list(thing_classes)
         self.predicate_classes = list(predicate_classes)
+        self.attribute_classes = list(attribute_classes)
         self._resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
 
     @classmethod
@@ -122,7 +127,9 @@ class RelationPredictor:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is not a RelDN checkpoint, or there is no such device.
+            ValueError: the file is not a RelDN checkpoint or lacks what ``opts`` ask for, its
+                config has keys of a module that is not imported
+                (:func:`.config.register_config_keys`), or there is no such device.
         """
         path = str(path)
         device = check_device(device)
@@ -135,7 +142,7 @@ class RelationPredictor:
                 "the model."
             )
         if config_file is None:
-            cfg.merge_from_other_cfg(CfgNode.load_cfg(description["config"]))
+            merge_saved_config(cfg, description["config"], path, description.get("config_keys"))
         merge_config(cfg, config_file, ["MODEL.DEVICE", device, *opts])
         relations = cfg.TEST.RELATIONS
         if not relations.PREDICATES_PER_PAIR:
@@ -145,14 +152,17 @@ class RelationPredictor:
                 values = description.get("predicates_per_pair", [])
             merge_config(cfg, None, ["TEST.RELATIONS.PREDICATES_PER_PAIR", values])
         cfg.MODEL.WEIGHTS = path
-        model = build_model(cfg)
+        with explain_unregistered(f"{path}: its config"):
+            model = build_model(cfg)
         RelDNCheckpointer(model).load(path)
+        model.relation_head.prior.check(path)
         return cls(
             model,
             cfg,
             description.get("thing_classes", ()),
             description.get("predicate_classes", ()),
             unknown_classes,
+            description.get("attribute_classes", ()),
         )
 
     @classmethod
@@ -348,12 +358,13 @@ class RelationPredictor:
             file_name=file_name,
             thing_classes=self.thing_classes,
             predicate_classes=self.predicate_classes,
+            attribute_classes=self.attribute_classes,
         )
 
     @property
     def metadata(self) -> SimpleNamespace:
         """The names in the form that a visualizer takes, without a registered dataset."""
-        names = dict(thing_classes=self.thing_classes, predicate_classes=self.predicate_classes)
+        names = {field: getattr(self, field) for field in NAME_FIELDS}
         return SimpleNamespace(get=lambda key, default=None: names.get(key, default), **names)
 
     @contextmanager

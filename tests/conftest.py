@@ -1,10 +1,15 @@
-"""Fixtures for all tests: folders of real data (tests skip without them), loggers, checkpoints."""
+"""Fixtures for all tests: folders of real data (tests skip without them), loggers, checkpoints.
+
+A test that writes outside its temporary folder fails (write_guard.py).
+"""
 
 import logging
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
+from write_guard import WriteGuard
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores; before torch starts
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,6 +17,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores; be
 # The built-in datasets are then read from ./datasets: a test that needs some runs in a folder with
 # small ones (sandbox.py), and no test depends on what the user has.
 os.environ.pop("DETECTRON2_DATASETS", None)
+
+# Caches of fonts and of drawn images, instead of the home folder; kept, because they take time.
+_CACHE = Path(tempfile.gettempdir(), f"reldn_d2_tests_{os.getuid()}")
+os.environ.setdefault("MPLCONFIGDIR", str(_CACHE / "matplotlib"))
+os.environ.setdefault("FVCORE_CACHE", str(_CACHE / "fvcore"))
+
+GUARD = WriteGuard()
+GUARD.start()
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
 _ANNOTATIONS = "vrd/json_dataset/annotations_train.json"
@@ -45,6 +58,17 @@ def full_vrd_annotations() -> Path:
 
 
 @pytest.fixture(autouse=True)
+def writes_only_temporary_files(tmp_path_factory):
+    """Fail a test that wrote somewhere else: site-packages, the home folder, this repository."""
+    base = str(tmp_path_factory.getbasetemp().resolve())
+    if base not in GUARD.allowed:
+        GUARD.allowed.append(base)
+    yield
+    found = GUARD.take()
+    assert not found, f"written outside temporary folders: {', '.join(found)}"
+
+
+@pytest.fixture(autouse=True)
 def restore_loggers():
     """Undo what a test set: handlers whose streams are closed, levels that hide caplog's lines."""
     loggers = [logging.getLogger(name) for name in (None, "reldn_d2", "detectron2", "fvcore")]
@@ -69,6 +93,15 @@ def registered():
     for name in names:
         DatasetCatalog.pop(name, None)
         MetadataCatalog.pop(name, None)
+
+
+@pytest.fixture
+def own_registrations():
+    """Forget after the test which modules it imported with --module and what they registered."""
+    from registrations import restored_registries
+
+    with restored_registries():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -91,17 +91,50 @@ def lu2016(cases, ks, recall_at, task="sgdet", seen=None):
     return results
 
 
-def motifs(cases, ks, recall_at, num_predicates, task="sgdet", seen=None):
+def grouped(cases, num_predicates, training=None, thresholds=()):
+    """Head, body and tail: lists of the predicates that the cases have; None if unknown."""
+    counts = [count(cases, p) for p in range(num_predicates)]
+    frequency = counts if training is None else training
+    order = sorted(range(num_predicates), key=lambda p: -frequency[p])
+    present = [p for p in order if counts[p]]
+    if not thresholds:
+        size, more = divmod(len(present), 3)
+        ends = [size + (more > 0), 2 * size + (more > 0) + (more > 1)]
+        return {
+            "head": present[: ends[0]],
+            "body": present[slice(*ends)],
+            "tail": present[ends[1] :],
+        }
+    if training is None:
+        return None
+    groups = {"head": [], "body": [], "tail": []}
+    for p in present:
+        high, low = training[p] >= thresholds[0], training[p] < thresholds[1]
+        groups["head" if high else "tail" if low else "body"].append(p)
+    return groups
+
+
+def motifs(
+    cases, ks, recall_at, num_predicates, task="sgdet", seen=None, training=None, thresholds=()
+):
     results = {}
+    groups_of_predicates = grouped(cases, num_predicates, training, thresholds)
     names = {1: "graph_constraint", None: "no_constraint"}
     for k in ks:
         metrics = results[f"motifs_{task}_{names.get(k, f'k{k}')}"] = {}
         for n in recall_at:
-            all_, unseen = [], []
+            all_, unseen, relative, information = [], [], [], []
             of_predicate = [[] for _ in range(num_predicates)]
             for case in cases:
                 found = many_to_many(case, ranked(case, k, n))
                 labels = case.gt_labels()
+                if labels:
+                    relative.append(min(100.0, percent(len(found), min(n, len(labels)))))
+                if training is not None:
+                    share = [(training[p] + 1) / sum(c + 1 for c in training) for _, p, _ in labels]
+                    bits = [-math.log2(x) for x in share]
+                    if sum(bits):
+                        information.append(percent(sum(bits[i] for i in found), sum(bits)))
                 groups = [(all_, range(len(labels)))]
                 for p in range(num_predicates):
                     own = [i for i, label in enumerate(labels) if label[1] == p]
@@ -113,9 +146,19 @@ def motifs(cases, ks, recall_at, num_predicates, task="sgdet", seen=None):
                     if len(members):
                         values.append(percent(len(found & set(members)), len(members)))
             metrics[f"R@{n}"] = mean(all_)
-            metrics[f"mR@{n}"] = mean([mean(values) for values in of_predicate])
+            recall = metrics[f"R@{n}"]
+            of_predicate = [mean(values) for values in of_predicate]
+            mean_recall = metrics[f"mR@{n}"] = mean(of_predicate)
+            metrics[f"F1@{n}"] = 0.0  # the harmonic mean: 1 / (mean of the reciprocals)
+            if math.isnan(recall) or recall and mean_recall:
+                metrics[f"F1@{n}"] = 1 / ((1 / recall + 1 / mean_recall) / 2)
+            metrics[f"relative R@{n}"] = mean(relative)
             if seen is not None:
                 metrics[f"zR@{n}"] = mean(unseen)
+            if training is not None:
+                metrics[f"information R@{n}"] = mean(information)
+            for name, members in (groups_of_predicates or {}).items():
+                metrics[f"{name} mR@{n}"] = mean([of_predicate[p] for p in members])
     return results
 
 

@@ -41,8 +41,8 @@ from usage_utils import (
 import reldn_d2
 from reldn_d2.engine.defaults import RelDNTrainer
 from reldn_d2.evaluation.predictions_io import write_predictions
-from reldn_d2.modeling import ENTITY_DETECTOR_REGISTRY
 from reldn_d2.structures.scene_graph import SceneGraph
+from reldn_d2.utils.user_modules import add_module_argument, import_modules
 from reldn_d2.vis.video import VideoWriter
 
 from detectron2.config import CfgNode, get_cfg
@@ -155,14 +155,13 @@ def write_files_of_reader(folder: Path) -> None:
 
 
 @pytest.fixture
-def reader(folders, request, monkeypatch):
-    """Put the test into the checkout of its document; restore catalogs and modules after it."""
+def reader(folders, request, monkeypatch, own_registrations):
+    """Put the test into the checkout of its document; registrations are undone after it."""
     block = request.getfixturevalue("block")
     folder = folders(block.file)
     enter_checkout(folder, monkeypatch)
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setattr(RelDNTrainer, "auto_scale_workers", staticmethod(two_iterations))
-    before = {*DatasetCatalog.list()}, {*sys.modules}
     for name in ("my_relations_train", "my_relations_test"):
         dicts = write_dataset(folder / name)
         DatasetCatalog.register(name, lambda dicts=dicts: dicts)
@@ -173,13 +172,7 @@ def reader(folders, request, monkeypatch):
     if not (folder / "theirs.json.gz").exists():
         write_vrd_predictions(folder)
         write_foreign_predictions(folder)
-    yield folder
-    for name in {*DatasetCatalog.list()} - before[0]:
-        DatasetCatalog.pop(name), MetadataCatalog.pop(name)
-    for name in {*sys.modules} - before[1]:
-        if str(folder) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
-    ENTITY_DETECTOR_REGISTRY._obj_map.pop("MyDetector", None)
+    return folder
 
 
 def two_iterations(cfg: CfgNode, num_workers: int) -> CfgNode:
@@ -247,9 +240,10 @@ def in_small(words: list[str], folder: Path) -> list[str]:
     words = list(words)
     if "--num-gpus" in words:
         words[words.index("--num-gpus") + 1] = "1"
-    if (folder / "my_data.py").exists():  # "Import the module at the top of train_net.py"
-        importlib.import_module("my_data")
-    args = default_argument_parser().parse_args(words[1:])
+    parser = default_argument_parser()
+    add_module_argument(parser)
+    args = parser.parse_args(words[1:])
+    import_modules(args.module)
     runner = Runner(folder)
     weights = merged(folder / args.config_file, *args.opts).MODEL.WEIGHTS
     if weights in PRODUCERS and not (folder / weights).exists():
@@ -348,6 +342,17 @@ def test_every_fence_says_what_it_holds():
     assert [block.name for block in BLOCKS if block.language not in LANGUAGES] == []
     assert [x.name for x in BLOCKS if x.language == "yaml" and not x.title] == []
     assert len(RUN) > 25
+
+
+EXAMPLES = [x for x in BLOCKS if x.file == "docs/extending.md" and x.title]
+
+
+@pytest.mark.parametrize("block", parameters(EXAMPLES))
+def test_example_of_an_own_part_is_short_and_used(block):
+    assert sum(bool(line.strip()) for line in block.text.splitlines()) <= 25
+    commands = [x for other in BLOCKS if other.language == "bash" for x in other.commands()]
+    if block.language == "python":
+        assert any(f"--module {block.title}" in command for command in commands)
 
 
 # ---------------------------------------------------------------------------- keys, links, datasets

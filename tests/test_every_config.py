@@ -8,7 +8,7 @@ from sandbox import LEAVES, PRODUCERS, YAMLS, Runner, cached_download, merged, w
 
 from reldn_d2.modeling.meta_arch import needs_images
 from reldn_d2.structures.relations import TASKS
-from reldn_d2.utils.protocols import PROTOCOLS, find_protocol
+from reldn_d2.utils.protocols import PROTOCOL_REGISTRY, find_protocol
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
@@ -41,12 +41,12 @@ def test_config_names_registered_datasets(yaml):
 def test_config_names_known_task_protocol_and_metric(yaml):
     cfg = merged(yaml)
     assert cfg.TEST.RELATIONS.TASK in TASKS
-    assert cfg.TEST.RELATIONS.PROTOCOL in ("", *PROTOCOLS)
+    assert cfg.TEST.RELATIONS.PROTOCOL in ("", *PROTOCOL_REGISTRY)
     metric = cfg.SOLVER.BEST_CHECKPOINT.METRIC
     if metric:
         assert "/" in metric and cfg.TEST.EVAL_PERIOD > 0
         # such as "relations_sgdet/R@n"
-        assert metric.split("_")[0] in (*PROTOCOLS, "bbox", "confusion")
+        assert metric.split("_")[0] in (*PROTOCOL_REGISTRY, "bbox", "confusion")
 
 
 @pytest.mark.parametrize("yaml", LEAVES)

@@ -17,10 +17,11 @@ LAYERS = (
     ("evaluation",),
     ("checkpoint",),
     ("engine",),
-    ("pretrained",),
+    ("pretrained", "model_zoo"),
     ("predictor", "export"),
     ("vis",),
     ("", "env"),  # "" is reldn_d2/__init__.py
+    ("scripts",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
@@ -94,6 +95,7 @@ def test_top_level_has_few_modules():
         "config",
         "env",
         "export",
+        "model_zoo",
         "predictor",
     }
 

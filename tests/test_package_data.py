@@ -1,5 +1,6 @@
 """The package as it is installed: no file of it is left out."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -27,10 +28,13 @@ def packaged_files() -> set[Path]:
 
 
 def test_package_data_has_every_file():
-    files = {x for x in PACKAGE.rglob("*") if x.is_file() and "__pycache__" not in x.parts}
+    walked = os.walk(PACKAGE, followlinks=True)  # the configs are behind a link
+    files = {Path(folder, name) for folder, _, names in walked for name in names}
     files = {x for x in files if x.suffix not in (".py", ".pyc")}
     assert packaged_files() == files
     assert {PACKAGE / "py.typed", PACKAGE / "vis" / "gallery.html"} <= files
+    configs = {PACKAGE / x.relative_to(ROOT) for x in (ROOT / "configs").rglob("*.yaml")}
+    assert len(configs) > 40 and configs <= files
 
 
 def test_package_find_has_every_folder_of_modules():

@@ -13,7 +13,7 @@ from model_utils import ROOT
 from sandbox import NARROW, Runner
 from usage_utils import picture
 
-from reldn_d2.utils.protocols import PROTOCOLS
+from reldn_d2.utils.protocols import PROTOCOL_REGISTRY
 
 from detectron2.data import DatasetCatalog
 
@@ -38,7 +38,7 @@ def default_predictions(in_checkout):
     return file
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("protocol", PROTOCOL_REGISTRY)
 def test_default_predictions_any_protocol_scores_them(default_predictions, protocol):
     arguments = ["--dataset", "toy_vrd_test", "--predictions", str(default_predictions)]
     assert evaluate_relations.main([*arguments, "--protocol", protocol]) == 0

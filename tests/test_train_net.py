@@ -11,6 +11,7 @@ from model_utils import ROOT, SMALL, register_dataset, small_model, unregister_d
 
 from reldn_d2 import RelDNCheckpointer
 from reldn_d2.config import UnknownKeyError
+from reldn_d2.utils.user_modules import add_module_argument
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import default_argument_parser
@@ -60,12 +61,14 @@ def recall(results):
     return {name: value for name, value in results.items() if name.startswith("R@")}
 
 
-def test_train_net_help_is_detectron2s(monkeypatch, capsys):
+def test_train_net_help_is_detectron2s_and_module(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(FILE), "--help"])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(FILE), run_name="__main__")
     assert end.value.code == 0
-    assert capsys.readouterr().out == default_argument_parser().format_help()
+    expected = default_argument_parser()
+    add_module_argument(expected)
+    assert capsys.readouterr().out == expected.format_help()
     for name in ("--config-file", "--num-gpus", "--num-machines", "--machine-rank", "--dist-url"):
         assert name in default_argument_parser().format_help()
 

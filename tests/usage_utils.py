@@ -31,6 +31,8 @@ def write_checkpoint(
         roi_heads = getattr(model.detector.model, "roi_heads", None)
         if hasattr(roi_heads, "box_predictor"):  # not with detections from files
             roi_heads.box_predictor.cls_score.weight.normal_(0, 0.5)
+    counts = torch.arange(model.relation_head.num_predicates) + 1  # as counted in training
+    model.relation_head.set_predicate_counts(counts)
     reldn_d2.RelDNCheckpointer(
         model,
         str(folder),

@@ -20,9 +20,11 @@ def main(arguments: list[str] | None = None) -> None:
 
     ``run(args)`` prints tables. Every benchmark has ``--threads``, which is applied here.
     """
+    user_modules = importlib.import_module("reldn_d2.utils.user_modules")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    user_modules.add_module_argument(parser)
     commands = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     modules = {name: importlib.import_module(f"benchmarks.{name}") for name in BENCHMARKS}
     for name, module in modules.items():
@@ -36,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
             "--threads", type=int, default=2, help="CPU threads of torch (default: %(default)s)"
         )
         module.add_arguments(command)
-    args = parser.parse_args(arguments)
+    args = user_modules.parse_and_import(parser, arguments)
     measure = importlib.import_module("benchmarks.measure")
     measure.set_up(getattr(args, "device", "cpu"), args.threads)
     modules[args.benchmark].run(args)

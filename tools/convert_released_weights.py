@@ -25,7 +25,9 @@ import reldn_d2
 from reldn_d2.checkpoint.detection_checkpoint import read_checkpoint
 from reldn_d2.modeling.backbone.vgg import TORCHVISION_NAMES
 from reldn_d2.modeling.relation_head.predictors import SpatialModule
+from reldn_d2.utils.config_keys import key_owners
 from reldn_d2.utils.file_io import check_writable, write_atomically
+from reldn_d2.utils.user_modules import add_module_argument, parse_and_import
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -34,7 +36,7 @@ from detectron2.modeling import build_model
 _FROZEN_BN_EPSILON = 1e-5
 
 # Buffers that the released code has no counterpart of.
-_OURS_ONLY = ("running_mean", "running_var", "counted", "feature_version")
+_OURS_ONLY = ("running_mean", "running_var", "counted", "feature_version", "predicate_counts")
 
 # Our module: their module. Box heads and backbones occur several times.
 _HEADS = {
@@ -233,6 +235,8 @@ def _constant(name: str, like: Tensor) -> Tensor:
         return torch.ones_like(like, device="cpu")
     if name.endswith("feature_version"):
         return torch.tensor(SpatialModule.FEATURE_VERSION)
+    if name.endswith("predicate_counts"):  # unknown: the released files do not have them
+        return torch.zeros_like(like, device="cpu")
     value = 1.0 - _FROZEN_BN_EPSILON if name.endswith("running_var") else 0.0
     return torch.full(like.shape, value)
 
@@ -295,7 +299,8 @@ def convert(source: str, target: Path, cfg: CfgNode, allow_pickle: bool = False)
         for key in ("thing_classes", "predicate_classes")
     }
     with write_atomically(target, "wb") as file:
-        torch.save({"model": state, "reldn": {**description, "config": cfg.dump()}}, file)
+        config = {"config": cfg.dump(), "config_keys": key_owners(cfg)}
+        torch.save({"model": state, "reldn": {**description, **config}}, file)
     with write_atomically(target.with_suffix(".yaml")) as file:
         file.write(cfg.dump())
 
@@ -311,8 +316,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--allow-pickle", action="store_true", help="unpickle the file; this can run code"
     )
+    add_module_argument(parser)
     parser.add_argument("--options", nargs="*", default=[], help="KEY VALUE overrides")
-    args = parser.parse_args(arguments)
+    args = parse_and_import(parser, arguments)
     cfg = reldn_d2.load_config(args.config_file)
     cfg.merge_from_list(released_options(cfg))
     reldn_d2.merge_config(cfg, None, [*args.options, "MODEL.WEIGHTS", str(args.target)])

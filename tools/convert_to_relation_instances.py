@@ -16,12 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # if the packag
 
 import reldn_d2  # noqa: E402,F401  # isort: skip  registers the datasets
 from reldn_d2.data.datasets import to_relation_instances
-from reldn_d2.data.datasets.catalog import (
-    DATASET_ERRORS,
-    add_module_argument,
-    require_dataset,
-)
+from reldn_d2.data.datasets.catalog import DATASET_ERRORS, require_dataset
 from reldn_d2.utils.file_io import check_writable, write_atomically
+from reldn_d2.utils.user_modules import add_module_argument, parse_and_import
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
@@ -38,10 +35,10 @@ def main(arguments: list[str] | None = None) -> int:
         help="folder that file names become relative to; default: that of the dataset",
     )
     add_module_argument(parser)
-    args = parser.parse_args(arguments)
+    args = parse_and_import(parser, arguments)
     try:
         check_writable(args.output)
-        require_dataset(args.dataset, args.module)
+        require_dataset(args.dataset)
         dicts, metadata = DatasetCatalog.get(args.dataset), MetadataCatalog.get(args.dataset)
         image_root = (
             args.image_root

@@ -12,17 +12,19 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # if it is not installed
+if not __package__:  # run as a file, perhaps without installation
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import reldn_d2  # noqa: E402,F401  # isort: skip  registers the datasets
 from PIL import Image
 
-from reldn_d2.data.datasets.catalog import add_module_argument, require_dataset
+from reldn_d2.data.datasets.catalog import require_dataset
 from reldn_d2.evaluation.offline import read_file
 from reldn_d2.evaluation.predictions_io import read_settings
 from reldn_d2.structures.scene_graph import SceneGraph
 from reldn_d2.utils.image_io import distinct_paths, read_rgb
-from reldn_d2.utils.protocols import PROTOCOLS, find_protocol
+from reldn_d2.utils.protocols import PROTOCOL_REGISTRY, find_protocol
+from reldn_d2.utils.user_modules import add_module_argument, parse_and_import
 from reldn_d2.vis.compare import compare_models
 from reldn_d2.vis.visualizer import RelationVisualizer
 
@@ -56,9 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser, predictions_required: bool) -
     )
     parser.add_argument(
         "--protocol",
-        choices=PROTOCOLS,
         default="",
-        help="evaluation protocol that counts the hits; default: the dataset's own",
+        metavar="NAME",
+        help="evaluation protocol that counts the hits: "
+        f"{', '.join(PROTOCOL_REGISTRY)}, or one that --module registers; default: the dataset's "
+        "own",
     )
 
 
@@ -93,10 +97,10 @@ def load_predictions(
 def load_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Loaded:
     """Load what the options of :func:`add_arguments` name; exit with one line if that fails."""
     try:
-        require_dataset(args.dataset, args.module)
+        require_dataset(args.dataset)
         dicts, metadata = DatasetCatalog.get(args.dataset), MetadataCatalog.get(args.dataset)
         predictions = {}
-        if args.predictions:
+        if args.predictions or args.protocol:
             find_protocol(args.protocol, metadata.get("evaluator_type", None))
             predictions = load_predictions(args.predictions, dicts, metadata)
     except (ImportError, OSError, ValueError) as error:
@@ -126,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
         type=int,
         help="max predictions drawn; default: the number of ground-truth relations",
     )
-    args = parser.parse_args(arguments)
+    args = parse_and_import(parser, arguments)
     loaded = load_arguments(parser, args)
     try:
         args.output.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,7 @@ from PIL import Image
 
 from reldn_d2.predictor import RelationPredictor
 from reldn_d2.utils.image_io import distinct_paths, expand_inputs
+from reldn_d2.utils.user_modules import add_module_argument, parse_and_import
 from reldn_d2.vis.saliency import FUSED, draw_feature_maps, draw_triplet_saliency
 
 
@@ -48,10 +49,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--triplets", nargs="+", type=int, help="ranks of predicted triplets, 0 being the best"
     )
+    add_module_argument(parser)
     parser.add_argument(
         "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE config overrides"
     )
-    args = parser.parse_args(arguments)
+    args = parse_and_import(parser, arguments)
     failed = 0
     try:
         predictor = RelationPredictor.from_checkpoint(args.checkpoint, opts=args.opts)

@@ -10,24 +10,25 @@ Examples:
 
 import argparse
 import csv
-import logging
 import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is not installed
+if not __package__:  # run as a file, perhaps without installation
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import reldn_d2  # noqa: E402,F401  # isort: skip  registers the datasets
-from reldn_d2.data.datasets.catalog import add_module_argument, require_dataset
+from reldn_d2.data.datasets.catalog import require_dataset
 from reldn_d2.evaluation import evaluate_predictions
 from reldn_d2.evaluation.offline import read_file
 from reldn_d2.evaluation.submission import LAYOUTS, write_submission
 from reldn_d2.structures.relations import TASKS
+from reldn_d2.utils.events import log_to_terminal
 from reldn_d2.utils.file_io import check_writable, check_writable_folder, write_results
-from reldn_d2.utils.protocols import PROTOCOLS
+from reldn_d2.utils.protocols import PROTOCOL_REGISTRY, find_protocol
+from reldn_d2.utils.user_modules import add_module_argument, parse_and_import
 
 from detectron2.data import MetadataCatalog
-from detectron2.utils.logger import setup_logger
 
 
 def limit(text: str) -> int | None:
@@ -36,7 +37,7 @@ def limit(text: str) -> int | None:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line and import the modules that register datasets."""
+    """Parse the command line and import the modules of ``--module``."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -48,7 +49,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="relation_predictions.json, or a .csv of the OpenImages challenge; plain or gzipped",
     )
     parser.add_argument(
-        "--protocol", default="", choices=list(PROTOCOLS), help="default: the dataset's own"
+        "--protocol",
+        default="",
+        metavar="NAME",
+        help=f"{', '.join(PROTOCOL_REGISTRY)}, or one that --module registers; default: the "
+        "dataset's own",
     )
     parser.add_argument("--task", choices=TASKS, help="default: the one the file was written for")
     parser.add_argument(
@@ -67,7 +72,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="the n of R@n; default: the protocol's",
     )
     parser.add_argument(
-        "--train-dataset", help="for zero-shot recall; default: the one the dataset names"
+        "--train-dataset",
+        help="for zero-shot recall and the predicates' frequencies; default: the one that the "
+        "dataset names",
+    )
+    parser.add_argument(
+        "--group-thresholds",
+        type=int,
+        nargs=2,
+        default=(),
+        metavar=("HEAD", "TAIL"),
+        help="a predicate with at least HEAD training relations belongs to the head, one with "
+        "fewer than TAIL to the tail; default: thirds of the predicates",
     )
     parser.add_argument(
         "--output", help="folder for results.json and the tables and plots of all predicates"
@@ -82,14 +98,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--labels",
         metavar="FILE",
         help="names of the classes in a .csv of the challenge: the first column of this CSV file, "
-        "in the order of the classes (challenge-2018-classes-vrd.csv); default: thing_labels of "
-        "the metadata, or thing_classes",
+        "in the order of the classes (challenge-2018-classes-vrd.csv), optionally followed by "
+        "those of the attributes; default: thing_labels of the metadata, or thing_classes",
     )
-    args = parser.parse_args(arguments)
+    args = parse_and_import(parser, arguments)
     try:
         for name in filter(None, (args.dataset, args.train_dataset)):
-            require_dataset(name, args.module)
-    except (ImportError, ValueError) as error:
+            require_dataset(name)
+        if args.protocol:
+            find_protocol(args.protocol)
+    except ValueError as error:
         parser.error(str(error))
     return args
 
@@ -103,8 +121,7 @@ def read_labels(file: str) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """Score a predictions file and return the exit status."""
     args = parse_arguments(arguments)
-    setup_logger(name="reldn_d2")
-    logging.getLogger("reldn_d2").propagate = False
+    log_to_terminal()
     if args.train_dataset:
         metadata = MetadataCatalog.get(args.dataset)
         vars(metadata).pop("train_dataset", None)  # which cannot be changed otherwise
@@ -124,6 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
             predicates_per_pair=args.predicates_per_pair,
             recall_at=args.recall_at,
             labels=labels,
+            group_thresholds=args.group_thresholds,
         )
         if args.output:
             path = os.path.join(args.output, "results.json")

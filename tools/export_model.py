@@ -28,6 +28,7 @@ from reldn_d2.export import save_torchscript
 from reldn_d2.predictor import RelationPredictor
 from reldn_d2.utils.file_io import check_writable
 from reldn_d2.utils.image_io import read_rgb
+from reldn_d2.utils.user_modules import add_module_argument, parse_and_import
 
 # A program of its own: it shows all that a user of the exported file needs.
 _RUN = """
@@ -63,8 +64,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--height", type=int, help="input size (default: as in evaluation)")
     parser.add_argument("--width", type=int, help="input size (default: as in evaluation)")
+    add_module_argument(parser)
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE overrides")
-    args = parser.parse_args(arguments)
+    args = parse_and_import(parser, arguments)
     if (args.height is None) != (args.width is None):
         parser.error("--height and --width must be given together")
     try:

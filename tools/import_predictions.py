@@ -12,7 +12,6 @@ Examples:
 """
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 
@@ -21,21 +20,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # if the packag
 import reldn_d2  # noqa: E402,F401  # isort: skip  registers the datasets
 from reldn_d2.data.datasets.catalog import (
     DATASET_ERRORS,
-    add_module_argument,
     dataset_names,
     require_dataset,
 )
 from reldn_d2.data.datasets.importers import read_name_file
-from reldn_d2.evaluation.imported_predictions import (
-    KEPT_PREDICATES_PER_PAIR,
-    import_predictions,
-)
+from reldn_d2.evaluation.imported_predictions import import_predictions
 from reldn_d2.evaluation.pickled_predictions import IMPORT_FORMATS
 from reldn_d2.evaluation.predictions_io import write_predictions, write_settings
 from reldn_d2.structures.relations import TASKS
+from reldn_d2.utils.events import log_to_terminal
 from reldn_d2.utils.file_io import check_writable
-
-from detectron2.utils.logger import setup_logger
+from reldn_d2.utils.protocols import all_predicates_per_pair
+from reldn_d2.utils.user_modules import add_module_argument, parse_and_import
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -87,12 +83,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default=100,
         help="triplets to keep per image, for each number of predicates per pair; default: 100",
     )
-    args = parser.parse_args(arguments)
+    args = parse_and_import(parser, arguments)
     if args.topk < 1:
         parser.error("--topk must be at least 1")
     try:
-        require_dataset(args.dataset, args.module)
-    except (ImportError, ValueError) as error:
+        require_dataset(args.dataset)
+    except ValueError as error:
         parser.error(str(error))
     return args
 
@@ -100,8 +96,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Convert the file and return the exit status."""
     args = parse_arguments(arguments)
-    setup_logger(name="reldn_d2")
-    logging.getLogger("reldn_d2").propagate = False
+    log_to_terminal()
     try:
         check_writable(args.output)
         predictions = import_predictions(
@@ -118,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
         settings = {
             "dataset": args.dataset,
             "task": args.task,
-            "predicates_per_pair": list(KEPT_PREDICATES_PER_PAIR),
+            "predicates_per_pair": list(all_predicates_per_pair()),
             "triplets": args.topk,
             **dataset_names(args.dataset),
         }

@@ -11,7 +11,6 @@ Examples:
 
 import argparse
 import json
-import logging
 import sys
 from pathlib import Path
 
@@ -20,9 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # if the packag
 import reldn_d2  # noqa: E402,F401  # isort: skip  before Detectron2
 from reldn_d2.data.datasets import import_relations, to_relation_instances
 from reldn_d2.data.datasets.importers import FORMATS, ImportOptions, read_name_file
+from reldn_d2.utils.events import log_to_terminal
 from reldn_d2.utils.file_io import check_writable, write_atomically
-
-from detectron2.utils.logger import setup_logger
 
 _SHOWN = 20  # problems on the terminal
 
@@ -46,6 +44,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--predicates", metavar="FILE", help="the predicates, likewise")
     parser.add_argument(
+        "--attributes",
+        metavar="FILE",
+        help="the attributes of entities, likewise (visual-genome, sgg-benchmark); with "
+        "--skip-invalid an entity only loses the others",
+    )
+    parser.add_argument(
         "--image-root",
         help="folder of the images; needed only if the file has no image sizes or absolute paths",
     )
@@ -58,6 +62,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--split",
         choices=("train", "test"),
         help="psg: only the images of this split; default: all",
+    )
+    parser.add_argument(
+        "--panoptic-root",
+        metavar="FOLDER",
+        help="psg: folder of the panoptic PNG files; entities then get masks",
     )
     parser.add_argument(
         "--ignore",
@@ -78,21 +87,23 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Convert the file and return the exit status."""
     args = parse_arguments(arguments)
-    setup_logger(name="reldn_d2")
-    logging.getLogger("reldn_d2").propagate = False
+    log_to_terminal()
     try:
         check_writable(args.output)
         options = ImportOptions(
             image_root=args.image_root,
             classes=args.classes and read_name_file(args.classes, "classes"),
             predicates=args.predicates and read_name_file(args.predicates, "predicates"),
+            attributes=args.attributes and read_name_file(args.attributes, "attributes"),
+            panoptic_root=args.panoptic_root,
             image_data=args.image_data,
             split=args.split,
             ignore=tuple(args.ignore),
             skip_invalid=args.skip_invalid,
         )
         imported = import_relations(args.file_format, args.input, options)
-        content = to_relation_instances(*imported, image_root=".")
+        dicts, classes, predicates, attributes = imported
+        content = to_relation_instances(dicts, classes, predicates, ".", attributes)
         with write_atomically(args.output) as file:
             json.dump(content, file)
     except (OSError, ValueError) as error:
@@ -110,6 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
         f"{args.output}: {len(content['images']):,} images, {len(content['annotations']):,} boxes "
         f"of {len(imported.thing_classes)} classes, {relations:,} relations with "
         f"{len(imported.predicate_classes)} predicates"
+        + (f", {len(attributes)} attributes" if attributes else "")
     )
     return 0
 

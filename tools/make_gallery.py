@@ -20,6 +20,7 @@ from draw_relations import add_arguments, load_arguments
 from tqdm import tqdm
 
 from reldn_d2.utils.image_io import read_rgb
+from reldn_d2.utils.user_modules import parse_and_import
 from reldn_d2.vis.gallery import gallery_record, write_gallery
 
 
@@ -40,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         default=400,
         help="longest side of each picture in pixels; default: 400",
     )
-    args = parser.parse_args(arguments)
+    args = parse_and_import(parser, arguments)
     loaded = load_arguments(parser, args)
     metadata = loaded.metadata
     chosen = [x for x in loaded.dicts if x["image_id"] in loaded.predictions][: args.max_images]

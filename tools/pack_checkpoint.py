@@ -26,6 +26,7 @@ from reldn_d2.checkpoint import read_checkpoint
 from reldn_d2.predictor import RelationPredictor, read_description
 from reldn_d2.pretrained.weights import FOLDER
 from reldn_d2.utils.file_io import write_atomically
+from reldn_d2.utils.user_modules import add_module_argument, parse_and_import
 
 from detectron2.config import CfgNode
 
@@ -89,7 +90,8 @@ def pack(checkpoint: Path, license_text: str, note: str) -> dict[str, Any]:
         "model": {name: to_half(name, value) for name, value in content["model"].items()},
         "reldn": {
             "config": without_paths(description["config"]),
-            **{key: description[key] for key in _KEPT},
+            **{key: description[key] for key in (*_KEPT, "config_keys") if key in description},
+            "attribute_classes": description.get("attribute_classes", []),
         },
         "about": {
             "license": license_text,
@@ -114,13 +116,14 @@ def build_parser() -> argparse.ArgumentParser:
         default=FOLDER / "LICENSE.md",
         help="text file with the terms of use; default: reldn_d2/pretrained/LICENSE.md",
     )
+    add_module_argument(parser)
     parser.add_argument("--note", default="", help="how the model was trained, kept in the file")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Write the file, read it again and print its size; return the exit status."""
-    args = build_parser().parse_args(arguments)
+    args = parse_and_import(build_parser(), arguments)
     try:
         if not args.output.name.endswith(".pth.xz"):
             raise ValueError(f"--output {args.output}: the name must end in .pth.xz")

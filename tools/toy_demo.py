@@ -33,6 +33,20 @@ METRICS = {  # key in the results: name in the table
     "instance_accuracy": "instance accuracy",
     "pairing_accuracy": "pairing accuracy",
 }
+# Runs the script that the arguments begin with, and ends it when the demo (a process id) has ended.
+RUN_WITH_PARENT = """
+import os, runpy, signal, sys, threading, time
+
+def watch():
+    while os.getppid() == %d:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)  # training writes a checkpoint
+
+threading.Thread(target=watch, daemon=True).start()
+del sys.argv[0]
+sys.path[0] = os.path.dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 _print_lock = threading.Lock()
 
 
@@ -70,12 +84,13 @@ def run_train_net(name: str, config: str, output: Path, options: list[str]) -> N
     Raises:
         StageFailed: the process failed.
     """
-    command = [sys.executable, "-W", "ignore", str(PROJECT / "train_net.py")]
+    command = [sys.executable, "-W", "ignore", "-c", RUN_WITH_PARENT % os.getpid()]
+    command += [str(PROJECT / "train_net.py")]
     command += ["--config-file", str(PROJECT / "configs" / "Toy" / f"{config}.yaml")]
     command += [*options, "OUTPUT_DIR", str(output)]
     output.mkdir(parents=True, exist_ok=True)
     # One thread per training: two trainings in parallel are faster than one with two threads.
-    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
     log = output / ("demo_prdcls.log" if "--eval-only" in options else "demo.log")
     with (
         log.open("w") as file,
@@ -165,18 +180,22 @@ def train_relations(
     options: list[str],
     jobs: int,
     retrain: bool = False,
+    modules: list[str] | None = None,
 ) -> None:
-    """Train both models with each seed, ``jobs`` trainings at a time."""
+    """Train both models with each seed, ``jobs`` trainings at a time.
+
+    ``modules`` are passed on as ``--module``; a change of their files trains again.
+    """
+    flags = [x for module in modules or () for x in ("--module", module)]
+    inputs = [detector, *(Path(x) for x in modules or () if Path(x).is_file())]
     with ThreadPoolExecutor(jobs) as pool:
         futures = []
         for seed in seeds:
             for name, config in MODELS.items():
-                extra = [*options, "MODEL.WEIGHTS", str(detector), "SEED", str(seed)]
+                extra = [*flags, *options, "MODEL.WEIGHTS", str(detector), "SEED", str(seed)]
                 label = name if len(seeds) == 1 else f"{name}, seed {seed}"
                 folder = output / f"seed_{seed}" / config
-                futures.append(
-                    pool.submit(stage, label, config, folder, extra, [detector], retrain)
-                )
+                futures.append(pool.submit(stage, label, config, folder, extra, inputs, retrain))
         try:
             for future in futures:
                 future.result()
@@ -230,6 +249,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="trainings run in parallel")
     parser.add_argument("--pictures", type=int, default=6, help="test images to draw; 0: none")
     parser.add_argument(
+        "--module",
+        action="append",
+        default=[],
+        metavar="FILE_OR_NAME",
+        help="your own Python module, imported by the RelDN trainings; see train_net.py --help",
+    )
+    parser.add_argument(
         "opts", nargs=argparse.REMAINDER, help="KEY VALUE config options of the RelDN trainings"
     )
     args = parser.parse_args(arguments)
@@ -242,7 +268,9 @@ def main(arguments: list[str] | None = None) -> int:
             "detector", "detector", output / "detector", ["SEED", "1"], [], args.retrain
         )
         say("[3/5] training and evaluating RelDN, with L0 alone and with all four losses")
-        train_relations(output, detector, args.seeds, args.opts, args.jobs, args.retrain)
+        train_relations(
+            output, detector, args.seeds, args.opts, args.jobs, args.retrain, args.module
+        )
         say("[4/5] making the table")
         table = format_table(read_results(output, args.seeds))
     except KeyboardInterrupt:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))  # if the package is not installed
 CONFIG = PROJECT / "configs" / "VRD" / "reldn_boxes.yaml"
 HELD_OUT, NUM_HELD_OUT = ("vrd_train_rest", "vrd_train_held_out"), 500
 
@@ -205,8 +206,11 @@ def run_all(
         column.
     """
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started now
+    from reldn_d2.utils.user_modules import import_modules, imported_modules
+
     context = multiprocessing.get_context("spawn")
-    with context.Pool(processes, maxtasksperchild=1) as pool:
+    start = dict(initializer=import_modules, initargs=(imported_modules(),))
+    with context.Pool(processes, maxtasksperchild=1, **start) as pool:
         pending = []
         for model in models:
             for seed in seeds if model.trained else seeds[:1]:
@@ -327,6 +331,8 @@ def find_detections() -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark and return the exit status."""
+    from reldn_d2.utils.user_modules import add_module_argument, parse_and_import
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[1, 2, 3], help="train once per seed"
@@ -337,8 +343,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", action="append", metavar="NAME", help="only this row; repeatable")
     parser.add_argument("--processes", type=int, default=2, help="trainings run in parallel")
     parser.add_argument("--output", type=Path, default=Path("output/benchmarks"))
+    add_module_argument(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE options of every run")
-    args = parser.parse_args(arguments)
+    args = parse_and_import(parser, arguments)
     models = LOSSES if args.losses else BENCHMARK
     unknown = [x for x in args.only or () if x not in [model.name for model in models]]
     if unknown:

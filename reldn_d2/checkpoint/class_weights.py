@@ -39,17 +39,20 @@ _MASKS = re.compile(r"roi_heads\.mask_head\.predictor\.(weight|bias)")
 _DENSE_SCORES = re.compile(r"head\.cls_score\.(weight|bias)")
 
 # Weights of the relation head that depend on which classes or predicates it has, by the field of
-# their names: the frequency table, the class embeddings, and the last layer of each module.
+# their names: the frequency table, the class embeddings, the last layer of each module, and the
+# relations of each predicate.
 _TABLE = r"relation_head\.semantic\.table\.weight"
+_COUNTS = r"relation_head\.prior\.predicate_counts"
 _RELATION_WEIGHTS = {
     "thing_classes": re.compile(
         rf"{_TABLE}|relation_head\.joint\.(subject|object)_embedding\.weight"
         r"|relation_head\.context\.class_embedding\.weight"
     ),
     "predicate_classes": re.compile(
-        rf"{_TABLE}|relation_head\.(spatial\.4|joint\.layers\.6|visual\.rest\.3"
+        rf"{_TABLE}|{_COUNTS}|relation_head\.(spatial\.4|joint\.layers\.6|visual\.rest\.3"
         r"|visual\.(subject|object)_skip)\.(weight|bias)"
     ),
+    "attribute_classes": re.compile(r"relation_head\.attribute_head\.classifier\.(weight|bias)"),
 }
 
 # Parts of RelDN's own head, whose other weights do not depend on names. Of the weights of other
@@ -58,7 +61,7 @@ _KNOWN = re.compile(
     r"relation_head\.(semantic\.(table|counted)|spatial\.(\d|feature_version)"
     r"|joint\.(layers|(subject|object)_(embedding|context))"
     r"|visual\.(first|rest|subject_skip|object_skip)|(subject|object|predicate)_box_head"
-    r"|context_to_(subject|object)"
+    r"|attribute_head|context_to_(subject|object)"
     r"|context\.(class_embedding|position|vectors|encoder|to_right|to_left))(\.|$)"
 )
 
@@ -73,15 +76,16 @@ def class_weights(state: Mapping[str, Any]) -> list[str]:
 
 
 def relation_weights(state: Mapping[str, Any], field: str) -> list[str]:
-    """Return the names of the relation head's weights that depend on its classes or predicates.
+    """Return the names of the relation head's weights that depend on the names of a field.
 
     Args:
         state: weights by name.
-        field: ``thing_classes`` or ``predicate_classes``.
+        field: ``thing_classes``, ``predicate_classes`` or ``attribute_classes``.
     """
 
     def is_dependent(name: str) -> bool:
-        is_unknown = name.startswith("relation_head.") and not _KNOWN.match(name)
+        of_other_head = name.startswith("relation_head.") and not _KNOWN.match(name)
+        is_unknown = of_other_head and field != "attribute_classes"  # the attribute head's alone
         return is_unknown or _RELATION_WEIGHTS[field].fullmatch(name) is not None
 
     return [name for name in state if is_dependent(name)]

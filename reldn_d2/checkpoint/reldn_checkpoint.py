@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from math import isqrt
 from typing import Any
 
+import torch
 from torch import nn
 
 from detectron2.checkpoint import DetectionCheckpointer
@@ -132,6 +133,7 @@ class RelDNCheckpointer(DetectorCheckpointer):
         save_dir: str = "",
         *,
         predicate_classes: Sequence[str] | None = None,
+        attribute_classes: Sequence[str] | None = None,
         cfg: CfgNode | None = None,
         **kwargs: Any,
     ):
@@ -139,7 +141,8 @@ class RelDNCheckpointer(DetectorCheckpointer):
         Args:
             model: a RelDN, possibly wrapped for distributed training.
             save_dir: folder of checkpoints.
-            predicate_classes, cfg: written into saved checkpoints.
+            predicate_classes, attribute_classes, cfg: written into saved checkpoints; attributes
+                only if the model predicts them.
             kwargs: as for :class:`.DetectorCheckpointer`.
         """
         super().__init__(model, save_dir, cfg=cfg, **kwargs)
@@ -147,6 +150,7 @@ class RelDNCheckpointer(DetectorCheckpointer):
         self.started_from_detector = False  # whether the last load left the relation head untrained
         self.description.update(
             predicate_classes=list(predicate_classes or []),
+            attribute_classes=list(attribute_classes or []),
             # If the config leaves it to the dataset, the dataset may be unknown when loading.
             predicates_per_pair=list(predicates_per_pair(cfg)) if cfg is not None else [],
         )
@@ -181,6 +185,8 @@ class RelDNCheckpointer(DetectorCheckpointer):
                 semantic.counted.fill_(False)  # so that the trainer counts the table again
             elif self.loaded.get("statistics"):  # a resumed run saves them again
                 self.description["statistics"] = self.loaded["statistics"]
+            if "predicate_classes" not in different:
+                self._take_counts()
             return incompatible
 
         if not self.model.detector.reads_images:
@@ -199,9 +205,19 @@ class RelDNCheckpointer(DetectorCheckpointer):
         self.started_from_detector = True
         return incompatible
 
+    def _take_counts(self) -> None:
+        """Take the relations of each predicate from the statistics of an older checkpoint."""
+        prior = self.model.relation_head.prior
+        counts = (self.loaded.get("statistics") or {}).get("predicate_counts") or []
+        if not prior.known and len(counts) == len(prior.predicate_counts):
+            prior.set_counts(torch.tensor(counts))
+
     def _adopt_reldn_names(self) -> list[str]:
         """Give the model the checkpoint's names; see ``DetectorCheckpointer._adopt_names``."""
-        fields = ["predicate_classes"]
+        fields = ["predicate_classes", "attribute_classes"]
+        saved = dict(self.loaded)
+        if getattr(self.model.relation_head, "attribute_head", None) is None:
+            saved.pop("attribute_classes", None)  # nothing here has these names
         if not class_weights(self.model.detector.model.state_dict()):
             fields.append("thing_classes")  # a detector without classes of its own
         known = any(self.description[field] for field in NAME_FIELDS)
@@ -210,7 +226,7 @@ class RelDNCheckpointer(DetectorCheckpointer):
                 f"{self._path} does not name its classes and predicates: they are assumed to be "
                 f"those of {self.names_owner}, in the same order."
             )
-        return self._adopt_names(self.loaded, fields)
+        return self._adopt_names(saved, fields)
 
     def _take_detector_classes(
         self, detector: DetectionCheckpointer, state: dict[str, Any]
@@ -310,4 +326,13 @@ def build_checkpointer(cfg: CfgNode, model: nn.Module, **kwargs: Any) -> Detecto
     if not isinstance(getattr(model, "module", model), RelDN):
         return DetectorCheckpointer(model, cfg.OUTPUT_DIR, **kwargs)
     kwargs.setdefault("predicate_classes", names.get("predicate_classes"))
+    if cfg.MODEL.ROI_ATTRIBUTE_HEAD.ENABLED:
+        kwargs.setdefault("attribute_classes", _attribute_names(cfg))
     return RelDNCheckpointer(model, cfg.OUTPUT_DIR, **kwargs)
+
+
+def _attribute_names(cfg: CfgNode) -> list[str] | None:
+    """Return the names of the first dataset that has attributes; not every one does."""
+    datasets = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    lists = (dataset_names(x).get("attribute_classes") for x in datasets)
+    return next(filter(None, lists), None)

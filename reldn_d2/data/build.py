@@ -26,11 +26,18 @@ from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSample
 from detectron2.utils import comm
 
 from ..structures.name_matching import Renumbering
-from ..utils.processes import protect_loader_worker
+from ..utils.processes import loader_worker_init
 from .boxes_only import add_sizes, load_without_images
 from .dataset_dict import check_annotations
 from .datasets.catalog import dataset_names
 from .detection_files import attach_detections
+from .repeat_factors import (
+    PREDICATE_SAMPLER,
+    check_sampler,
+    log_repeats,
+    predicate_repeats,
+    with_drop_probabilities,
+)
 from .start_checks import check_records, training_warnings
 from .statistics import training_statistics_of
 
@@ -169,7 +176,7 @@ class TrainLoader:
             batch_sampler=islice(self.indices(), self.start, None),
             num_workers=self.num_workers,
             collate_fn=_as_list,
-            worker_init_fn=protect_loader_worker,
+            worker_init_fn=loader_worker_init(),
             generator=torch.Generator(),  # the global one belongs to the model
         )
 
@@ -202,11 +209,12 @@ def load_training_dicts(
     names = list(cfg.DATASETS.TRAIN)
     proposals = list(cfg.DATASETS.PROPOSAL_FILES_TRAIN) if cfg.MODEL.LOAD_PROPOSALS else []
     detections = detection_files(cfg, is_train=True)
+    first_names = dict(dataset_names(names[0])) if names else {}
     dicts: list[dict[str, Any]] = []
     loaded: dict[str, list[dict[str, Any]]] = {}
     for index, name in enumerate(names):
         records = loaded[name] = _load(name, with_images)
-        _check_annotations(records, num_classes, num_predicates, is_train=True)
+        _check_annotations(name, records, num_classes, num_predicates, is_train=True)
         if proposals:
             records = load_proposals_into_dataset(records, proposals[index])
         if detections:
@@ -216,10 +224,15 @@ def load_training_dicts(
         check_records(name, records, with_images)
         if index:
             owners = (f"dataset '{name}'", f"dataset '{names[0]}'")
-            ids = Renumbering.between(dataset_names(name), dataset_names(names[0]), *owners)
+            ids = Renumbering.between(dataset_names(name), first_names, *owners)
             records = [ids.dataset_dict(record) for record in records] if ids else records
+            first_names["attribute_classes"] = first_names.get(
+                "attribute_classes"
+            ) or dataset_names(name).get("attribute_classes")
         dicts.extend(records)
     if with_relations:
+        if cfg.MODEL.ROI_ATTRIBUTE_HEAD.ENABLED:
+            _require_attributes(names, dicts)
         for warning in training_warnings(training_statistics_of(names, loaded), cfg):
             logger.warning(warning)
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
@@ -232,20 +245,32 @@ def load_training_dicts(
     return dicts
 
 
+def _require_attributes(names: Sequence[str], dicts: Sequence[dict[str, Any]]) -> None:
+    """Raise if there is nothing to train an attribute head on."""
+    if not any(x.get("attributes") for record in dicts for x in record["annotations"]):
+        raise ValueError(
+            f"MODEL.ROI_ATTRIBUTE_HEAD.ENABLED is True, but no annotation of {', '.join(names)} "
+            "(DATASETS.TRAIN) has attributes. Are they where the loader expects them "
+            "(docs/own_data.md)? To train without attributes, set it to False."
+        )
+
+
 def _load(name: str, with_images: bool) -> list[dict[str, Any]]:
     return DatasetCatalog.get(name) if with_images else load_without_images(name)
 
 
 def _check_annotations(
+    name: str,
     records: Sequence[dict[str, Any]],
     num_classes: int | None,
     num_predicates: int | None,
     is_train: bool = False,
 ) -> None:
     """Raise if the annotations of a loaded dataset are invalid."""
+    num_attributes = len(dataset_names(name).get("attribute_classes") or ()) or None
     for record in records:
         if is_train or "annotations" in record:  # a test set may be images alone
-            check_annotations(record, num_classes, num_predicates)
+            check_annotations(record, num_classes, num_predicates, num_attributes=num_attributes)
 
 
 def load_test_dicts(
@@ -272,7 +297,7 @@ def load_test_dicts(
     files = detection_files(cfg, is_train=False)
     if not with_images:
         dicts = load_without_images(name)
-        _check_annotations(dicts, num_classes, num_predicates)
+        _check_annotations(name, dicts, num_classes, num_predicates)
         if files:
             index = list(cfg.DATASETS.TEST).index(name)
             dicts = attach_detections(dicts, name, files[index], num_classes)
@@ -284,7 +309,7 @@ def load_test_dicts(
     dicts = get_detection_dataset_dicts(
         name, filter_empty=False, proposal_files=proposals[index : index + 1] or None
     )
-    _check_annotations(dicts, num_classes, num_predicates)
+    _check_annotations(name, dicts, num_classes, num_predicates)
     check_records(name, dicts)
     return attach_detections(dicts, name, files[index], num_classes) if files else dicts
 
@@ -320,38 +345,43 @@ def build_train_loader(
     and the checks. The sets of ``DATASETS.TEST`` are checked as well.
 
     Raises:
-        ValueError: the batch size is not divisible by the number of processes, or the sampler is
-            unknown.
+        ValueError: the batch size is not divisible by the number of processes, or the sampler's
+            keys are wrong (see :func:`.repeat_factors.check_sampler`).
     """
+    check_sampler(cfg, with_relations)
     dicts = load_training_dicts(cfg, num_classes, num_predicates, with_relations, with_images)
     for name in cfg.DATASETS.TEST:  # now: the evaluation may be many hours away
         if name not in cfg.DATASETS.TRAIN:
             records = _load(name, with_images)
-            _check_annotations(records, num_classes, num_predicates)
+            _check_annotations(name, records, num_classes, num_predicates)
             check_records(name, records, with_images)
     num_images = len(dicts)  # the sampler must not keep the dicts themselves in memory
     batch, world = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
     if batch % world or batch < world:
         raise ValueError(f"SOLVER.IMS_PER_BATCH is {batch}: not divisible by {world} processes.")
-    name = cfg.DATALOADER.SAMPLER_TRAIN
-    if name == "RepeatFactorTrainingSampler":
-        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            dicts, cfg.DATALOADER.REPEAT_THRESHOLD
-        )
-
-        def build_sampler(seed: int) -> Sampler:
-            return RepeatFactorTrainingSampler(factors, seed=seed)
-
-    elif name == "TrainingSampler":
+    name, threshold = cfg.DATALOADER.SAMPLER_TRAIN, cfg.DATALOADER.REPEAT_THRESHOLD
+    if name == "TrainingSampler":
 
         def build_sampler(seed: int) -> Sampler:
             return TrainingSampler(num_images, seed=seed)
 
     else:
-        raise ValueError(
-            f"DATALOADER.SAMPLER_TRAIN is '{name}'; expected TrainingSampler or "
-            "RepeatFactorTrainingSampler. Override build_train_loader to use another one."
-        )
+        if name == PREDICATE_SAMPLER:
+            repeats = predicate_repeats(dicts, threshold, num_predicates)
+            factors = repeats.images
+            if cfg.DATALOADER.RELATION_DROP_RATE:
+                # Other relations are dropped each time, so no mapped image can be kept.
+                keep_mapped = False
+                dicts = with_drop_probabilities(dicts, repeats, cfg.DATALOADER.RELATION_DROP_RATE)
+            names = dataset_names(cfg.DATASETS.TRAIN[0]).get("predicate_classes")
+            log_repeats(repeats, dicts, names, cfg)
+        else:
+            count_classes = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency
+            factors = count_classes(dicts, threshold)
+
+        def build_sampler(seed: int) -> Sampler:
+            return RepeatFactorTrainingSampler(factors, seed=seed)
+
     return TrainLoader(
         dicts,
         mapper,

@@ -23,16 +23,17 @@ from tqdm import tqdm
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
-from detectron2.utils.logger import setup_logger
 
 from ..structures.box_frames import BoxDiagnosis
+from ..structures.name_matching import NAME_FIELDS
 from ..structures.scene_graph import boxes_xyxy
+from ..utils.events import log_to_terminal
 from ..utils.image_io import ImageError, read_rgb
+from ..utils.user_modules import add_module_argument, parse_and_import
 from .boxes_only import add_sizes, load_without_images
 from .dataset_dict import annotation_problems
 from .datasets.catalog import (
     DATASET_ERRORS,
-    add_module_argument,
     dataset_names,
     require_dataset,
 )
@@ -91,7 +92,8 @@ def check_dataset(name: str, decode: bool = False) -> Report:
     except DATASET_ERRORS as error:
         report.errors += getattr(error, "problems", [str(error)])
         return report
-    names = {key: found.get(key) for key in ("thing_classes", "predicate_classes")}
+    names = {key: found.get(key) for key in NAME_FIELDS if key != "attribute_classes"}
+    attributes = found.get("attribute_classes") or []
     for key, value in names.items():
         if value is None:
             report.errors.append(
@@ -107,9 +109,10 @@ def check_dataset(name: str, decode: bool = False) -> Report:
         for key, value in names.items()
         if not len(value)
     ]
-    report.summary = DatasetSummary(*names.values())
+    report.summary = DatasetSummary(*names.values(), attribute_classes=attributes)
     diagnosis = _diagnose(report, name)
-    identified = _check_records(report, *map(len, names.values()), diagnosis)
+    counts = (*map(len, names.values()), len(attributes))
+    identified = _check_records(report, counts, diagnosis)
     _check_relations(report, name)
     if not report.absent_images:
         _check_images(report, identified, decode)
@@ -151,9 +154,13 @@ def _check_relations(report: Report, name: str) -> None:
 
 
 def _check_records(
-    report: Report, num_classes: int, num_predicates: int, diagnosis: BoxDiagnosis | None
+    report: Report, counts: tuple[int, int, int], diagnosis: BoxDiagnosis | None
 ) -> list[tuple[str, dict[str, Any]]]:
-    """Check annotations and relations; return (place in messages, dict) of complete records."""
+    """Check annotations and relations; return (place in messages, dict) of complete records.
+
+    ``counts`` are those of classes, predicates and attributes.
+    """
+    num_classes, num_predicates, num_attributes = counts
     seen: dict[str, dict[Any, int]] = {"image_id": {}, "file_name": {}}
     complete = []
     for index, record in enumerate(report.dataset_dicts):
@@ -170,7 +177,9 @@ def _check_records(
                     "per image."
                 )
         complete.append((where, record))
-        errors = list(annotation_problems(record, num_classes, num_predicates, where))
+        errors = list(
+            annotation_problems(record, num_classes, num_predicates, where, num_attributes)
+        )
         if "annotations" in record:
             box_errors, box_warnings = _box_problems(record, where, diagnosis)
             errors += box_errors
@@ -339,11 +348,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--limit", type=int, help="max errors and max warnings to print; default: all"
     )
-    args = parser.parse_args(arguments)
-    setup_logger(name="reldn_d2")
+    args = parse_and_import(parser, arguments)
+    log_to_terminal()
     try:
-        require_dataset(args.name, args.module)
-    except (ImportError, ValueError) as error:
+        require_dataset(args.name)
+    except ValueError as error:
         parser.error(str(error))
     report = check_dataset(args.name, args.decode)
     if report.summary is not None:

@@ -2,6 +2,10 @@
 
 A dataset dict is Detectron2's, plus ``"relations": [(subject_index, object_index, predicate_id),
 ...]``, 0-based, with indices into its ``"annotations"``.
+
+An annotation may have ``"attributes"``, a list of 0-based ids of the metadata's
+``attribute_classes``. The list is complete: attributes that are not in it do not apply. Nothing is
+known about the attributes of an annotation without this key.
 """
 
 from collections.abc import Iterator, Sequence
@@ -57,6 +61,7 @@ def check_annotations(
     num_classes: int | None = None,
     num_predicates: int | None = None,
     where: str | None = None,
+    num_attributes: int | None = None,
 ) -> None:
     """Raise if the annotations or relations of an image are invalid.
 
@@ -65,11 +70,13 @@ def check_annotations(
         num_classes: number of entity classes of the dataset; not checked when None.
         num_predicates: number of predicates of the dataset; not checked when None.
         where: image in the message; defaults to its ``"file_name"``.
+        num_attributes: number of attributes of the dataset; attributes are not checked when None.
 
     Raises:
         ValueError: names the image and the record and says how to fix it.
     """
-    for problem in annotation_problems(dataset_dict, num_classes, num_predicates, where):
+    problems = annotation_problems(dataset_dict, num_classes, num_predicates, where, num_attributes)
+    for problem in problems:
         raise ValueError(problem)
 
 
@@ -78,6 +85,7 @@ def annotation_problems(
     num_classes: int | None = None,
     num_predicates: int | None = None,
     where: str | None = None,
+    num_attributes: int | None = None,
 ) -> Iterator[str]:
     """Yield everything that :func:`check_annotations` would raise, at most one per record."""
     where = where or str(dataset_dict.get("file_name", dataset_dict.get("image_id", "an image")))
@@ -107,9 +115,31 @@ def annotation_problems(
                 f"{where}: annotation {index} has category_id {category}, outside the "
                 f"{num_classes} classes (0-based) of this dataset."
             )
+        elif num_attributes is not None and "attributes" in annotation:
+            problem = _attribute_problem(annotation["attributes"], num_attributes)
+            if problem:
+                yield f"{where}: annotation {index} has attributes {problem}"
     yield from relation_problems(
         dataset_dict.get("relations", ()), len(annotations), num_predicates, where
     )
+
+
+def _attribute_problem(attributes: Any, num_attributes: int) -> str:
+    """Return what is wrong with the attributes of an annotation; empty if nothing is."""
+    if not isinstance(attributes, (list, tuple)) or not all(
+        isinstance(x, Integral) and not isinstance(x, bool) for x in attributes
+    ):
+        return (
+            f"{attributes!r:.80}; expected a list of 0-based integers. Leave the key out where the "
+            "attributes are unknown."
+        )
+    outside = [x for x in attributes if not 0 <= x < num_attributes]
+    if outside:
+        return (
+            f"{attributes!r:.80}, but {outside[0]} is outside the {num_attributes} names (0-based) "
+            "of attribute_classes in the metadata of this dataset. Fix or remove it."
+        )
+    return ""
 
 
 def dicts_without_images(dataset_name: str) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from detectron2.structures import Boxes, Instances
 
+from ..structures.attributes import ground_truth_attributes
 from ..structures.name_matching import match_names
 from ..structures.relations import ground_truth_relations, remap_relations
 from ..structures.scene_graph import boxes_xyxy
@@ -21,6 +22,7 @@ from .boxes_only import image_name
 from .dataset_dict import check_annotations
 from .datasets.catalog import dataset_names as names_of
 from .detection_files import transform_detections
+from .repeat_factors import DROP_KEY
 
 __all__ = ["RelationDatasetMapper"]
 
@@ -53,6 +55,7 @@ class RelationDatasetMapper(DatasetMapper):
         *,
         num_classes: int | None = None,
         num_predicates: int | None = None,
+        num_attributes: int = 0,
         with_images: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -60,6 +63,7 @@ class RelationDatasetMapper(DatasetMapper):
         is_train: whether the mapper is used for training.
         num_classes: number of entity classes of the dataset; not checked when None.
         num_predicates: number of predicates of the dataset; not checked when None.
+        num_attributes: number of attributes of the dataset; 0 leaves attributes out.
         with_images: whether images are read.
         **kwargs: augmentations, image_format and other arguments of ``DatasetMapper``.
         """
@@ -70,6 +74,7 @@ class RelationDatasetMapper(DatasetMapper):
         super().__init__(is_train, **kwargs)
         self.num_classes = num_classes
         self.num_predicates = num_predicates
+        self.num_attributes = num_attributes
         self.with_images = with_images
 
     @property
@@ -84,6 +89,7 @@ class RelationDatasetMapper(DatasetMapper):
         ret = super().from_config(cfg, is_train)
         ret["num_classes"] = _count_names(names, "thing_classes")
         ret["num_predicates"] = _count_names(names, "predicate_classes")
+        ret["num_attributes"] = _count_names(names, "attribute_classes") or 0
         return ret
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
@@ -97,12 +103,15 @@ class RelationDatasetMapper(DatasetMapper):
 
             * ``image``: (C, H, W) tensor in ``image_format``; missing without images.
             * ``instances``: ``Instances`` of R entities in the frame of ``image``, with
-              ``gt_boxes`` (R, 4) and ``gt_classes`` (R,); R may be 0.
+              ``gt_boxes`` (R, 4) and ``gt_classes`` (R,); R may be 0. If the dataset has
+              attributes, also ``gt_attributes`` (R, A) and ``gt_attributes_known`` (R,), see
+              :mod:`reldn_d2.structures.attributes`.
             * ``relations``: ``Instances`` of M relations, with ``gt_pairs`` (M, 2) into
-              ``instances`` and ``gt_predicates`` (M,); M may be 0.
-
-            * ``derived``: an empty dict, if the result may be kept (:attr:`keeps_results`); the
-              model keeps there what it computes from this image alone.
+              ``instances`` and ``gt_predicates`` (M,); M may be 0. In training, if the dict has
+              ``"drop_probabilities"`` (:mod:`.repeat_factors`), also ``gt_kept`` (M,) bool, drawn
+              anew each time: False for a relation that is not trained on this time.
+            * ``derived``: an empty dict, if the result may be kept (:attr:`keeps_results`, and no
+              relation is dropped); the model keeps there what it computes from this image alone.
 
             ``instances`` and ``relations`` are missing without ``"annotations"`` (inference on
             plain images).
@@ -123,11 +132,25 @@ class RelationDatasetMapper(DatasetMapper):
                 f"{path}: cannot be mapped to a model input ({type(error).__name__}: {error})."
             ) from error
 
+    def _check(self, dataset_dict: dict[str, Any]) -> None:
+        check_annotations(
+            dataset_dict,
+            self.num_classes,
+            self.num_predicates,
+            num_attributes=self.num_attributes or None,
+        )
+
+    def _add_attributes(self, instances: Instances, annotations: Sequence[dict[str, Any]]) -> None:
+        """Add the attributes of the annotations that the instances were made of, in order."""
+        if self.num_attributes:
+            table, known = ground_truth_attributes(annotations, self.num_attributes)
+            instances.gt_attributes, instances.gt_attributes_known = table, known
+
     def _map(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """See :meth:`__call__`; the dict is modified."""
         annotated = self.is_train or "annotations" in dataset_dict or "relations" in dataset_dict
         if annotated:
-            check_annotations(dataset_dict, self.num_classes, self.num_predicates)
+            self._check(dataset_dict)
         image = read_image(dataset_dict["file_name"], self.image_format)
         utils.check_image_size(dataset_dict, image)
 
@@ -160,7 +183,7 @@ class RelationDatasetMapper(DatasetMapper):
         annotated = self.is_train or "annotations" in dataset_dict or "relations" in dataset_dict
         boxes = None
         if annotated:
-            check_annotations(dataset_dict, self.num_classes, self.num_predicates)
+            self._check(dataset_dict)
             boxes = boxes_xyxy(dataset_dict["annotations"])
         # No channels, so no memory: augmentations see the size only.
         image = np.empty((dataset_dict["height"], dataset_dict["width"], 0), np.uint8)
@@ -180,14 +203,16 @@ class RelationDatasetMapper(DatasetMapper):
             instances.gt_boxes = Boxes(torch.from_numpy(boxes.astype(np.float32)))
             classes = [int(x["category_id"]) for x in annotations]
             instances.gt_classes = torch.tensor(classes, dtype=torch.int64)
+            self._add_attributes(instances, annotations)
             if self.is_train:
                 kept &= ~torch.tensor([bool(x.get("iscrowd", 0)) for x in annotations]).bool()
                 kept &= instances.gt_boxes.nonempty(threshold=_EMPTY)
                 instances = instances[kept]
-            relations = ground_truth_relations(dataset_dict.get("relations", ()), size)
+            relations = self._relations(dataset_dict, size)
             result["instances"] = instances
             result["relations"] = remap_relations(relations, kept)
-        if self.is_train and self.keeps_results:
+        drops = result.pop(DROP_KEY, None) is not None
+        if self.is_train and self.keeps_results and not drops:
             result["derived"] = {}
         return result
 
@@ -221,15 +246,28 @@ class RelationDatasetMapper(DatasetMapper):
             image_shape,
             mask_format=self.instance_mask_format,
         )
+        self._add_attributes(
+            instances, [x for x, keep in zip(annotations, kept.tolist(), strict=True) if keep]
+        )
         if self.is_train:
             # A cropped mask may have a tighter box than the cropped box.
             if self.recompute_boxes and instances.has("gt_masks"):
                 instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
             instances, nonempty = utils.filter_empty_instances(instances, return_mask=True)
             kept[kept.clone()] = nonempty
-        relations = ground_truth_relations(dataset_dict.pop("relations", ()), image_shape)
+        relations = self._relations(dataset_dict, image_shape)
+        dataset_dict.pop(DROP_KEY, None)
         dataset_dict["instances"] = instances
         dataset_dict["relations"] = remap_relations(relations, kept)
+
+    def _relations(self, dataset_dict: dict[str, Any], image_size: Sequence[int]) -> Instances:
+        """Return all relations of an image; in training draw which of them are dropped."""
+        relations = ground_truth_relations(dataset_dict.get("relations", ()), image_size)
+        if self.is_train and DROP_KEY in dataset_dict:
+            # numpy's generator, as Detectron2's augmentations: the loader seeds it for each image.
+            draws = np.random.random(len(relations))
+            relations.gt_kept = torch.from_numpy(draws >= np.array(dataset_dict[DROP_KEY]))
+        return relations
 
 
 def _count_names(dataset_names: Sequence[str], key: str) -> int | None:
@@ -239,6 +277,8 @@ def _count_names(dataset_names: Sequence[str], key: str) -> int | None:
         NameMismatchError: if the datasets do not have the same names, in whatever order.
     """
     lists = {name: names_of(name).get(key) for name in dataset_names}
+    if key == "attribute_classes":  # an empty list is as good as none
+        lists = {name: names or None for name, names in lists.items()}
     named = [(name, names) for name, names in lists.items() if names is not None]
     for name, names in named[1:]:
         match_names(names, named[0][1], key, f"dataset '{name}'", f"dataset '{named[0][0]}'")

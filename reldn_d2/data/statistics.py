@@ -23,11 +23,12 @@ from torch import Tensor
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
-from detectron2.utils.logger import setup_logger
 
 from ..structures.name_matching import Renumbering
+from ..utils.events import log_to_terminal
+from ..utils.user_modules import add_module_argument, parse_and_import
 from .dataset_dict import dicts_without_images
-from .datasets.catalog import DATASET_ERRORS, add_module_argument, require_dataset
+from .datasets.catalog import DATASET_ERRORS, require_dataset
 from .datasets.io import cache_paths, write_cache
 from .frequency import PairCounts, count_pairs, count_related_pairs
 
@@ -345,11 +346,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="+", metavar="NAME", help="names of registered datasets")
     add_module_argument(parser)
     parser.add_argument("--recount", action="store_true", help="ignore cached counts")
-    args = parser.parse_args(arguments)
-    setup_logger(name="reldn_d2")
+    args = parse_and_import(parser, arguments)
+    log_to_terminal()
     try:
         for name in args.names:
-            require_dataset(name, args.module)
+            require_dataset(name)
         for name in args.names:
             _print(name, dataset_statistics(name, recount=args.recount))
     except DATASET_ERRORS as error:

@@ -19,6 +19,7 @@ class DatasetSummary:
 
     thing_classes: Sequence[str]
     predicate_classes: Sequence[str]
+    attribute_classes: Sequence[str] = ()
     images: int = 0
     boxes: int = 0
     relations: int = 0
@@ -28,14 +29,16 @@ class DatasetSummary:
     related_pairs: int = 0
     apart_pairs: int = 0  # related pairs whose boxes do not overlap
     multi_label_pairs: int = 0  # related pairs with several predicates
-    attributes: int = 0
+    attributed_boxes: int = 0  # whose attributes are annotated, if only that there are none
     verified_labels: int = 0
     class_counts: np.ndarray = field(init=False)  # (C,) int64
     predicate_counts: np.ndarray = field(init=False)  # (P,) int64
+    attribute_counts: np.ndarray = field(init=False)  # (A,) int64
 
     def __post_init__(self) -> None:
         self.class_counts = np.zeros(len(self.thing_classes), dtype=np.int64)
         self.predicate_counts = np.zeros(len(self.predicate_classes), dtype=np.int64)
+        self.attribute_counts = np.zeros(len(self.attribute_classes), dtype=np.int64)
 
     def add(self, record: dict[str, Any]) -> None:
         """Count one image, a dataset dict without errors."""
@@ -46,10 +49,12 @@ class DatasetSummary:
         self.images_without_relations += not relations
         self.most_boxes = max(self.most_boxes, len(annotations))
         self.most_relations = max(self.most_relations, len(relations))
-        self.attributes += sum(len(x.get("attributes", ())) for x in annotations)
         self.verified_labels += len(record.get("verified_labels", ()))
         for annotation in annotations:
             self.class_counts[annotation["category_id"]] += 1
+            self.attributed_boxes += "attributes" in annotation
+            for attribute in annotation.get("attributes", ()):
+                self.attribute_counts[attribute] += 1
         predicates: dict[tuple[int, int], set[int]] = {}
         for subject, object_, predicate in relations:
             self.predicate_counts[predicate] += 1
@@ -77,12 +82,17 @@ class DatasetSummary:
             f"  related pairs with several predicates: "
             f"{_share(self.multi_label_pairs, self.related_pairs)}",
         ]
-        if self.attributes:
-            lines.append(f"  attributes of boxes: {self.attributes:,}")
+        if self.attribute_classes:
+            lines.append(
+                f"  attributes: {self.attribute_counts.sum():,} of "
+                f"{_share(self.attributed_boxes, self.boxes)} boxes whose attributes are annotated"
+            )
         if self.verified_labels:
             lines.append(f"  verified image-level labels: {self.verified_labels:,}")
         lines.append(_unused_names(self.thing_classes, self.class_counts, "classes"))
         lines.append(_unused_names(self.predicate_classes, self.predicate_counts, "predicates"))
+        if self.attribute_classes:
+            lines.append(_unused_names(self.attribute_classes, self.attribute_counts, "attributes"))
         lines += ["", "relations per predicate"]
         lines += _bars(self.predicate_classes, self.predicate_counts, width)
         return "\n".join(lines)

@@ -25,7 +25,8 @@ from ..evaluation.build import build_relation_evaluator
 from ..modeling.meta_arch import needs_images, predicts_relations
 from ..utils.events import FailSafeWriter, RelationStatisticsPrinter, report_log_errors_once
 from ..utils.file_io import write_results
-from ..utils.processes import protect_loader_worker
+from ..utils.processes import loader_worker_init
+from ..utils.registry import explain_unregistered
 from .hooks import FiniteLossCheck, ResumableBestCheckpointer, SeedEachIteration
 from .image_errors import NameImageInErrors, named_images
 from .interruption import StopOnSignal
@@ -129,7 +130,8 @@ class RelDNTrainer(DefaultTrainer):
             self.data_loader.seek(self.start_iter, self.seed)
         elif self.start_iter:
             logger.warning("This data loader cannot be resumed: it restarts its shuffling.")
-        statistics = ensure_frequency_table(self.cfg, self.model)
+        training = "resumed" if resumed else "new"
+        statistics = ensure_frequency_table(self.cfg, self.model, training)
         if statistics is not None:
             self.checkpointer.description["statistics"] = statistics.description()
 
@@ -205,7 +207,8 @@ class RelDNTrainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        model = super().build_model(cfg)
+        with explain_unregistered("The config"):
+            model = super().build_model(cfg)
         check_counts(cfg, model)
         return model
 
@@ -237,7 +240,7 @@ class RelDNTrainer(DefaultTrainer):
             mapper=NameImageInErrors(mapper),
             num_workers=cfg.DATALOADER.NUM_WORKERS,
         )
-        loader.worker_init_fn = protect_loader_worker
+        loader.worker_init_fn = loader_worker_init()
         return loader
 
     @classmethod
@@ -283,8 +286,10 @@ class RelDNTrainer(DefaultTrainer):
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
         ensure_frequency_table(cfg, model)
         head = getattr(model, "relation_head", None)
+        if head is not None:
+            head.prior.check(f"the checkpoint {cfg.MODEL.WEIGHTS}")
         names = [] if head is None else head.state_dict()
-        has_weights = any(not name.startswith("semantic.") for name in names)
+        has_weights = any(not name.startswith(("semantic.", "prior.")) for name in names)
         untrained = None
         if getattr(checkpointer, "started_from_detector", False):
             untrained = f"MODEL.WEIGHTS ({cfg.MODEL.WEIGHTS}) is a detector"

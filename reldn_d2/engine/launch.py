@@ -23,6 +23,8 @@ from detectron2.utils import comm
 
 from ..utils.compat import set_local_process_group
 from ..utils.processes import end_with_parent
+from ..utils.user_modules import import_modules, imported_modules
+from .rendezvous import meet_other_machines
 
 __all__ = ["LaunchError", "ProcessFailed", "check_device", "launch"]
 
@@ -53,7 +55,7 @@ def launch(
 
     SIGTERM and SIGINT are passed on to the processes, which training answers with a checkpoint; a
     second signal ends them at once. If one process fails, the others are ended. If this process
-    dies, so do they.
+    dies, so do they. Each process imports the modules of ``--module`` first.
 
     Args:
         main_func: called with ``args`` in every process.
@@ -63,8 +65,10 @@ def launch(
         dist_url: ``"tcp://FIRST_MACHINE:FREE_PORT"``; None or ``"auto"`` finds a free port, on a
             single machine only.
         args: for ``main_func``.
-        timeout: how long a process waits for the others, as in Detectron2.
-        on_cpu: use gloo on the CPU; None means only if there is no CUDA.
+        timeout: how long a process waits for the others, as in Detectron2. While machines are
+            missing, a line every 30 seconds names them.
+        on_cpu: use gloo on the CPU; None means only if there is no CUDA. The processes of a machine
+            share its cores, unless ``OMP_NUM_THREADS`` sets the threads of each.
 
     Raises:
         ProcessFailed: if one of the processes fails.
@@ -84,13 +88,15 @@ def launch(
         "world_size": world_size,
         "timeout": timeout,
     }
+    modules = imported_modules()
     first_rank = machine_rank * num_processes_per_machine
     context = multiprocessing.get_context("spawn")
     processes = {
         first_rank
         + local_rank: context.Process(
             target=_run_process,
-            args=(main_func, args, settings, local_rank, num_processes_per_machine, machine_rank),
+            args=(main_func, args, settings, modules, local_rank)
+            + (num_processes_per_machine, machine_rank),
         )
         for local_rank in range(num_processes_per_machine)
     }
@@ -157,6 +163,7 @@ def _run_process(
     main_func: Callable,
     args: tuple,
     settings: dict[str, Any],
+    modules: Sequence[str],
     local_rank: int,
     num_local: int,
     machine_rank: int,
@@ -164,11 +171,19 @@ def _run_process(
     """Run one of the processes, in its own interpreter."""
     end_with_parent(_GRACE)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C comes from the launcher, as SIGTERM
-    if settings["backend"] == "gloo":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_local))
-    else:
+    import_modules(modules)
+    if settings["backend"] != "gloo":
         torch.cuda.set_device(local_rank)
-    dist.init_process_group(rank=machine_rank * num_local + local_rank, **settings)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_local))
+    rank, world_size = machine_rank * num_local + local_rank, settings["world_size"]
+    if world_size > num_local and settings["init_method"].startswith("tcp://"):
+        url, timeout = settings.pop("init_method"), settings["timeout"]
+        num_machines = world_size // num_local
+        settings["store"] = meet_other_machines(
+            url, rank, world_size, num_machines, machine_rank, timeout
+        )
+    dist.init_process_group(rank=rank, **settings)
     set_local_process_group(num_local, machine_rank)
     comm.synchronize()
     main_func(*args)

@@ -1,8 +1,9 @@
-"""Fitting a model to its datasets: the numbers of classes and the frequency table."""
+"""Fitting a model to its datasets: the numbers of classes, and what is counted in training sets."""
 
 import logging
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from detectron2.config import CfgNode
@@ -26,6 +27,8 @@ _NUM_CLASSES_KEYS = {
 def check_counts(cfg: CfgNode, model: nn.Module) -> None:
     """Compare a model's numbers of classes and predicates with those of the config's datasets.
 
+    So too that of attributes, if the model predicts any; test sets may have none.
+
     Raises:
         ValueError: if they differ, with both counts and the config key; or if two classes or
             predicates of a dataset have the same name.
@@ -41,6 +44,10 @@ def check_counts(cfg: CfgNode, model: nn.Module) -> None:
                 cfg.MODEL.ROI_RELATION_HEAD.NUM_PREDICATES,
             ),
         ]
+        attribute_head = cfg.MODEL.ROI_ATTRIBUTE_HEAD
+        if attribute_head.ENABLED:
+            key = "MODEL.ROI_ATTRIBUTE_HEAD.NUM_ATTRIBUTES"
+            expected.append(("attribute_classes", key, attribute_head.NUM_ATTRIBUTES))
     elif cfg.MODEL.META_ARCHITECTURE in _NUM_CLASSES_KEYS:
         key = _NUM_CLASSES_KEYS[cfg.MODEL.META_ARCHITECTURE]
         expected = [("thing_classes", key, cfg.MODEL[key.split(".")[1]].NUM_CLASSES)]
@@ -48,6 +55,8 @@ def check_counts(cfg: CfgNode, model: nn.Module) -> None:
     for dataset in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST, *counted)):
         for field, key, count in expected:
             names = dataset_names(dataset).get(field)
+            if field == "attribute_classes" and not names:
+                continue
             if names is not None and len(names) != count:
                 raise ValueError(
                     f"{key} is {count}, but the dataset '{dataset}' has {len(names)} {field}. "
@@ -55,23 +64,51 @@ def check_counts(cfg: CfgNode, model: nn.Module) -> None:
                 )
 
 
-def ensure_frequency_table(cfg: CfgNode, model: nn.Module) -> RelationStatistics | None:
+def ensure_frequency_table(
+    cfg: CfgNode, model: nn.Module, training: str = ""
+) -> RelationStatistics | None:
     """Fill the semantic module's table from the annotations unless a checkpoint had it.
 
-    It is counted on ``DATASETS.TRAIN``, or on ``SEMANTIC.COUNT_DATASETS`` if that is set.
+    It is counted on ``DATASETS.TRAIN``, or on ``SEMANTIC.COUNT_DATASETS`` if that is set. For a
+    training, the head also gets the relations of each predicate in ``DATASETS.TRAIN``, for class
+    balanced weights and, from the checkpoint, for logit adjustment.
 
     Args:
         cfg: names these datasets and says whether pairs must overlap.
         model: possibly wrapped for distributed training.
+        training: "new" counts predicates also if the initial checkpoint has counts, because those
+            are of another training. "resumed" keeps the counts of the checkpoint if it has any.
+            Empty is for evaluations, which must not need a training set unless there is no table.
 
     Returns:
-        the statistics of the training sets; None if nothing had to be counted.
+        the statistics of the training sets, in the model's order of names; None if nothing had to
+        be counted.
     """
     model = getattr(model, "module", model)
-    semantic = getattr(getattr(model, "relation_head", None), "semantic", None)
-    if semantic is None or bool(semantic.counted):
+    head = getattr(model, "relation_head", None)
+    semantic = getattr(head, "semantic", None)
+    needs_table = semantic is not None and not bool(semantic.counted)
+    prior = getattr(head, "prior", None)
+    needs_counts = prior is not None and (
+        training == "new" or not prior.known and (training == "resumed" or needs_table)
+    )
+    if training and prior is not None and not needs_counts:
+        head.set_predicate_counts(prior.predicate_counts)  # those of the checkpoint
+    if not (needs_table or needs_counts):
         return None
-    training = training_statistics_of(cfg.DATASETS.TRAIN)
+    statistics = training_statistics_of(cfg.DATASETS.TRAIN)
+    owner = f"dataset '{cfg.DATASETS.TRAIN[0]}'"
+    of_model = statistics.in_order_of(getattr(model, "names", {}), owner, "the model")
+    if needs_counts:
+        head.set_predicate_counts(torch.from_numpy(of_model.predicate_counts))
+    if needs_table:
+        _fill_table(cfg, model, statistics)
+    return of_model
+
+
+def _fill_table(cfg: CfgNode, model: nn.Module, training: RelationStatistics) -> None:
+    """Fill the semantic module's table; ``training`` has the statistics of ``DATASETS.TRAIN``."""
+    semantic = model.relation_head.semantic
     names = tuple(cfg.MODEL.ROI_RELATION_HEAD.SEMANTIC.COUNT_DATASETS) or cfg.DATASETS.TRAIN
     counted = training if names == cfg.DATASETS.TRAIN else _statistics_of(names, training, cfg)
     owner = f"dataset '{names[0]}'"
@@ -82,7 +119,6 @@ def ensure_frequency_table(cfg: CfgNode, model: nn.Module) -> RelationStatistics
         f"Counted {int(counts[..., :-1].sum())} relations of {counted.num_images} images of "
         f"{', '.join(names)} for the semantic module's frequency table."
     )
-    return training
 
 
 def _statistics_of(

@@ -18,11 +18,11 @@ import numpy as np
 from ..structures.boxes_np import aligned_iou, phrase_boxes
 from ..structures.ranking import rank_in_group
 from ..structures.scene_graph import SceneGraph
+from ..utils.protocols import OVERLAPS
 
-__all__ = ["NEVER", "OVERLAPS", "Batch", "ImagePair", "RelationTable", "batches", "equal_codes"]
+__all__ = ["NEVER", "Batch", "ImagePair", "RelationTable", "batches", "equal_codes"]
 
 ImagePair = tuple[SceneGraph, SceneGraph]  # ground truth and prediction of one image
-OVERLAPS = ("relationship", "phrase")
 NEVER = np.iinfo(np.int64).max  # the rank of a relation that is not found
 _IMAGES_PER_BATCH = 1000
 _MAX_CLASSES = 2**31

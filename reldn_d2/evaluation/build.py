@@ -86,7 +86,9 @@ def build_relation_evaluator(
         predicates_per_pair=predicates_per_pair(cfg, dataset_name),
         kept_predicates_per_pair=kept_predicates_per_pair(cfg),
         recall_at=recall_at,
+        group_thresholds=tuple(relations.GROUP_THRESHOLDS),
         topk=relations.TOPK if protocol.all_triplets else min(relations.TOPK, most),
+        attributes=cfg.MODEL.ROI_ATTRIBUTE_HEAD.ENABLED,
     )
 
 

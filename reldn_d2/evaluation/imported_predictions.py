@@ -20,17 +20,13 @@ from ..data.datasets.catalog import dataset_names
 from ..structures.name_matching import NAME_FIELDS, Renumbering
 from ..structures.ranking import rank_by_score
 from ..structures.scene_graph import SceneGraph
-from ..utils.protocols import PROTOCOLS, distinct_limits
+from ..utils.protocols import all_predicates_per_pair
 from .pickled_predictions import IMPORT_FORMATS, PickledImage, require_equal_lengths
 
-__all__ = ["KEPT_PREDICATES_PER_PAIR", "import_predictions"]
+__all__ = ["import_predictions"]
 
 logger = logging.getLogger(__name__)
 
-# The imported triplets are the exact best ones for any protocol.
-KEPT_PREDICATES_PER_PAIR = distinct_limits(
-    k for protocol in PROTOCOLS.values() for k in protocol.predicates_per_pair
-)
 _MOTIFS_LONG_SIDE = 1024  # of the frame of Neural Motifs' boxes
 _ONE_PIXEL = 2.0  # of another frame, in pixels of the image
 
@@ -60,7 +56,7 @@ def import_predictions(
             ``released`` the one that its ids imply.
         long_side: long side of the frame of the boxes in ``motifs``; None means 1024, 0 the image
             itself.
-        topk: triplets kept per image for each k of :data:`KEPT_PREDICATES_PER_PAIR`.
+        topk: triplets kept per image for each k of all protocols.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -77,8 +73,8 @@ def import_predictions(
     renumbering = Renumbering.between(
         given, names, f"{file} (--classes, --predicates)", f"dataset '{dataset_name}'"
     )
-    counts = [len(given[field] or names.get(field) or ()) for field in NAME_FIELDS]
-    for field, count in zip(NAME_FIELDS, counts):
+    counts = [len(values or names.get(field) or ()) for field, values in given.items()]
+    for field, count in zip(given, counts):
         if not count:
             raise ValueError(f"The metadata of dataset '{dataset_name}' lacks {field}.")
     images = IMPORT_FORMATS[file_format](file)
@@ -270,4 +266,5 @@ def _scene_graph(
     except ValueError as error:
         message = str(error).removeprefix(f"Prediction of image {image_id!r}: ")
         raise ValueError(f"{where}: {message}") from error
-    return graph.reduced(KEPT_PREDICATES_PER_PAIR, topk)
+    # The imported triplets are the exact best ones for any protocol.
+    return graph.reduced(all_predicates_per_pair(), topk)

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..structures.ranking import rank_in_group
 from ..structures.scene_graph import SceneGraph
-from ..utils.protocols import PROTOCOLS, Protocol
+from ..utils.protocols import PROTOCOL_REGISTRY, Protocol
 from .batches import NEVER, Batch
 
 __all__ = [
@@ -105,7 +105,7 @@ def find_relations(
     Args:
         batch: K triplets and M relations.
         matching: see :class:`reldn_d2.utils.protocols.Protocol`.
-        overlap: one of :data:`.batches.OVERLAPS`.
+        overlap: one of :data:`reldn_d2.utils.protocols.OVERLAPS`.
         ranks: (K,) of :meth:`.batches.Batch.ranks`; triplets with :data:`NEVER` find nothing.
         strict: the overlap must be > 0.5 instead of >= 0.5.
 
@@ -188,7 +188,7 @@ def match_relations(
         repetitions are never found.
     """
     if isinstance(protocol, str):
-        protocol = PROTOCOLS[protocol]
+        protocol = PROTOCOL_REGISTRY[protocol]
     counted = _counted(truth, protocol)
     batch = Batch([(truth.select(counted), predicted)])
     ranks = batch.ranks(predicates_per_pair, batch.judgeable(protocol.verified_labels))

@@ -22,11 +22,14 @@ from .batches import RelationTable
 
 __all__ = [
     "ScoredTriplets",
+    "harmonic_mean",
     "image_recall",
+    "information",
     "mean_of_defined",
     "pooled_recall",
     "predicate_image_recall",
     "predicate_pooled_recall",
+    "relative_image_recall",
     "voc_average_precision",
 ]
 
@@ -58,19 +61,60 @@ def predicate_pooled_recall(
     return 100.0 * np.divide(hits, total, out=np.full(len(total), np.nan), where=total > 0)
 
 
-def image_recall(found: np.ndarray, image: np.ndarray) -> float:
+def image_recall(found: np.ndarray, image: np.ndarray, weights: np.ndarray | None = None) -> float:
     """Return the recall per image, averaged over the images that have a relation.
 
     Args:
         found: (M,) bool.
         image: (M,) index of the relation's image.
+        weights: (M,) how much each relation counts in its image, at least 0; images without any
+            weight are left out. By default all count the same.
+    """
+    if len(found) == 0:
+        return float("nan")
+    total = np.bincount(image, weights=weights)
+    hits = np.bincount(image, weights=found if weights is None else found * weights)
+    has_relation = total > 0
+    if not has_relation.any():
+        return float("nan")
+    return float(100.0 * np.mean(hits[has_relation] / total[has_relation]))
+
+
+def relative_image_recall(found: np.ndarray, image: np.ndarray, n: int) -> float:
+    """Return the recall per image relative to what n triplets can find one by one, averaged.
+
+    An image with m relations counts ``min(1, hits / min(n, m))``: a single triplet may find several
+    relations of overlapping boxes, which does not count as more than everything.
+
+    Args:
+        found: (M,) bool.
+        image: (M,) index of the relation's image.
+        n: triplets per image.
     """
     if len(found) == 0:
         return float("nan")
     total = np.bincount(image)
     hits = np.bincount(image, weights=found)
     has_relation = total > 0
-    return float(100.0 * np.mean(hits[has_relation] / total[has_relation]))
+    shares = hits[has_relation] / np.minimum(total[has_relation], n)
+    return float(100.0 * np.mean(np.minimum(shares, 1.0)))
+
+
+def information(training_counts: np.ndarray) -> np.ndarray:
+    """Return (P,) bits that each predicate tells: ``-log2`` of its share in the training set.
+
+    One relation is added to each predicate, so that one that training lacks has finite bits.
+
+    Args:
+        training_counts: (P,) relations of the training set.
+    """
+    counts = training_counts.astype(np.float64) + 1.0
+    return -np.log2(counts / counts.sum())
+
+
+def harmonic_mean(first: float, second: float) -> float:
+    """Return the harmonic mean of two values of at least 0; 0 if both are, NaN if one is NaN."""
+    return 2.0 * first * second / (first + second) if first + second != 0 else 0.0
 
 
 def predicate_image_recall(

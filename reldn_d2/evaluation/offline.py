@@ -29,6 +29,7 @@ def evaluate_predictions(
     predicates_per_pair: Sequence[int | None] | None = None,
     recall_at: Sequence[int] | None = None,
     labels: Sequence[str] | None = None,
+    group_thresholds: Sequence[int] = (),
 ) -> Results:
     """Score a predictions file (:mod:`.predictions_io`) or a submission (:mod:`.submission`).
 
@@ -42,6 +43,7 @@ def evaluate_predictions(
         predicates_per_pair: values of k, None for no limit; default: the protocol's.
         recall_at: the n of R@n; default: the protocol's.
         labels: names of the classes in a submission, see :func:`.submission.read_submission`.
+        group_thresholds: of head, body and tail, see :func:`.frequency_groups.frequency_groups`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -63,6 +65,7 @@ def evaluate_predictions(
         protocol=protocol,
         predicates_per_pair=predicates_per_pair,
         recall_at=recall_at,
+        group_thresholds=group_thresholds,
         keep_predictions=False,
     )
     _check_written_for(predictions_file, settings, dataset_name, evaluator)

@@ -11,12 +11,11 @@ from tabulate import tabulate
 
 from ..structures.names import table_cell
 from ..utils.file_io import write_atomically
+from .frequency_groups import GROUPS, by_frequency, frequency_groups
 from .metrics import mean_of_defined
 
 __all__ = ["GROUPS", "MAX_SHOWN", "SHOWN_AT_EACH_END", "PredicateTable"]
 
-# Thirds of the predicates that occur, the most frequent first.
-GROUPS = ("head", "body", "tail")
 # A plot or a log has all predicates if there are at most MAX_SHOWN, and otherwise that many of the
 # most and of the least frequent ones: 3,000 would make a picture of 60,000 pixels.
 MAX_SHOWN, SHOWN_AT_EACH_END = 100, 30
@@ -33,20 +32,20 @@ class PredicateTable:
     recall: np.ndarray  # (P,) percent, NaN where there is no ground truth
     recall_at: int
     average_precision: np.ndarray  # (P,) percent
+    group_thresholds: tuple[int, ...] = ()  # see :func:`.frequency_groups`
 
     @property
     def order(self) -> np.ndarray:
         """Predicate ids, the most frequent (in the training set if known) first."""
-        frequency = self.counts if self.training_counts is None else self.training_counts
-        return np.argsort(-frequency, kind="stable")
+        return by_frequency(self.counts, self.training_counts)
 
     def groups(self) -> dict[str, list[int]]:
-        """Return the ids of the predicates that occur for each of :data:`GROUPS`."""
-        present = [int(p) for p in self.order if self.counts[p]]
-        return {
-            name: part.tolist()
-            for name, part in zip(GROUPS, np.array_split(np.asarray(present, dtype=np.int64), 3))
-        }
+        """Return the ids of the predicates that occur for each of :data:`GROUPS`.
+
+        The groups are empty if they depend on frequencies in training, which are unknown.
+        """
+        groups = frequency_groups(self.counts, self.training_counts, self.group_thresholds)
+        return groups or {name: [] for name in GROUPS}
 
     def shown(self) -> tuple[list[int], list[int]]:
         """Return the ids of the predicates that plots and logs show, in two parts.

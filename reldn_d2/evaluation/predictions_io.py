@@ -7,6 +7,9 @@ The file is a JSON list with one record per image, plain or gzipped::
      "relations": {"pairs": [[subject_index, object_index], ...], "predicates": [int, ...],
                    "scores": [float, ...]}}
 
+"instances" may also have "attributes" and "attribute_scores": for each box the list of its
+attributes and the list of their scores.
+
 Boxes are absolute pixels in the frame of the dataset's dicts; classes and predicates are
 contiguous and 0-based; the scores of relations are triplet scores. The order does not matter, but
 equal scores rank as listed. Images may be missing. A file with one record per line, as
@@ -25,9 +28,12 @@ import zlib
 from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
+import numpy as np
+
+from ..structures.attributes import EntityAttributes
 from ..structures.name_matching import NAME_FIELDS
 from ..structures.scene_graph import SceneGraph
-from ..utils.file_io import write_atomically
+from ..utils.file_io import json_problem, write_atomically
 
 __all__ = [
     "PREDICTIONS_FILE",
@@ -64,7 +70,10 @@ def write_predictions(predictions: Iterable[SceneGraph], file: str) -> None:
 
 
 def read_predictions(
-    file: str, num_classes: int | None = None, num_predicates: int | None = None
+    file: str,
+    num_classes: int | None = None,
+    num_predicates: int | None = None,
+    num_attributes: int | None = None,
 ) -> Iterator[SceneGraph]:
     """Read a plain or gzipped predictions file.
 
@@ -72,6 +81,7 @@ def read_predictions(
         file: path; its content says whether it is gzipped.
         num_classes: entity classes of the dataset; not checked when None.
         num_predicates: predicates of the dataset; not checked when None.
+        num_attributes: attributes of the dataset; not checked when None.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -97,7 +107,13 @@ def read_predictions(
     try:
         with (gzip.open if is_gzipped else open)(file, "rt", encoding="utf-8-sig") as stream:
             for record in _records(file, stream):
-                yield _prediction(record, f"{file}, record {index}", num_classes, num_predicates)
+                yield _prediction(
+                    record,
+                    f"{file}, record {index}",
+                    ("class", num_classes),
+                    ("predicate", num_predicates),
+                    ("attribute", num_attributes),
+                )
                 index += 1
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{_cut_off(file, index)} ({error})") from error
@@ -178,8 +194,8 @@ def _unreadable(file: str, index: int, error: Exception) -> str:
     """Return the message about a record that is no JSON, or whose end is missing."""
     if not isinstance(error, json.JSONDecodeError):  # nested too deeply, too many digits
         return (
-            f"{file}: record {index} cannot be read: {error}. Expected {_EXPECTED}; write the file "
-            "again."
+            f"{file}: record {index} cannot be read: {json_problem(error)}. Expected {_EXPECTED}; "
+            "write the file again."
         )
     text = error.doc.rstrip()
     # The position of an unterminated string is its beginning, however long it is.
@@ -194,9 +210,8 @@ def _unreadable(file: str, index: int, error: Exception) -> str:
     )
 
 
-def _prediction(
-    record: Any, where: str, num_classes: int | None, num_predicates: int | None
-) -> SceneGraph:
+def _prediction(record: Any, where: str, *counts: tuple[str, int | None]) -> SceneGraph:
+    """Check and return a record; ``counts`` has the names and counts of the three kinds of ids."""
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected an object with image_id, found {record!r:.80}.")
     image_id = record.get("image_id")
@@ -217,22 +232,34 @@ def _prediction(
             )
         parts.extend(part[name] for name in fields)
     try:
-        prediction = SceneGraph.from_arrays(image_id, *parts)
+        attributes = _attributes(record["instances"], f"Prediction of image {image_id!r}")
+        prediction = SceneGraph.from_arrays(image_id, *parts, attributes=attributes)
     except ValueError as error:
         message = str(error).removeprefix(f"Prediction of image {image_id!r}: ")
         raise ValueError(f"{where}: {message}") from error
-    for name, values, count in (
-        ("class", prediction.classes, num_classes),
-        ("predicate", prediction.predicates, num_predicates),
-    ):
+    attribute_ids = () if attributes is None else attributes.ids
+    ids = (prediction.classes, prediction.predicates, attribute_ids)
+    for (name, count), values in zip(counts, map(np.asarray, ids), strict=True):
         wrong = values[(values < 0) | (values >= count)] if count is not None else ()
         if len(wrong):
             raise ValueError(
                 f"{where}: {name} {wrong[0]} is not one of the dataset's {count}, 0 to "
-                f"{count - 1}. Classes and predicates are contiguous and 0-based, without "
-                '"background" or "no relationship": convert the ids before writing.'
+                f'{count - 1}. Ids are contiguous and 0-based, without "background" or "no '
+                'relationship": convert the ids before writing.'
             )
     return prediction
+
+
+def _attributes(instances: dict[str, Any], where: str) -> EntityAttributes | None:
+    """Return the attributes of a record; None if it has none, as before there were any."""
+    if "attributes" not in instances and "attribute_scores" not in instances:
+        return None
+    for key in ("attributes", "attribute_scores"):
+        if key not in instances:
+            raise ValueError(f'{where}: "instances" has no "{key}", but its counterpart.')
+    return EntityAttributes.from_lists(
+        instances["attributes"], instances["attribute_scores"], len(instances["boxes"]), where
+    )
 
 
 def settings_file(predictions_file: str) -> str:
@@ -270,8 +297,8 @@ def read_settings(file: str) -> dict[str, Any]:
     Returns:
         ``dataset``, ``task``, ``predicates_per_pair`` (for each k in this list the file holds the
         exact best triplets; None means no limit), ``triplets`` (how many of them per image; None
-        means all) and, if known, the names of classes and predicates by id (``thing_classes``,
-        ``predicate_classes``).
+        means all) and, if known, the names of classes, predicates and attributes by id
+        (:data:`.name_matching.NAME_FIELDS`).
 
     Raises:
         ValueError: the settings cannot be read, or belong to another predictions file.

@@ -5,23 +5,29 @@ gives the recall and the average precision (AP) of each predicate. P predicates,
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
 
-from .batches import NEVER, OVERLAPS, RelationTable
+from ..utils.protocols import OVERLAPS, Protocol
+from .batches import NEVER, RelationTable
+from .frequency_groups import GROUPS, frequency_groups
 from .metrics import (
     ScoredTriplets,
+    harmonic_mean,
     image_recall,
+    information,
     mean_of_defined,
     pooled_recall,
     predicate_image_recall,
     predicate_pooled_recall,
+    relative_image_recall,
 )
 
-__all__ = ["Block", "METRICS", "Matches", "Settings", "block_name"]
+__all__ = ["Block", "METRICS", "Matches", "Settings", "block_name", "measure"]
 
 _SUFFIXES = dict(zip(OVERLAPS, ("rel", "phr")))
 
@@ -37,6 +43,7 @@ class Settings:
     topk: int | None = 100  # triplets per image that count in average precision; None: all
     seen_triplets: np.ndarray | None = None  # (T, 3) labels in the training set, if known
     training_counts: np.ndarray | None = None  # (P,) relations in the training set, if known
+    group_thresholds: tuple[int, ...] = ()  # of head and tail; empty: thirds
 
     @property
     def num_predicates(self) -> int:
@@ -52,6 +59,11 @@ class Settings:
         codes = codes.reshape(-1)
         count = len(self.seen_triplets)
         return ~np.isin(codes[count:], codes[:count])
+
+    def groups(self, truth: RelationTable) -> dict[str, list[int]] | None:
+        """Return the predicates of head, body and tail, see :func:`.frequency_groups`."""
+        counts = np.bincount(truth.predicates, minlength=self.num_predicates)
+        return frequency_groups(counts, self.training_counts, self.group_thresholds)
 
 
 @dataclass(frozen=True)
@@ -117,19 +129,36 @@ def _motifs(matches: Matches, settings: Settings) -> Block:
 
     ``R@n``: the share found in an image, averaged over images. ``mR@n``: the same for each
     predicate over the images that have it, averaged over the predicates of the ground truth.
-    ``zR@n``: the same as R@n over the relations whose labels the training set lacks, averaged over
-    the images that have such relations. An image without predictions counts 0.
+    ``F1@n``: their harmonic mean. ``zR@n``: the same as R@n over the relations whose labels the
+    training set lacks, averaged over the images that have such relations. ``relative R@n``: an
+    image with m relations can reach all of ``min(n, m)``. ``information R@n``: a relation counts
+    with the bits of its predicate, ``-log2`` of its share in the training set. ``head mR@n``,
+    ``body mR@n``, ``tail mR@n``: mR@n of the predicates of one group. An image without predictions
+    counts 0.
     """
     truth, unseen, ranks = matches.truth, matches.unseen, matches.ranks["relationship"]
+    recall_at, num_predicates = settings.recall_at, settings.num_predicates
     metrics: OrderedDict[str, float] = OrderedDict()
-    for n in settings.recall_at:
+    recalls = {n: predicate_image_recall(ranks < n, truth, num_predicates) for n in recall_at}
+    for n in recall_at:
         metrics[f"R@{n}"] = image_recall(ranks < n, truth.image)
-    recall = np.full(settings.num_predicates, np.nan)
-    for n in sorted(settings.recall_at):
-        recall = predicate_image_recall(ranks < n, truth, settings.num_predicates)
-        metrics[f"mR@{n}"] = mean_of_defined(recall)
-    for n in settings.recall_at if unseen is not None else ():
+    for n in recall_at:
+        metrics[f"mR@{n}"] = mean_of_defined(recalls[n])
+    for n in recall_at:
+        metrics[f"F1@{n}"] = harmonic_mean(metrics[f"R@{n}"], metrics[f"mR@{n}"])
+    for n in recall_at if unseen is not None else ():
         metrics[f"zR@{n}"] = image_recall(ranks[unseen] < n, truth.image[unseen])
+    for n in recall_at:
+        metrics[f"relative R@{n}"] = relative_image_recall(ranks < n, truth.image, n)
+    if settings.training_counts is not None:
+        weights = information(settings.training_counts)[truth.predicates]
+        for n in recall_at:
+            metrics[f"information R@{n}"] = image_recall(ranks < n, truth.image, weights)
+    groups = settings.groups(truth)
+    for name in GROUPS if groups is not None else ():
+        for n in recall_at:
+            metrics[f"{name} mR@{n}"] = mean_of_defined(recalls[n][groups[name]])
+    recall = recalls.get(max(recall_at, default=0), np.full(num_predicates, np.nan))
     precision = matches.triplets["relationship"].average_precision(truth, settings.num_predicates)
     return Block(metrics, recall, precision)
 
@@ -201,10 +230,33 @@ METRICS: dict[str, Callable[[Matches, Settings], Block]] = {
     "lu2016": _lu2016,
     "motifs": _motifs,
     "openimages": _openimages,
-    "openimages_text": _openimages,
     "released": _released,
     "relations": _relations,
 }
+
+
+def measure(matches: Matches, settings: Settings, protocol: Protocol) -> Block:
+    """Return the metrics of a protocol, its own or a built-in set.
+
+    Raises:
+        ValueError: a protocol's own function returns something else than numbers by name.
+    """
+    if isinstance(protocol.metrics, str):
+        return METRICS[protocol.metrics](matches, settings)
+    values = protocol.metrics(matches, settings)
+    if not isinstance(values, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, (Real, np.number))
+        for name, value in values.items()
+    ):
+        raise ValueError(
+            f"Protocol '{protocol.name}': its metrics return {values!r}; expected a dict of "
+            'numbers by name, such as {"R@50": 12.3}.'
+        )
+    metrics = OrderedDict((name, float(value)) for name, value in values.items())
+    precision = matches.triplets["relationship"].average_precision(
+        matches.truth, settings.num_predicates
+    )
+    return Block(metrics, matches.largest_recall(settings), precision)
 
 
 def _pooled_recalls(matches: Matches, recall_at: Sequence[int | str]) -> "OrderedDict[str, float]":

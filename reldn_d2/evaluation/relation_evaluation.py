@@ -18,12 +18,15 @@ from detectron2.utils import comm
 from ..data.boxes_only import require_real_size
 from ..data.dataset_dict import dicts_without_images
 from ..data.datasets.catalog import dataset_names
+from ..structures.name_matching import NAME_FIELDS
 from ..structures.names import table_cell
 from ..structures.relations import TASKS
 from ..structures.scene_graph import ImageId, SceneGraph
 from ..utils.protocols import distinct_limits, find_protocol
+from .attribute_evaluation import add_attribute_scores
 from .batches import ImagePair
 from .diagnosis import check_given_entities, check_not_normalized, find_misreading
+from .frequency_groups import check_thresholds
 from .per_predicate import PredicateTable
 from .predictions_io import PREDICTIONS_FILE, write_predictions, write_settings
 from .protocol_metrics import Settings
@@ -62,7 +65,9 @@ class RelationDatasetEvaluator(DatasetEvaluator):
         recall_at: Sequence[int] | None = None,
         topk: int | None = None,
         seen_triplets: Iterable[tuple[int, int, int]] | None = None,
+        group_thresholds: Sequence[int] = (),
         keep_predictions: bool = True,
+        attributes: bool | None = None,
     ):
         """
         Args:
@@ -74,8 +79,8 @@ class RelationDatasetEvaluator(DatasetEvaluator):
                 of this process.
             task: ``sgdet``, ``sgcls``, ``prdcls`` or ``preddet``, what was given to the model. It
                 is part of the results' names; the rules of matching are the same for all.
-            protocol: a name of :data:`reldn_d2.utils.protocols.PROTOCOLS`; default: that of the
-                class or of the dataset's ``evaluator_type``.
+            protocol: a name in :data:`reldn_d2.utils.protocols.PROTOCOL_REGISTRY`; default:
+                that of the class or of the dataset's ``evaluator_type``.
             predicates_per_pair: values of k, each with results of its own; None in the list means
                 no limit; default: the protocol's. The model's output must contain the exact best
                 triplets for each.
@@ -87,7 +92,11 @@ class RelationDatasetEvaluator(DatasetEvaluator):
                 for ``openimages`` (both) and otherwise 100, or the largest n if that is more.
             seen_triplets: (subject class, predicate, object class) of the training set, instead of
                 those of the metadata's ``train_dataset``.
+            group_thresholds: two numbers of training relations that divide the predicates into
+                head, body and tail; empty: thirds (see :mod:`.frequency_groups`).
             keep_predictions: write ``relation_predictions.json`` to ``output_dir``.
+            attributes: whether the model predicts attributes, which are then scored too if the
+                dataset has any (:mod:`.attribute_evaluation`); None: if any prediction has some.
 
         Raises:
             ValueError: an unknown task or protocol, values out of range, or incomplete metadata.
@@ -104,6 +113,8 @@ class RelationDatasetEvaluator(DatasetEvaluator):
             topk = max(100, *recall_at, 0)
         names = self._metadata.get("predicate_classes", None)
         _check_settings(dataset_name, names, predicates_per_pair, recall_at, topk)
+        has_training_set = bool(self._metadata.get("train_dataset", None))
+        check_thresholds(group_thresholds, has_training_set, dataset_name)
         if seen_triplets is not None:
             seen_triplets = np.asarray(list(seen_triplets), dtype=np.int64).reshape(-1, 3)
         self._seen_triplets = seen_triplets
@@ -113,12 +124,14 @@ class RelationDatasetEvaluator(DatasetEvaluator):
             predicates_per_pair=distinct_limits(predicates_per_pair),
             recall_at=recall_at,
             topk=topk,
+            group_thresholds=tuple(group_thresholds),
         )
         self._kept = distinct_limits([*predicates_per_pair, *kept_predicates_per_pair])
         self._dataset_name = dataset_name
         self._output_dir = output_dir
         self._distributed = distributed
         self._keep_predictions = keep_predictions
+        self._attributes = attributes
         self._ground_truth: dict[ImageId, SceneGraph] | None = None
         self.reset()
 
@@ -133,7 +146,7 @@ class RelationDatasetEvaluator(DatasetEvaluator):
         if self._ground_truth is None:
             images = load_ground_truth(self._dataset_name, self.settings.task)
             for image_id, truth in images.items():
-                self._check_labels(image_id, truth.classes, truth.predicates, "annotations")
+                self._check_labels(image_id, truth, "annotations")
             self._ground_truth = images
         return self._ground_truth
 
@@ -192,6 +205,8 @@ class RelationDatasetEvaluator(DatasetEvaluator):
         pairs = [(gt, none if p is None else p) for gt, p in images]
         self.settings = self._with_training_set(self.settings)
         scores = score(pairs, self.protocol, self.settings)
+        if self._attributes or any(p.attributes is not None for _, p in pairs):
+            self._add_attribute_scores(scores, pairs)
         self._warn_if_nothing_matched(pairs, scores.anything_matched)
         misreading = find_misreading(pairs)
         if misreading:
@@ -201,13 +216,24 @@ class RelationDatasetEvaluator(DatasetEvaluator):
 
     def result_names(self) -> dict[str, list[str]]:
         """Return the names of the metrics of each block, which do not depend on the images."""
-        results = score([], self.protocol, self._with_training_set(self.settings)).results
-        return {block: list(metrics) for block, metrics in results.items()}
+        scores = score([], self.protocol, self._with_training_set(self.settings))
+        if self._attributes:
+            self._add_attribute_scores(scores, [])
+        return {block: list(metrics) for block, metrics in scores.results.items()}
 
     def joined(self) -> list[ImagePair]:
         """Return this process's ground truth and prediction of every image of the dataset."""
         none = SceneGraph.empty("")
         return [(gt, none if p is None else p) for gt, p in self._join(self._predictions)]
+
+    def _add_attribute_scores(self, scores: Scores, images: Sequence[ImagePair]) -> None:
+        """Add the results of attributes, if the dataset has any."""
+        names = dataset_names(self._dataset_name)
+        attributes = names.get("attribute_classes")
+        if attributes:
+            num_classes = len(names["thing_classes"])
+            settings = self.settings
+            add_attribute_scores(scores, images, self.protocol, settings, num_classes, attributes)
 
     def _with_training_set(self, settings: Settings) -> Settings:
         train_dataset = self._metadata.get("train_dataset", None)
@@ -273,7 +299,7 @@ class RelationDatasetEvaluator(DatasetEvaluator):
             image_id = prediction.image_id
             if image_id not in self.ground_truth:
                 raise ValueError(f"Prediction of image {image_id!r}: {self.no_such_image()}")
-            self._check_labels(image_id, prediction.classes, prediction.predicates, "predictions")
+            self._check_labels(image_id, prediction, "predictions")
             # Samplers that pad the last batch repeat images; the first prediction counts.
             by_image.setdefault(image_id, prediction)
         return [(gt, by_image.get(image_id)) for image_id, gt in self.ground_truth.items()]
@@ -286,12 +312,13 @@ class RelationDatasetEvaluator(DatasetEvaluator):
             "processed."
         )
 
-    def _check_labels(
-        self, image_id: ImageId, classes: np.ndarray, predicates: np.ndarray, what: str
-    ) -> None:
-        """Raise if a class or predicate lies outside the names in the metadata."""
-        for key, values in (("thing_classes", classes), ("predicate_classes", predicates)):
+    def _check_labels(self, image_id: ImageId, graph: SceneGraph, what: str) -> None:
+        """Raise if a class, predicate or attribute lies outside the names in the metadata."""
+        attributes = () if graph.attributes is None else graph.attributes.ids
+        for key, values in zip(NAME_FIELDS, (graph.classes, graph.predicates, attributes)):
             names = self._metadata.get(key, None)
+            if key == "attribute_classes" and not names:
+                continue  # the dataset has none, so they are not scored
             if names is None or len(values) == 0:
                 continue
             low, high = int(values.min()), int(values.max())

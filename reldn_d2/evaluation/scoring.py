@@ -12,7 +12,7 @@ from .confusion import ConfusionCounter
 from .matching import best_candidates, counted_relations, find_relations, first_ranks
 from .metrics import ScoredTriplets
 from .per_predicate import PredicateTable
-from .protocol_metrics import METRICS, Matches, Settings, block_name
+from .protocol_metrics import Matches, Settings, block_name, measure
 
 __all__ = ["Results", "Scores", "match_images", "score"]
 
@@ -44,7 +44,7 @@ def score(images: Sequence[ImagePair], protocol: Protocol, settings: Settings) -
     scores = Scores(anything_matched=anything_matched)
     confusions: Results = OrderedDict()
     for k, matches in matches_by_k.items():
-        block = METRICS[protocol.name](matches, settings)
+        block = measure(matches, settings, protocol)
         name = block_name(protocol.name, settings.task, k)
         scores.results[name] = block.metrics
         scores.predicates[name] = PredicateTable(
@@ -54,6 +54,7 @@ def score(images: Sequence[ImagePair], protocol: Protocol, settings: Settings) -
             recall=block.recall,
             recall_at=max(settings.recall_at, default=0),
             average_precision=block.average_precision,
+            group_thresholds=settings.group_thresholds,
         )
         if not matches.confusion.keys() <= block.metrics.keys():
             confusions[block_name("confusion", settings.task, k)] = matches.confusion

@@ -7,7 +7,8 @@ Two layouts are in use. The challenge's server takes one line per image::
 
 and the challenge's evaluation code one line per triplet, with the columns :data:`COLUMNS`.
 Coordinates are divided by the image's width and height. Labels are OpenImages' identifiers
-(``/m/04bcr3``).
+(``/m/04bcr3``). An attribute of an entity is a triplet too: with the predicate ``is``, the
+attribute as second label, and the entity's box twice.
 """
 
 import csv
@@ -23,9 +24,11 @@ import numpy as np
 from detectron2.data import MetadataCatalog
 
 from ..data.dataset_dict import dicts_without_images
+from ..structures.attributes import EntityAttributes
 from ..structures.ranking import rank_in_group
 from ..structures.scene_graph import ImageId, SceneGraph
 from ..utils.file_io import write_atomically
+from .attribute_evaluation import IS, attribute_relations
 
 __all__ = ["COLUMNS", "LAYOUTS", "is_submission", "read_submission", "write_submission"]
 
@@ -47,10 +50,16 @@ def is_submission(file: str) -> bool:
 
 
 class _Names(NamedTuple):
-    """Names of classes and predicates, and the images' sizes."""
+    """Names of classes and predicates, and the images' sizes.
+
+    In the files, attributes are further classes after ``num_classes``, and ``is`` is another
+    predicate after ``num_predicates``.
+    """
 
     classes: Sequence[str]
     predicates: Sequence[str]
+    num_classes: int
+    num_predicates: int
     sizes: dict[str, tuple[ImageId, float, float]]  # by str(image_id): the id, width, height
 
 
@@ -63,11 +72,20 @@ def _names(dataset_name: str, labels: Sequence[str] | None) -> _Names:
             f"The metadata of dataset '{dataset_name}' lacks thing_classes or predicate_classes."
         )
     known = metadata.get("thing_classes", None)
+    attributes = metadata.get("attribute_classes", None) or []
+    if IS in predicates:  # the dataset has its attributes as relations already
+        attributes = []
+    if known is not None and attributes and len(classes) == len(known) + len(attributes):
+        classes, attributes = classes[: len(known)], classes[len(known) :]
     if known is not None and len(known) != len(classes):
+        further = f", and optionally the {len(attributes)} attributes" if attributes else ""
         raise ValueError(
             f"{len(classes)} labels for the {len(known)} classes of dataset '{dataset_name}'; "
-            "expected one for each, in their order."
+            f"expected one for each{further}, in their order."
         )
+    num_classes, num_predicates = len(classes), len(predicates)
+    if attributes:
+        classes, predicates = [*classes, *attributes], [*predicates, IS]
     sizes = {}
     for record in dicts_without_images(dataset_name):
         image_id = record["image_id"]
@@ -81,7 +99,7 @@ def _names(dataset_name: str, labels: Sequence[str] | None) -> _Names:
     for kind, names in (("class", classes), ("predicate", predicates)):
         if len(set(names)) != len(names):
             raise ValueError(f"Dataset '{dataset_name}' has two equal {kind} names.")
-    return _Names(list(classes), list(predicates), sizes)
+    return _Names(list(classes), list(predicates), num_classes, num_predicates, sizes)
 
 
 def write_submission(
@@ -98,8 +116,9 @@ def write_submission(
         predictions: of its images; missing images get a line without triplets.
         file: the CSV file.
         layout: ``server`` or ``table``, see above.
-        labels: OpenImages' identifiers of the classes; default: the metadata's ``thing_labels``, or
-            ``thing_classes`` if it has none.
+        labels: OpenImages' identifiers of the classes, and after them, if they are known, those of
+            the attributes; default: the metadata's ``thing_labels``, or ``thing_classes`` if it has
+            none. Attributes without identifiers have their names.
 
     Raises:
         ValueError: an unknown layout, an image that the dataset lacks, or names with blanks.
@@ -107,7 +126,9 @@ def write_submission(
     if layout not in LAYOUTS:
         raise ValueError(f"Unknown layout {layout!r}; expected one of {', '.join(LAYOUTS)}.")
     names = _names(dataset_name, labels)
-    blank = [name for name in (*names.classes, *names.predicates) if len(name.split()) != 1]
+    ends = names.classes[: names.num_classes]
+    blank = [name for name in (*ends, *names.predicates) if len(name.split()) != 1]
+    blank_attributes = [x for x in names.classes[names.num_classes :] if len(x.split()) != 1]
     if layout == "server" and blank:
         raise ValueError(
             f"{blank[0]!r} has a space, which separates the fields of the server's layout. Use "
@@ -123,7 +144,14 @@ def write_submission(
             if key not in names.sizes:
                 raise ValueError(f"Dataset '{dataset_name}' has no image {key!r}.")
             missing.pop(key, None)
-            rows = _rows(prediction, names)
+            if layout == "server" and blank_attributes and prediction.attributes is not None:
+                raise ValueError(
+                    f"The attribute {blank_attributes[0]!r} has a space, which separates the "
+                    "fields of the server's layout. Give the identifiers of the attributes after "
+                    'those of the classes (labels), or write the layout "table".'
+                )
+            counts = (names.num_classes, names.num_predicates)
+            rows = _rows(attribute_relations(prediction, *counts), names)
             if layout == "server":
                 writer.writerow((key, " ".join(" ".join(row) for row in rows)))
             else:
@@ -241,29 +269,81 @@ def _prediction(
     labels = [label for t in triplets for label in (t[1], t[6])]
     classes = _ids(labels, names.classes, "class", where)
     predicates = _ids([t[11] for t in triplets], names.predicates, "predicate", where)
+    is_attribute = predicates == names.num_predicates
+    _check_attributes(triplets, classes.reshape(-1, 2), boxes, is_attribute, names, where)
     # Equal boxes of one class become one entity again. The challenge also scores a triplet whose
-    # two boxes are equal, and each copy of a triplet: their objects become entities of their own.
+    # two boxes are equal, and each copy of a triplet: their objects become entities of their own;
+    # for a copy of an attribute the entity itself does.
     _, index = np.unique(np.column_stack([classes, boxes]), axis=0, return_inverse=True)
     subjects, objects = index.reshape(-1, 2).astype(np.int64).T
     codes = (subjects * len(boxes) + objects) * len(names.predicates) + predicates
     copies = rank_in_group(codes)
-    extra = np.column_stack([np.zeros_like(copies), copies + (subjects == objects)]).reshape(-1)
+    of_object = np.where(is_attribute, 0, copies + (subjects == objects))
+    extra = np.column_stack([np.where(is_attribute, copies, 0), of_object]).reshape(-1)
     keys = np.column_stack([classes, boxes, extra])
-    entities, index = np.unique(keys, axis=0, return_inverse=True)
+    is_end = np.column_stack([np.ones(len(triplets), bool), ~is_attribute]).reshape(-1)
+    entities, index = np.unique(keys[is_end], axis=0, return_inverse=True)
+    ends = np.full(len(keys), -1)
+    ends[is_end] = index.reshape(-1)
+    pairs, scores = ends.reshape(-1, 2), np.asarray(scores, dtype=np.float64)
+    attributes = None
+    if len(names.predicates) > names.num_predicates:
+        order = np.argsort(-scores, kind="stable")
+        order = order[is_attribute[order]]
+        ids = classes.reshape(-1, 2)[order, 1] - names.num_classes
+        attributes = EntityAttributes(pairs[order, 0], ids, scores[order])
     try:
         graph = SceneGraph.from_arrays(
             image_id,
             entities[:, 1:5],
             entities[:, 0].astype(np.int64),
             np.ones(len(entities)),
-            index.reshape(-1, 2),
-            predicates,
-            scores,
+            pairs[~is_attribute],
+            predicates[~is_attribute],
+            scores[~is_attribute],
+            attributes=attributes,
         )
         return graph, int((copies > 0).sum())
     except ValueError as error:
         message = str(error).removeprefix(f"Prediction of image {image_id!r}: ")
         raise ValueError(f"{where}: {message}") from error
+
+
+def _check_attributes(
+    triplets: Sequence[Sequence[str]],
+    classes: np.ndarray,
+    boxes: np.ndarray,
+    is_attribute: np.ndarray,
+    names: _Names,
+    where: str,
+) -> None:
+    """Raise if an attribute and ``is`` are not together, or such a triplet has two boxes.
+
+    Args:
+        triplets: K triplets of an image, as in the file.
+        classes: (K, 2) labels of subject and object.
+        boxes: (2 K, 4).
+        is_attribute: (K,) bool, the predicate is ``is``.
+        names, where: of the dataset; file, line and image.
+    """
+    wrong = (classes[:, 1] >= names.num_classes) != is_attribute
+    wrong |= classes[:, 0] >= names.num_classes
+    if wrong.any():
+        row = triplets[int(wrong.argmax())]
+        raise ValueError(
+            f"{where}: {row[1]} {row[11]} {row[6]}: an attribute is the second label of '{IS}' "
+            "and of no other relation."
+        )
+    moved = is_attribute & (boxes[::2] != boxes[1::2]).any(axis=1)
+    if moved.any():
+        row = triplets[int(moved.argmax())]
+        raise ValueError(
+            f"{where}: {row[1]} {row[11]} {row[6]} has two different boxes. Both are the entity's: "
+            "write the same coordinates twice."
+        )
+    scores = np.array([float(t[0]) for t in triplets])
+    if not np.isfinite(scores[is_attribute]).all():
+        raise ValueError(f"{where}: NaN or infinite scores of attributes. Leave such triplets out.")
 
 
 def _ids(labels: Sequence[str], names: Sequence[str], kind: str, where: str) -> np.ndarray:

@@ -7,6 +7,7 @@ from .relation_head import (
     RELATION_LOSS_REGISTRY,
     RELATION_PREDICTOR_REGISTRY,
     ROI_RELATION_HEAD_REGISTRY,
+    AttributeHead,
     ContrastiveLosses,
     EntitiesAndRelations,
     EntityBatch,
@@ -24,6 +25,7 @@ from .relation_head import (
     RelDNPredictor,
     SampledPairs,
     TransformerContext,
+    build_attribute_head,
     build_relation_head,
 )
 
@@ -37,6 +39,7 @@ __all__ = [
     "RELATION_LOSS_REGISTRY",
     "RELATION_PREDICTOR_REGISTRY",
     "ROI_RELATION_HEAD_REGISTRY",
+    "AttributeHead",
     "ContrastiveLosses",
     "EntitiesAndRelations",
     "EntityBatch",
@@ -54,5 +57,6 @@ __all__ = [
     "RelationLoss",
     "SampledPairs",
     "TransformerContext",
+    "build_attribute_head",
     "build_relation_head",
 ]

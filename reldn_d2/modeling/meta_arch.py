@@ -14,6 +14,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, detector_postprocess
 from detectron2.structures import ImageList, Instances
 
 from ..structures.relations import TASKS, remap_relations
+from ..utils.registry import find_registered
 from .backbone import build_predicate_backbone, record_stages
 from .detectors import (
     ENTITY_DETECTOR_REGISTRY,
@@ -279,7 +280,8 @@ class RelDN(nn.Module):
 
 def predicts_relations(cfg: CfgNode) -> bool:
     """Tell whether the config's meta-architecture is RelDN or a subclass, not just a detector."""
-    meta_arch = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    key, name = "MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE
+    meta_arch = find_registered(META_ARCH_REGISTRY, name, key)
     return isinstance(meta_arch, type) and issubclass(meta_arch, RelDN)
 
 
@@ -291,7 +293,8 @@ def needs_images(cfg: CfgNode) -> bool:
     """
     if not predicts_relations(cfg) or cfg.MODEL.RELDN.DETECTOR == "auto":
         return True
-    detector = ENTITY_DETECTOR_REGISTRY.get(cfg.MODEL.RELDN.DETECTOR)
+    key, name = "MODEL.RELDN.DETECTOR", cfg.MODEL.RELDN.DETECTOR
+    detector = find_registered(ENTITY_DETECTOR_REGISTRY, name, key)
     return not hasattr(detector, "needs_images") or detector.needs_images(cfg)
 
 

@@ -12,9 +12,10 @@ def to_networkx(scene: Any, related_only: bool = False):
 
     Nodes are the entities by index, with ``name`` of the class, ``label`` (as in pictures, with an
     ordinal if a class occurs repeatedly), ``class_id``, ``score`` and the box as ``x0``, ``y0``,
-    ``x1`` and ``y1``. Edges go from subject to object, with ``name``, ``predicate_id``, ``score``
-    and ``predicate_score``; their key is the predicate's id. All attributes are plain scalars, so
-    that networkx can write the graph in any of its formats.
+    ``x1`` and ``y1``; and, if entities have attributes, ``attributes``, such as ``red, wooden``:
+    those with a score of at least 0.5, best first. Edges go from subject to object, with ``name``,
+    ``predicate_id``, ``score`` and ``predicate_score``; their key is the predicate's id. All values
+    are plain scalars, so that networkx can write the graph in any of its formats.
 
     Args:
         scene: a predicted :class:`.scene_graph.SceneGraph`.
@@ -34,7 +35,9 @@ def to_networkx(scene: Any, related_only: bool = False):
     nodes = scene.related_entities if related_only else range(len(boxes))
     labels = name_entities(boxes, classes, nodes, scene.thing_classes)
     scores = scene.box_scores.tolist()
+    words = scene.attribute_words()
     for i in nodes:
+        more = {} if scene.attributes is None else {"attributes": ", ".join(words[i])}
         graph.add_node(
             i,
             name=scene.class_name(classes[i]),
@@ -42,6 +45,7 @@ def to_networkx(scene: Any, related_only: bool = False):
             class_id=classes[i],
             score=scores[i],
             **dict(zip(("x0", "y0", "x1", "y1"), boxes[i])),
+            **more,
         )
     predicate_scores = scene["relations"].predicate_scores.tolist()
     for (subject, object_, predicate, score), probability in zip(scene.rows(), predicate_scores):
@@ -73,7 +77,10 @@ def graph_to_dot(graph) -> str:
     """Return a scene graph in Graphviz's DOT language."""
     lines = ["digraph scene {", "  node [shape=box, style=rounded];"]
     for node, data in graph.nodes(data=True):
-        lines.append(f"  {node} [label={_quote(data.get('label', data['name']))}];")
+        label = data.get("label", data["name"])
+        if data.get("attributes"):
+            label += f"\n{data['attributes']}"
+        lines.append(f"  {node} [label={_quote(label)}];")
     for subject, object_, data in graph.edges(data=True):
         label = _quote(f"{data['name']} {data['score']:.2f}")
         lines.append(f"  {subject} -> {object_} [label={label}];")

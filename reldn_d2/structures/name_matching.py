@@ -1,8 +1,8 @@
-"""Match classes and predicates by name: the only place that compares two lists of names.
+"""Match classes, predicates and attributes by name: the only place that compares lists of names.
 
-Checkpoints, detectors, datasets and predictions files each list the names of their classes and
-predicates, and an id is a position in such a list. Wherever two of them meet, :func:`match_names`
-compares the lists: another order is mapped, other names are an error.
+Checkpoints, detectors, datasets and predictions files each list the names of their classes,
+predicates and attributes, and an id is a position in such a list. Wherever two of them meet,
+:func:`match_names` compares the lists: another order is mapped, other names are an error.
 """
 
 import logging
@@ -15,6 +15,7 @@ import torch
 
 from detectron2.structures import Instances
 
+from .attributes import ATTRIBUTE_FIELDS
 from .scene_graph import SceneGraph
 
 __all__ = [
@@ -27,7 +28,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-NAME_FIELDS = ("thing_classes", "predicate_classes")  # in metadata and in checkpoints
+# In metadata and in checkpoints. A list of attributes that is missing or empty: there are none.
+NAME_FIELDS = ("thing_classes", "predicate_classes", "attribute_classes")
+_KINDS = {"predicate_classes": "predicates", "attribute_classes": "attributes"}
 _SHOWN = 5  # names per side in an error
 
 
@@ -47,7 +50,7 @@ def require_unique_names(names: Sequence[str], field: str, owner: str) -> None:
         ValueError: with both ids and the name.
     """
     first: dict[str, int] = {}
-    kind = "predicates" if field.startswith("predicate") else "classes"
+    kind = _KINDS.get(field, "classes")
     for index, name in enumerate(names):
         stripped = str(name).strip()
         if stripped in first:
@@ -115,19 +118,21 @@ def _first_names(names: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Renumbering:
-    """New ids of classes and predicates, by old id; None keeps the ids.
+    """New ids of classes, predicates and attributes, by old id; None keeps the ids.
 
     Attributes:
         classes: for each old class id the new one.
         predicates: for each old predicate id the new one.
+        attributes: for each old attribute id the new one.
     """
 
     classes: list[int] | None = None
     predicates: list[int] | None = None
+    attributes: list[int] | None = None
 
     def __bool__(self) -> bool:
         """Tell whether any id changes."""
-        return self.classes is not None or self.predicates is not None
+        return any(x is not None for x in (self.classes, self.predicates, self.attributes))
 
     @classmethod
     def between(
@@ -138,7 +143,7 @@ class Renumbering:
         target_owner: str,
         hint: str = "",
     ) -> "Renumbering":
-        """Match classes and predicates of two owners; log a line for each that has another order.
+        """Match the names of two owners; log a line for each field that has another order.
 
         Args:
             source, target: names by field (:data:`NAME_FIELDS`); a missing or empty list is not
@@ -156,11 +161,12 @@ class Renumbering:
                     f"{field}: {source_owner} lists the {len(ours)} names of {target_owner} in "
                     "another order; ids are mapped by name."
                 )
-        return cls(maps.get("thing_classes"), maps.get("predicate_classes"))
+        return cls(*(maps.get(field) for field in NAME_FIELDS))
 
     def inverse(self) -> "Renumbering":
         """Return the mapping from new ids to old ones."""
-        return Renumbering(*(_inverse(x) for x in (self.classes, self.predicates)))
+        maps = (self.classes, self.predicates, self.attributes)
+        return Renumbering(*map(_inverse, maps))
 
     def dataset_dict(self, record: dict[str, Any]) -> dict[str, Any]:
         """Return a dataset dict with new ids; the given one is not modified."""
@@ -168,6 +174,15 @@ class Renumbering:
         if self.classes is not None and "annotations" in record:
             record["annotations"] = [
                 {**x, "category_id": self.classes[x["category_id"]]} for x in record["annotations"]
+            ]
+        if self.attributes is not None and "annotations" in record:
+            record["annotations"] = [
+                (
+                    {**x, "attributes": [self.attributes[a] for a in x["attributes"]]}
+                    if "attributes" in x
+                    else x
+                )
+                for x in record["annotations"]
             ]
         if self.predicates is not None and "relations" in record:
             record["relations"] = [(s, o, self.predicates[p]) for s, o, p in record["relations"]]
@@ -193,8 +208,16 @@ class Renumbering:
             verified = np.stack([table[verified[:, 0]], verified[:, 1]], axis=1)
         if self.predicates is not None:
             predicates = np.array(self.predicates, dtype=np.int64)[predicates]
+        attributes = graph.attributes
+        if self.attributes is not None and attributes is not None:
+            attributes = attributes.renumbered(self.attributes)
         return replace(
-            graph, classes=classes, predicates=predicates, verified=verified, output=None
+            graph,
+            classes=classes,
+            predicates=predicates,
+            attributes=attributes,
+            verified=verified,
+            output=None,
         )
 
     def fields(self, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,6 +235,8 @@ class Renumbering:
         ):
             if ids is not None and isinstance(result.get(key), Instances):
                 result[key] = _renumber(result[key], names, ids)
+        if self.attributes is not None and isinstance(result.get("instances"), Instances):
+            result["instances"] = _reorder_attributes(result["instances"], self.attributes)
         return result
 
 
@@ -231,4 +256,14 @@ def _renumber(instances: Instances, names: Sequence[str], ids: list[int]) -> Ins
         if name in fields:
             old = fields[name]
             fields[name] = torch.tensor(ids, dtype=old.dtype, device=old.device)[old.long()]
+    return Instances(instances.image_size, **fields)
+
+
+def _reorder_attributes(instances: Instances, ids: list[int]) -> Instances:
+    """Return a copy whose columns of attributes, if there are any, have new ids."""
+    fields = dict(instances.get_fields())
+    old_ids = _inverse(ids)
+    for name in ATTRIBUTE_FIELDS:
+        if name in fields:
+            fields[name] = fields[name][:, old_ids]
     return Instances(instances.image_size, **fields)

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-__all__ = ["class_name", "name_entities", "one_line", "table_cell"]
+__all__ = ["class_name", "name_entities", "one_line", "table_cell", "with_attributes"]
 
+_ATTRIBUTES_SHOWN = 3
 _BREAKS = re.compile(r"\s*[\t\n\v\f\r\x1c-\x1f\x85\u2028\u2029]\s*")
 
 
@@ -26,6 +27,14 @@ def table_cell(name: str) -> str:
     A ``|`` would start another cell and a line break another row.
     """
     return one_line(name).replace("|", "\\|")
+
+
+def with_attributes(name: str, attributes: Sequence[str]) -> str:
+    """Return the name of an entity with its first three attributes: ``cup 2 (red, wooden)``."""
+    if not attributes:
+        return name
+    shown = [*attributes[:_ATTRIBUTES_SHOWN], *(["..."] if attributes[_ATTRIBUTES_SHOWN:] else [])]
+    return f"{name} ({', '.join(shown)})"
 
 
 def name_entities(

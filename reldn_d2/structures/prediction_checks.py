@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["check_entities", "check_relations"]
+__all__ = ["check_attributes", "check_entities", "check_relations"]
 
 
 def check_entities(
@@ -79,6 +79,53 @@ def check_relations(
         )
     _check_distinct(pairs, predicates, num_boxes, where)
     return pairs, predicates, scores, predicate_scores
+
+
+def check_attributes(
+    ids: Any, scores: Any, num_entities: int, where: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return entity, id and score of the L predicted attributes of an image, (L,) each.
+
+    Args:
+        ids: for each entity the list of its attributes.
+        scores: for each entity the list of their scores.
+        num_entities: R.
+        where: file and image, for messages.
+
+    Raises:
+        ValueError: lists that do not fit together, an attribute that an entity has twice, a
+            negative id, or a score outside [0, 1].
+    """
+    for name, lists in (("attributes", ids), ("attribute scores", scores)):
+        valid = isinstance(lists, (list, tuple)) and all(
+            isinstance(x, (list, tuple)) for x in lists
+        )
+        if not valid or len(lists) != num_entities:
+            raise ValueError(
+                f"{where}: {name} are {lists!r:.60}; expected one list for each of the "
+                f"{num_entities} boxes, [] for a box without."
+            )
+    lengths = [len(x) for x in ids]
+    if lengths != [len(x) for x in scores]:
+        raise ValueError(f"{where}: attributes and attribute scores differ in length.")
+    entities = np.repeat(np.arange(num_entities), lengths)
+    flat_ids = _array([x for part in ids for x in part], "attributes", where, int)
+    flat_scores = _array([x for part in scores for x in part], "attribute scores", where, float)
+    outside = np.flatnonzero((flat_scores < 0) | (flat_scores > 1))
+    if len(outside):
+        raise ValueError(
+            f"{where}: an attribute of box {entities[outside[0]]} has the score "
+            f"{flat_scores[outside[0]]}; expected a probability from 0 to 1."
+        )
+    if flat_ids.size and flat_ids.min() < 0:
+        raise ValueError(f"{where}: attribute {flat_ids.min()} is negative; ids are 0-based.")
+    for entity, part in enumerate(ids):
+        if len(set(part)) < len(part):
+            raise ValueError(
+                f"{where}: the attributes {list(part)!r:.60} of box {entity} list one of them "
+                "twice. List each once, with its best score."
+            )
+    return entities, flat_ids, flat_scores
 
 
 def _check_distinct(pairs: np.ndarray, predicates: np.ndarray, num_boxes: int, where: str) -> None:

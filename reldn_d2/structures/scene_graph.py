@@ -17,6 +17,7 @@ import torch
 
 from detectron2.structures import Boxes, BoxMode, Instances
 
+from .attributes import EntityAttributes
 from .graph_formats import to_networkx
 from .names import class_name
 from .prediction_checks import check_entities, check_relations
@@ -76,11 +77,12 @@ class SceneGraph:
         box_scores: (R,) float64 scores of the entities; None in ground truth.
         scores: (K,) float64 triplet scores in descending order; None in ground truth.
         predicate_scores: (K,) float64 ``p(pred | s, o)``; None where unknown.
+        attributes: those of the entities; None where the dataset or the model has none.
         verified: (V, 2) int64, a class and whether a human verified its presence (1) or absence
             (0) in the image; OpenImages' ground truth only.
         image_size: (height, width); None where unknown.
         file_name: of the image, if it came from a file.
-        thing_classes, predicate_classes: names by id; empty where unknown.
+        thing_classes, predicate_classes, attribute_classes: names by id; empty where unknown.
         output: the model's own ``instances`` and ``relations``, which may have further fields
             such as masks; None if the graph did not come from a model.
         left_out: class names of given boxes that are no entities, because the model does not have
@@ -95,11 +97,13 @@ class SceneGraph:
     box_scores: np.ndarray | None = None
     scores: np.ndarray | None = None
     predicate_scores: np.ndarray | None = None
+    attributes: EntityAttributes | None = None
     verified: np.ndarray = field(default_factory=_no_labels)
     image_size: tuple[int, int] | None = None
     file_name: str | None = None
     thing_classes: Sequence[str] = ()
     predicate_classes: Sequence[str] = ()
+    attribute_classes: Sequence[str] = ()
     output: Mapping[str, Instances] | None = None
     left_out: Mapping[int, str] = field(default_factory=dict)
 
@@ -137,6 +141,7 @@ class SceneGraph:
             classes=np.asarray([a["category_id"] for a in annotations], dtype=np.int64),
             pairs=table[:, :2],
             predicates=table[:, 2],
+            attributes=EntityAttributes.from_annotations(annotations),
             verified=np.asarray([(c, int(v)) for c, v in verified.items()], np.int64).reshape(
                 -1, 2
             ),
@@ -184,7 +189,8 @@ class SceneGraph:
 
         Args:
             image_id: as in the dataset, or None.
-            output: ``"instances"`` (``pred_boxes``, ``pred_classes``, ``scores``) and
+            output: ``"instances"`` (``pred_boxes``, ``pred_classes``, ``scores`` and, from models
+                that predict attributes, ``pred_attributes``) and
                 ``"relations"`` (``pairs``, ``predicates``, ``scores``, ``predicate_scores``).
             keep_output: keep the output, on the CPU, with further fields that it may have.
             fields: further attributes, such as ``file_name`` and the names of the classes.
@@ -212,6 +218,7 @@ class SceneGraph:
             relations.scores.detach().numpy(),
             relations.predicate_scores.detach().numpy() if known else None,
             image_size=instances.image_size,
+            attributes=EntityAttributes.from_instances(instances),
             output={"instances": instances, "relations": relations} if keep_output else None,
             **fields,
         )
@@ -297,6 +304,23 @@ class SceneGraph:
         """Return the name of a predicate."""
         return class_name(index, self.predicate_classes, "predicate")
 
+    def attribute_name(self, index: int) -> str:
+        """Return the name of an attribute."""
+        return class_name(index, self.attribute_classes, "attribute")
+
+    def attribute_words(self, min_score: float = 0.5) -> list[list[str]]:
+        """Return the names of the attributes of each entity, best first.
+
+        Args:
+            min_score: predicted attributes with a lower score are left out.
+        """
+        words: list[list[str]] = [[] for _ in range(len(self.boxes))]
+        if self.attributes is not None:
+            for entity, index, score in self.attributes.rows():
+                if score is None or score >= min_score:
+                    words[entity].append(self.attribute_name(index))
+        return words
+
     def triplets(self) -> list[Triplet]:
         """Return all relations in words, in order."""
         classes = self.classes.tolist()
@@ -373,6 +397,10 @@ class SceneGraph:
         instances.pred_boxes = Boxes(torch.from_numpy(self.boxes).float())
         instances.pred_classes = torch.from_numpy(self.classes).long()
         instances.scores = torch.from_numpy(self.box_scores).float()
+        if self.attributes is not None:
+            known = max(self.attributes.ids.max(initial=-1) + 1, len(self.attribute_classes))
+            table = self.attributes.table(len(self.boxes), known)
+            instances.pred_attributes = torch.from_numpy(table).float()
         predicate_scores = self.predicate_scores
         if predicate_scores is None:
             of_boxes = self.box_scores[self.pairs].prod(axis=1)
@@ -400,6 +428,8 @@ class SceneGraph:
         if self.predicate_classes:
             names = [self.predicate_name(x) for x in relations["predicates"]]
             relations["predicate_names"] = names
+        if self.attributes is not None:
+            instances.update(self._attribute_lists())
         for part, key, values in (
             (instances, "scores", self.box_scores),
             (relations, "scores", self.scores),
@@ -419,6 +449,17 @@ class SceneGraph:
             "left_out": {str(index): name for index, name in self.left_out.items()} or None,
         }
         return {key: value for key, value in record.items() if value is not None}
+
+    def _attribute_lists(self) -> dict[str, Any]:
+        """Return the attributes of the record, one list per entity."""
+        found, count = self.attributes, len(self.boxes)
+        lists = {"attributes": found.lists(found.ids, count)}
+        if self.attribute_classes:
+            ids = lists["attributes"]
+            lists["attribute_names"] = [[self.attribute_name(x) for x in part] for part in ids]
+        if found.scores is not None:
+            lists["attribute_scores"] = found.lists(found.scores, count)
+        return lists
 
     def to_json(self, indent: int | None = None) -> str:
         """Return :meth:`to_dict` as JSON text."""

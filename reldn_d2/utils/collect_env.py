@@ -1,9 +1,12 @@
 """The environment report for bug reports, which ``python -m reldn_d2.env`` prints."""
 
 import importlib
+import json
 import os
 import platform
+import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -12,6 +15,7 @@ from tabulate import tabulate
 
 import detectron2
 from detectron2.data import MetadataCatalog
+from detectron2.utils import comm
 
 from . import compat
 
@@ -31,7 +35,7 @@ def environment_rows(version: str) -> list[tuple[str, str]]:
         ("system", platform.platform()),
         ("torch", f"{torch.__version__}, {_torch_build()}"),
         ("torchvision", f"{torchvision.__version__}, {_torchvision_ops()}"),
-        ("Detectron2", f"{detectron2.__version__}, {Path(detectron2.__file__).parent}"),
+        ("Detectron2", f"{_detectron2_source()}, {Path(detectron2.__file__).parent}"),
         ("compiled ops", _compiled_ops()),
         ("patches", ", ".join(compat.applied) or "none needed"),
         ("OpenCV", _module_version("cv2")),
@@ -66,6 +70,31 @@ def _torchvision_ops() -> str:
         reason = str(error).strip().splitlines()[0]
         return f"its ops DO NOT load ({reason}): install the torchvision built for this torch"
     return "its ops load"
+
+
+def _detectron2_source() -> str:
+    """Tell the release 0.6 from the main branch, whose version is 0.6 as well."""
+    source = f"{detectron2.__version__}, the release"
+    if hasattr(comm, "create_local_process_group"):  # the release has none
+        source = f"{detectron2.__version__}, the main branch, commit {_detectron2_commit()}"
+    names = metadata.packages_distributions().get("detectron2", [])
+    return f"{source}, installed as {names[0]}" if names else source
+
+
+def _detectron2_commit() -> str:
+    """Return the commit that pip noted or that a clone is at, or "unknown"."""
+    for name in metadata.packages_distributions().get("detectron2", []):
+        origin = json.loads(metadata.distribution(name).read_text("direct_url.json") or "{}")
+        if "vcs_info" in origin:
+            return origin["vcs_info"]["commit_id"]
+    clone = Path(detectron2.__file__).parents[1]
+    if (clone / ".git").exists():
+        command = ["git", "-C", str(clone), "rev-parse", "HEAD"]
+        try:
+            return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
+        except (OSError, subprocess.CalledProcessError):
+            pass
+    return "unknown"
 
 
 def _compiled_ops() -> str:

@@ -72,7 +72,8 @@ def apply() -> None:
     restore_removed_names(folder)
     replace_missing_compiled_ops()
     with warnings.catch_warnings():  # fvcore and Detectron2 script functions when imported
-        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+        # "deprecated", or "not supported" with Python 3.14; the scripted functions work there too.
+        warnings.filterwarnings("ignore", "`torch.jit.script` is ", FutureWarning)
         importlib.import_module("detectron2.modeling")
     import_model_zoo_without_pkg_resources(folder)
     if applied and (folder / "data" / "common.py").is_file():

@@ -5,11 +5,23 @@ import os
 import sys
 
 from detectron2.utils.events import EventWriter, get_event_storage
+from detectron2.utils.logger import setup_logger
 
-__all__ = ["FailSafeWriter", "RelationStatisticsPrinter", "report_log_errors_once"]
+__all__ = [
+    "FailSafeWriter",
+    "RelationStatisticsPrinter",
+    "log_to_terminal",
+    "report_log_errors_once",
+]
 
 _logger = logging.getLogger(__name__)
 _PREFIX = "reldn/"
+
+
+def log_to_terminal() -> None:
+    """Print this package's log lines, once each, as the set-up of a command-line tool."""
+    setup_logger(name="reldn_d2")  # does nothing if it was called before in this process
+    logging.getLogger("reldn_d2").propagate = False
 
 
 class RelationStatisticsPrinter(EventWriter):

@@ -1,4 +1,4 @@
-"""Writing files atomically."""
+"""Writing files atomically, and the reason why a file cannot be read."""
 
 import errno
 import json
@@ -10,7 +10,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["check_writable", "check_writable_folder", "write_atomically", "write_results"]
+__all__ = [
+    "check_writable",
+    "check_writable_folder",
+    "json_problem",
+    "write_atomically",
+    "write_results",
+]
 
 # The disk or the user's quota is full, or the file has reached the size limit of the process.
 FULL_DISK = tuple(
@@ -104,6 +110,11 @@ def check_writable_folder(folder: str | Path) -> None:
             file.write(b"x")
     except OSError as error:
         raise type(error)(error.errno, error.strerror, folder) from None
+
+
+def json_problem(error: Exception) -> str:
+    """Return why ``json`` cannot read a text, in the same words with every Python."""
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
 def write_results(path: str | Path, results: dict[str, Any]) -> None:

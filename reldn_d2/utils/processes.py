@@ -1,14 +1,18 @@
-"""Signals of worker processes: they end with their parent, and only their parent ends them."""
+"""Start and end of worker processes: the user's modules, and signals of their parent."""
 
 import ctypes
+import functools
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 
-__all__ = ["end_with_parent", "protect_loader_worker"]
+from .user_modules import import_modules, imported_modules
+
+__all__ = ["end_with_parent", "loader_worker_init"]
 
 _PR_SET_PDEATHSIG = 1  # from Linux's <sys/prctl.h>
 
@@ -35,12 +39,25 @@ def end_with_parent(grace: float = 30.0) -> None:
     threading.Thread(target=watch, name="end_with_parent", daemon=True).start()
 
 
-def protect_loader_worker(worker_id: int = 0) -> None:
-    """Make a loader's worker ignore interruptions, as ``worker_init_fn`` of a ``DataLoader``.
+def loader_worker_init() -> Callable[[int], None]:
+    """Return the ``worker_init_fn`` of a ``DataLoader``.
 
-    Ctrl-C and batch systems signal all processes of a run. Training then finishes its iteration,
-    for which it still needs its workers; it ends them itself.
+    With the start methods spawn and forkserver, workers are new interpreters: they import the
+    modules of ``--module`` again. All workers ignore interruptions: Ctrl-C and batch systems signal
+    all processes of a run. Training then finishes its iteration, for which it still needs its
+    workers; it ends them itself.
     """
+    return functools.partial(_start_loader_worker, imported_modules())
+
+
+def _start_loader_worker(modules: Sequence[str], worker_id: int) -> None:
+    del worker_id
+    _ignore_interruptions()
+    import_modules(modules)
+
+
+def _ignore_interruptions() -> None:
+    """Ignore SIGINT, and any SIGTERM that does not come from the parent process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is None or not hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows
@@ -54,4 +71,4 @@ def protect_loader_worker(worker_id: int = 0) -> None:
             pass
         os._exit(0)
 
-    threading.Thread(target=wait_for_parent, name="protect_loader_worker", daemon=True).start()
+    threading.Thread(target=wait_for_parent, name="ignore_interruptions", daemon=True).start()

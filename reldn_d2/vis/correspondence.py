@@ -20,10 +20,11 @@ def same_entities(
     0.5; the best overlap goes first, and no two entities of one scene are the same.
 
     Returns:
-        all distinct entities, those of the ground truth first, without relations; and per scene of
+        all distinct entities, those of the ground truth first, without relations and attributes,
+        which differ between the scenes; and per scene of
         ``others`` the map from the entities that take part in its relations to these.
     """
-    distinct = truth.select(slice(0))
+    distinct = replace(truth.select(slice(0)), attributes=None)
     maps = []
     for scene in others:
         iou = pairwise_iou(scene.boxes, distinct.boxes)

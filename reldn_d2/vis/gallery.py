@@ -9,6 +9,7 @@ import html
 import io
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from ..evaluation.matching import counted_relations, counted_triplets, match_relations
-from ..structures.names import class_name, name_entities
+from ..structures.names import class_name, name_entities, with_attributes
 from ..structures.scene_graph import RelationRow, SceneGraph
 from ..utils.file_io import write_atomically
 from ..utils.protocols import find_protocol
@@ -47,8 +48,8 @@ def gallery_record(
         name: name of the image.
         image: (H, W, 3) uint8 in RGB order.
         predicted: prediction in the image's frame.
-        metadata: with ``thing_classes`` and ``predicate_classes``; ``evaluator_type`` if there is
-            ground truth.
+        metadata: with ``thing_classes`` and ``predicate_classes``; ``attribute_classes`` if there
+            are attributes; ``evaluator_type`` if there is ground truth.
         dataset_dict: ground truth in the image's frame, for hits and misses.
         topk: max relations listed.
         side: longest side of the small picture in pixels.
@@ -89,6 +90,11 @@ def gallery_record(
     index_of = {entity: index for index, entity in enumerate(related)}
     index_of_missed = {entity: index for index, entity in enumerate(not_found, len(related))}
 
+    attributes = metadata.get("attribute_classes", None) or ()
+    words, true_words = (
+        replace(x, attribute_classes=attributes).attribute_words() for x in (scene, truth)
+    )
+
     def predicate(predicate_id: int) -> str:
         return class_name(predicate_id, metadata.predicate_classes, "predicate")
 
@@ -98,7 +104,8 @@ def gallery_record(
         "height": height,
         "picture": _data_url(image, side),
         "boxes": [[round(float(x), 1) for x in box] for box in boxes],
-        "names": [names[same_as[i]] for i in related] + [names[i] for i in not_found],
+        "names": [with_attributes(names[same_as[i]], words[i]) for i in related]
+        + [with_attributes(names[i], true_words[i]) for i in not_found],
         "rows": [
             [index_of[s], index_of[o], predicate(p), round(float(score), 4), hit]
             for (s, o, p, score), hit in zip(scene.rows(), hits)

@@ -112,7 +112,7 @@ def triplet_saliency(
         )
         encoded, _ = head.refine(encoded, detected, classes_given=False)
         logits = head.pair_logits(encoded, branches[1] or None, subject[None], object_[None])
-        score = logits.float().log_softmax(dim=1)[0, predicate]
+        score = head.prior.adjust(logits).log_softmax(dim=1)[0, predicate]
         leaves = [x for levels in branches for x in levels.values()]
         gradients: Sequence[Tensor | None] = ()
         if score.requires_grad:

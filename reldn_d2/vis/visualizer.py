@@ -5,13 +5,15 @@ global state, so thousands of pictures can be drawn in one process.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from detectron2.utils.visualizer import VisImage, Visualizer
 
-from ..structures.names import class_name, name_entities, one_line
+from ..structures.name_matching import NAME_FIELDS
+from ..structures.names import class_name, name_entities, one_line, with_attributes
 from ..structures.scene_graph import RelationRow, SceneGraph
 from .canvas import FAINT, INK, WHITE, RelationImage, Row, label_size, plan_sheet, shorten
 from .graph import GraphPlan, plan_graph
@@ -58,7 +60,8 @@ class RelationVisualizer(Visualizer):
         """
         Args:
             img_rgb: (H, W, 3) in [0, 255].
-            metadata: with ``thing_classes`` and ``predicate_classes``; without them ids are shown.
+            metadata: with ``thing_classes``, ``predicate_classes`` and, if there are attributes,
+                ``attribute_classes``; without them ids are shown.
             scale: pixels of the picture per pixel of the image. None enlarges a small image to a
                 longest side of 1152 and reduces a large one to 1600.
 
@@ -75,9 +78,8 @@ class RelationVisualizer(Visualizer):
             scale = fit_size(img_rgb.shape[1], img_rgb.shape[0], MIN_SIDE, MAX_SIDE)
         self.scale = scale
         super().__init__(img_rgb, metadata, scale=scale)
-        self._things, self._predicates = (
-            [one_line(name) for name in self.metadata.get(key, None) or []]
-            for key in ("thing_classes", "predicate_classes")
+        self._things, self._predicates, self._attributes = (
+            [one_line(name) for name in self.metadata.get(key, None) or []] for key in NAME_FIELDS
         )
 
     def draw_predictions(
@@ -207,8 +209,13 @@ class RelationVisualizer(Visualizer):
         return self.output
 
     def name(self, scene: SceneGraph, entities: Sequence[int]) -> dict[int, str]:
-        """Return names of some entities of a scene, such as ``cup 2`` if there are several cups."""
-        return name_entities(scene.boxes, scene.classes, entities, self._things)
+        """Return names of some entities of a scene, such as ``cup 2`` if there are several cups.
+
+        Attributes, if there are any, are added: ``cup 2 (red, wooden)``.
+        """
+        names = name_entities(scene.boxes, scene.classes, entities, self._things)
+        words = replace(scene, attribute_classes=self._attributes).attribute_words()
+        return {entity: with_attributes(name, words[entity]) for entity, name in names.items()}
 
     def _predicate_name(self, predicate: int) -> str:
         return class_name(predicate, self._predicates, "predicate")

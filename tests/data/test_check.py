@@ -47,7 +47,11 @@ def register(tmp_path):
             for name in "ab"
         ]
         spoil(dicts)
-        names = dict(thing_classes=["man", "guitar"], predicate_classes=["holds", "plays", "on"])
+        names = dict(
+            thing_classes=["man", "guitar"],
+            predicate_classes=["holds", "plays", "on"],
+            attribute_classes=["red"],
+        )
         DatasetCatalog.register(NAME, lambda: dicts)
         MetadataCatalog.get(NAME).set(**{**names, **metadata})
         return dicts
@@ -85,6 +89,23 @@ def test_summary_bars_are_proportional():
     bars = [len(line.split()[-1]) for line in lines]
     assert abs(bars[0] - 2 * bars[1]) <= 1 and bars[2] == 1 and max(map(len, lines)) <= 60
     assert "66.6%" in lines[0]
+
+
+def test_check_attributes_are_counted(register, capsys):
+    def spoil(dicts):
+        dicts[0]["annotations"][0]["attributes"] = [0]
+        dicts[0]["annotations"][2]["attributes"] = []
+
+    register(spoil)
+    assert main([NAME]) == 0
+    printed = capsys.readouterr().out
+    assert "attributes: 1 of 2 of 3 (66.7%) boxes whose attributes are annotated" in printed
+
+
+def test_check_attributes_without_names_is_an_error(register, capsys):
+    register(annotation(0, attributes=[0]), attribute_classes=[])
+    assert main([NAME]) == 1
+    assert "outside the 0 names (0-based) of attribute_classes" in capsys.readouterr().out
 
 
 def change(**changes):
@@ -149,6 +170,15 @@ ERRORS = {
         lambda d: d[1].update(file_name=d[0]["file_name"]),
         "image 0 has the same file_name",
     ),
+    "attribute": (
+        annotation(1, attributes=[0, 1]),
+        "annotation 1 has attributes [0, 1], but 1 is outside the 1 names (0-based) of attribute_c",
+    ),
+    "attribute text": (
+        annotation(1, attributes=["red"]),
+        "annotation 1 has attributes ['red']; expected a list of 0-based integers",
+    ),
+    "attribute no list": (annotation(2, attributes=0), "annotation 2 has attributes 0; expected"),
     "no images": (lambda d: d.clear(), "it has no image"),
 }
 

@@ -225,6 +225,55 @@ def test_mapper_training_drops_crowds_and_remaps(folder):
     assert triplets(output) == [(0, 1, 12), (1, 0, 21)]
 
 
+def attributed(folder):
+    """Three patches: with attributes, with none, and unknown; and a crowd in front of them."""
+    boxes = [(0, 0, 96, 96), (4, 4, 20, 20), (70, 4, 90, 20), (4, 40, 60, 60)]
+    record = patches_dict(folder, boxes, [(1, 2), (2, 3)])
+    record["annotations"][0] |= {"iscrowd": 1, "attributes": [0]}
+    record["annotations"][1]["attributes"] = [2, 0]
+    record["annotations"][2]["attributes"] = []
+    return record
+
+
+@pytest.mark.parametrize("with_images", [True, False])
+def test_mapper_attributes_follow_entities(folder, with_images):
+    record = attributed(folder)
+    options = dict(num_attributes=3, with_images=with_images)
+    found = mapper(**options)(record)["instances"]
+    assert found.gt_classes.tolist() == [1, 2, 3]
+    assert found.gt_attributes.tolist() == [[True, False, True], [False] * 3, [False] * 3]
+    assert found.gt_attributes_known.tolist() == [True, True, False]
+    assert found.gt_attributes.dtype == found.gt_attributes_known.dtype == torch.bool
+    found = mapper(is_train=False, **options)(record)["instances"]
+    assert found.gt_attributes[:, 0].tolist() == [True, True, False, False]
+    assert found.gt_attributes_known.tolist() == [True, True, True, False]
+    # The crop leaves patch 2 alone; the flip moves it, not its attributes.
+    right = [T.CropTransform(64, 0, 32, 96), T.RandomFlip(1.0)]
+    found = mapper(right, **options)(record)["instances"]
+    assert found.gt_classes.tolist() == [2]
+    assert found.gt_attributes.tolist() == [[False] * 3]
+    assert found.gt_attributes_known.tolist() == [True]
+
+
+@pytest.mark.parametrize("with_images", [True, False])
+def test_mapper_attributes_of_no_entity(folder, with_images):
+    record = patches_dict(folder, [], [])
+    found = mapper(num_attributes=3, with_images=with_images)(record)["instances"]
+    assert found.gt_attributes.shape == (0, 3) and found.gt_attributes_known.shape == (0,)
+
+
+@pytest.mark.parametrize("with_images", [True, False])
+def test_mapper_dataset_without_attributes_has_no_field(folder, with_images):
+    found = mapper(with_images=with_images)(attributed(folder))["instances"]
+    assert found.get_fields().keys() == {"gt_boxes", "gt_classes"}
+
+
+def test_mapper_attribute_out_of_range_raises(folder):
+    message = r"patches\.png: annotation 1 has attributes \[2, 0\], but 2 is outside the 2 names"
+    with pytest.raises(ValueError, match=message):
+        mapper(num_attributes=2)(attributed(folder))
+
+
 @pytest.mark.parametrize("is_train", [True, False])
 @pytest.mark.parametrize("count", [0, 1])
 def test_mapper_zero_or_one_annotation(folder, is_train, count):
@@ -335,8 +384,9 @@ def test_mapper_invalid_record_raises(folder, spoil, message, is_train):
 def metadata():
     """Sets names of datasets and removes them after the test."""
 
-    def name_it(name, predicates):
-        MetadataCatalog.get(name).set(thing_classes=["a", "b"], predicate_classes=predicates)
+    def name_it(name, predicates, **more):
+        names_of = {"thing_classes": ["a", "b"], "predicate_classes": predicates, **more}
+        MetadataCatalog.get(name).set(**names_of)
         names.append(name)
         return name
 
@@ -357,6 +407,17 @@ def test_mapper_from_config(metadata):
     types = [type(augmentation) for augmentation in train.augmentations.augs]
     assert types == [T.RandomCrop, T.ResizeShortestEdge, T.RandomFlip]
     assert [type(a) for a in test.augmentations.augs] == [T.ResizeShortestEdge]
+
+
+def test_mapper_from_config_counts_attributes(metadata):
+    cfg = get_cfg()
+    cfg.DATASETS.TRAIN = (
+        metadata("mapper_test_1", ["on"], attribute_classes=[]),
+        metadata("mapper_test_2", ["on"], attribute_classes=["red", "old"]),
+    )
+    cfg.DATASETS.TEST = (metadata("mapper_test_3", ["on"]),)
+    assert RelationDatasetMapper(cfg, True).num_attributes == 2
+    assert RelationDatasetMapper(cfg, False).num_attributes == 0
 
 
 def test_mapper_different_predicates_raise(metadata):

@@ -9,12 +9,12 @@ import networkx
 import numpy as np
 import pytest
 import torch
-from entity_files import read_boxes
 from model_utils import PREDICATES
 from PIL import Image
 from usage_utils import picture, write_checkpoint, write_precomputed_checkpoint
 
 import demo as demo_script
+from reldn_d2.scripts.entity_files import read_boxes
 from reldn_d2.utils.image_io import ImageError
 from reldn_d2.vis.video import VideoError, VideoFile
 

@@ -232,3 +232,40 @@ def test_launch_killed_launcher_leaves_no_process(tmp_path):
         wait_for_no_members(process.pid)
     finally:
         end(process)
+
+
+@linux_only
+def test_train_net_killed_leaves_no_loader_worker(tmp_path):
+    process = start(tmp_path, "DATALOADER.NUM_WORKERS", 2)
+    try:
+        wait_for(tmp_path / "model_0000002.pth", process)
+        assert len(members(process.pid)) >= 3
+        process.kill()
+        process.wait()
+        wait_for_no_members(process.pid)
+    finally:
+        end(process)
+
+
+@linux_only
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+def test_toy_demo_killed_leaves_no_training(tmp_path, signum):
+    (tmp_path / "train_net.py").write_text(
+        "import pathlib, time\npathlib.Path(__file__ + '.started').touch()\ntime.sleep(300)\n"
+    )
+    code = "import pathlib, sys, toy_demo as t; t.PROJECT = pathlib.Path(sys.argv[1]);"
+    code += "t.run_train_net('name', 'reldn', t.PROJECT / 'run', [])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "tools")},
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        wait_for(tmp_path / "train_net.py.started", process)
+        assert len(members(process.pid)) == 2
+        process.send_signal(signum)
+        process.wait()
+        wait_for_no_members(process.pid)
+    finally:
+        end(process)

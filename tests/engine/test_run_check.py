@@ -4,7 +4,7 @@ import pytest
 from model_utils import register_dataset, small_config, unregister_dataset
 
 from reldn_d2.engine import RelDNTrainer, check_run
-from reldn_d2.utils.protocols import PROTOCOLS
+from reldn_d2.utils.protocols import PROTOCOL_REGISTRY
 
 from detectron2.data import MetadataCatalog
 
@@ -43,6 +43,7 @@ BEST = "SOLVER.BEST_CHECKPOINT.METRIC"
             ("DATASETS.TEST", ("run_check_tets",)),
             f"DATASETS.TEST names 'run_check_tets', which is not registered; did you mean {TEST}",
         ),
+        (("DATASETS.TEST", ("qqq",)), "which is not registered; Pass --module to import the mod"),
         (("DATASETS.TEST", (), "TEST.EVAL_PERIOD", 5), "TEST.EVAL_PERIOD is 5, but DATASETS.TEST"),
         (
             ("DATASETS.DETECTION_FILES_TEST", ("no/such.json",)),
@@ -82,7 +83,7 @@ def test_check_run_problem_raises_at_the_start(tmp_path, datasets, options, mess
 
 @pytest.mark.parametrize(
     ("task", "protocol"),
-    [("prdcls", "lu2016"), *(("sgdet", name) for name in PROTOCOLS)],
+    [("prdcls", "lu2016"), *(("sgdet", name) for name in PROTOCOL_REGISTRY)],
 )
 def test_check_run_accepts_exactly_the_names_of_results(tmp_path, datasets, task, protocol):
     options = ("TEST.EVAL_PERIOD", 1, "TEST.RELATIONS.PROTOCOL", protocol)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from reldn_d2.evaluation import (
 )
 from reldn_d2.evaluation.predictions_io import read_settings
 from reldn_d2.utils.protocols import (
-    PROTOCOLS,
+    PROTOCOL_REGISTRY,
     default_protocol,
     kept_predicates_per_pair,
     predicates_per_pair,
@@ -120,7 +121,7 @@ def test_build_relation_evaluator_default_and_named_protocol(
         build_relation_evaluator(cfg, NAME, str(tmp_path))
 
 
-@pytest.mark.parametrize("protocol", ["", *PROTOCOLS])
+@pytest.mark.parametrize("protocol", ["", *PROTOCOL_REGISTRY])
 def test_model_keeps_the_triplets_of_all_protocols(protocol):
     model = small_model("TEST.RELATIONS.PROTOCOL", protocol)
     assert model.relation_head.predicates_per_pair == EVERY_K
@@ -128,7 +129,7 @@ def test_model_keeps_the_triplets_of_all_protocols(protocol):
     assert small_model(*only).relation_head.predicates_per_pair == (3,)
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("protocol", PROTOCOL_REGISTRY)
 def test_predictions_of_one_protocol_can_be_scored_by_another(dataset, cfg, tmp_path, protocol):
     run(build_relation_evaluator(cfg, NAME, str(tmp_path)))
     file = str(tmp_path / "relation_predictions.json")
@@ -235,6 +236,30 @@ def test_evaluate_takes_zero_shot_and_frequencies_from_training_set(dataset, tmp
     assert "cannot be used" in caplog.text and "(annotations_train.json)" in caplog.text
     DatasetCatalog.remove("evaluation_training_set")
     MetadataCatalog.remove("evaluation_training_set")
+
+
+@pytest.mark.parametrize(
+    "thresholds", [[10], [500, 10000], [500, 500], [10, 0], [3, 2, 1], ["a", 1]]
+)
+def test_build_relation_evaluator_wrong_group_thresholds_raise(dataset, cfg, tmp_path, thresholds):
+    dataset.train_dataset = NAME
+    cfg.TEST.RELATIONS.GROUP_THRESHOLDS = thresholds
+    with pytest.raises(ValueError, match=r"GROUP_THRESHOLDS is .*\[10000, 500\]"):
+        build_relation_evaluator(cfg, NAME, str(tmp_path))
+
+
+def test_build_relation_evaluator_group_thresholds_need_a_training_set(dataset, cfg, tmp_path):
+    cfg.TEST.RELATIONS.PROTOCOL = "motifs"
+    cfg.TEST.RELATIONS.GROUP_THRESHOLDS = [2, 1]
+    with pytest.raises(ValueError, match="names no train_dataset"):
+        build_relation_evaluator(cfg, NAME, str(tmp_path))
+    dataset.train_dataset = NAME  # "holds" twice, "next to" once
+    metrics = run(build_relation_evaluator(cfg, NAME, str(tmp_path)))
+    metrics = metrics["motifs_sgdet_no_constraint"]
+    assert metrics["head mR@20"] == metrics["body mR@20"] == metrics["F1@20"] == 100
+    assert math.isnan(metrics["tail mR@20"])
+    content = json.loads((tmp_path / "per_predicate_motifs_sgdet_no_constraint.json").read_text())
+    assert [content["groups"][x]["number"] for x in ("head", "body", "tail")] == [1, 1, 0]
 
 
 def test_build_relation_evaluator_detector_gets_box_ap(dataset, cfg, tmp_path):

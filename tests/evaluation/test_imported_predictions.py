@@ -16,12 +16,10 @@ from foreign_predictions import (
 )
 
 from reldn_d2.evaluation import evaluate_predictions
-from reldn_d2.evaluation.imported_predictions import (
-    KEPT_PREDICATES_PER_PAIR,
-    import_predictions,
-)
+from reldn_d2.evaluation.imported_predictions import import_predictions
 from reldn_d2.evaluation.predictions_io import read_settings
 from reldn_d2.structures.scene_graph import SceneGraph
+from reldn_d2.utils.protocols import all_predicates_per_pair
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
@@ -134,7 +132,7 @@ def test_import_predictions_names_of_the_file_are_mapped(tmp_path, images):
         read("tang", file, class_names=["person", "cup", "chair"])
 
 
-@pytest.mark.parametrize("k", KEPT_PREDICATES_PER_PAIR)
+@pytest.mark.parametrize("k", all_predicates_per_pair())
 def test_import_predictions_topk_is_exact_for_each_limit(tmp_path, images, k):
     graphs = read("tang", write("tang", tmp_path, images), topk=5)
     for graph, image, truth in zip(graphs, images, DICTS):

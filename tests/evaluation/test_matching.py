@@ -12,7 +12,7 @@ from reldn_d2.evaluation.protocol_metrics import Settings
 from reldn_d2.evaluation.scoring import match_images
 from reldn_d2.structures import boxes_np, ranking
 from reldn_d2.structures.scene_graph import SceneGraph
-from reldn_d2.utils.protocols import PROTOCOLS
+from reldn_d2.utils.protocols import PROTOCOL_REGISTRY
 
 NUM_PREDICATES = 3
 
@@ -26,7 +26,7 @@ TWO = ground_truth([[0, 0, 10, 10], [20, 0, 30, 10]], [0, 1], [(0, 1, 0)])
 def matches_of(images, k=None, topk=100):
     """Matches by the protocol lu2016."""
     options = Settings(("a", "b", "c")[:NUM_PREDICATES], predicates_per_pair=(k,), topk=topk)
-    return match_images(images, PROTOCOLS["lu2016"], options)[0][k]
+    return match_images(images, PROTOCOL_REGISTRY["lu2016"], options)[0][k]
 
 
 def pooled_recall(images, recall_at, k=None, overlap="relationship"):
@@ -255,13 +255,16 @@ def test_match_relations_by_hand():
         ("openimages", [True, False, False, False], [True, False, False]),  # then it is taken
     ):
         assert hits_and_found(predicted, twice, protocol) == (hits, found), protocol
-        assert hits_and_found(predicted, twice, PROTOCOLS[protocol]) == (hits, found), protocol
-    assert len(matching.counted_relations(twice, PROTOCOLS["relations"]).pairs) == 2
-    assert len(matching.counted_relations(twice, PROTOCOLS["lu2016"]).pairs) == 3
+        assert hits_and_found(predicted, twice, PROTOCOL_REGISTRY[protocol]) == (
+            hits,
+            found,
+        ), protocol
+    assert len(matching.counted_relations(twice, PROTOCOL_REGISTRY["relations"]).pairs) == 2
+    assert len(matching.counted_relations(twice, PROTOCOL_REGISTRY["lu2016"]).pairs) == 3
     assert hits_and_found(predicted, twice, "lu2016", 1) == ([True, True, False, False], both)
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("protocol", PROTOCOL_REGISTRY)
 def test_match_relations_empty(protocol):
     nothing, gt = prediction([], [], []), ground_truth([], [], [])
     assert hits_and_found(nothing, gt, protocol) == ([], [])

@@ -23,7 +23,8 @@ from reldn_d2.evaluation.predictions_io import (
     write_settings,
 )
 from reldn_d2.evaluation.relation_evaluation import load_ground_truth
-from reldn_d2.utils.protocols import PROTOCOLS
+from reldn_d2.structures.attributes import EntityAttributes
+from reldn_d2.utils.protocols import PROTOCOL_REGISTRY
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
@@ -136,6 +137,32 @@ def test_predictions_file_roundtrip(cases, tmp_path):
         np.testing.assert_equal(vars(after), vars(before))
 
 
+def test_predictions_file_with_attributes_roundtrip(cases, tmp_path):
+    file = str(tmp_path / "predictions.json")
+    predictions = []
+    for image_id, case in zip(IDS, cases):
+        graph = case.pair()[1]
+        lists = [[[1, 0], [0.75, 0.25]], [[], []]] * len(graph.boxes)
+        ids, values = zip(*lists[: len(graph.boxes)])
+        attributes = EntityAttributes.from_lists(ids, values, len(graph.boxes), "it")
+        predictions.append(replace(graph, image_id=image_id, attributes=attributes))
+    write_predictions(predictions, file)
+    for before, after in zip(predictions, read_predictions(file, num_attributes=2), strict=True):
+        assert after.attributes.rows() == before.attributes.rows()
+    with pytest.raises(ValueError, match="record 0 .*attribute 1 is not one of the dataset's 1, 0"):
+        list(read_predictions(file, num_attributes=1))
+
+
+def attributes(ids, scores):
+    """Give the first record's boxes these attributes; None leaves a list out."""
+
+    def spoil(records):
+        lists = {"attributes": ids, "attribute_scores": scores}
+        records[2]["instances"].update({k: v for k, v in lists.items() if v is not None})
+
+    return spoil
+
+
 def test_read_predictions_long_records_and_spaces(cases, records, tmp_path):
     size = 1 << 20
     blank = " " * (size - 10)
@@ -227,6 +254,9 @@ def twice(item):
         (change("relations", {}), r'IMG "relations" is \[\]; .* pairs, predicates, scores'),
         (change("instances", None), 'IMG "instances" is None; .* boxes, classes, scores'),
         (change("relations/pairs/0", [1, 1]), "IMG triplet .* relates an entity to itself"),
+        (attributes([[0]] * 5, None), 'IMG "instances" has no "attribute_scores", but'),
+        (attributes([[0]] * 5, [[2]] * 5), "IMG an attribute of box 0 has the score 2.0; expected"),
+        (attributes([[0]], [[0.5]]), "IMG attributes are .* one list for each of the 5 boxes"),
         (lambda records: twice(records[2]), "IMG triplet .* is listed before as triplet 0, and"),
         (lambda records: records.__setitem__(2, 7), ": expected an object .* found 7"),
     ],
@@ -247,7 +277,7 @@ def test_evaluate_predictions_wrong_record_raises(cases, records, tmp_path, appl
         (lambda text: text[: len(text) // 2], r"ends within record \d.*cut off. Copy or write"),
         (lambda text: text[:-1], "record 6, or before the closing bracket: it is cut off"),
         (lambda text: "", "is empty; expected a list with one record per image.*Copy or write"),
-        (lambda text: "[" * 100000, "record 0 cannot be read: .*recursion.* Expected a list"),
+        (lambda text: "[" * 100000, "record 0 cannot be read: nested too deeply. Expected a list"),
         (lambda text: text[1:-1], "begins with '{.*expected a list with one record per image"),
         (lambda text: text.replace('}, {"rel', '} {"rel', 1), "after record 0; expected a comma"),
         (lambda text: text + text, r"'\[.* after the closing bracket.*Merge"),
@@ -434,6 +464,20 @@ def test_evaluate_relations_tool_scores_what_the_evaluator_wrote(given_cases, tm
     assert not (out / "relation_predictions.json").exists()
 
 
+def test_evaluate_relations_tool_group_thresholds(given_records, tmp_path, capsys):
+    path = write(tmp_path / "theirs.json", given_records)
+    call = ["--dataset", NAME, "--predictions", path, "--task", "prdcls", "--protocol", "motifs"]
+    call += ["--output", tmp_path / "out"]
+    assert run_tool([*call, "--group-thresholds", 3, 1]) == 1
+    assert "--train-dataset" in capsys.readouterr().err  # which the dataset does not name
+    more = ["--train-dataset", NAME, "--group-thresholds", 10_000_000, 1]
+    assert run_tool([*call, *more]) == 0
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    metrics = results["motifs_prdcls_no_constraint"]
+    assert metrics["head mR@50"] is None and metrics["tail mR@50"] is None
+    assert metrics["body mR@50"] == metrics["mR@50"]
+
+
 def test_evaluate_relations_tool_options(given_records, tmp_path, capsys):
     path = write(tmp_path / "theirs.json", given_records)
     call = ["--dataset", NAME, "--predictions", path, "--output", tmp_path / "out"]
@@ -474,7 +518,9 @@ def test_evaluate_predictions_vrd_as_its_own_predictions(full_vrd_annotations, t
     register_vrd(name, str(full_vrd_annotations / "annotations_test.json"), "no/images", False)
     try:
         truth = load_ground_truth(name)
-        distinct = {i: counted_relations(gt, PROTOCOLS["relations"]) for i, gt in truth.items()}
+        distinct = {
+            i: counted_relations(gt, PROTOCOL_REGISTRY["relations"]) for i, gt in truth.items()
+        }
         records = [
             {
                 "image_id": image_id,

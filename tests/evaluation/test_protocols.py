@@ -14,7 +14,7 @@ from reldn_d2.evaluation.confusion import ConfusionCounter
 from reldn_d2.evaluation.matching import counted_relations, counted_triplets
 from reldn_d2.evaluation.protocol_metrics import METRICS, Settings
 from reldn_d2.evaluation.scoring import Scores, score
-from reldn_d2.utils.protocols import PROTOCOLS
+from reldn_d2.utils.protocols import METRIC_SETS, PROTOCOL_REGISTRY
 
 NAMES = ("on", "holds", "plays")
 # How many random datasets each protocol is compared on. The seed is fixed: a failure stays one.
@@ -26,6 +26,7 @@ RECALL_AT = (1, 3, 50)
 triplet_sets = st.none() | st.sets(
     st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(0, 2)), max_size=14
 )
+frequencies = st.none() | st.tuples(*[st.integers(0, 9)] * len(NAMES))
 
 
 def assert_equal(actual, expected):
@@ -52,7 +53,7 @@ def no_accuracies(monkeypatch):
 
 
 def scored(protocol, cases, options) -> Scores:
-    return score([c.pair() for c in cases], PROTOCOLS[protocol], options)
+    return score([c.pair() for c in cases], PROTOCOL_REGISTRY[protocol], options)
 
 
 def blocks(protocol, cases, options):
@@ -78,11 +79,14 @@ def test_lu2016_random_cases_equal_loops(cases, seen, task):
 
 @pytest.mark.usefixtures("no_accuracies")
 @thousands
-@given(data_sets(), triplet_sets)
-def test_motifs_random_cases_equal_loops(cases, seen):
+@given(data_sets(), triplet_sets, frequencies, st.sampled_from([(), (5, 2)]))
+def test_motifs_random_cases_equal_loops(cases, seen, training, thresholds):
     ks = (1, None, 2)
-    actual = blocks("motifs", cases, settings_for(ks, seen))
-    assert_equal(actual, oracles.motifs(cases, ks, RECALL_AT, len(NAMES), seen=seen))
+    counts = None if training is None else np.array(training)
+    options = dict(training_counts=counts, group_thresholds=thresholds)
+    actual = blocks("motifs", cases, settings_for(ks, seen, **options))
+    options = dict(seen=seen, training=training, thresholds=thresholds)
+    assert_equal(actual, oracles.motifs(cases, ks, RECALL_AT, len(NAMES), **options))
 
 
 @pytest.mark.usefixtures("no_accuracies")
@@ -111,22 +115,22 @@ def test_relations_random_cases_equal_loops(cases, limit):
 
 
 @pytest.mark.usefixtures("no_accuracies")
-@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("protocol", PROTOCOL_REGISTRY)
 @settings(max_examples=100, **FIXED)
 @given(cases=data_sets(), shown=st.sampled_from([1, 3, 50]), k=st.sampled_from([None, 1, 2]))
 def test_match_relations_found_is_the_recall_numerator(protocol, cases, shown, k):
     """Of the triplets shown, the protocol counts as many finds as a picture of each image shows."""
     images = [c.pair() for c in cases]
     options = Settings(NAMES, "sgdet", (k,), (shown,), topk=None)
-    metrics, *_ = score(images, PROTOCOLS[protocol], options).results.values()
+    metrics, *_ = score(images, PROTOCOL_REGISTRY[protocol], options).results.values()
     numerators, totals, shares = 0, 0, []
     for truth, predicted in images:
-        kept = counted_triplets(predicted, truth, PROTOCOLS[protocol], k, shown)
+        kept = counted_triplets(predicted, truth, PROTOCOL_REGISTRY[protocol], k, shown)
         hits, found = match_relations(kept, truth, protocol, k)
-        counted = len(counted_relations(truth, PROTOCOLS[protocol]).pairs)
+        counted = len(counted_relations(truth, PROTOCOL_REGISTRY[protocol]).pairs)
         assert len(hits) == len(kept.pairs) and len(found) == len(truth.pairs)
         assert found.sum() <= counted and hits.any() == found.any()
-        if PROTOCOLS[protocol].matching != "many_to_many":
+        if PROTOCOL_REGISTRY[protocol].matching != "many_to_many":
             assert hits.sum() == found.sum()
         numerators, totals = numerators + int(found.sum()), totals + counted
         shares += [found.sum() / counted] if counted else []
@@ -154,7 +158,7 @@ def test_random_cases_have_varied_recall():
 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])
-@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("protocol", PROTOCOL_REGISTRY)
 def test_score_batch_size_changes_nothing(protocol, size, monkeypatch):
     rng = np.random.default_rng(5)
     cases = [random_case(rng, 5, 5, 2, 3) for _ in range(20)]
@@ -178,7 +182,8 @@ def test_score_builds_each_batch_once(monkeypatch):
 
 
 def test_protocols_all_have_metrics():
-    assert list(METRICS) == list(PROTOCOLS)
+    assert tuple(METRICS) == METRIC_SETS
+    assert {protocol.metrics for protocol in PROTOCOL_REGISTRY.values()} == set(METRICS)
 
 
 # By hand. Two persons (class 0), each holding (1) a cup (class 1); the first also looks at (0) it.
@@ -217,8 +222,56 @@ def test_motifs_by_hand():
     # Per predicate: "on" (0) 1 of 1, "holds" (1) 1 of 2, each averaged with the second image's 0.
     assert free["mR@50"] == pytest.approx((50 + 25) / 2)
     assert constrained["mR@50"] == pytest.approx((50 + 0) / 2)
+    assert free["F1@50"] == pytest.approx(2 / (3 / 100 + 1 / 37.5))
+    assert constrained["F1@1"] == 0  # both are 0
     # Unseen is person looks at (0) cup only.
     assert free["zR@50"] == free["zR@2"] == 50 and free["zR@1"] == 0
+    # Of three relations two triplets can find two.
+    assert free["relative R@2"] == 25 and free["relative R@50"] == free["R@50"]
+    assert not any("information" in name for name in free)  # nothing is known of the training set
+
+
+def test_motifs_information_recall_by_hand():
+    case = scene([(0, 2, 0, 0.9)])  # "on" alone, of "holds" twice and "on" once
+    # With 2 + 1, 6 + 1 and 5 + 1 of 16 training relations "on" tells 2.415 bits, "holds" 1.193.
+    training = np.array([2, 6, 5])
+    results = score_cases("motifs", [case], (None,), training_counts=training)
+    bits = -np.log2(np.array([3, 7]) / 16)
+    expected = 100 * bits[0] / (bits[0] + 2 * bits[1])
+    metrics = results["motifs_sgdet_no_constraint"]
+    assert metrics["information R@50"] == pytest.approx(expected)
+    assert metrics["R@50"] == pytest.approx(100 / 3)
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "training", "expected"),
+    [
+        (
+            (),
+            [9, 1, 5],
+            [100, 0, math.nan],
+        ),  # two predicates occur: one in the head, one in the body
+        ((), [1, 9, 5], [0, 100, math.nan]),
+        ((9, 2), [9, 1, 5], [100, math.nan, 0]),
+        ((10, 1), [9, 1, 5], [math.nan, 50, math.nan]),
+        ((10, 1), None, None),
+    ],
+)
+def test_motifs_groups_by_hand(thresholds, training, expected):
+    case = scene([(0, 2, 0, 0.9)])  # finds "on" (0), but not "holds" (1)
+    options = dict(training_counts=None if training is None else np.array(training))
+    given_ = Settings(NAMES, "sgdet", (1,), (50,), group_thresholds=thresholds, **options)
+    scores = scored("motifs", [case], given_)
+    metrics = scores.results["motifs_sgdet_graph_constraint"]
+    (table,) = scores.predicates.values()
+    means = table.group_means()
+    if expected is None:
+        assert not any(name.startswith(("head", "body", "tail")) for name in metrics)
+        assert all(values["number"] == 0 for values in means.values())
+        return
+    for name, value in zip(("head", "body", "tail"), expected):
+        np.testing.assert_equal(metrics[f"{name} mR@50"], value)
+        np.testing.assert_equal(means[name]["R@50"], None if math.isnan(value) else value)
 
 
 def test_many_to_many_one_triplet_finds_several_relations():

@@ -4,6 +4,7 @@ import gzip
 import json
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from evaluation_utils import random_case, run_tool
 from reldn_d2.evaluation import OpenImagesVRDEvaluator, evaluate_predictions
 from reldn_d2.evaluation.predictions_io import write_predictions
 from reldn_d2.evaluation.submission import read_submission, write_submission
+from reldn_d2.structures.attributes import EntityAttributes
 from reldn_d2.structures.scene_graph import SceneGraph
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -202,3 +204,116 @@ def test_read_submission_copies_and_equal_boxes_score_as_in_the_challenge(images
     np.testing.assert_array_equal(boxes[0], boxes[1])
     np.testing.assert_array_equal(boxes[2, 0], boxes[2, 1])
     assert "copies.csv lists 1 triplets again" in caplog.text
+
+
+# --------------------------------------------------------------------------------------- attributes
+
+ATTRIBUTES = ["/m/02gy9n", "/m/05z87"]
+
+
+@pytest.fixture
+def attributed(images):
+    """The images with predicted and annotated attributes."""
+    rng = np.random.default_rng(1)
+    MetadataCatalog.get(NAME).attribute_classes = ATTRIBUTES
+    for record in DatasetCatalog.get(NAME):
+        for annotation in record["annotations"]:
+            annotation["attributes"] = [int(rng.integers(0, 2))]
+    result = []
+    for graph in images:
+        values = rng.random((len(graph.boxes), 2)).astype(np.float32).astype(float).tolist()
+        attributes = EntityAttributes.from_lists([[0, 1]] * len(values), values, len(values), "it")
+        # A submission has no scores of boxes; equal entities would become one.
+        ones = np.ones(len(graph.boxes))
+        boxes = graph.boxes + np.float32(0.25) * np.arange(len(ones))[:, None].astype(np.float32)
+        boxes = boxes.astype(np.float32).astype(float)
+        result.append(replace(graph, attributes=attributes, box_scores=ones, boxes=boxes))
+    return result
+
+
+@pytest.mark.parametrize("layout", ["server", "table"])
+def test_submission_with_attributes_roundtrip_gives_the_same_score(attributed, tmp_path, layout):
+    file = str(tmp_path / "submission.csv")
+    evaluator = OpenImagesVRDEvaluator(NAME, protocol="openimages")
+    for prediction in attributed:
+        evaluator.add(prediction)
+    expected = evaluator.evaluate()
+    assert 0 < expected["openimages_sgdet_full"]["AP_rel-is"] < 100
+    write_submission(NAME, attributed, file, layout)
+    np.testing.assert_equal(evaluate_predictions(NAME, file, protocol="openimages"), expected)
+    for before, after in zip(attributed, read_submission(NAME, file)):
+        rows = [
+            sorted(
+                (x.boxes[e].tolist(), int(x.classes[e]), a, s) for e, a, s in x.attributes.rows()
+            )
+            for x in (before, after)
+        ]
+        assert rows[0] == rows[1]
+
+
+def test_write_submission_attributes_by_hand(attributed, tmp_path):
+    one = SceneGraph.from_arrays(
+        IDS[3], [[0, 256, 192, 512], [96, 0, 768, 1024]], [0, 1], [0.5, 1], [[1, 0]], [2], [0.75]
+    )
+    attributes = EntityAttributes.from_lists([[1], []], [[0.25], []], 2, "it")
+    file = str(tmp_path / "server.csv")
+    write_submission(NAME, [replace(one, attributes=attributes)], file)
+    box = "0.0 0.25 0.25 0.5"
+    expected = (
+        f"{IDS[3]},0.75 /m/0342h 0.125 0.0 1.0 1.0 /m/04yx4 {box} inside_of "
+        f"0.125 /m/04yx4 {box} /m/05z87 {box} is"
+    )
+    assert Path(file).read_text().splitlines()[1] == expected
+    labels = ["A", "B", "C", "D"]  # of the classes and then of the attributes
+    write_submission(NAME, [replace(one, attributes=attributes)], file, labels=labels)
+    assert Path(file).read_text().splitlines()[1].endswith(f"0.125 A {box} D {box} is")
+    with pytest.raises(
+        ValueError, match="3 labels for the 2 classes .* the 2 attributes, in their"
+    ):
+        write_submission(NAME, [one], file, labels=labels[:3])
+
+
+def test_write_submission_attributes_with_blanks_need_labels(attributed, tmp_path):
+    del MetadataCatalog.get(NAME).attribute_classes
+    MetadataCatalog.get(NAME).attribute_classes = ["dark red", "old"]
+    file = str(tmp_path / "server.csv")
+    with pytest.raises(ValueError, match="attribute 'dark red' has a space, which separates"):
+        write_submission(NAME, attributed, file)
+    write_submission(NAME, [replace(x, attributes=None) for x in attributed], file)
+    write_submission(NAME, attributed, file, labels=["A", "B", "C", "D"])
+    write_submission(NAME, attributed, file, "table")
+    assert "dark red" in Path(file).read_text()
+
+
+@pytest.mark.parametrize(
+    ("triplet", "message"),
+    [
+        ("A 0 0 1 1 B 0 0 1 1 is", "/m/04yx4 is /m/0342h: an attribute is the second label of"),
+        (
+            "A 0 0 1 1 RED 0 0 1 1 holds",
+            "holds /m/02gy9n: an attribute is the second label of 'is'",
+        ),
+        ("RED 0 0 1 1 A 0 0 1 1 holds", "/m/02gy9n holds /m/04yx4: an attribute is the second"),
+        ("A 0 0 1 1 RED 0 0 1 .9 is", "/m/04yx4 is /m/02gy9n has two different boxes. Both are"),
+    ],
+)
+def test_read_submission_wrong_attribute_raises(attributed, tmp_path, triplet, message):
+    words = {"A": CLASSES[0], "B": CLASSES[1], "RED": ATTRIBUTES[0]}
+    triplet = " ".join(words.get(word, word) for word in triplet.split())
+    file = tmp_path / "wrong.csv"
+    file.write_text(f"ImageId,PredictionString\n{IDS[0]},0.5 {triplet}\n")
+    with pytest.raises(ValueError, match=r"wrong\.csv, line 2 .*" + re.escape(message)):
+        list(read_submission(NAME, str(file)))
+    nan = f"{CLASSES[0]} 0 0 1 1 {ATTRIBUTES[0]} 0 0 1 1 is"
+    file.write_text(f"ImageId,PredictionString\n{IDS[0]},nan {nan}\n")
+    with pytest.raises(ValueError, match="NaN or infinite scores of attributes"):
+        list(read_submission(NAME, str(file)))
+
+
+def test_read_submission_attribute_listed_twice_is_another_entity(attributed, tmp_path, caplog):
+    row = f"{CLASSES[0]} 0 0 1 1 {ATTRIBUTES[0]} 0 0 1 1 is"
+    file = tmp_path / "twice.csv"
+    file.write_text(f"ImageId,PredictionString\n{IDS[0]},0.5 {row} 0.25 {row}\n")
+    (graph,) = read_submission(NAME, str(file))
+    assert len(graph.boxes) == 2 and graph.attributes.scores.tolist() == [0.5, 0.25]
+    assert len(graph.pairs) == 0 and "lists 1 triplets again" in caplog.text

@@ -179,3 +179,16 @@ def test_photo_of_the_readme_has_boxes_of_known_classes():
     assert len(boxes) == len(entry["classes"]) >= 8
     assert (boxes >= 0).all() and (boxes <= [width, height, width, height]).all()
     assert (boxes[:, 2:] > boxes[:, :2]).all()
+
+
+def test_vrd_boxes_logit_adjustment_prefers_rarer_predicates():
+    given = dict(boxes=BOXES, classes=["person", "bike", "sky", "table"])
+    opts = ["TEST.RELATIONS.TOPK", 20, "TEST.RELATIONS.PREDICATES_PER_PAIR", [1]]
+    means = []
+    for tau in (0.0, 0.5, 1.0):
+        opts_of_tau = [*opts, "TEST.RELATIONS.LOGIT_ADJUSTMENT", tau]
+        predictor = RelationPredictor.from_pretrained("vrd_boxes", "cpu", opts_of_tau)
+        counts = predictor.model.relation_head.prior.predicate_counts.numpy()
+        assert counts.sum() == 29857  # the relations of VRD's training images
+        means.append(float(np.log(counts[predictor(**given).relations[:, 2]]).mean()))
+    assert means[0] > means[1] > means[2]

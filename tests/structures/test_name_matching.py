@@ -13,6 +13,8 @@ from reldn_d2.structures.name_matching import (
 )
 from reldn_d2.structures.scene_graph import SceneGraph
 
+from detectron2.structures import Instances
+
 OWNERS = ("thing_classes", "dataset 'a'", "dataset 'b'")
 
 
@@ -48,7 +50,12 @@ def test_match_names_case_matters():
 
 
 @pytest.mark.parametrize(
-    ("field", "kind"), [("thing_classes", "classes"), ("predicate_classes", "predicates")]
+    ("field", "kind"),
+    [
+        ("thing_classes", "classes"),
+        ("predicate_classes", "predicates"),
+        ("attribute_classes", "attributes"),
+    ],
 )
 def test_require_unique_names_duplicate_raises(field, kind):
     require_unique_names(["a", "A", "b"], field, "it")
@@ -90,6 +97,33 @@ def test_renumbering_dataset_dict_copies():
     assert found["verified_labels"] == {2: True, 0: False}
     assert record["annotations"][1]["category_id"] == 2 and record["relations"] == [(0, 1, 1)]
     assert Renumbering().dataset_dict(record) == record
+
+
+def test_renumbering_maps_attributes_everywhere():
+    ours = {"attribute_classes": ["red", "old", "wet"]}
+    theirs = {"attribute_classes": ["wet", "red", "old"]}
+    ids = Renumbering.between(ours, theirs, "dataset 'x'", "the model")
+    assert ids == Renumbering(attributes=[1, 2, 0]) and ids
+    assert not Renumbering.between(ours, {"attribute_classes": []}, "one", "another without")
+    record = {"annotations": [{"attributes": [0, 2]}, {"attributes": []}, {"iscrowd": 1}]}
+    found = ids.dataset_dict(record)
+    assert found["annotations"] == [{"attributes": [1, 0]}, {"attributes": []}, {"iscrowd": 1}]
+    assert record["annotations"][0] == {"attributes": [0, 2]}
+    instances = Instances((4, 4))
+    instances.pred_attributes = torch.tensor([[0.1, 0.2, 0.3]])  # red, old, wet
+    mapped = ids.fields({"instances": instances})["instances"].pred_attributes
+    assert torch.equal(mapped, torch.tensor([[0.3, 0.1, 0.2]])), "wet, red, old"
+    again = ids.inverse().fields({"instances": instances})["instances"].pred_attributes
+    assert torch.equal(again, torch.tensor([[0.2, 0.3, 0.1]])), "red, old, wet of wet, red, old"
+    graph = SceneGraph.from_dataset_dict(
+        {
+            "annotations": [
+                {"bbox": [0, 0, 1, 1], "bbox_mode": 0, "category_id": 0, **x}
+                for x in record["annotations"]
+            ]
+        }
+    )
+    assert ids.scene_graph(graph).attributes.ids.tolist() == [1, 0]
 
 
 def test_renumbering_fields_maps_instances_and_relations():

@@ -3,7 +3,7 @@
 import pytest
 from tabulate import tabulate
 
-from reldn_d2.structures.names import one_line, table_cell
+from reldn_d2.structures.names import one_line, table_cell, with_attributes
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,10 @@ def test_table_cell_keeps_the_table_whole():
     assert len(lines) == 5
     assert [line.replace("\\|", "").count("|") for line in lines] == [3] * 5
     assert "on \\| under" in lines[2]
+
+
+def test_with_attributes_shows_three():
+    assert with_attributes("cup 2", []) == "cup 2"
+    assert with_attributes("cup 2", ["red", "old"]) == "cup 2 (red, old)"
+    assert with_attributes("cup", ["red", "old", "wet"]) == "cup (red, old, wet)"
+    assert with_attributes("cup", ["red", "old", "wet", "big"]) == "cup (red, old, wet, ...)"

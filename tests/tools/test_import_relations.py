@@ -45,6 +45,27 @@ def test_import_relations_names_from_files(tmp_path):
     assert content["predicates"][0] == {"id": 1, "name": "plays"}
 
 
+def test_import_relations_attributes_and_masks_reach_the_coco_file(tmp_path, registered, capsys):
+    files = write_import_files(tmp_path)
+    content = json.loads(files["sgg-benchmark"].read_text())
+    content["annotations"][1]["attributes"] = ["red", "old"]
+    files["sgg-benchmark"].write_text(json.dumps(content))
+    (tmp_path / "attributes.txt").write_text("red\nold\n")
+    output = tmp_path / "relations.json"
+    arguments = ["--from", "sgg-benchmark", "--input", str(files["sgg-benchmark"])]
+    arguments += ["--attributes", str(tmp_path / "attributes.txt"), "--output", str(output)]
+    assert import_relations.main(arguments) == 0
+    assert "3 relations with 3 predicates, 2 attributes" in capsys.readouterr().out
+    register_relation_instances(registered("imported"), {}, str(output), str(tmp_path / "images"))
+    first = DatasetCatalog.get("imported")[0]["annotations"]
+    assert first[1]["attributes"] == [0, 1] and "attributes" not in first[0]
+    assert first[1]["segmentation"] == content["annotations"][1]["segmentation"]
+    arguments = ["--from", "csv", "--input", str(files["csv"]), *arguments[4:]]
+    assert import_relations.main(arguments) == 1
+    message = "attributes is an option of visual-genome and sgg-benchmark files, not of csv files"
+    assert message in capsys.readouterr().err
+
+
 def test_import_relations_problems_exit_1_and_keep_the_old_file(tmp_path, capsys):
     path = write_import_files(tmp_path)["csv"]
     (tmp_path / "classes.txt").write_text("man\nchair\n")

@@ -54,6 +54,26 @@ def test_toy_demo_other_options_keep_detector(tmp_path, trainings):
     assert len(trainings) == before + 4
 
 
+def test_toy_demo_module_goes_to_the_relation_trainings(tmp_path, trainings, monkeypatch):
+    module, calls, run = tmp_path / "my_head.py", [], toy_demo.run_train_net
+    module.write_text("LAYERS = 1\n")
+
+    def recording_run(name, config, output, options):
+        calls.append((config, options[options.index("--module") + 1 :][:1]))
+        run(name, config, output, options)
+
+    _demo(tmp_path)  # the detector
+    monkeypatch.setattr(toy_demo, "run_train_net", recording_run)
+    arguments = ["--module", str(module), "MODEL.ROI_RELATION_HEAD.NAME", "MyHead"]
+    _demo(tmp_path, *arguments)
+    assert len(calls) == 4 and all(used == [str(module)] for _, used in calls)
+    _demo(tmp_path, *arguments)
+    assert len(calls) == 4
+    module.write_text("LAYERS = 22\n")  # another module of the same name trains again
+    _demo(tmp_path, *arguments)
+    assert len(calls) == 8
+
+
 def test_toy_demo_unfinished_training_runs_again(tmp_path, trainings):
     _demo(tmp_path)
     before = len(trainings)

@@ -1,5 +1,6 @@
 """The environment report of ``python -m reldn_d2.env``."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,47 @@ def test_environment_rows_torchvision_of_another_build_reports_it(monkeypatch):
     monkeypatch.setattr(torchvision.ops, "nms", nms)
     value = report()["torchvision"]
     assert "DO NOT load (operator torchvision::nms does not exist)" in value
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Install Detectron2 as given: whether from its main branch, and what pip noted."""
+
+    def install(is_main, direct_url, file=None):
+        name = "create_local_process_group"
+        if is_main:
+            monkeypatch.setattr(collect_env.comm, name, print, raising=False)
+        else:
+            monkeypatch.delattr(collect_env.comm, name, raising=False)
+        distribution = SimpleNamespace(read_text=lambda file: direct_url)
+        monkeypatch.setattr(collect_env.metadata, "distribution", lambda name: distribution)
+        found = {"detectron2": ["detectron2"]}
+        monkeypatch.setattr(collect_env.metadata, "packages_distributions", lambda: found)
+        monkeypatch.setattr(collect_env.detectron2, "__version__", "0.6")
+        if file is not None:
+            monkeypatch.setattr(collect_env.detectron2, "__file__", str(file))
+
+    return install
+
+
+def test_environment_rows_tell_the_release_from_the_main_branch(installed, tmp_path):
+    installed(False, None)
+    assert report()["Detectron2"].startswith("0.6, the release, installed as detectron2, /")
+    noted = {"url": "https://github.com/x/y", "vcs_info": {"vcs": "git", "commit_id": "ab12"}}
+    installed(True, json.dumps(noted))
+    value = report()["Detectron2"]
+    assert value.startswith("0.6, the main branch, commit ab12, installed as detectron2, /")
+    installed(True, None, tmp_path / "detectron2/__init__.py")
+    assert "the main branch, commit unknown," in report()["Detectron2"]
+
+
+def test_environment_rows_clone_of_the_main_branch_names_its_commit(installed, tmp_path):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    commit = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
+    installed(True, json.dumps({"url": "file:///clone"}), tmp_path / "detectron2/__init__.py")
+    assert f"the main branch, commit {commit}," in report()["Detectron2"]
 
 
 @pytest.mark.parametrize("gpus", [0, 2])

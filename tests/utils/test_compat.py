@@ -141,6 +141,20 @@ except RuntimeError as error:
     assert printed(tmp_path, code) == ["detectron2._C", "False", "False"]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "`torch.jit.script` is deprecated. Please switch to `torch.compile`.",
+        "`torch.jit.script` is not supported in Python 3.14+ and may break. Please switch.",
+    ],
+)
+def test_apply_scripted_functions_do_not_warn(tmp_path, text):
+    warning = f"import warnings\nwarnings.warn({text!r}, FutureWarning)\n"
+    write_detectron2(tmp_path, {"modeling/__init__.py": warning})
+    result = run_python(tmp_path, LOAD_COMPAT)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_apply_broken_ops_warns(tmp_path):
     write_detectron2(tmp_path, {"_C.py": "raise ImportError('undefined symbol: _ZN2at')\n"})
     result = run_python(tmp_path, LOAD_COMPAT + "print(compat.has_compiled_ops())")

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import draw_relations
 import make_gallery
@@ -17,6 +18,7 @@ from PIL import Image
 from usage_utils import picture, write_checkpoint
 
 from reldn_d2.predictor import RelationPredictor
+from reldn_d2.structures.attributes import EntityAttributes
 from reldn_d2.structures.scene_graph import SceneGraph
 from reldn_d2.vis.gallery import gallery_record, write_gallery
 
@@ -199,6 +201,19 @@ def test_gallery_record_entity_has_one_name_in_all_rows():
     assert alone["names"] == ["cup 1", "person", "cup 2"]
     assert alone["truth"] is None and alone["protocol"] is None
     assert alone["missed"] == [] and {row[4] for row in alone["rows"]} == {None}
+
+
+def test_gallery_record_shows_attributes_of_each_side():
+    boxes = [[0, 0, 40, 50], [50, 10, 70, 40], [75, 2, 89, 25]]
+    truth = truth_of(boxes, [0, 1, 2], [(0, 1, 0), (0, 2, 0)])
+    truth["annotations"][0]["attributes"] = truth["annotations"][2]["attributes"] = [1]
+    predicted = output_of(boxes[:2], [0, 1], [[0, 1]], [0], [0.9])
+    attributes = EntityAttributes.from_lists([[0], [0]], [[0.9], [0.2]], 2, "it")
+    metadata = Metadata(**METADATA.as_dict(), attribute_classes=["tall", "old"])
+    record = gallery_record(
+        "x", picture(), replace(predicted, attributes=attributes), metadata, truth
+    )
+    assert record["names"] == ["person (tall)", "cup", "person (old)", "table (old)"]
 
 
 def test_gallery_record_other_image_size_raises():

@@ -3,11 +3,13 @@
 import gc
 import itertools
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from reldn_d2.structures.attributes import EntityAttributes
 from reldn_d2.structures.scene_graph import SceneGraph
 from reldn_d2.utils.fonts import font_families
 from reldn_d2.vis.canvas import RelationImage
@@ -140,6 +142,22 @@ def test_draw_ground_truth_unrelated_entities_are_not_drawn(image, metadata):
     )
     assert texts(picture)[:3] == ["person", "cup", "holds"]  # one cup takes part: no ordinal
     assert "table" not in texts(picture)
+
+
+def test_draw_predictions_and_truth_show_attributes(image, metadata):
+    metadata.attribute_classes = ["tall", "ol\nd"]
+    attributes = EntityAttributes.from_lists(
+        [[0], [1, 0], [1], []], [[0.9], [0.8, 0.6], [0.4], []], 4, "it"
+    )
+    predicted = replace(prediction(RELATIONS_WITH_SCORES), attributes=attributes)
+    visualizer = RelationVisualizer(image, metadata)
+    names = {"person (tall)", "cup 1 (ol d, tall)", "cup 2", "table"}
+    assert names <= set(texts(visualizer.draw_predictions(predicted)))
+    assert names <= set(texts(visualizer.draw_graph(predicted)))
+    record = dataset_dict()
+    record["annotations"][3]["attributes"] = [1]
+    shown = texts(visualizer.draw_ground_truth(record))
+    assert {"person", "cup 1", "cup 2", "table (ol d)"} <= set(shown)
 
 
 @pytest.mark.parametrize("panel", ["right", "below", "none"])

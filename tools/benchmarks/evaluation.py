@@ -18,7 +18,7 @@ from reldn_d2.evaluation.predictions_io import read_predictions, write_predictio
 from reldn_d2.evaluation.protocol_metrics import Settings, block_name
 from reldn_d2.evaluation.scoring import score
 from reldn_d2.structures.scene_graph import SceneGraph
-from reldn_d2.utils.protocols import PROTOCOLS
+from reldn_d2.utils.protocols import PROTOCOL_REGISTRY
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
@@ -83,7 +83,7 @@ def motifs_metrics(
     images: Sequence[ImagePair], settings: Settings
 ) -> dict[int | None, dict[str, float]]:
     """Score by the protocol ``motifs``; metrics for each k."""
-    results = score(images, PROTOCOLS["motifs"], settings).results
+    results = score(images, PROTOCOL_REGISTRY["motifs"], settings).results
     return {k: results[block_name("motifs", settings.task, k)] for k in KS}
 
 

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from tabulate import tabulate
 
+from reldn_d2.utils.user_modules import import_modules, imported_modules
+
 __all__ = [
     *("Seconds", "in_fresh_process", "peak_memory", "print_table", "resident_peak", "set_up"),
     *("time_calls", "time_once"),
@@ -98,8 +100,15 @@ def resident_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _child(connection: Any, function: Callable[..., Any], arguments: Any, threads: int) -> None:
+def _child(
+    connection: Any,
+    function: Callable[..., Any],
+    arguments: Any,
+    threads: int,
+    modules: Sequence[str],
+) -> None:
     torch.set_num_threads(threads)
+    import_modules(modules)
     logging.getLogger("reldn_d2").setLevel(logging.ERROR)
     try:
         connection.send(function(*arguments))
@@ -115,7 +124,8 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """
     receiver, sender = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("spawn").Process(
-        target=_child, args=(sender, function, arguments, torch.get_num_threads())
+        target=_child,
+        args=(sender, function, arguments, torch.get_num_threads(), imported_modules()),
     )
     process.start()
     sender.close()

@@ -1,10 +1,6 @@
 """Registration in Detectron2's catalogs. Names are read from the files on first access."""
 
-import argparse
 import difflib
-import importlib
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,14 +12,13 @@ from ...structures.name_matching import NAME_FIELDS, require_unique_names
 __all__ = [
     "DATASET_ERRORS",
     "UnknownDatasetError",
-    "add_module_argument",
     "dataset_names",
     "register_dataset",
     "require_dataset",
 ]
 
 # Everything that finding and loading a dataset raises on purpose; str(error) explains the fix.
-# ImportError: a wrong --module, or h5py is not installed.
+# ImportError: h5py is not installed.
 DATASET_ERRORS = (ImportError, OSError, ValueError)
 
 _READ_ON_DEMAND = (
@@ -116,43 +111,17 @@ def dataset_names(name: str) -> dict[str, list[str]]:
     return {field: list(values) for field, values in names.items() if values is not None}
 
 
-def add_module_argument(parser: argparse.ArgumentParser) -> None:
-    """Add ``--module``, to be passed to :func:`require_dataset`."""
-    parser.add_argument(
-        "--module",
-        action="append",
-        default=[],
-        help="Python module that registers your datasets; can be repeated",
-    )
-
-
-def require_dataset(name: str, modules: Sequence[str] = ()) -> None:
+def require_dataset(name: str) -> None:
     """Raise if no dataset of this name is registered.
 
-    Args:
-        name: name of the dataset.
-        modules: modules to import first, because they may register it (``--module``); modules in
-            the current folder are found too.
-
     Raises:
-        ImportError: a module does not exist or cannot be imported; the message names the option.
         UnknownDatasetError: no such dataset; the message suggests similar names.
     """
-    if modules and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    for module in modules:
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise ImportError(
-                f"--module {module}: {error}. Write it as in a Python import statement, and run "
-                "the command in its folder or add that folder to PYTHONPATH."
-            ) from error
     registered = DatasetCatalog.list()
     if name not in registered:
         similar = difflib.get_close_matches(name, registered, n=3)
         suggestion = f"Did you mean {', '.join(similar)}? " if similar else ""
         raise UnknownDatasetError(
             f"No dataset '{name}' is registered. {suggestion}Pass --module to import the module "
-            "that registers your own dataset."
+            "that registers your own dataset (docs/extending.md)."
         )

@@ -14,7 +14,7 @@ from PIL import Image
 
 from detectron2.utils.file_io import PathManager
 
-from ...utils.file_io import write_atomically
+from ...utils.file_io import json_problem, write_atomically
 from ...utils.image_io import exif_orientation
 
 __all__ = [
@@ -138,7 +138,9 @@ def read_json(path: str, what: str) -> Any:
             "again."
         ) from error
     except (RecursionError, ValueError) as error:  # nested too deeply, or a number too long
-        raise ValueError(f"{path}: cannot be read as JSON ({error}). Expected {what}.") from error
+        raise ValueError(
+            f"{path}: cannot be read as JSON ({json_problem(error)}). Expected {what}."
+        ) from error
 
 
 class _RepeatedKey(Exception):

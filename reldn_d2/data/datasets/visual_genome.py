@@ -80,7 +80,8 @@ def load_visual_genome(
     """Load a split of Visual Genome as Detectron2 dataset dicts with ``"relations"``.
 
     With the h5 file that has attributes, ``annotations[i]["attributes"]`` is the list of their
-    0-based ids. Boxes are scaled from the frame whose long side is 1024 to the image and clipped
+    0-based ids. Entities for which annotators named none lack the key: that says nothing about
+    them. Boxes are scaled from the frame whose long side is 1024 to the image and clipped
     to it.
 
     Args:
@@ -110,7 +111,8 @@ def load_visual_genome(
     names = read_vg_names(dicts_file)
     check_names(dicts_file, "label_to_idx", names["thing_classes"], thing_classes)
     check_names(dicts_file, "predicate_to_idx", names["predicate_classes"], predicate_classes)
-    graphs = read_graphs(h5_file, len(thing_classes), len(predicate_classes))
+    num_attributes = len(names.get("attribute_classes", ()))
+    graphs = read_graphs(h5_file, len(thing_classes), len(predicate_classes), num_attributes)
     images = read_image_data(image_data_file, len(graphs.split), h5_file)
 
     has_relations = graphs.relations[:, 1] > graphs.relations[:, 0]
@@ -205,7 +207,9 @@ def _record(
     annotations = list(map(create_annotation, boxes.tolist(), labels))
     if graphs.attributes is not None:
         for annotation, row in zip(annotations, graphs.attributes[rows].tolist(), strict=True):
-            annotation["attributes"] = [value - 1 for value in row if value > 0]
+            ids = dict.fromkeys(value - 1 for value in row if value > 0)
+            if ids:
+                annotation["attributes"] = list(ids)
     triplets = graphs.triplets[slice(*graphs.relations[index])].copy()
     triplets[:, :2] -= graphs.boxes[index, 0]
     relations = [tuple(triplet) for triplet in triplets.tolist() if triplet[0] != triplet[1]]

@@ -99,8 +99,12 @@ def check_names(path: str, key: str, names: Sequence[str], expected: Sequence[st
         )
 
 
-def read_graphs(h5_file: str, num_classes: int, num_predicates: int) -> Graphs:
+def read_graphs(
+    h5_file: str, num_classes: int, num_predicates: int, num_attributes: int = 0
+) -> Graphs:
     """Read and check the whole h5 file.
+
+    Its attributes are left out if the file of names has none (``num_attributes`` is 0).
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -116,6 +120,9 @@ def read_graphs(h5_file: str, num_classes: int, num_predicates: int) -> Graphs:
     image_of_box = _image_of_row(boxes, len(labels))
     image_of_relation = _image_of_row(relations, len(predicates))
     first, end = boxes[image_of_relation].T
+    if not num_attributes:
+        arrays.pop("attributes", None)
+    attributes = arrays.get("attributes", np.zeros((len(labels), 0), dtype=np.int64))
 
     problems = Problems()
     for name, invalid, image_index, expected in (
@@ -142,6 +149,12 @@ def read_graphs(h5_file: str, num_classes: int, num_predicates: int) -> Graphs:
             ((ends < first[:, None]) | (ends >= end[:, None])).any(axis=1),
             image_of_relation,
             "two indices of boxes of the same image",
+        ),
+        (
+            "attributes",
+            ((attributes < 0) | (attributes > num_attributes)).any(axis=1),
+            image_of_box,
+            f"attributes from 1 to {num_attributes}, and 0 in the other columns",
         ),
     ):
         # Rows that belong to no image are never used.

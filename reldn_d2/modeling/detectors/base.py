@@ -17,6 +17,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from detectron2.utils.registry import Registry
 
+from ...utils.registry import find_registered
 from ..sampling import random_keys, sample_mask
 
 __all__ = [
@@ -139,11 +140,12 @@ def build_entity_detector(cfg: CfgNode) -> EntityDetector:
     """Build the adapter named by ``cfg.MODEL.RELDN.DETECTOR``, with its detector.
 
     Raises:
-        ValueError: if it is "auto" and no adapter accepts the config's detector.
+        ValueError: if there is no such adapter, or it is "auto" and none accepts the config's
+            detector.
     """
     name = cfg.MODEL.RELDN.DETECTOR
     if name != "auto":
-        return ENTITY_DETECTOR_REGISTRY.get(name)(cfg)
+        return find_registered(ENTITY_DETECTOR_REGISTRY, name, "MODEL.RELDN.DETECTOR")(cfg)
     adapters = dict(ENTITY_DETECTOR_REGISTRY)
     for adapter in reversed(list(adapters.values())):
         if adapter.accepts(cfg):
@@ -151,7 +153,7 @@ def build_entity_detector(cfg: CfgNode) -> EntityDetector:
     raise ValueError(
         f'MODEL.RELDN.DETECTOR is "auto", but no adapter knows MODEL.ROI_HEADS.NAME '
         f"'{cfg.MODEL.ROI_HEADS.NAME}'. Name one of {', '.join(adapters)}, or register an "
-        "EntityDetector of your own (docs/detectors.md)."
+        "EntityDetector of your own in a module that you pass with --module (docs/detectors.md)."
     )
 
 
@@ -204,7 +206,8 @@ def label_entities(
 
     Returns:
         ``proposal_boxes``, ``gt_classes`` and ``gt_index`` of each image; the latter is the index
-        of a ground-truth box among the targets, and -1 for a proposal.
+        of a ground-truth box among the targets, and -1 for a proposal. If the targets have
+        attributes, also ``gt_attributes`` and ``gt_attributes_known`` of the matched box.
     """
     entities = []
     for boxes, target in zip(proposals, targets):
@@ -226,5 +229,8 @@ def label_entities(
         result.proposal_boxes = boxes[chosen]
         result.gt_classes = target.gt_classes[matched[chosen]]
         result.gt_index = gt_index[chosen]
+        for field in ("gt_attributes", "gt_attributes_known"):
+            if target.has(field):
+                result.set(field, target.get(field)[matched[chosen]])
         entities.append(result)
     return entities

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["draw_predicate_targets", "predicate_loss"]
+__all__ = ["class_balanced_weights", "draw_predicate_targets", "predicate_loss"]
 
 
 def draw_predicate_targets(labels: Tensor) -> Tensor:
@@ -25,6 +25,31 @@ def draw_predicate_targets(labels: Tensor) -> Tensor:
     # The label with the largest random key is a uniform choice among the labels.
     keys = torch.rand(labels.shape, device=labels.device).masked_fill(~labels, -1.0)
     return torch.where(labels.any(dim=1), keys.argmax(dim=1), num_predicates)
+
+
+def class_balanced_weights(predicate_counts: Tensor, beta: float) -> Tensor:
+    """Compute a weight per class from the effective number of its relations.
+
+    Cui et al., "Class-Balanced Loss Based on Effective Number of Samples" (2019): n relations of
+    one predicate count as ``(1 - beta^n) / (1 - beta)``, and its weight is the inverse of that.
+
+    The weights are scaled to a mean of 1 over the relations of the training set, so that positive
+    pairs together keep their share of the loss. "No relationship" has weight 1.
+
+    Args:
+        predicate_counts: (C,) relations of each predicate in the training set; a predicate without
+            any gets the weight of one with a single relation.
+        beta: in [0, 1); 0 gives equal weights.
+
+    Returns:
+        (C + 1,) float32.
+    """
+    counts = predicate_counts.double()
+    effective = (1.0 - beta ** counts.clamp(min=1.0)) / (1.0 - beta)
+    weights = 1.0 / effective
+    mean = (weights * counts).sum() / counts.sum().clamp(min=1.0)
+    weights = weights / torch.where(mean > 0, mean, 1.0)
+    return torch.cat([weights, weights.new_ones(1)]).float()
 
 
 def predicate_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:

@@ -1,3 +1,4 @@
+from .attribute_head import AttributeHead, build_attribute_head
 from .build import ROI_RELATION_HEAD_REGISTRY, build_relation_head
 from .entity_context import ENTITY_CONTEXT_REGISTRY, EntityContext, LSTMContext, TransformerContext
 from .head_base import EntitiesAndRelations, RelationHead
@@ -13,6 +14,7 @@ __all__ = [
     "RELATION_LOSS_REGISTRY",
     "RELATION_PREDICTOR_REGISTRY",
     "ROI_RELATION_HEAD_REGISTRY",
+    "AttributeHead",
     "ContrastiveLosses",
     "EntitiesAndRelations",
     "EntityBatch",
@@ -30,5 +32,6 @@ __all__ = [
     "RelationLoss",
     "SampledPairs",
     "TransformerContext",
+    "build_attribute_head",
     "build_relation_head",
 ]

@@ -53,6 +53,12 @@ def build_relation_head(
                 f"'{member}', which is a property of the head: rename the submodule and override "
                 "the property."
             )
+    if cfg.MODEL.ROI_ATTRIBUTE_HEAD.ENABLED and head.attribute_head is None:
+        raise ValueError(
+            f"MODEL.ROI_ATTRIBUTE_HEAD.ENABLED is True, but {key} '{name}' has no attribute head: "
+            "pass attribute_head=build_attribute_head(cfg, size of the entities' vectors) to "
+            "RelationHead (reldn_d2.modeling), or set ENABLED to False."
+        )
     return head
 
 

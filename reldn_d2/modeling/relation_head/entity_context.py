@@ -75,8 +75,7 @@ class EntityContext(nn.Module, ABC):
         position = box_position(entities.boxes, entities.image_sizes[entities.image])
         embedded = self.class_embedding(entities.classes) + self.position(position)
         if self.vectors is not None:
-            parts = (entities.subject_vectors, entities.object_vectors)
-            embedded = embedded + self.vectors(torch.cat([x for x in parts if x is not None], 1))
+            embedded = embedded + self.vectors(entities.vectors)
         return embedded
 
     @abstractmethod

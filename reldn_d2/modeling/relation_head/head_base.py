@@ -20,7 +20,9 @@ from detectron2.utils.logger import log_first_n
 
 from ...utils.protocols import kept_predicates_per_pair
 from ..losses import draw_predicate_targets
+from .attribute_head import AttributeHead
 from .head_losses import RelationLoss, build_relation_losses, merge_losses
+from .logit_adjustment import PredicatePrior
 from .pair_sampling import PairSampler, SampledPairs, build_pair_sampler, training_pairs
 from .pairs import EntityBatch
 from .topk import best_triplets, check_options
@@ -76,12 +78,14 @@ class RelationHead(nn.Module, ABC):
         num_predicates: int,
         losses: dict[str, RelationLoss],
         sampler: PairSampler,
+        attribute_head: AttributeHead | None = None,
         overlap_filter: bool = True,
         pair_iou_threshold: float = 0.5,
         topk: int = 100,
         predicates_per_pair: tuple[int | None, ...] = (1,),
         pair_chunk: int = 2048,
         max_visual_pairs: int = 40_000,
+        logit_adjustment: float = 0.0,
         statistics_period: int = 20,
     ):
         """
@@ -90,6 +94,8 @@ class RelationHead(nn.Module, ABC):
             num_predicates: C.
             losses: by name.
             sampler: draws the training pairs.
+            attribute_head: scores the attributes of entities from their ``vectors``, in addition to
+                what a subclass does with entities; None for none.
             overlap_filter: leave out pairs of detected boxes (in training: of proposals) that do
                 not overlap. Pairs of given boxes, and in training pairs with a ground-truth box,
                 are all used.
@@ -99,6 +105,7 @@ class RelationHead(nn.Module, ABC):
             pair_chunk: max pairs scored at once at test time.
             max_visual_pairs: max pairs of an image with given boxes that are scored completely; of
                 more pairs, those with the best :meth:`shortlist_logits` are kept.
+            logit_adjustment: tau at test time, see :class:`.logit_adjustment.PredicatePrior`.
             statistics_period: log training metrics every so many iterations.
 
         Raises:
@@ -111,12 +118,14 @@ class RelationHead(nn.Module, ABC):
         self.losses = nn.ModuleDict(losses)
         self.sampler = sampler
         self.sampler.for_anchors = any(loss.needs_anchor_pairs for loss in losses.values())
+        self.attribute_head = attribute_head
         self.overlap_filter = overlap_filter
         self.pair_iou_threshold = pair_iou_threshold
         self.topk = topk
         self.predicates_per_pair = tuple(predicates_per_pair)
         self.pair_chunk = pair_chunk
         self.max_visual_pairs = max_visual_pairs
+        self.prior = PredicatePrior(num_predicates, logit_adjustment)
         self.statistics_period = statistics_period
 
     @classmethod
@@ -138,7 +147,14 @@ class RelationHead(nn.Module, ABC):
             "predicates_per_pair": kept_predicates_per_pair(cfg),
             "pair_chunk": cfg.TEST.RELATIONS.PAIR_CHUNK,
             "max_visual_pairs": cfg.TEST.RELATIONS.MAX_VISUAL_PAIRS,
+            "logit_adjustment": cfg.TEST.RELATIONS.LOGIT_ADJUSTMENT,
         }
+
+    def set_predicate_counts(self, predicate_counts: Tensor) -> None:
+        """Give losses and logit adjustment the (C,) relations of each predicate in training."""
+        self.prior.set_counts(predicate_counts)
+        for loss in self.losses.values():
+            loss.set_predicate_counts(self.prior.predicate_counts)
 
     @property
     def box_heads(self) -> list[nn.Module]:
@@ -254,6 +270,7 @@ class RelationHead(nn.Module, ABC):
         """
         if self.training:
             return self._losses(features, predicate_features, entities, targets)
+        self.prior.check()
         return [
             self._predict(
                 {name: x[i : i + 1] for name, x in features.items()},
@@ -292,6 +309,8 @@ class RelationHead(nn.Module, ABC):
         case = (logits, draw_predicate_targets(pairs.labels), pairs, entities)
         parts = {name: loss(*case) for name, loss in self.losses.items()}
         parts["entity_losses"] = self.entity_losses(entities, proposals)
+        if self.attribute_head is not None:
+            parts["attribute_head"] = self.attribute_head.losses(entities.vectors, proposals)
         losses = merge_losses(parts)
         storage = get_event_storage()
         if (storage.iter + 1) % self.statistics_period == 0:  # when the trainer's writers write
@@ -318,11 +337,11 @@ class RelationHead(nn.Module, ABC):
 
         def score_pairs(subjects: Tensor, objects: Tensor) -> Tensor:
             logits = self.score_pairs(entities, predicate_features, subjects, objects)
-            return logits.float().softmax(dim=1)[:, :-1]
+            return self.prior(logits)[:, :-1]
 
         def score_cheaply(subjects: Tensor, objects: Tensor) -> Tensor:
             logits = self.shortlist_logits(entities, subjects, objects)
-            return logits.float().softmax(dim=1)[:, :-1]
+            return self.prior(logits)[:, :-1]
 
         overlap_filter = self.overlap_filter and not boxes_given
         search = partial(
@@ -372,6 +391,8 @@ class RelationHead(nn.Module, ABC):
     ) -> tuple[EntityBatch, Instances]:
         """Refine the entities of one image; pairs are then scored by the refined classes.
 
+        With an attribute head the entities get ``pred_attributes``.
+
         Raises:
             ValueError: if :meth:`refine_entities` returns another number of entities.
         """
@@ -381,6 +402,9 @@ class RelationHead(nn.Module, ABC):
                 f"{type(self).__name__}.refine_entities returned {len(refined)} entities for "
                 f"{len(instances)}: return the same ones in the same order."
             )
+        if self.attribute_head is not None:
+            refined = Instances(refined.image_size, **refined.get_fields())
+            refined.pred_attributes = self.attribute_head.predict(entities.vectors)
         return replace(entities, classes=refined.pred_classes), refined
 
     def _too_many_pairs(self, num_entities: int) -> bool:

@@ -15,7 +15,7 @@ from detectron2.utils import comm
 from detectron2.utils.registry import Registry
 
 from ...utils.registry import build_registered
-from ..losses import AnchorSides, contrastive_losses, predicate_loss
+from ..losses import AnchorSides, class_balanced_weights, contrastive_losses, predicate_loss
 from ..losses.contrastive import LOSS_NAMES, NORMALIZATIONS, ContrastiveGroups
 from .pair_sampling import SampledPairs
 from .pairs import EntityBatch
@@ -73,27 +73,47 @@ class RelationLoss(nn.Module, ABC):
         """
         return {}
 
+    def set_predicate_counts(self, predicate_counts: Tensor) -> None:
+        """Take the (C,) relations of each predicate in the training set; by default ignored.
+
+        Called before a training starts or is resumed.
+        """
+
 
 @RELATION_LOSS_REGISTRY.register()
 class PredicateLoss(RelationLoss):
     """L0, the cross entropy of the predicates on the pairs that are drawn for it."""
 
     @configurable
-    def __init__(self, *, mean: str = "images"):
+    def __init__(self, *, mean: str = "images", balanced_beta: float = 0.0):
         """
         Args:
             mean: one of :data:`L0_MEANS`.
+            balanced_beta: of :func:`..losses.class_balanced_weights`; 0 weights no pair.
 
         Raises:
-            ValueError: if it is another value.
+            ValueError: if an option has an invalid value.
         """
         super().__init__()
         _check_choice("L0_MEAN", mean, L0_MEANS)
+        if not 0 <= balanced_beta < 1:
+            raise ValueError(
+                f"MODEL.ROI_RELATION_HEAD.LOSS.CLASS_BALANCED_BETA is {balanced_beta}; expected 0 "
+                "(off) to below 1, such as 0.9."
+            )
         self.mean = mean
+        self.balanced_beta = balanced_beta
+        # Empty until the predicates are counted.
+        self.register_buffer("target_weights", torch.zeros(0), persistent=False)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        return {"mean": cfg.MODEL.ROI_RELATION_HEAD.LOSS.L0_MEAN}
+        loss = cfg.MODEL.ROI_RELATION_HEAD.LOSS
+        return {"mean": loss.L0_MEAN, "balanced_beta": loss.CLASS_BALANCED_BETA}
+
+    def set_predicate_counts(self, predicate_counts: Tensor) -> None:
+        weights = class_balanced_weights(predicate_counts, self.balanced_beta)
+        self.target_weights = weights.to(self.target_weights.device)
 
     def forward(
         self, logits: Tensor, targets: Tensor, pairs: SampledPairs, entities: EntityBatch
@@ -103,7 +123,18 @@ class PredicateLoss(RelationLoss):
         else:
             image = entities.image[pairs.subjects]
             weights = _mean_weights(pairs.for_predicate, image, len(entities.sizes))
+        if self.balanced_beta:
+            weights = weights * self._weights_of(targets)
         return {"loss_predicate": predicate_loss(logits, targets, weights)}
+
+    def _weights_of(self, targets: Tensor) -> Tensor:
+        if len(self.target_weights) == 0:
+            raise ValueError(
+                "MODEL.ROI_RELATION_HEAD.LOSS.CLASS_BALANCED_BETA needs the relations of each "
+                "predicate in the training set. RelDNTrainer counts them; a training loop of your "
+                "own must call relation_head.set_predicate_counts."
+            )
+        return self.target_weights[targets]
 
 
 @RELATION_LOSS_REGISTRY.register()

@@ -288,6 +288,7 @@ def training_pairs(
             relations.gt_pairs,
             relations.gt_predicates,
             gt_index=proposals.gt_index,
+            gt_kept=relations.gt_kept if relations.has("gt_kept") else None,
             **matching,
         )
         if hasattr(proposals, "_derived"):

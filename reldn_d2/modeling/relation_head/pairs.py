@@ -86,7 +86,7 @@ class PairGrid:
     """Candidates and labels of each ordered pair of an image's entities, as dense (R, R) tables.
 
     Attributes:
-        candidates: (R, R) bool, pairs that may be sampled.
+        candidates: (R, R) bool, pairs that may be sampled: as positive or as negative ones.
         match: (R, R) int64, each pair's row in ``label_sets``; M for a negative pair.
         label_sets: (M + 1, C) bool; row m is the label set of the ground-truth pair of relation m,
             the last row is empty.
@@ -113,11 +113,15 @@ class PairGrid:
         return self.candidates & (self.match == len(self.label_sets) - 1)
 
 
-def _label_sets(gt_pairs: Tensor, gt_predicates: Tensor, num_predicates: int) -> Tensor:
-    """Collect all predicates of each relation's pair: (M + 1, C) bool; the last row is empty."""
+def _label_sets(
+    gt_pairs: Tensor, gt_predicates: Tensor, num_predicates: int, gt_kept: Tensor | None
+) -> Tensor:
+    """Collect the kept predicates of each relation's pair: (M + 1, C) bool, the last row empty."""
     same_pair = (gt_pairs[:, None] == gt_pairs[None]).all(dim=2)
     one_hot = gt_pairs.new_zeros((len(gt_pairs), num_predicates), dtype=torch.float32)
     one_hot.scatter_(1, gt_predicates[:, None], 1.0)
+    if gt_kept is not None:
+        one_hot = one_hot * gt_kept[:, None]
     sets = same_pair.to(one_hot.dtype) @ one_hot > 0
     return torch.cat([sets, sets.new_zeros((1, num_predicates))])
 
@@ -130,6 +134,7 @@ def match_pairs(
     *,
     num_predicates: int,
     gt_index: Tensor | None = None,
+    gt_kept: Tensor | None = None,
     overlap_filter: bool = False,
     iou_threshold: float = 0.5,
 ) -> PairGrid:
@@ -148,6 +153,9 @@ def match_pairs(
         num_predicates: C.
         gt_index: (R,) int64, the target that an entity is, -1 for a proposal; None if all are
             proposals.
+        gt_kept: (M,) bool, the relations that are trained on; None means all. A pair whose best
+            matching ground-truth pair has none of them is no candidate: it is related, so it is no
+            example of "no relationship" either.
         overlap_filter: see :func:`candidate_pairs`; pairs with a ground-truth box are exempt.
         iou_threshold: minimum overlap of a positive pair.
     """
@@ -155,7 +163,7 @@ def match_pairs(
     if gt_index is None:
         gt_index = torch.full_like(classes, -1)
     candidates = candidate_pairs(boxes.tensor, overlap_filter, exempt=gt_index >= 0)
-    sets = _label_sets(gt_pairs, gt_predicates, num_predicates)
+    sets = _label_sets(gt_pairs, gt_predicates, num_predicates, gt_kept)
     num_entities, num_relations = len(boxes), len(gt_pairs)
     if num_relations == 0 or num_entities == 0:
         none = torch.zeros(num_entities, dtype=torch.bool, device=boxes.device)
@@ -168,9 +176,12 @@ def match_pairs(
     iou = iou.masked_fill(gt_index[:, None] == target_index[None], _SAME_ENTITY)
     as_subject, as_object = iou[:, gt_pairs[:, 0]], iou[:, gt_pairs[:, 1]]
     overlap, match = torch.minimum(as_subject[:, None], as_object[None]).max(dim=2)
+    match = match.masked_fill(overlap < iou_threshold, num_relations)
+    if gt_kept is not None:
+        candidates = candidates & (sets.any(dim=1)[match] | (match == num_relations))
     return PairGrid(
         candidates=candidates,
-        match=match.masked_fill(overlap < iou_threshold, num_relations),
+        match=match,
         label_sets=sets,
         is_subject=(as_subject >= iou_threshold).any(dim=1),
         is_object=(as_object >= iou_threshold).any(dim=1),
@@ -200,6 +211,12 @@ class EntityBatch:
     subject_vectors: Tensor | None
     object_vectors: Tensor | None
     context: Tensor | None = None
+
+    @property
+    def vectors(self) -> Tensor | None:
+        """Return (R, d) or (R, 2 d), the vectors of each entity in one; None if there are none."""
+        parts = [x for x in (self.subject_vectors, self.object_vectors) if x is not None]
+        return torch.cat(parts, dim=1) if parts else None
 
     @classmethod
     def stack(

@@ -16,6 +16,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.structures import Boxes
 
 from ...structures.box_ops import union_boxes
+from .attribute_head import build_attribute_head
 from .build import ROI_RELATION_HEAD_REGISTRY, build_visual_parts
 from .entity_context import EntityContext, build_entity_context
 from .head_base import RelationHead
@@ -102,6 +103,7 @@ class RelDNHead(RelationHead):
         num_vectors = ("subject_box_head" in ret) + ("object_box_head" in ret)
         context = build_entity_context(cfg, num_vectors * vector_size)
         ret["context"] = context
+        ret["attribute_head"] = build_attribute_head(cfg, num_vectors * vector_size)
         context_size = 0 if context is None else context.size
         ret["predictor"] = build_predicate_classifier(cfg, vector_size, context_size)
         return ret

@@ -355,6 +355,17 @@ def test_vg_attributes_other_length_raises(tmp_path):
     check_error(tmp_path, "vg_attributes", spoil, ValueError, "attributes 3")
 
 
+@pytest.mark.parametrize("value", [3, -1])
+def test_vg_attribute_out_of_range_raises(tmp_path, value):
+    def spoil(paths):
+        arrays = vg_arrays(True)
+        arrays["attributes"][1, 4] = value
+        write_h5(paths["h5_file"], arrays)
+
+    message = r"attributes\[1\] \(image 0 of the file\) is .*; expected attributes from 1 to 2"
+    check_error(tmp_path, "vg_attributes", spoil, ValueError, message)
+
+
 def test_vg_without_h5py_raises(tmp_path, monkeypatch):
     arguments = write_visual_genome(tmp_path)
     monkeypatch.setitem(sys.modules, "h5py", None)

@@ -157,7 +157,7 @@ def test_coco_invalid_record_raises(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[" * 100_000, r"relations\.json: cannot be read as JSON"),
+        ("[" * 100_000, r"relations\.json: cannot be read as JSON \(nested too deeply\)"),
         ("[" + "1" * 5000 + "]", r"relations\.json: (cannot be read as JSON|expected an object)"),
     ],
 )

@@ -4,6 +4,8 @@ import copy
 import json
 import logging
 
+import numpy as np
+import pycocotools.mask as mask_util
 import pytest
 from data_files import pictures
 from import_files import (
@@ -23,6 +25,7 @@ from import_files import (
     visual_genome,
     write_import_files,
 )
+from PIL import Image
 
 from reldn_d2.data.check import check_dataset
 from reldn_d2.data.datasets import import_relations, register_imported_relations
@@ -45,7 +48,7 @@ def with_images(path, **options):
 
 def words(imported):
     """Entities and relations by file name, in words."""
-    dicts, classes, predicates = imported
+    dicts, classes, predicates, _ = imported
     return {
         record["file_name"]: (
             [(classes[x["category_id"]], tuple(x["bbox"])) for x in record["annotations"]],
@@ -145,6 +148,133 @@ def test_import_relations_sgg_benchmark_keeps_masks_and_drops_background(tmp_pat
     assert imported.thing_classes == CLASSES and imported.predicate_classes == PREDICATES
     masks = [x["segmentation"] for x in imported.dicts[0]["annotations"]]
     assert masks[0]["size"] == [40, 60] and masks[1] == [[15, 20, 30, 20, 30, 40]]
+
+
+def with_attributes(file_format, names, attribute_ids=None):
+    """Return content whose first entity of image 1 has these attributes."""
+    if file_format == "visual-genome":
+        content = scene_graphs()
+        content[0]["objects"][0]["attributes"] = names
+        content[1]["objects"][0]["attributes"] = []
+        return content
+    content = sgg_benchmark()
+    content["annotations"][0]["attributes"] = names
+    if attribute_ids is not None:
+        content["annotations"][0]["attributes"] = attribute_ids
+        content["att_categories"] = [{"id": 7, "name": "old"}, {"id": 3, "name": "wet"}]
+    return content
+
+
+def imported_attributes(tmp_path, file_format, content, **options):
+    """Return the names and, by image, the attributes of each entity."""
+    write_import_files(tmp_path)
+    (tmp_path / "attributed.json").write_text(json.dumps(content))
+    path = str(tmp_path / "attributed.json")
+    imported = import_relations(file_format, path, ImportOptions(**options))
+    lists = [[x.get("attributes") for x in record["annotations"]] for record in imported.dicts]
+    return imported.attribute_classes, lists
+
+
+@pytest.mark.parametrize("file_format", ["visual-genome", "sgg-benchmark"])
+def test_import_relations_attributes_by_name(tmp_path, file_format):
+    content = with_attributes(file_format, ["wet", "old", "wet "])
+    names, lists = imported_attributes(tmp_path, file_format, content)
+    assert names == ["old", "wet"], "in alphabetical order"
+    assert lists == [[[1, 0], None], [None, None], []], "the others are unknown"
+    names, lists = imported_attributes(tmp_path, file_format, content, attributes=["wet", "old"])
+    assert names == ["wet", "old"] and lists[0] == [[0, 1], None]
+    message = r"attributes: the attribute 'old' is not one of the 1 of the list .*--attributes"
+    with pytest.raises(ValueError, match=message):
+        imported_attributes(tmp_path, file_format, content, attributes=["wet"])
+    options = dict(attributes=["wet"], skip_invalid=True)
+    names, lists = imported_attributes(tmp_path, file_format, content, **options)
+    assert names == ["wet"] and lists[0] == [[0], None], "the entity stays"
+
+
+def test_import_relations_sgg_benchmark_attributes_by_id(tmp_path):
+    content = with_attributes("sgg-benchmark", None, [7])
+    names, lists = imported_attributes(tmp_path, "sgg-benchmark", content)
+    assert names == ["wet", "old"] and lists[0] == [[1], None], "in the order of the ids"
+    content = with_attributes("sgg-benchmark", None, [8])
+    message = r"annotations\[0\] \(id 100\), attributes: the attribute is 8; expected a name"
+    with pytest.raises(ValueError, match=message):
+        imported_attributes(tmp_path, "sgg-benchmark", content)
+
+
+@pytest.mark.parametrize("file_format", ["visual-genome", "sgg-benchmark"])
+def test_import_relations_attributes_no_list_raises(tmp_path, file_format):
+    content = with_attributes(file_format, "red")
+    with pytest.raises(ValueError, match="attributes: they are 'red'; expected a list"):
+        imported_attributes(tmp_path, file_format, content)
+
+
+def test_register_imported_relations_names_attributes(tmp_path, registered):
+    write_import_files(tmp_path)
+    path = tmp_path / "attributed.json"
+    path.write_text(json.dumps(with_attributes("sgg-benchmark", ["red"])))
+    name, root = registered("imported_data_set"), str(tmp_path / "images")
+    register_imported_relations(name, {}, "sgg-benchmark", str(path), root)
+    assert MetadataCatalog.get(name).attribute_classes == ["red"]
+    assert check_dataset(name).summary.attribute_counts.tolist() == [1]
+
+
+def panoptic(folder):
+    """Write PNG files and return psg.json's content with their segments: the entities' boxes."""
+    content = psg()
+    for record in content["data"]:
+        colors = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+        for place, annotation in enumerate(record["annotations"]):
+            x0, y0, x1, y1 = annotation["bbox"]
+            colors[y0:y1, x0:x1] = (place + 1, 2, 1)
+            segment = 256**2 + 2 * 256 + place + 1
+            record["segments_info"].append(
+                {"id": segment, "category_id": annotation["category_id"], "isthing": 1}
+            )
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(colors).save(folder / record["pan_seg_file_name"])
+    return content
+
+
+def import_panoptic(tmp_path, content, **options):
+    path = tmp_path / "psg.json"
+    path.write_text(json.dumps(content))
+    options = ImportOptions(panoptic_root=str(tmp_path / "png"), **options)
+    return import_relations("psg", str(path), options)
+
+
+def test_import_relations_psg_masks_from_panoptic_files(tmp_path):
+    imported = import_panoptic(tmp_path, panoptic(tmp_path / "png"))
+    man, guitar = (x["segmentation"] for x in imported.dicts[0]["annotations"])
+    pixels = mask_util.decode(guitar)
+    assert pixels.shape == (HEIGHT, WIDTH) and pixels[20:40, 15:30].all() and pixels.sum() == 300
+    assert mask_util.decode(man).sum() == 30 * 40 - 300, "the guitar is in front"
+    assert json.dumps(man), "plain types"
+    bare = import_relations("psg", str(tmp_path / "psg.json"))
+    assert "segmentation" not in bare.dicts[0]["annotations"][0]
+    content = psg()
+    content["data"][0]["annotations"][1]["segmentation"] = [[15, 20, 30, 20, 30, 40]]
+    (tmp_path / "psg.json").write_text(json.dumps(content))
+    own = import_relations("psg", str(tmp_path / "psg.json")).dicts[0]["annotations"]
+    assert own[1]["segmentation"] == [[15, 20, 30, 20, 30, 40]] and "segmentation" not in own[0]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda x: x.pop("segments_info"), "masks need pan_seg_file_name and segments_info"),
+        (lambda x: x["segments_info"].pop(), "its categories are not those of the annotations"),
+        (lambda x: x["segments_info"][0].update(category_id=1), "categories are not those"),
+        (lambda x: x["segments_info"][0].update(id=5), r"1\.png has no pixel of .* the id 5"),
+        (lambda x: x.update(pan_seg_file_name="9.png"), r"9\.png cannot be read as an image"),
+        (lambda x: x.update(width=61), r"1\.png has 60 x 40 pixels, the image not"),
+    ],
+)
+def test_import_relations_psg_wrong_segments_are_named(tmp_path, spoil, message):
+    content = panoptic(tmp_path / "png")
+    spoil(content["data"][0])
+    where = r"psg\.json, data\[0\] \(image_id '1'\), segments_info: .*"
+    with pytest.raises(ValueError, match=where + message):
+        import_panoptic(tmp_path, content)
 
 
 def test_import_relations_label_studio_directions_and_files(tmp_path):

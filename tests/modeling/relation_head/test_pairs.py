@@ -168,6 +168,23 @@ def test_match_pairs_repeated_relation_is_one_label():
     assert labels_of(grid, 0, 1) == {2}
 
 
+@settings(deadline=None, max_examples=100)
+@given(scenes(), st.randoms(use_true_random=False))
+def test_match_pairs_dropped_relations_are_neither_positive_nor_negative(scene, random):
+    """Other pairs stay as they are; a pair that loses all of its labels is no candidate."""
+    entities, own, targets, relations = scene
+    kept = [random.random() < 0.5 for _ in relations]
+    whole = as_grid(entities, targets, relations, own)
+    grid = as_grid(entities, targets, relations, own, gt_kept=torch.tensor(kept, dtype=torch.bool))
+    assert grid.negative.equal(whole.negative)
+    assert grid.is_subject.equal(whole.is_subject) and grid.is_object.equal(whole.is_object)
+    for i, j in whole.positive.nonzero().tolist():
+        pair = relations[int(whole.match[i, j])][:2]
+        rest = {r[2] for r, keep in zip(relations, kept) if keep and r[:2] == pair}
+        assert bool(grid.positive[i, j]) == bool(grid.candidates[i, j]) == bool(rest)
+        assert labels_of(grid, i, j) == rest
+
+
 def test_match_pairs_equal_boxes_of_one_class_keep_their_own_labels():
     targets = [(BIG, 0), (BIG, 0), (FAR, 1)]
     relations = [(0, 2, 0), (1, 2, 1), (1, 2, 2)]

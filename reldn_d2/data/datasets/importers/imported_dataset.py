@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ....structures.name_matching import NAME_FIELDS
 from ..catalog import register_dataset
 from ..coco import locate_nested_images
 from ..io import no_garbage_collection
@@ -43,8 +44,10 @@ def import_relations(file_format: str, path: str, options: ImportOptions | None 
     for name, value, owner in (
         ("image_data", options.image_data, "visual-genome"),
         ("split", options.split, "psg"),
+        ("panoptic_root", options.panoptic_root, "psg"),
+        ("attributes", options.attributes, "visual-genome and sgg-benchmark"),
     ):
-        if value is not None and file_format != owner:
+        if value is not None and file_format not in owner.split(" and "):
             raise ValueError(f"{name} is an option of {owner} files, not of {file_format} files.")
     if options.split not in (None, *SPLITS):
         raise ValueError(f"Unknown split {options.split!r}; expected one of {', '.join(SPLITS)}.")
@@ -74,7 +77,7 @@ def register_imported_relations(
 
     def read_names() -> dict[str, Sequence[str]]:
         _, *names = import_relations(file_format, path, settings)
-        return dict(zip(("thing_classes", "predicate_classes"), names))
+        return dict(zip(NAME_FIELDS, names))
 
     register_dataset(
         name,

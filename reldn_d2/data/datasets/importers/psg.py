@@ -1,11 +1,18 @@
 """Import ``psg.json`` of OpenPSG: images of COCO with boxes, panoptic segments and relations.
 
-Classes are the things and after them the stuff. The segments, in panoptic PNG files, are left out.
+Classes are the things and after them the stuff. The masks of the entities are in panoptic PNG
+files, in which the color of a pixel is the id of its segment; they are read if their folder is
+given.
 """
 
+import os
 from typing import Any
 
-from ..coco import are_numbers
+import numpy as np
+import pycocotools.mask as mask_util
+from PIL import Image
+
+from ..coco import are_numbers, read_segmentation
 from ..io import read_json
 from .relation_import import (
     Imported,
@@ -19,8 +26,9 @@ __all__ = ["read_psg"]
 
 _LISTS = ("data", "thing_classes", "stuff_classes", "predicate_classes")
 _IMAGE = ("file_name", "height", "width", "image_id", "annotations", "relations")
-_UNUSED_IN_IMAGE = ("pan_seg_file_name", "segments_info", "coco_image_id")
-_ANNOTATION = ("bbox", "bbox_mode", "category_id")
+_SEGMENTS = ("pan_seg_file_name", "segments_info")
+_UNUSED_IN_IMAGE = ("coco_image_id",)
+_ANNOTATION = ("bbox", "bbox_mode", "category_id", "segmentation")
 _XYXY, _XYWH = 0, 1  # the values of Detectron2's BoxMode
 SPLITS = ("train", "test")
 
@@ -29,7 +37,8 @@ def read_psg(path: str, options: ImportOptions) -> Imported:
     """Read the file.
 
     With ``options.split``, only the images in ``test_image_ids`` ("test") or the others ("train").
-    Images without relations are kept.
+    Images without relations are kept. With ``options.panoptic_root`` each entity has the mask of
+    its segment; otherwise an annotation's own ``segmentation``, if it has one.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -52,7 +61,7 @@ def read_psg(path: str, options: ImportOptions) -> Imported:
             continue
         where = f"data[{index}] (image_id {image_id!r:.40})"
         with imported.record(where):
-            imported.check_fields(record, _IMAGE, _UNUSED_IN_IMAGE)
+            imported.check_fields(record, (*_IMAGE, *_SEGMENTS), _UNUSED_IN_IMAGE)
             for key in ("annotations", "relations"):
                 if not isinstance(record.get(key), list):
                     raise ValueError(f"its {key} are {record.get(key)!r:.60}; expected a list")
@@ -61,6 +70,9 @@ def read_psg(path: str, options: ImportOptions) -> Imported:
             for place, annotation in enumerate(record["annotations"]):
                 with imported.record(f"{where}, annotations[{place}]", image, place):
                     _read_annotation(imported, image, place, annotation, classes)
+            if options.panoptic_root is not None:
+                with imported.record(f"{where}, segments_info"):
+                    _add_masks(options.panoptic_root, image, record)
             for place, relation in enumerate(record["relations"]):
                 with imported.record(f"{where}, relations[{place}]"):
                     _read_relation(imported, image, relation, predicates)
@@ -81,7 +93,47 @@ def _read_annotation(
     if mode == _XYWH:
         bbox = [*bbox[:2], bbox[0] + bbox[2], bbox[1] + bbox[3]]
     name = _name(annotation.get("category_id"), classes, "category_id")
-    image.add_entity(key, imported.category(name), bbox)
+    mask = annotation.get("segmentation")
+    mask = read_segmentation(mask) if mask else None
+    entity = image.add_entity(key, imported.category(name), bbox)
+    if mask is not None:
+        entity["segmentation"] = mask
+
+
+def _add_masks(root: str, image: ImportedImage, record: dict[str, Any]) -> None:
+    """Give each entity of an image the mask of the segment at the same place of its list.
+
+    Raises:
+        ValueError: the list does not belong to the annotations, or the PNG file cannot be read or
+            lacks a segment.
+    """
+    annotations, (name, segments) = record["annotations"], (record.get(key) for key in _SEGMENTS)
+    valid = isinstance(segments, list) and all(
+        isinstance(x, dict) and type(x.get("id")) is int for x in segments
+    )
+    if not valid or not isinstance(name, str):
+        raise ValueError("masks need pan_seg_file_name and segments_info, objects with an id")
+    if [x.get("category_id") for x in segments] != [
+        x.get("category_id") if isinstance(x, dict) else None for x in annotations
+    ]:
+        raise ValueError("its categories are not those of the annotations, one by one")
+    path = os.path.join(root, name)
+    try:
+        with Image.open(path) as file:
+            colors = np.asarray(file.convert("RGB"), dtype=np.int64)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as an image ({error})") from error
+    if colors.shape[:2] != (record["height"], record["width"]):
+        raise ValueError(f"{path} has {colors.shape[1]} x {colors.shape[0]} pixels, the image not")
+    ids = colors @ np.array([1, 256, 256**2])
+    for place, segment in enumerate(segments):
+        if place not in image:
+            continue  # the annotation was reported
+        mask = ids == segment["id"]
+        if not mask.any():
+            raise ValueError(f"{path} has no pixel of the segment with the id {segment['id']}")
+        rle = mask_util.encode(np.asfortranarray(mask, dtype=np.uint8))
+        image[place]["segmentation"] = {**rle, "counts": rle["counts"].decode("ascii")}
 
 
 def _read_relation(

@@ -1,8 +1,8 @@
 """Import Visual Genome's own ``relationships.json`` or ``scene_graphs.json``.
 
 Names are the annotators' words: many thousands, in lower case here, and without the spaces around
-them. Sizes come from ``image_data.json``; an image's file is ``IMAGEID.jpg``. Attributes and
-synsets are left out.
+them. Sizes come from ``image_data.json``; an image's file is ``IMAGEID.jpg``. Objects have
+attributes in ``scene_graphs.json`` only. Synsets are left out.
 """
 
 import os
@@ -20,10 +20,10 @@ from .relation_import import (
 __all__ = ["read_raw_visual_genome"]
 
 _IMAGE = ("image_id", "objects", "relationships")
-_OBJECT = ("object_id", "x", "y", "w", "h", "name", "names")
+_OBJECT = ("object_id", "x", "y", "w", "h", "name", "names", "attributes")
 _RELATIONSHIP = ("predicate", "subject", "object", "subject_id", "object_id")
 _UNUSED_IN_IMAGE = ("image_url", "attributes", "width", "height", "url")
-_UNUSED_IN_OBJECT = ("synsets", "merged_object_ids", "attributes")
+_UNUSED_IN_OBJECT = ("synsets", "merged_object_ids")
 _UNUSED_IN_RELATIONSHIP = ("relationship_id", "synsets")
 _ENDS = ("subject", "object")
 
@@ -74,9 +74,9 @@ def _read_graph(
     if not isinstance(relationships, list) or not isinstance(graph.get("objects", []), list):
         raise ValueError('expected a list "relationships", and a list "objects" or none')
     for index, entity in enumerate(graph.get("objects", [])):
-        key = _id_of(entity)
-        with imported.record(f"{where}, objects[{index}]", image, key):
-            _add_object(imported, image, entity)
+        key, place = _id_of(entity), f"{where}, objects[{index}]"
+        with imported.record(place, image, key):
+            _add_object(imported, place, image, entity)
     for index, relationship in enumerate(relationships):
         place = f"{where}, relationships[{index}]"
         with imported.record(place):
@@ -100,11 +100,11 @@ def _end(
     key = _id_of(entity)
     if key is None or key not in image.invalid:
         with imported.record(f"{place}, {role}", image, key):
-            _add_object(imported, image, entity)
+            _add_object(imported, f"{place}, {role}", image, entity)
     return key
 
 
-def _add_object(imported: RelationImport, image: ImportedImage, entity: Any) -> None:
+def _add_object(imported: RelationImport, where: str, image: ImportedImage, entity: Any) -> None:
     """Add an object unless the same one was added before."""
     imported.check_fields(entity, _OBJECT, _UNUSED_IN_OBJECT)
     key = _id_of(entity)
@@ -118,7 +118,10 @@ def _add_object(imported: RelationImport, image: ImportedImage, entity: Any) -> 
         raise ValueError(f"x, y, w and h are {values!r:.80}; expected numbers")
     box = (x, y, x + w, y + h)
     if key not in image:
-        image.add_entity(key, category, box)
+        added = image.add_entity(key, category, box)
+        words = entity.get("attributes", [])
+        words = [_word(x) for x in words] if isinstance(words, list) else words
+        imported.add_attributes(where, added, words)
     elif (image[key]["category_id"], tuple(image[key]["bbox"])) != (category, box):
         raise ValueError(
             f"the object_id {key} has another name or box than before in this image: "

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ....structures.name_matching import Renumbering, require_unique_names
+from ....structures.name_matching import NAME_FIELDS, Renumbering, require_unique_names
 from ...dataset_dict import create_annotation, create_dataset_dict
 from ..io import Problems, image_size
 
@@ -31,6 +31,9 @@ class ImportOptions:
         classes: entity classes in the order of their ids; None takes the names of the file, in its
             order if it lists them and otherwise in alphabetical order.
         predicates: the predicates, likewise.
+        attributes: the attributes of entities, likewise; read only from formats that have them.
+        panoptic_root: ``psg``: folder of the panoptic PNG files, which give entities their masks;
+            None reads none.
         image_data: Visual Genome's ``image_data.json``; None means the one next to the file.
         split: ``train`` or ``test`` of ``psg.json``; None means all images.
         ignore: names of fields that are not read.
@@ -40,6 +43,8 @@ class ImportOptions:
     image_root: str | None = None
     classes: Sequence[str] | None = None
     predicates: Sequence[str] | None = None
+    attributes: Sequence[str] | None = None
+    panoptic_root: str | None = None
     image_data: str | None = None
     split: str | None = None
     ignore: Collection[str] = ()
@@ -52,6 +57,11 @@ class Imported(NamedTuple):
     dicts: list[dict[str, Any]]
     thing_classes: list[str]
     predicate_classes: list[str]
+    attribute_classes: list[str]  # empty if the file has no attributes
+
+
+_KINDS = dict(zip(NAME_FIELDS, ("class", "predicate", "attribute")))
+_OPTIONS = dict(zip(NAME_FIELDS, ("--classes", "--predicates", "--attributes")))
 
 
 class _NameIds:
@@ -60,7 +70,7 @@ class _NameIds:
     def __init__(self, field: str, names: Sequence[str] | None, owner: str) -> None:
         if names is not None:
             require_unique_names(names, field, owner)
-        self.what = "predicate" if field.startswith("predicate") else "class"
+        self.what = _KINDS[field]
         self.owner = owner
         self.is_fixed = names is not None
         self.ids = {name.strip(): index for index, name in enumerate(names or ())}
@@ -177,12 +187,14 @@ class RelationImport:
         options: ImportOptions,
         thing_classes: Sequence[str] | None = None,
         predicate_classes: Sequence[str] | None = None,
+        attribute_classes: Sequence[str] | None = None,
     ) -> None:
         """
         Args:
             source: path of the file.
             options: see :class:`ImportOptions`.
-            thing_classes, predicate_classes: names in the order of the file, if it lists them.
+            thing_classes, predicate_classes, attribute_classes: names in the order of the file, if
+                it lists them.
         """
         self.source = source
         self.options = options
@@ -194,13 +206,15 @@ class RelationImport:
         self._predicates = self._name_ids(
             "predicate_classes", options.predicates, predicate_classes
         )
+        self._attributes = self._name_ids(
+            "attribute_classes", options.attributes, attribute_classes
+        )
 
     def _name_ids(
         self, field: str, given: Sequence[str] | None, listed: Sequence[str] | None
     ) -> _NameIds:
         if given is not None:
-            option = "--predicates" if field.startswith("predicate") else "--classes"
-            return _NameIds(field, given, f"the list that was given ({option})")
+            return _NameIds(field, given, f"the list that was given ({_OPTIONS[field]})")
         return _NameIds(field, listed, self.source)
 
     @contextmanager
@@ -244,6 +258,26 @@ class RelationImport:
     def predicate(self, name: Any) -> int:
         """Return the id of a predicate; raise ValueError if it is not a known name."""
         return self._predicates.id_of(name)
+
+    def add_attributes(self, where: str, entity: dict[str, Any], names: Any) -> None:
+        """Give an entity the attributes that a record lists; unknown ones if it lists none.
+
+        A problem is one of the attributes alone: without it the entity stays.
+
+        Args:
+            where: the record, see :meth:`record`.
+            entity: the annotation.
+            names: list of names; repetitions count once.
+        """
+        with self.record(f"{where}, attributes"):
+            if not isinstance(names, list):
+                raise ValueError(f"they are {names!r:.80}; expected a list")
+        for name in names if isinstance(names, list) else ():
+            with self.record(f"{where}, attributes"):
+                attribute = self._attributes.id_of(name)
+                ids = entity.setdefault("attributes", [])
+                if attribute not in ids:
+                    ids.append(attribute)
 
     def add_image(
         self, image_id: Any, file_name: Any, height: Any = None, width: Any = None
@@ -318,9 +352,10 @@ class RelationImport:
             raise ValueError(f"{self.source}: no relation in its {len(self.images)} images.")
         classes, new_classes = self._classes.finish()
         predicates, new_predicates = self._predicates.finish()
-        renumbering = Renumbering(new_classes, new_predicates)
+        attributes, new_attributes = self._attributes.finish()
+        renumbering = Renumbering(new_classes, new_predicates, new_attributes)
         dicts = [renumbering.dataset_dict(image.record) for image in self.images]
-        return Imported(dicts, classes, predicates)
+        return Imported(dicts, classes, predicates, attributes)
 
 
 def require_list(path: str, content: Any, what: str, keys: Sequence[str] = ()) -> None:

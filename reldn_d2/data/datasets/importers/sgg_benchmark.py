@@ -2,7 +2,8 @@
 
 In addition to ``images``, ``annotations`` and ``categories`` the file has ``rel_categories``, the
 predicates, and ``rel_annotations`` with ``subject_id`` and ``object_id``, which are ids of
-annotations, and ``predicate_id``. Polygons and RLE masks are kept.
+annotations, and ``predicate_id``. Polygons and RLE masks are kept. If annotations have
+``attributes``, these are names, or ids of the list ``att_categories`` of the file.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,8 @@ __all__ = ["read_sgg_benchmark"]
 
 _LISTS = ("images", "annotations", "categories", "rel_categories", "rel_annotations")
 _IMAGE = ("id", "file_name", "height", "width")
-_ANNOTATION = ("id", "image_id", "category_id", "bbox", "iscrowd", "segmentation")
+_ANNOTATION = ("id", "image_id", "category_id", "bbox", "iscrowd", "segmentation", "attributes")
+_ATTRIBUTES = "att_categories"
 _RELATION = ("id", "subject_id", "object_id", "predicate_id", "image_id")
 _CATEGORY = ("id", "name")
 _UNUSED_IN_IMAGE = ("license", "coco_url", "flickr_url", "date_captured", "url")
@@ -40,7 +42,11 @@ def read_sgg_benchmark(path: str, options: ImportOptions) -> Imported:
     """
     content = read_json(path, "COCO file of SGG-Benchmark")
     require_list(path, content, "the COCO form of SGG-Benchmark", _LISTS)
-    names = {key: _names(path, content, key) for key in ("categories", "rel_categories")}
+    keys = ["categories", "rel_categories"]
+    if _ATTRIBUTES in content:
+        require_list(path, content, "the COCO form of SGG-Benchmark", [_ATTRIBUTES])
+        keys.append(_ATTRIBUTES)
+    names = {key: _names(path, content, key) for key in keys}
     imported = RelationImport(
         path,
         options,
@@ -56,6 +62,9 @@ def read_sgg_benchmark(path: str, options: ImportOptions) -> Imported:
         with imported.record(where, image, key):
             image_of.setdefault(key, None)
             _read_annotation(imported, images, image_of, annotation, names["categories"])
+            if "attributes" in annotation and image_of[key] is not None:
+                attributes = _attribute_names(annotation["attributes"], names.get(_ATTRIBUTES, {}))
+                imported.add_attributes(where, image_of[key][key], attributes)
     for index, relation in enumerate(content["rel_annotations"]):
         with imported.record(f"rel_annotations[{index}]"):
             _read_relation(imported, images, image_of, relation, names["rel_categories"])
@@ -135,6 +144,13 @@ def _read_annotation(
     entity["iscrowd"] = int(iscrowd)
     if mask is not None:
         entity["segmentation"] = mask
+
+
+def _attribute_names(attributes: Any, names: dict[int, str]) -> Any:
+    """Return the names of attributes that are ids; names and anything else as they are."""
+    if not isinstance(attributes, list):
+        return attributes
+    return [names.get(x, x) if type(x) is int else x for x in attributes]
 
 
 def _read_relation(

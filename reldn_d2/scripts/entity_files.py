@@ -9,6 +9,7 @@ from typing import Any
 from reldn_d2.predictor import RelationPredictor
 from reldn_d2.pretrained import load_detector
 from reldn_d2.structures.given_boxes import ENTITY_KEYS, check_keys
+from reldn_d2.utils.file_io import json_problem
 from reldn_d2.utils.image_io import ImageError, OneImage
 
 __all__ = ["EntityFile", "read_boxes", "read_detections", "read_entities"]
@@ -57,8 +58,8 @@ def read_boxes(path: Path, required: Collection[str] = ("boxes",)) -> EntityFile
     """
     try:
         table = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ImageError(f"{path}: cannot be read as JSON: {error}") from None
+    except (OSError, RecursionError, ValueError) as error:
+        raise ImageError(f"{path}: cannot be read as JSON: {json_problem(error)}") from None
     if not isinstance(table, dict):
         raise ImageError(
             f'{path}: expected {{"FILE NAME": {{"boxes": [...], "classes": [...]}}}}, found a '

@@ -1,0 +1,1 @@
+../../tools/draw_relations.py

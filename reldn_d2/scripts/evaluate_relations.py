@@ -1,0 +1,1 @@
+../../tools/evaluate_relations.py
