@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))  # if the package is not installed
 NUM_HELD_OUT = 500
 HEAD = "MODEL.ROI_RELATION_HEAD"
 
@@ -182,12 +183,15 @@ def run_all(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Run every setting with every seed, several at a time; return one row per setting and tau."""
     from vrd_benchmark import summary
 
+    from reldn_d2.utils.user_modules import import_modules, imported_modules
+
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started now
     taus = TAUS if args.held_out else (0.0, CHOSEN_TAU)
     settings = trainings(DATASETS[args.dataset], args.held_out)
     context = multiprocessing.get_context("spawn")
     rows: dict[str, dict[int, dict[str, Any]]] = {}
-    with context.Pool(args.processes, maxtasksperchild=1) as pool:
+    start = dict(initializer=import_modules, initargs=(imported_modules(),))
+    with context.Pool(args.processes, maxtasksperchild=1, **start) as pool:
         pending = []
         for seed in args.seeds:
             for name, options in settings.items():
@@ -231,6 +235,8 @@ def format_table(rows: Sequence[dict[str, Any]], k: str, n: int) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark and return the exit status."""
+    from reldn_d2.utils.user_modules import add_module_argument, parse_and_import
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", choices=DATASETS, default="vrd")
     parser.add_argument(
@@ -242,8 +248,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", action="append", metavar="NAME", help="only this training")
     parser.add_argument("--processes", type=int, default=2, help="trainings run in parallel")
     parser.add_argument("--output", type=Path, default=Path("output/long_tail"))
+    add_module_argument(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE options of every run")
-    args = parser.parse_args(arguments)
+    args = parse_and_import(parser, arguments)
     known = list(trainings(DATASETS[args.dataset], args.held_out))
     unknown = [x for x in args.only or () if x not in known]
     if unknown:

@@ -297,7 +297,8 @@ def test_relation_weights_of_a_model_with_context_are_the_class_embeddings_and_t
     logits = {f"relation_head.{x}.{y}" for x in last for y in ("weight", "bias")}
     logits |= {f"relation_head.visual.object_skip.{y}" for y in ("weight", "bias")}
     found = set(relation_weights(model.state_dict(), "predicate_classes"))
-    assert found == logits | {"relation_head.semantic.table.weight"}
+    counts = "relation_head.prior.predicate_counts"
+    assert found == logits | {"relation_head.semantic.table.weight", counts}
 
 
 def test_context_of_another_size_does_not_load(tmp_path):
