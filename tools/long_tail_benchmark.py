@@ -84,7 +84,7 @@ def trainings(data: Data, all_settings: bool) -> dict[str, list[Any]]:
     for threshold in data.repeat[: None if all_settings else 1]:
         for rate in (0.0, 0.7):
             result[f"t {threshold:g}, gamma {rate:g}"] = repeated(threshold, rate)
-    for beta in (0.9, 0.99, 0.999) if all_settings else (0.9,):
+    for beta in (0.9, 0.99, 0.999) if all_settings else (0.99,):
         result[f"beta {beta:g}"] = [f"{HEAD}.LOSS.CLASS_BALANCED_BETA", beta]
     return result
 
