@@ -61,7 +61,7 @@ _KNOWN = re.compile(
     r"relation_head\.(semantic\.(table|counted)|spatial\.(\d|feature_version)"
     r"|joint\.(layers|(subject|object)_(embedding|context))"
     r"|visual\.(first|rest|subject_skip|object_skip)|(subject|object|predicate)_box_head"
-    r"|attribute_head|context_to_(subject|object)"
+    r"|attribute_head|prior|context_to_(subject|object)"
     r"|context\.(class_embedding|position|vectors|encoder|to_right|to_left))(\.|$)"
 )
 
