@@ -20,7 +20,7 @@ import os
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from tqdm import tqdm
 from reldn_d2.predictor import RelationPredictor
 from reldn_d2.pretrained import PRETRAINED, pretrained_file
 from reldn_d2.scripts.entity_files import read_entities
+from reldn_d2.structures.class_matching import similar_names
 from reldn_d2.structures.graph_formats import graph_to_dot, graph_to_graphml
 from reldn_d2.structures.scene_graph import SceneGraph
 from reldn_d2.utils.file_io import write_atomically
@@ -304,17 +305,28 @@ def run_images(
             count += 1
     where = f" in {args.output}" if args.output else ""
     print(f"{count} of {len(files)} images done{where}")
-    print_left_out(left_out)
+    print_left_out(left_out, predictor.thing_classes)
     if errors:
         print("\n  ".join([f"{len(errors)} could not be used:", *errors]), file=sys.stderr)
     return 1 if errors else 0
 
 
-def print_left_out(counts: Counter[str]) -> None:
-    """Print how many boxes were left out because the model does not have their classes."""
+def print_left_out(counts: Counter[str], known: Sequence[str]) -> None:
+    """Print how many boxes were left out because the model does not have their classes.
+
+    Args:
+        counts: boxes by name of the class.
+        known: names of the model's classes.
+    """
+
+    def describe(name: str) -> str:
+        similar = similar_names(name, known)
+        return f"{counts[name]} x {name}" + (f" (did you mean {similar}?)" if similar else "")
+
     if counts:
-        names = ", ".join(f"{count} x {name}" for name, count in counts.most_common())
-        print(f"{counts.total()} boxes left out, of classes that the model does not have: {names}")
+        names = ", ".join(describe(name) for name, _ in counts.most_common())
+        boxes = "1 box" if counts.total() == 1 else f"{counts.total()} boxes"
+        print(f"{boxes} left out, of classes that the model does not have: {names}")
 
 
 def video_path(args: argparse.Namespace) -> Path:
@@ -356,7 +368,7 @@ def run_video(predictor: RelationPredictor, args: argparse.Namespace) -> int:
                 quit_early = True
                 break
     print(f"{count} frames done" + (f" in {path}" if path else ""))
-    print_left_out(left_out)
+    print_left_out(left_out, predictor.thing_classes)
     # Containers may over-report by one frame; a larger gap means a truncated file.
     missing = 0 if quit_early or video.count is None else video.count - count
     if missing > 1:

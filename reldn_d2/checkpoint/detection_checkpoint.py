@@ -97,7 +97,8 @@ class DetectorCheckpointer(DetectionCheckpointer):
         if path and "://" not in path and not os.path.isfile(path.split("?")[0]):
             raise FileNotFoundError(
                 f"No checkpoint '{path}' (MODEL.WEIGHTS). RelDN starts from a trained detector or "
-                "continues from a RelDN checkpoint; README.md shows how to train the detector."
+                "continues from a RelDN checkpoint. Train the detector first, as README.md shows; "
+                "for configs/Toy with train_net.py --config-file configs/Toy/detector.yaml."
             )
         if path and "://" in path:
             fetch(path)

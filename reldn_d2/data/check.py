@@ -376,9 +376,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verdict = "usable" if report.usable else "NOT usable"
     if report.usable and report.absent_images:
         verdict += " without images"
-    print(
-        f"\n{args.name} is {verdict}: {len(report.errors)} errors, {len(report.warnings)} warnings"
-    )
+    counts = (("error", len(report.errors)), ("warning", len(report.warnings)))
+    found = ", ".join(f"{n} {what}{'' if n == 1 else 's'}" for what, n in counts)
+    print(f"\n{args.name} is {verdict}: {found}")
     return 0 if report.usable else 1
 
 

@@ -93,6 +93,16 @@ def check_sampler(cfg: CfgNode, with_relations: bool) -> None:
             f"{threshold:g}, so no image would be repeated. Set it to the share of images below "
             "which a predicate or class counts as rare, such as 0.05."
         )
+    if threshold > 1:
+        raise ValueError(
+            f"DATALOADER.REPEAT_THRESHOLD is {threshold:g}; expected a share of the images, 0 to 1."
+        )
+    if name == "TrainingSampler" and threshold > 0:
+        logger.warning(
+            f"DATALOADER.REPEAT_THRESHOLD is {threshold:g}, but no image is repeated, because "
+            f"DATALOADER.SAMPLER_TRAIN is '{name}'; '{PREDICATE_SAMPLER}' repeats those with rare "
+            "predicates."
+        )
     if name == PREDICATE_SAMPLER and not with_relations:
         raise ValueError(
             f"DATALOADER.SAMPLER_TRAIN is '{name}', but MODEL.META_ARCHITECTURE "

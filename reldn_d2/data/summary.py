@@ -84,8 +84,9 @@ class DatasetSummary:
         ]
         if self.attribute_classes:
             lines.append(
-                f"  attributes: {self.attribute_counts.sum():,} of "
-                f"{_share(self.attributed_boxes, self.boxes)} boxes whose attributes are annotated"
+                "  boxes with annotated attributes: "
+                f"{_share(self.attributed_boxes, self.boxes)}, with "
+                f"{self.attribute_counts.sum():,} attributes"
             )
         if self.verified_labels:
             lines.append(f"  verified image-level labels: {self.verified_labels:,}")

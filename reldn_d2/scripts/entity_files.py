@@ -14,6 +14,8 @@ from reldn_d2.utils.image_io import ImageError, OneImage
 
 __all__ = ["EntityFile", "read_boxes", "read_detections", "read_entities"]
 
+_FORM = '{"FILE NAME": {"boxes": [[x0, y0, x1, y1], ...], "classes": [name, ...]}}'
+
 
 class EntityFile:
     """The entities of ``--boxes`` or ``--detections``, by image."""
@@ -59,12 +61,11 @@ def read_boxes(path: Path, required: Collection[str] = ("boxes",)) -> EntityFile
     try:
         table = json.loads(path.read_text())
     except (OSError, RecursionError, ValueError) as error:
-        raise ImageError(f"{path}: cannot be read as JSON: {json_problem(error)}") from None
-    if not isinstance(table, dict):
         raise ImageError(
-            f'{path}: expected {{"FILE NAME": {{"boxes": [...], "classes": [...]}}}}, found a '
-            f"{type(table).__name__}"
-        )
+            f"{path}: cannot be read as JSON: {json_problem(error)}. Expected {_FORM}"
+        ) from None
+    if not isinstance(table, dict):
+        raise ImageError(f"{path}: expected {_FORM}, found a {type(table).__name__}")
     for name, entry in table.items():
         check_keys(entry, ENTITY_KEYS, required, f"{path}: {name}")
     return EntityFile(path, table)

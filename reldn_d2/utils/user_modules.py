@@ -159,6 +159,7 @@ def _import(name: str, option: str) -> ModuleType:
 
 def _explain(error: BaseException, option: str) -> NoReturn:
     text = " ".join(str(error.msg if isinstance(error, SyntaxError) else error).split())
+    text = text.rstrip(".")
     fix = "Fix the module"
     if isinstance(error, SystemExit):
         fix = 'Put what the module does as a program under `if __name__ == "__main__":`'

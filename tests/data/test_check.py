@@ -74,7 +74,7 @@ def test_check_valid_dataset_prints_summary(register, capsys):
         "related pairs with several predicates: 1 of 2 (50.0%)",
         "predicates: 3, 1 of which never occur: on",
         "1 of 2 related pairs do not overlap and are out of reach in SGDET with MODEL.ROI_RELATION",
-        f"{NAME} is usable: 0 errors, 1 warnings",
+        f"{NAME} is usable: 0 errors, 1 warning",
     ):
         assert line in printed
     assert "error:" not in printed and printed.count("warning:") == 1
@@ -99,7 +99,7 @@ def test_check_attributes_are_counted(register, capsys):
     register(spoil)
     assert main([NAME]) == 0
     printed = capsys.readouterr().out
-    assert "attributes: 1 of 2 of 3 (66.7%) boxes whose attributes are annotated" in printed
+    assert "boxes with annotated attributes: 2 of 3 (66.7%), with 1 attributes" in printed
 
 
 def test_check_attributes_without_names_is_an_error(register, capsys):
@@ -191,7 +191,7 @@ def test_check_error_exits_1(register, capsys, case):
     printed = capsys.readouterr().out
     (line,) = [x for x in printed.splitlines() if x.startswith("error:")]
     assert message in line
-    assert f"{NAME} is NOT usable: 1 errors" in printed
+    assert f"{NAME} is NOT usable: 1 error," in printed
 
 
 WARNINGS = {

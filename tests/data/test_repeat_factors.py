@@ -111,6 +111,7 @@ def test_sampler_processes_share_the_repeated_images(world, monkeypatch):
         (("SAMPLER_TRAIN", PREDICATE_SAMPLER), "REPEAT_THRESHOLD is 0, so no image"),
         (("SAMPLER_TRAIN", "RepeatFactorTrainingSampler"), "REPEAT_THRESHOLD is 0, so no image"),
         (("SAMPLER_TRAIN", "Sampler"), f"RepeatFactorTrainingSampler, {PREDICATE_SAMPLER}"),
+        (("REPEAT_THRESHOLD", 5.0), "REPEAT_THRESHOLD is 5; expected a share of the images"),
         (("RELATION_DROP_RATE", 0.5), f"Set DATALOADER.SAMPLER_TRAIN to '{PREDICATE_SAMPLER}'"),
         (("RELATION_DROP_RATE", 1.5), "RELATION_DROP_RATE is 1.5; expected 0 to 1"),
         (("RELATION_DROP_RATE", -0.1), "RELATION_DROP_RATE is -0.1; expected 0 to 1"),
@@ -121,6 +122,11 @@ def test_check_sampler_wrong_key_raises_before_data_is_loaded(options, message):
     cfg = small_config(f"DATALOADER.{key}", value, "DATASETS.TRAIN", ("not registered",))
     with pytest.raises(ValueError, match=message):
         RelDNTrainer.build_train_loader(cfg)
+
+
+def test_check_sampler_threshold_without_sampler_warns(caplog):
+    check_sampler(small_config("DATALOADER.REPEAT_THRESHOLD", 0.05), with_relations=True)
+    assert "REPEAT_THRESHOLD is 0.05, but no image is repeated" in caplog.text
 
 
 def test_check_sampler_detector_has_no_predicates():

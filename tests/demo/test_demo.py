@@ -221,6 +221,7 @@ def test_draw_saliency_tool_skips_broken_image(checkpoint, folder, tmp_path, cap
     [
         ("[1, 2]", "b.json: expected .* found a list"),
         ("{", "b.json: cannot be read as JSON"),
+        ("file,x0,y0,x1,y1", r'Expected {"FILE NAME": {"boxes": \[\[x0, y0, x1, y1\]'),
         ('{"a.png": [[0, 0, 9, 9]]}', "b.json: a.png: expected an object with boxes, classes, sc"),
         ('{"a.png": {"boxes": null}}', "b.json: a.png: boxes missing"),
         (
