@@ -134,8 +134,9 @@ def sample_pairs(
     """
     positive, negative = grid.positive, grid.negative
     keys = random_keys(positive, generator)
-    num_positive = grid.annotated.sum().clamp(min=min(num_positive, num_pairs), max=num_pairs)
-    chosen = sample_mask(positive, num_positive, num_pairs, preferred=grid.annotated, keys=keys)
+    annotated = grid.annotated & positive  # without those whose relations are all dropped
+    num_positive = annotated.sum().clamp(min=min(num_positive, num_pairs), max=num_pairs)
+    chosen = sample_mask(positive, num_positive, num_pairs, preferred=annotated, keys=keys)
     num_negative = num_pairs - chosen.sum()
     for_predicate = chosen | sample_mask(negative, num_negative, num_pairs, keys=keys)
     related = sample_mask(positive, num_anchor_positive, num_anchor_positive, keys=keys)
