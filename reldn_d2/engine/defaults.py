@@ -139,15 +139,16 @@ class RelDNTrainer(DefaultTrainer):
         """Map the ids of the training data to the model's; check the names of the test sets."""
         for name in self.cfg.DATASETS.TEST:
             dataset_renumbering(self.model, name)
-        for name in self.cfg.DATASETS.TRAIN[:1]:  # the loader gives the others its order
-            renumbering = dataset_renumbering(self.model, name)
-            if renumbering and not hasattr(self.data_loader, "renumbering"):
-                raise ValueError(
-                    f"Dataset '{name}' lists the names of the checkpoint in another order, and "
-                    "this data loader cannot map them. List them in the same order."
-                )
-            if renumbering:
-                self.data_loader.renumbering = renumbering
+        datasets = self.cfg.DATASETS.TRAIN
+        renumbering = dataset_renumbering(self.model, *datasets)  # the loader has given them one
+        if renumbering and not hasattr(self.data_loader, "renumbering"):
+            raise ValueError(
+                f"The names of the checkpoint are listed in another order in {', '.join(datasets)} "
+                "(DATASETS.TRAIN), and this data loader cannot map them. List them in the same "
+                "order."
+            )
+        if renumbering:
+            self.data_loader.renumbering = renumbering
 
     def train(self) -> dict[str, Any] | None:
         """Train as Detectron2 does; SIGTERM and SIGINT stop it with a checkpoint.
