@@ -229,7 +229,7 @@ def test_motifs_by_hand():
     # Three relations, so three triplets: two of them are found, one of each predicate.
     assert free["relative R"] == pytest.approx(100 / 3) and free["relative mR"] == 37.5
     assert constrained["relative R"] == pytest.approx(100 / 6)
-    # A second wrong triplet in front moves the third right one behind the limit.
+    # A second wrong triplet in front moves the second right one past the limit.
     later = scene([(0, 3, 1, 0.9), (0, 3, 0, 0.85), (0, 2, 0, 0.8), (0, 2, 1, 0.7)])
     metrics = score_cases("motifs", [later], (None,))["motifs_sgdet_no_constraint"]
     assert metrics["relative R"] == pytest.approx(100 / 3) and metrics["relative mR"] == 50

@@ -179,8 +179,8 @@ def leaves_no_choice(
 class PairSampler(ABC):
     """Draws the training pairs of one image.
 
-    A subclass implements :meth:`sample`. Pairs that are computed once and kept with an image are
-    none of its business: see :func:`training_pairs`.
+    A subclass implements :meth:`sample`. It need not keep the pairs of images that come again:
+    :func:`training_pairs` does.
 
     Attributes:
         for_anchors: whether any loss reads ``for_subjects`` and ``for_objects`` of the pairs. The

@@ -243,7 +243,7 @@ def test_old_checkpoint_takes_the_counts_of_its_statistics(dataset, tmp_path):
             dataset, tmp_path, "MODEL.WEIGHTS", path, TAU, 0.5, "DATASETS.TEST", (dataset,)
         )
         RelDNTrainer.evaluate_checkpoint(cfg)
-    # A run that goes on from it counts them.
+    # A run that continues from it counts them.
     (tmp_path / "last_checkpoint").write_text("old.pth")
     resumed = RelDNTrainer(config(dataset, tmp_path, TAU, 0.5))
     resumed.resume_or_load(resume=True)
