@@ -284,11 +284,13 @@ class RelDNTrainer(DefaultTrainer):
         check_run(cfg, eval_only=True, build_evaluator=cls.build_evaluator)
         model = cls.build_model(cfg)
         checkpointer = build_checkpointer(cfg, model, complete=True)
+        is_resumed = resume and checkpointer.has_checkpoint()
+        path = checkpointer.get_checkpoint_file() if is_resumed else cfg.MODEL.WEIGHTS
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
         ensure_frequency_table(cfg, model)
         head = getattr(model, "relation_head", None)
         if head is not None:
-            head.prior.check(f"the checkpoint {cfg.MODEL.WEIGHTS}")
+            head.prior.check(f"the checkpoint {path}")
         names = [] if head is None else head.state_dict()
         has_weights = any(not name.startswith(("semantic.", "prior.")) for name in names)
         untrained = None

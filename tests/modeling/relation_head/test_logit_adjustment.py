@@ -245,6 +245,10 @@ def test_old_checkpoint_takes_the_counts_of_its_statistics(dataset, tmp_path):
         RelDNTrainer.evaluate_checkpoint(cfg)
     # A run that continues from it counts them.
     (tmp_path / "last_checkpoint").write_text("old.pth")
+    with pytest.raises(ValueError, match=rf"{TAU} is 0.5, but the checkpoint {path} does not say"):
+        test_set = ("DATASETS.TEST", (dataset,))
+        cfg = config(dataset, tmp_path, "MODEL.WEIGHTS", "other.pth", TAU, 0.5, *test_set)
+        RelDNTrainer.evaluate_checkpoint(cfg, resume=True)
     resumed = RelDNTrainer(config(dataset, tmp_path, TAU, 0.5))
     resumed.resume_or_load(resume=True)
     assert counts_of(resumed.model) == OF_DATASET
