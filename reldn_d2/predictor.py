@@ -4,7 +4,6 @@ Shapes: R boxes of one image. Boxes are XYXY in pixels of the image as it was re
 """
 
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,31 +18,21 @@ from torch import nn
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data import transforms as T
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
-from detectron2.utils.file_io import PathManager
 
-from .checkpoint.detection_checkpoint import fetch, read_checkpoint
+from .checkpoint.description import read_description
 from .checkpoint.reldn_checkpoint import RelDNCheckpointer
 from .config import add_reldn_config, merge_config, merge_saved_config
-from .data.boxes_only import spanned_size
-from .data.detection_files import load_detections, transform_detections
+from .data.detection_files import load_detections
+from .data.prediction_input import InputPreparation
 from .modeling.detectors.precomputed import PrecomputedDetector
 from .pretrained.weights import pretrained_file
 from .structures.class_matching import leave_out_unknown
-from .structures.given_boxes import (
-    GivenBoxes,
-    GivenEntities,
-    ModelClasses,
-    check_detections,
-    check_inside,
-    check_size,
-    to_array,
-)
+from .structures.given_boxes import GivenBoxes, ModelClasses
 from .structures.name_matching import NAME_FIELDS
 from .structures.scene_graph import SceneGraph
-from .utils.image_io import ONE_IMAGE, ImageError, OneImage, from_rgb, load_rgb
+from .utils.image_io import ONE_IMAGE, ImageError, OneImage, load_rgb
 from .utils.protocols import predicates_per_pair
 from .utils.registry import explain_unregistered
 
@@ -105,7 +94,9 @@ class RelationPredictor:
         self.thing_classes = list(thing_classes)
         self.predicate_classes = list(predicate_classes)
         self.attribute_classes = list(attribute_classes)
-        self._resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
+        classes = ModelClasses(model.detector.num_classes, self.thing_classes)
+        # From an (H, W, 3) image, boxes and detections to the model's input.
+        self.prepare = InputPreparation(cfg, classes, self.reads_images, self.needs_detections)
 
     @classmethod
     def from_checkpoint(
@@ -399,10 +390,6 @@ class RelationPredictor:
                 "no detector of its own; give detections, or boxes with classes"
             )
 
-    @property
-    def _classes(self) -> ModelClasses:
-        return ModelClasses(self.model.detector.num_classes, self.thing_classes)
-
     def read_detections(self, path: str | Path) -> dict[str, dict[str, np.ndarray]]:
         """Read a file as ``DATASETS.DETECTION_FILES_TEST`` takes it.
 
@@ -431,84 +418,6 @@ class RelationPredictor:
             )
         return found
 
-    def prepare(
-        self,
-        rgb: np.ndarray | None,
-        boxes: GivenBoxes | None = None,
-        classes: Sequence[int | str] | None = None,
-        scores: Sequence[float] | None = None,
-        detections: Mapping[str, Any] | None = None,
-        name: str = "image",
-        size: Sequence[int] | None = None,
-    ) -> dict:
-        """Return the model's input for an (H, W, 3) image, with the given boxes if there are any.
-
-        Arguments as for a call; ``name`` is for messages. The result has no ``image`` if the model
-        reads no pixels.
-
-        Raises:
-            ImageError: unusable boxes, classes, scores or detections.
-        """
-        if rgb is None and self.reads_images:
-            raise ImageError(f"{name}: this model reads pixels; give an image")
-        if rgb is not None and size is not None:
-            raise ImageError(f"{name}: size was given with an image, which has its own size")
-        arrays = None
-        if detections is not None:
-            if not self.needs_detections:
-                raise ImageError(
-                    f"{name}: this model has its own detector and takes no detections; give boxes, "
-                    "classes and scores instead"
-                )
-            arrays = check_detections(detections, self._classes, name)
-        if rgb is None:
-            height, width = check_size(size, name) or spanned_size(
-                [to_array(x, name) for x in (boxes, arrays and arrays["boxes"]) if x is not None]
-            )
-        else:
-            height, width = rgb.shape[:2]
-        if arrays is not None:
-            check_inside(arrays["boxes"], (height, width), f"{name}: detections")
-        result: dict[str, Any] = {"height": height, "width": width, "file_name": name}
-        transform: T.Transform = T.NoOpTransform()
-        size = height, width
-        if self.reads_images:
-            transform = self._transform(height, width)
-            pixels = np.ascontiguousarray(from_rgb(rgb, self.cfg.INPUT.FORMAT))
-            resized = transform.apply_image(pixels).transpose(2, 0, 1)
-            result["image"] = torch.as_tensor(np.ascontiguousarray(resized))
-            size = tuple(resized.shape[1:])
-        if arrays is not None:
-            result["detections"] = transform_detections(arrays, transform, size)
-        if boxes is None:
-            for key, values in (("classes", classes), ("scores", scores)):
-                if values is not None:
-                    raise ImageError(f"{name}: {key} were given without boxes")
-            return result
-        given = GivenEntities.from_user(
-            boxes, classes, scores, (height, width), self._classes, name
-        )
-        count = len(given.boxes)
-        scaled = transform.apply_box(given.clipped) if count else given.clipped
-        instances = Instances(size)
-        instances.gt_boxes = Boxes(torch.as_tensor(scaled, dtype=torch.float32))
-        # Without classes, the detector classifies the boxes and ignores these.
-        ids = np.zeros(count, np.int64) if given.classes is None else given.classes
-        instances.gt_classes = torch.as_tensor(ids)
-        if given.scores is not None:
-            instances.scores = torch.as_tensor(given.scores)
-        result.update(instances=instances, given_boxes=given.boxes)
-        return result
-
-    def _transform(self, height: int, width: int) -> T.Transform:
-        """Resize as in evaluation, but keep at least one pixel of a very narrow image."""
-        resize = self._resize.get_transform(np.empty((height, width, 0), dtype=np.uint8))
-        if not isinstance(resize, T.ResizeTransform):
-            return resize
-        return T.ResizeTransform(
-            height, width, max(resize.new_h, 1), max(resize.new_w, 1), resize.interp
-        )
-
 
 class _Input(NamedTuple):
     """One prepared image."""
@@ -527,37 +436,6 @@ def _one_per_image(values: Any, num_images: int, what: str) -> list[Any]:
             "for an image without"
         )
     return values
-
-
-def read_description(path: str) -> dict:
-    """Return names and config of a checkpoint, as written by :class:`RelDNCheckpointer`.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it cannot be read, or has no relation head.
-    """
-    if "://" in path:
-        fetch(path)
-        path = PathManager.get_local_path(path)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(
-            f"No checkpoint '{path}'. Training RelDN writes it as OUTPUT_DIR/model_final.pth."
-        )
-    try:
-        checkpoint = read_checkpoint(path)
-    except ValueError as error:  # its advice is for checkpoints of other programs
-        raise ValueError(
-            f"{path} cannot be read as a RelDN checkpoint, which has only tensors and plain types: "
-            "it is broken, truncated or of another format"
-        ) from error
-    weights = checkpoint.get("model") if isinstance(checkpoint, dict) else None
-    if not isinstance(weights, dict) or not any("relation_head." in x for x in weights):
-        raise ValueError(
-            f"{path} has no relation head: it is the checkpoint of a detector alone, or of another "
-            f"program. Train RelDN on it (MODEL.WEIGHTS {path}) and give the checkpoint that this "
-            "writes."
-        )
-    return checkpoint.get("reldn") or {}
 
 
 def check_device(device: str | None) -> str:

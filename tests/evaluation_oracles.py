@@ -122,14 +122,24 @@ def motifs(
     names = {1: "graph_constraint", None: "no_constraint"}
     for k in ks:
         metrics = results[f"motifs_{task}_{names.get(k, f'k{k}')}"] = {}
+        relative, relative_of = [], [[] for _ in range(num_predicates)]
+        for case in cases:
+            labels = case.gt_labels()
+            found = many_to_many(case, ranked(case, k)[: len(labels)])
+            if labels:
+                relative.append(percent(len(found), len(labels)))
+            for p in range(num_predicates):
+                own = {i for i, label in enumerate(labels) if label[1] == p}
+                if own:
+                    relative_of[p].append(percent(len(found & own), len(own)))
+        metrics["relative R"] = mean(relative)
+        metrics["relative mR"] = mean([mean(values) for values in relative_of])
         for n in recall_at:
-            all_, unseen, relative, information = [], [], [], []
+            all_, unseen, information = [], [], []
             of_predicate = [[] for _ in range(num_predicates)]
             for case in cases:
                 found = many_to_many(case, ranked(case, k, n))
                 labels = case.gt_labels()
-                if labels:
-                    relative.append(min(100.0, percent(len(found), min(n, len(labels)))))
                 if training is not None:
                     share = [(training[p] + 1) / sum(c + 1 for c in training) for _, p, _ in labels]
                     bits = [-math.log2(x) for x in share]
@@ -152,7 +162,6 @@ def motifs(
             metrics[f"F1@{n}"] = 0.0  # the harmonic mean: 1 / (mean of the reciprocals)
             if math.isnan(recall) or recall and mean_recall:
                 metrics[f"F1@{n}"] = 1 / ((1 / recall + 1 / mean_recall) / 2)
-            metrics[f"relative R@{n}"] = mean(relative)
             if seen is not None:
                 metrics[f"zR@{n}"] = mean(unseen)
             if training is not None:

@@ -28,7 +28,7 @@ def packaged_files() -> set[Path]:
 
 
 def test_package_data_has_every_file():
-    walked = os.walk(PACKAGE, followlinks=True)  # the configs are behind a link
+    walked = os.walk(PACKAGE, followlinks=True)  # the configs are reached through a link
     files = {Path(folder, name) for folder, _, names in walked for name in names}
     files = {x for x in files if x.suffix not in (".py", ".pyc")}
     assert packaged_files() == files

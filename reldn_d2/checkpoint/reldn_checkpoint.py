@@ -16,7 +16,7 @@ from torch import nn
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 
-from ..data.datasets.catalog import dataset_names
+from ..data.datasets.catalog import dataset_names, joint_names
 from ..modeling.detectors import PrecomputedDetector
 from ..modeling.meta_arch import RelDN
 from ..structures.name_matching import NAME_FIELDS, match_names
@@ -327,12 +327,6 @@ def build_checkpointer(cfg: CfgNode, model: nn.Module, **kwargs: Any) -> Detecto
         return DetectorCheckpointer(model, cfg.OUTPUT_DIR, **kwargs)
     kwargs.setdefault("predicate_classes", names.get("predicate_classes"))
     if cfg.MODEL.ROI_ATTRIBUTE_HEAD.ENABLED:
-        kwargs.setdefault("attribute_classes", _attribute_names(cfg))
+        datasets = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)  # not every one has attributes
+        kwargs.setdefault("attribute_classes", joint_names(datasets).get("attribute_classes"))
     return RelDNCheckpointer(model, cfg.OUTPUT_DIR, **kwargs)
-
-
-def _attribute_names(cfg: CfgNode) -> list[str] | None:
-    """Return the names of the first dataset that has attributes; not every one does."""
-    datasets = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
-    lists = (dataset_names(x).get("attribute_classes") for x in datasets)
-    return next(filter(None, lists), None)

@@ -29,7 +29,7 @@ from ..structures.name_matching import Renumbering
 from ..utils.processes import loader_worker_init
 from .boxes_only import add_sizes, load_without_images
 from .dataset_dict import check_annotations
-from .datasets.catalog import dataset_names
+from .datasets.catalog import dataset_names, joint_names
 from .detection_files import attach_detections
 from .repeat_factors import (
     PREDICATE_SAMPLER,
@@ -190,7 +190,7 @@ def load_training_dicts(
 ) -> list[dict[str, Any]]:
     """Load and check the dicts of ``DATASETS.TRAIN``, and filter them as Detectron2 does.
 
-    Ids of classes and predicates are those of the first dataset; others are mapped by name.
+    Ids are those of :func:`.datasets.catalog.joint_names`; others are mapped by name.
     Facts that lose or confuse relations are logged as warnings.
 
     Args:
@@ -209,7 +209,7 @@ def load_training_dicts(
     names = list(cfg.DATASETS.TRAIN)
     proposals = list(cfg.DATASETS.PROPOSAL_FILES_TRAIN) if cfg.MODEL.LOAD_PROPOSALS else []
     detections = detection_files(cfg, is_train=True)
-    first_names = dict(dataset_names(names[0])) if names else {}
+    joint = joint_names(names)
     dicts: list[dict[str, Any]] = []
     loaded: dict[str, list[dict[str, Any]]] = {}
     for index, name in enumerate(names):
@@ -224,11 +224,8 @@ def load_training_dicts(
         check_records(name, records, with_images)
         if index:
             owners = (f"dataset '{name}'", f"dataset '{names[0]}'")
-            ids = Renumbering.between(dataset_names(name), first_names, *owners)
+            ids = Renumbering.between(dataset_names(name), joint, *owners)
             records = [ids.dataset_dict(record) for record in records] if ids else records
-            first_names["attribute_classes"] = first_names.get(
-                "attribute_classes"
-            ) or dataset_names(name).get("attribute_classes")
         dicts.extend(records)
     if with_relations:
         if cfg.MODEL.ROI_ATTRIBUTE_HEAD.ENABLED:

@@ -109,7 +109,7 @@ class RelationDatasetMapper(DatasetMapper):
             * ``relations``: ``Instances`` of M relations, with ``gt_pairs`` (M, 2) into
               ``instances`` and ``gt_predicates`` (M,); M may be 0. In training, if the dict has
               ``"drop_probabilities"`` (:mod:`.repeat_factors`), also ``gt_kept`` (M,) bool, drawn
-              anew each time: False for a relation that is not trained on this time.
+              again each time: False for a relation that is not trained on this time.
             * ``derived``: an empty dict, if the result may be kept (:attr:`keeps_results`, and no
               relation is dropped); the model keeps there what it computes from this image alone.
 

@@ -139,15 +139,16 @@ class RelDNTrainer(DefaultTrainer):
         """Map the ids of the training data to the model's; check the names of the test sets."""
         for name in self.cfg.DATASETS.TEST:
             dataset_renumbering(self.model, name)
-        for name in self.cfg.DATASETS.TRAIN[:1]:  # the loader gives the others its order
-            renumbering = dataset_renumbering(self.model, name)
-            if renumbering and not hasattr(self.data_loader, "renumbering"):
-                raise ValueError(
-                    f"Dataset '{name}' lists the names of the checkpoint in another order, and "
-                    "this data loader cannot map them. List them in the same order."
-                )
-            if renumbering:
-                self.data_loader.renumbering = renumbering
+        datasets = self.cfg.DATASETS.TRAIN
+        renumbering = dataset_renumbering(self.model, *datasets)  # the loader has given them one
+        if renumbering and not hasattr(self.data_loader, "renumbering"):
+            raise ValueError(
+                f"The names of the checkpoint are listed in another order in {', '.join(datasets)} "
+                "(DATASETS.TRAIN), and this data loader cannot map them. List them in the same "
+                "order."
+            )
+        if renumbering:
+            self.data_loader.renumbering = renumbering
 
     def train(self) -> dict[str, Any] | None:
         """Train as Detectron2 does; SIGTERM and SIGINT stop it with a checkpoint.
@@ -283,11 +284,13 @@ class RelDNTrainer(DefaultTrainer):
         check_run(cfg, eval_only=True, build_evaluator=cls.build_evaluator)
         model = cls.build_model(cfg)
         checkpointer = build_checkpointer(cfg, model, complete=True)
+        is_resumed = resume and checkpointer.has_checkpoint()
+        path = checkpointer.get_checkpoint_file() if is_resumed else cfg.MODEL.WEIGHTS
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
         ensure_frequency_table(cfg, model)
         head = getattr(model, "relation_head", None)
         if head is not None:
-            head.prior.check(f"the checkpoint {cfg.MODEL.WEIGHTS}")
+            head.prior.check(f"the checkpoint {path}")
         names = [] if head is None else head.state_dict()
         has_weights = any(not name.startswith(("semantic.", "prior.")) for name in names)
         untrained = None

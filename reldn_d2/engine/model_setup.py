@@ -27,7 +27,7 @@ _NUM_CLASSES_KEYS = {
 def check_counts(cfg: CfgNode, model: nn.Module) -> None:
     """Compare a model's numbers of classes and predicates with those of the config's datasets.
 
-    So too that of attributes, if the model predicts any; test sets may have none.
+    The number of attributes is compared too if the model predicts any; test sets may have none.
 
     Raises:
         ValueError: if they differ, with both counts and the config key; or if two classes or

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from ..data.datasets.catalog import dataset_names
+from ..data.datasets.catalog import joint_names
 from ..structures.name_matching import Renumbering
 
 __all__ = ["RenumberedModel", "dataset_renumbering", "in_order_of"]
@@ -37,22 +37,23 @@ class RenumberedModel(nn.Module):
         return [self._to_dataset.fields(x) for x in outputs]
 
 
-def dataset_renumbering(model: nn.Module, dataset_name: str) -> Renumbering:
-    """Match the names of a dataset with those of a model, which its checkpointer sets.
+def dataset_renumbering(model: nn.Module, *datasets: str) -> Renumbering:
+    """Match the names of datasets with those of a model, which its checkpointer sets.
 
     Args:
         model: possibly wrapped for distributed training; names that it lacks are not compared.
-        dataset_name: registered dataset.
+        datasets: a registered dataset; or several that are trained on together, which have the
+            names of :func:`..data.datasets.catalog.joint_names`.
 
     Returns:
-        the mapping from ids of the dataset to those of the model.
+        the mapping from ids of the datasets to those of the model.
 
     Raises:
         NameMismatchError: if the names differ by more than their order.
     """
     names = getattr(getattr(model, "module", model), "names", {})
-    owner = f"dataset '{dataset_name}'"
-    return Renumbering.between(dataset_names(dataset_name), names, owner, "the model", hint=_HINT)
+    owner = f"dataset{'s' * (len(datasets) > 1)} '{', '.join(datasets)}'"
+    return Renumbering.between(joint_names(datasets), names, owner, "the model", hint=_HINT)
 
 
 def in_order_of(dataset_name: str, model: nn.Module) -> nn.Module:

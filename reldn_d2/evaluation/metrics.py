@@ -29,8 +29,8 @@ __all__ = [
     "pooled_recall",
     "predicate_image_recall",
     "predicate_pooled_recall",
-    "relative_image_recall",
     "voc_average_precision",
+    "within_own_number",
 ]
 
 
@@ -47,8 +47,10 @@ def pooled_recall(
     """
     if len(ranks) == 0:
         return [float("nan")] * len(recall_at)
-    own = np.bincount(truth.image, minlength=truth.num_images)[truth.image]
-    hits = [int((ranks < (own if n == "n" else int(n))).sum()) for n in recall_at]
+    hits = [
+        int((within_own_number(ranks, truth.image) if n == "n" else ranks < int(n)).sum())
+        for n in recall_at
+    ]
     return [100.0 * hit / len(ranks) for hit in hits]
 
 
@@ -80,24 +82,14 @@ def image_recall(found: np.ndarray, image: np.ndarray, weights: np.ndarray | Non
     return float(100.0 * np.mean(hits[has_relation] / total[has_relation]))
 
 
-def relative_image_recall(found: np.ndarray, image: np.ndarray, n: int) -> float:
-    """Return the recall per image relative to what n triplets can find one by one, averaged.
-
-    An image with m relations counts ``min(1, hits / min(n, m))``: a single triplet may find several
-    relations of overlapping boxes, which does not count as more than everything.
+def within_own_number(ranks: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """Return (M,) bool, the relations found if an image gives as many triplets as it has relations.
 
     Args:
-        found: (M,) bool.
+        ranks: (M,) rank in its image at which each relation is found, from 0.
         image: (M,) index of the relation's image.
-        n: triplets per image.
     """
-    if len(found) == 0:
-        return float("nan")
-    total = np.bincount(image)
-    hits = np.bincount(image, weights=found)
-    has_relation = total > 0
-    shares = hits[has_relation] / np.minimum(total[has_relation], n)
-    return float(100.0 * np.mean(np.minimum(shares, 1.0)))
+    return ranks < np.bincount(image)[image]
 
 
 def information(training_counts: np.ndarray) -> np.ndarray:

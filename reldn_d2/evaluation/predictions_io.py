@@ -8,7 +8,8 @@ The file is a JSON list with one record per image, plain or gzipped::
                    "scores": [float, ...]}}
 
 "instances" may also have "attributes" and "attribute_scores": for each box the list of its
-attributes and the list of their scores.
+attributes and the list of their scores. "relations" may also have "predicate_scores", the
+probabilities of the predicates, which graphs show and no metric reads.
 
 Boxes are absolute pixels in the frame of the dataset's dicts; classes and predicates are
 contiguous and 0-based; the scores of relations are triplet scores. The order does not matter, but
@@ -233,7 +234,8 @@ def _prediction(record: Any, where: str, *counts: tuple[str, int | None]) -> Sce
         parts.extend(part[name] for name in fields)
     try:
         attributes = _attributes(record["instances"], f"Prediction of image {image_id!r}")
-        prediction = SceneGraph.from_arrays(image_id, *parts, attributes=attributes)
+        probabilities = record["relations"].get("predicate_scores")
+        prediction = SceneGraph.from_arrays(image_id, *parts, probabilities, attributes=attributes)
     except ValueError as error:
         message = str(error).removeprefix(f"Prediction of image {image_id!r}: ")
         raise ValueError(f"{where}: {message}") from error

@@ -24,7 +24,7 @@ from .metrics import (
     pooled_recall,
     predicate_image_recall,
     predicate_pooled_recall,
-    relative_image_recall,
+    within_own_number,
 )
 
 __all__ = ["Block", "METRICS", "Matches", "Settings", "block_name", "measure"]
@@ -130,11 +130,11 @@ def _motifs(matches: Matches, settings: Settings) -> Block:
     ``R@n``: the share found in an image, averaged over images. ``mR@n``: the same for each
     predicate over the images that have it, averaged over the predicates of the ground truth.
     ``F1@n``: their harmonic mean. ``zR@n``: the same as R@n over the relations whose labels the
-    training set lacks, averaged over the images that have such relations. ``relative R@n``: an
-    image with m relations can reach all of ``min(n, m)``. ``information R@n``: a relation counts
-    with the bits of its predicate, ``-log2`` of its share in the training set. ``head mR@n``,
-    ``body mR@n``, ``tail mR@n``: mR@n of the predicates of one group. An image without predictions
-    counts 0.
+    training set lacks, averaged over the images that have such relations. ``relative R``,
+    ``relative mR``: R@n and mR@n, n being the number of relations of each image.
+    ``information R@n``: a relation counts with the bits of its predicate, ``-log2`` of its share in
+    the training set. ``head mR@n``, ``body mR@n``, ``tail mR@n``: mR@n of the predicates of one
+    group. An image without predictions counts 0.
     """
     truth, unseen, ranks = matches.truth, matches.unseen, matches.ranks["relationship"]
     recall_at, num_predicates = settings.recall_at, settings.num_predicates
@@ -148,8 +148,9 @@ def _motifs(matches: Matches, settings: Settings) -> Block:
         metrics[f"F1@{n}"] = harmonic_mean(metrics[f"R@{n}"], metrics[f"mR@{n}"])
     for n in recall_at if unseen is not None else ():
         metrics[f"zR@{n}"] = image_recall(ranks[unseen] < n, truth.image[unseen])
-    for n in recall_at:
-        metrics[f"relative R@{n}"] = relative_image_recall(ranks < n, truth.image, n)
+    within = within_own_number(ranks, truth.image)
+    metrics["relative R"] = image_recall(within, truth.image)
+    metrics["relative mR"] = mean_of_defined(predicate_image_recall(within, truth, num_predicates))
     if settings.training_counts is not None:
         weights = information(settings.training_counts)[truth.predicates]
         for n in recall_at:

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from tabulate import tabulate
 
 from detectron2.data import MetadataCatalog
 from detectron2.data.catalog import Metadata
@@ -19,7 +18,6 @@ from ..data.boxes_only import require_real_size
 from ..data.dataset_dict import dicts_without_images
 from ..data.datasets.catalog import dataset_names
 from ..structures.name_matching import NAME_FIELDS
-from ..structures.names import table_cell
 from ..structures.relations import TASKS
 from ..structures.scene_graph import ImageId, SceneGraph
 from ..utils.protocols import distinct_limits, find_protocol
@@ -27,9 +25,9 @@ from .attribute_evaluation import add_attribute_scores
 from .batches import ImagePair
 from .diagnosis import check_given_entities, check_not_normalized, find_misreading
 from .frequency_groups import check_thresholds
-from .per_predicate import PredicateTable
 from .predictions_io import PREDICTIONS_FILE, write_predictions, write_settings
 from .protocol_metrics import Settings
+from .score_report import report_scores
 from .scoring import Results, Scores, score
 from .training_set import training_triplets
 
@@ -211,7 +209,7 @@ class RelationDatasetEvaluator(DatasetEvaluator):
         misreading = find_misreading(pairs)
         if misreading:
             logger.warning("The predictions for '%s' %s.", self._dataset_name, misreading)
-        self._report(scores)
+        report_scores(scores, self._dataset_name, self._output_dir)
         return scores.results
 
     def result_names(self) -> dict[str, list[str]]:
@@ -277,27 +275,6 @@ class RelationDatasetEvaluator(DatasetEvaluator):
         write_settings(file, settings)
         logger.info("Wrote the predictions to %s", file)
 
-    def _report(self, scores: Scores) -> None:
-        """Log every block and write the tables of the predicates."""
-        for task, metrics in scores.results.items():
-            shown, left_out = _shown_metrics(metrics, scores.predicates.get(task))
-            table = tabulate(
-                [(table_cell(name), f"{value:.2f}") for name, value in shown.items()],
-                headers=("metric", "value"),
-                tablefmt="pipe",
-                colalign=("left", "right"),
-                disable_numparse=True,
-            )
-            if left_out:
-                table += (
-                    f"\n{left_out} metrics of predicates in between are not shown; "
-                    f"per_predicate_{task}.md in the output folder has all."
-                )
-            logger.info("'%s', %s:\n%s", self._dataset_name, task, table)
-        for task, predicates in scores.predicates.items() if self._output_dir else ():
-            paths = predicates.write(self._output_dir, task, f"{self._dataset_name}, {task}")
-            logger.info("'%s', %s: every predicate in %s", self._dataset_name, task, paths[1])
-
     def _join(self, predictions: Sequence[SceneGraph]) -> list[Any]:
         """Return (ground truth, prediction or None) of each image, in the dataset's order."""
         by_image: dict[ImageId, SceneGraph] = {}
@@ -356,22 +333,6 @@ class RelationDatasetEvaluator(DatasetEvaluator):
                 num_relations,
                 self._dataset_name,
             )
-
-
-def _shown_metrics(
-    metrics: Mapping[str, float], predicates: PredicateTable | None
-) -> tuple[dict[str, float], int]:
-    """Return the metrics for a log, and how many those of the predicates in between are."""
-    if predicates is None:
-        return dict(metrics), 0
-    shown = {predicates.names[p] for part in predicates.shown() for p in part}
-    hidden = {
-        f"AP{suffix}-{name}"
-        for name in set(predicates.names) - shown
-        for suffix in ("", "_rel", "_phr")
-    }
-    kept = {name: value for name, value in metrics.items() if name not in hidden}
-    return kept, len(metrics) - len(kept)
 
 
 def load_ground_truth(dataset_name: str, task: str = "prdcls") -> dict[ImageId, SceneGraph]:

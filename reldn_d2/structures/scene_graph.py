@@ -18,11 +18,11 @@ import torch
 from detectron2.structures import Boxes, BoxMode, Instances
 
 from .attributes import EntityAttributes
-from .graph_formats import to_networkx
+from .graph_formats import to_networkx, to_output, to_record
 from .names import class_name
 from .prediction_checks import check_entities, check_relations
 from .ranking import limit_predicates_per_pair, rank_by_score
-from .relations import check_relation_triplets, predicted_relations
+from .relations import check_relation_triplets
 
 __all__ = ["ImageId", "RelationRow", "SceneGraph", "Triplet", "boxes_xyxy"]
 
@@ -388,78 +388,12 @@ class SceneGraph:
     # ---- other forms ----
 
     def to_output(self) -> dict[str, Instances]:
-        """Return the prediction as a model's output.
-
-        Unknown ``predicate_scores`` are the triplets' scores divided by those of their boxes.
-        """
-        size = self.image_size or (0, 0)
-        instances = Instances(size)
-        instances.pred_boxes = Boxes(torch.from_numpy(self.boxes).float())
-        instances.pred_classes = torch.from_numpy(self.classes).long()
-        instances.scores = torch.from_numpy(self.box_scores).float()
-        if self.attributes is not None:
-            known = max(self.attributes.ids.max(initial=-1) + 1, len(self.attribute_classes))
-            table = self.attributes.table(len(self.boxes), known)
-            instances.pred_attributes = torch.from_numpy(table).float()
-        predicate_scores = self.predicate_scores
-        if predicate_scores is None:
-            of_boxes = self.box_scores[self.pairs].prod(axis=1)
-            predicate_scores = np.divide(
-                self.scores, of_boxes, out=np.zeros_like(self.scores), where=of_boxes > 0
-            )
-        relations = predicted_relations(
-            size,
-            torch.from_numpy(self.pairs).long(),
-            torch.from_numpy(self.predicates).long(),
-            torch.from_numpy(self.scores).float(),
-            torch.from_numpy(predicate_scores).float(),
-        )
-        return {"instances": instances, "relations": relations}
+        """Return the prediction as a model's output, see :func:`.graph_formats.to_output`."""
+        return to_output(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain types: the record of the image in a predictions file.
-
-        Unknown values are left out; names are there where the graph has them.
-        """
-        instances = {"boxes": self.boxes.tolist(), "classes": self.classes.tolist()}
-        relations = {"pairs": self.pairs.tolist(), "predicates": self.predicates.tolist()}
-        if self.thing_classes:
-            instances["class_names"] = [self.class_name(x) for x in instances["classes"]]
-        if self.predicate_classes:
-            names = [self.predicate_name(x) for x in relations["predicates"]]
-            relations["predicate_names"] = names
-        if self.attributes is not None:
-            instances.update(self._attribute_lists())
-        for part, key, values in (
-            (instances, "scores", self.box_scores),
-            (relations, "scores", self.scores),
-            (relations, "predicate_scores", self.predicate_scores),
-        ):
-            if values is not None:
-                part[key] = values.tolist()
-        image_id = self.image_id.item() if isinstance(self.image_id, np.generic) else self.image_id
-        height, width = self.image_size or (None, None)
-        record = {
-            "image_id": image_id,
-            "file_name": self.file_name,
-            "height": height,
-            "width": width,
-            "instances": instances,
-            "relations": relations,
-            "left_out": {str(index): name for index, name in self.left_out.items()} or None,
-        }
-        return {key: value for key, value in record.items() if value is not None}
-
-    def _attribute_lists(self) -> dict[str, Any]:
-        """Return the attributes of the record, one list per entity."""
-        found, count = self.attributes, len(self.boxes)
-        lists = {"attributes": found.lists(found.ids, count)}
-        if self.attribute_classes:
-            ids = lists["attributes"]
-            lists["attribute_names"] = [[self.attribute_name(x) for x in part] for part in ids]
-        if found.scores is not None:
-            lists["attribute_scores"] = found.lists(found.scores, count)
-        return lists
+        """Return the record of a predictions file, see :func:`.graph_formats.to_record`."""
+        return to_record(self)
 
     def to_json(self, indent: int | None = None) -> str:
         """Return :meth:`to_dict` as JSON text."""

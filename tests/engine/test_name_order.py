@@ -1,5 +1,7 @@
 """Runs whose datasets or checkpoints list classes and predicates in another order."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from model_utils import (
@@ -194,3 +196,14 @@ def test_custom_loader_with_permuted_names_raises(tmp_path):
     trainer._trainer.data_loader = iter([])
     with pytest.raises(ValueError, match="this data loader cannot map them"):
         trainer.resume_or_load(resume=False)
+
+
+def test_trainer_maps_the_attributes_of_the_first_dataset_that_has_any(tmp_path):
+    """The first training set may have none; its classes still decide those of the others."""
+    MetadataCatalog.get(PERMUTED).attribute_classes = ["red", "old"]
+    cfg = config(tmp_path, "DATASETS.TRAIN", (STRAIGHT, PERMUTED), "DATASETS.TEST", (PERMUTED,))
+    names = {"thing_classes": CLASSES, "attribute_classes": ["old", "red"]}
+    loader = SimpleNamespace(renumbering=None)
+    trainer = SimpleNamespace(cfg=cfg, model=SimpleNamespace(names=names), data_loader=loader)
+    RelDNTrainer._map_names(trainer)
+    assert loader.renumbering.attributes == [1, 0] and loader.renumbering.classes is None

@@ -143,6 +143,17 @@ def test_predictions_file_roundtrip(cases, tmp_path):
         np.testing.assert_equal(vars(after), vars(before))
 
 
+def test_predictions_file_keeps_probabilities_of_predicates(cases, tmp_path):
+    """They are not the scores divided by those of the boxes if these are raised to a power."""
+    graph = cases[0].pair()[1]
+    known = np.linspace(0.9, 0.1, len(graph.scores))
+    file = str(tmp_path / "predictions.json")
+    write_predictions([replace(graph, image_id=IDS[0], predicate_scores=known)], file)
+    (found,) = read_predictions(file)
+    np.testing.assert_array_equal(found.predicate_scores, known)
+    np.testing.assert_allclose(found["relations"].predicate_scores, known, rtol=1e-6)
+
+
 def test_predictions_file_with_attributes_roundtrip(cases, tmp_path):
     file = str(tmp_path / "predictions.json")
     predictions = []

@@ -226,8 +226,14 @@ def test_motifs_by_hand():
     assert constrained["F1@1"] == 0  # both are 0
     # Unseen is person looks at (0) cup only.
     assert free["zR@50"] == free["zR@2"] == 50 and free["zR@1"] == 0
-    # Of three relations two triplets can find two.
-    assert free["relative R@2"] == 25 and free["relative R@50"] == free["R@50"]
+    # Three relations, so three triplets: two of them are found, one of each predicate.
+    assert free["relative R"] == pytest.approx(100 / 3) and free["relative mR"] == 37.5
+    assert constrained["relative R"] == pytest.approx(100 / 6)
+    # A second wrong triplet in front moves the second right one past the limit.
+    later = scene([(0, 3, 1, 0.9), (0, 3, 0, 0.85), (0, 2, 0, 0.8), (0, 2, 1, 0.7)])
+    metrics = score_cases("motifs", [later], (None,))["motifs_sgdet_no_constraint"]
+    assert metrics["relative R"] == pytest.approx(100 / 3) and metrics["relative mR"] == 50
+    assert metrics["R@50"] == pytest.approx(200 / 3)
     assert not any("information" in name for name in free)  # nothing is known of the training set
 
 

@@ -222,7 +222,7 @@ def test_check_index_folder_with_another_version_exits(setup_env, monkeypatch, t
 
 
 def test_check_index_silent_server_exits_within_seconds(setup_env, monkeypatch, tmp_path):
-    """As behind a firewall that drops packets: connections are accepted and never answered."""
+    """Act like a firewall that drops packets: accept connections and never answer."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setattr(setup_env, "INDEX_SECONDS", 4)
         url = f"http://127.0.0.1:{server.getsockname()[1]}/simple"

@@ -59,7 +59,7 @@ def format_table(rows: Sequence[dict[str, Any]], table: Sequence[Any], corner: s
     """Format rows as a Markdown table: mean ± standard deviation, as in docs/benchmarks.md.
 
     Args:
-        rows: of the report; a dash stands for what a row does not have.
+        rows: of the report; a dash marks what a row lacks.
         table: columns, such as :data:`TABLE`.
         corner: head of the names.
     """

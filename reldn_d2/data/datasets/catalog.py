@@ -13,6 +13,7 @@ __all__ = [
     "DATASET_ERRORS",
     "UnknownDatasetError",
     "dataset_names",
+    "joint_names",
     "register_dataset",
     "require_dataset",
 ]
@@ -109,6 +110,20 @@ def dataset_names(name: str) -> dict[str, list[str]]:
     names = {field: metadata.get(field, None) for field in NAME_FIELDS}
     _require_unique(names, name)
     return {field: list(values) for field, values in names.items() if values is not None}
+
+
+def joint_names(names: Sequence[str]) -> dict[str, list[str]]:
+    """Return the names that datasets which are trained on together have, by metadata field.
+
+    The names of each field, and their order, are those of the first dataset that lists any; the
+    datasets after it may list them in another order, and those without attributes list none.
+    """
+    joint: dict[str, list[str]] = {}
+    for name in names:
+        for field, values in dataset_names(name).items():
+            if values:
+                joint.setdefault(field, values)
+    return joint
 
 
 def require_dataset(name: str) -> None:

@@ -134,8 +134,9 @@ def sample_pairs(
     """
     positive, negative = grid.positive, grid.negative
     keys = random_keys(positive, generator)
-    num_positive = grid.annotated.sum().clamp(min=min(num_positive, num_pairs), max=num_pairs)
-    chosen = sample_mask(positive, num_positive, num_pairs, preferred=grid.annotated, keys=keys)
+    annotated = grid.annotated & positive  # without those whose relations are all dropped
+    num_positive = annotated.sum().clamp(min=min(num_positive, num_pairs), max=num_pairs)
+    chosen = sample_mask(positive, num_positive, num_pairs, preferred=annotated, keys=keys)
     num_negative = num_pairs - chosen.sum()
     for_predicate = chosen | sample_mask(negative, num_negative, num_pairs, keys=keys)
     related = sample_mask(positive, num_anchor_positive, num_anchor_positive, keys=keys)
@@ -178,8 +179,8 @@ def leaves_no_choice(
 class PairSampler(ABC):
     """Draws the training pairs of one image.
 
-    A subclass implements :meth:`sample`. Pairs that are computed once and kept with an image are
-    none of its business: see :func:`training_pairs`.
+    A subclass implements :meth:`sample`. It need not keep the pairs of images that come again:
+    :func:`training_pairs` does.
 
     Attributes:
         for_anchors: whether any loss reads ``for_subjects`` and ``for_objects`` of the pairs. The

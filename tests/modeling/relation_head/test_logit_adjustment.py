@@ -105,6 +105,39 @@ def test_predict_adjusted_equals_scoring_every_pair(task, monkeypatch):
             assert torch.equal(one.get(field), other.get(field))
 
 
+@pytest.mark.parametrize("task", ["sgdet", "prdcls", "preddet"])
+@pytest.mark.parametrize("exponent, max_visual_pairs", [(0.0, 40_000), (2.0, 40_000), (2.0, 5)])
+def test_predict_adjusted_with_powers_and_shortlist_equals_loops(task, exponent, max_visual_pairs):
+    model = adjusted_model(
+        *("TEST.RELATIONS.TOPK", 12, "TEST.RELATIONS.PAIR_CHUNK", 2, "TEST.RELATIONS.TASK", task),
+        *("TEST.RELATIONS.PREDICATES_PER_PAIR", [None]),
+        *("TEST.RELATIONS.ENTITY_SCORE_EXPONENT", exponent),
+        *("TEST.RELATIONS.MAX_VISUAL_PAIRS", max_visual_pairs),
+    )
+    head, scored = model.relation_head, []
+    pair_logits = head.pair_logits
+
+    def listen(entities, maps, subjects, objects):
+        logits = pair_logits(entities, maps, subjects, objects)
+        scored.extend(zip(subjects.tolist(), objects.tolist(), logits.tolist()))
+        return logits
+
+    head.pair_logits = listen
+    with torch.no_grad():
+        result = model([busy_item(1)])[0]
+    factors = result["instances"].scores.double() ** exponent
+    expected = []
+    for subject, object_, logits in scored:
+        probabilities = adjusted_in_loops(logits, COUNTS, 0.8)[:-1]
+        expected += [float(p * factors[subject] * factors[object_]) for p in probabilities]
+    relations = result["relations"]
+    assert len(relations) == 12
+    if task == "prdcls" and max_visual_pairs == 5:
+        assert len(scored) == 5
+    best = torch.tensor(sorted(expected, reverse=True)[:12])
+    torch.testing.assert_close(relations.scores, best, rtol=1e-4, atol=1e-7)
+
+
 def test_export_adjusted_equals_the_model():
     model = adjusted_model("TEST.RELATIONS.PREDICATES_PER_PAIR", [1, None])
     image = torch.as_tensor(picture(64, 96).transpose(2, 0, 1).copy()).float()
@@ -210,8 +243,12 @@ def test_old_checkpoint_takes_the_counts_of_its_statistics(dataset, tmp_path):
             dataset, tmp_path, "MODEL.WEIGHTS", path, TAU, 0.5, "DATASETS.TEST", (dataset,)
         )
         RelDNTrainer.evaluate_checkpoint(cfg)
-    # A run that goes on from it counts them.
+    # A run that continues from it counts them.
     (tmp_path / "last_checkpoint").write_text("old.pth")
+    with pytest.raises(ValueError, match=rf"{TAU} is 0.5, but the checkpoint {path} does not say"):
+        test_set = ("DATASETS.TEST", (dataset,))
+        cfg = config(dataset, tmp_path, "MODEL.WEIGHTS", "other.pth", TAU, 0.5, *test_set)
+        RelDNTrainer.evaluate_checkpoint(cfg, resume=True)
     resumed = RelDNTrainer(config(dataset, tmp_path, TAU, 0.5))
     resumed.resume_or_load(resume=True)
     assert counts_of(resumed.model) == OF_DATASET

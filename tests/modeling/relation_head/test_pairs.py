@@ -1,5 +1,7 @@
 """Pairs of entities: enumeration, matching with the ground truth, sampling; training entities."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -360,6 +362,15 @@ def test_sample_pairs_annotated_pairs_always_take_part_in_l0(num_pairs, num_posi
         if len(positive) > len(annotated):
             assert positive != drawn_before
         drawn_before = positive
+
+
+def test_sample_pairs_dropped_pairs_do_not_raise_the_limit_of_positive_pairs():
+    grid = crowded_grid(ground_truth=True)
+    dropped = torch.zeros_like(grid.annotated)
+    dropped[tuple(grid.annotated.nonzero()[2:].T)] = True
+    grid = replace(grid, candidates=grid.candidates & ~dropped)
+    pairs = sample_pairs(grid, num_pairs=64, num_positive=3)
+    assert int((pairs.for_predicate & pairs.labels.any(dim=1)).sum()) == 3
 
 
 def test_sample_pairs_negatives_with_related_other_end_come_first():
