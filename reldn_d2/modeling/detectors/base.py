@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from detectron2.utils.registry import Registry
 
@@ -25,6 +26,7 @@ __all__ = [
     "EntityDetector",
     "build_entity_detector",
     "classify_by_overlap",
+    "is_meta_architecture",
     "label_entities",
 ]
 
@@ -136,13 +138,20 @@ class EntityDetector(nn.Module, ABC):
         """Compute (R, K) class probabilities of given boxes per image (task SGCLS)."""
 
 
+def is_meta_architecture(name: str, base: type) -> bool:
+    """Tell whether a registered meta-architecture is ``base`` or a subclass of it."""
+    entry = META_ARCH_REGISTRY.get(name) if name in META_ARCH_REGISTRY else None
+    return isinstance(entry, type) and issubclass(entry, base)
+
+
 def build_entity_detector(cfg: CfgNode) -> EntityDetector:
     """Build the adapter named by ``cfg.MODEL.RELDN.DETECTOR``, with its detector.
 
     Raises:
         ValueError: if there is no such adapter, or it is "auto" and none accepts the config's
-            detector.
+            detector, or that is a TridentNet.
     """
+    _reject_trident(cfg)
     name = cfg.MODEL.RELDN.DETECTOR
     if name != "auto":
         return find_registered(ENTITY_DETECTOR_REGISTRY, name, "MODEL.RELDN.DETECTOR")(cfg)
@@ -150,11 +159,29 @@ def build_entity_detector(cfg: CfgNode) -> EntityDetector:
     for adapter in reversed(list(adapters.values())):
         if adapter.accepts(cfg):
             return adapter(cfg)
+    described = f"MODEL.ROI_HEADS.NAME '{cfg.MODEL.ROI_HEADS.NAME}'"
+    if cfg.MODEL.RELDN.DETECTOR_META_ARCHITECTURE:
+        described = (
+            f"meta-architecture '{cfg.MODEL.RELDN.DETECTOR_META_ARCHITECTURE}' "
+            f"(MODEL.RELDN.DETECTOR_META_ARCHITECTURE) with {described}"
+        )
     raise ValueError(
-        f'MODEL.RELDN.DETECTOR is "auto", but no adapter knows MODEL.ROI_HEADS.NAME '
-        f"'{cfg.MODEL.ROI_HEADS.NAME}'. Name one of {', '.join(adapters)}, or register an "
-        "EntityDetector of your own in a module that you pass with --module (docs/detectors.md)."
+        f'MODEL.RELDN.DETECTOR is "auto", but no adapter knows {described}. RelDN needs a detector '
+        f"that classifies boxes: name one of {', '.join(adapters)}, or register an EntityDetector "
+        "of your own in a module that you pass with --module (docs/detectors.md)."
     )
+
+
+def _reject_trident(cfg: CfgNode) -> None:
+    """Raise for TridentNet, whose backbone returns three maps per image in training."""
+    model = cfg.MODEL
+    for key in ("BACKBONE", "PROPOSAL_GENERATOR", "ROI_HEADS"):
+        if "trident" in model[key].NAME.lower():
+            raise ValueError(
+                f"MODEL.{key}.NAME is '{model[key].NAME}': TridentNet computes several feature "
+                "maps per image, which RelDN cannot use. Write its detections to files and use "
+                "PrecomputedDetector with another backbone (docs/detectors.md)."
+            )
 
 
 def classify_by_overlap(

@@ -13,10 +13,11 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, ROI_BOX_HEAD_REGISTRY, ROI_HEADS_REGISTRY
 from detectron2.modeling.backbone.resnet import BottleneckBlock, ResNet
+from detectron2.modeling.meta_arch import GeneralizedRCNN
 from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, StandardROIHeads
 from detectron2.structures import Boxes, Instances
 
-from .base import ENTITY_DETECTOR_REGISTRY, EntityDetector
+from .base import ENTITY_DETECTOR_REGISTRY, EntityDetector, is_meta_architecture
 
 __all__ = ["C4RCNNDetector", "CascadeRCNNDetector", "GeneralizedRCNNDetector", "Res5BoxHead"]
 
@@ -71,10 +72,31 @@ class GeneralizedRCNNDetector(EntityDetector):
 
     @classmethod
     def from_config(cls, cfg: CfgNode):
-        return {"model": META_ARCH_REGISTRY.get("GeneralizedRCNN")(cfg)}
+        model = cfg.MODEL
+        if model.PROPOSAL_GENERATOR.NAME == "PrecomputedProposals" and not model.LOAD_PROPOSALS:
+            raise ValueError(
+                "MODEL.PROPOSAL_GENERATOR.NAME is 'PrecomputedProposals', but MODEL.LOAD_PROPOSALS "
+                "is False: set it to True and name DATASETS.PROPOSAL_FILES_TRAIN and "
+                "PROPOSAL_FILES_TEST, or use a detector with an RPN."
+            )
+        try:
+            return {"model": META_ARCH_REGISTRY.get("GeneralizedRCNN")(cfg)}
+        except KeyError as error:
+            wanted = {*model.RPN.IN_FEATURES, *model.ROI_HEADS.IN_FEATURES}
+            if error.args[0] not in wanted:
+                raise
+            raise ValueError(
+                f"The backbone {model.BACKBONE.NAME} has no feature map '{error.args[0]}', which "
+                "MODEL.RPN.IN_FEATURES or MODEL.ROI_HEADS.IN_FEATURES names for "
+                f"{model.ROI_HEADS.NAME}. Name maps that it has, or set MODEL.RELDN.DETECTOR to "
+                "the adapter of your type of detector (docs/detectors.md)."
+            ) from error
 
     @classmethod
     def accepts(cls, cfg: CfgNode) -> bool:
+        name = cfg.MODEL.RELDN.DETECTOR_META_ARCHITECTURE
+        if name and not is_meta_architecture(name, GeneralizedRCNN):
+            return False
         roi_heads = ROI_HEADS_REGISTRY.get(cfg.MODEL.ROI_HEADS.NAME)
         return isinstance(roi_heads, type) and issubclass(roi_heads, cls.roi_heads)
 
@@ -88,6 +110,14 @@ class GeneralizedRCNNDetector(EntityDetector):
 
     def _proposals(self, batched_inputs, images, features) -> list[Instances]:
         if self.model.proposal_generator is None:
+            for x in batched_inputs:
+                if "proposals" not in x:
+                    raise ValueError(
+                        f"Image {x.get('image_id', '?')} ({x.get('file_name', 'no file name')}) "
+                        "came without 'proposals', which a detector without an RPN needs. Name a "
+                        "file for each dataset in DATASETS.PROPOSAL_FILES_TRAIN and "
+                        "DATASETS.PROPOSAL_FILES_TEST."
+                    )
             return [x["proposals"].to(images.device) for x in batched_inputs]
         return self.model.proposal_generator(images, features, None)[0]
 

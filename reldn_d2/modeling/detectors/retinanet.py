@@ -7,12 +7,18 @@ anchor).
 import torch
 from torch import Tensor, nn
 
-from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.config import CfgNode, configurable, get_cfg
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.modeling.meta_arch import RetinaNet
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.structures import Boxes, Instances
 
-from .base import ENTITY_DETECTOR_REGISTRY, EntityDetector, classify_by_overlap
+from .base import (
+    ENTITY_DETECTOR_REGISTRY,
+    EntityDetector,
+    classify_by_overlap,
+    is_meta_architecture,
+)
 
 __all__ = ["RetinaNetDetector"]
 
@@ -43,6 +49,24 @@ class RetinaNetDetector(EntityDetector):
     @classmethod
     def from_config(cls, cfg: CfgNode):
         return {"model": META_ARCH_REGISTRY.get("RetinaNet")(cfg)}
+
+    @classmethod
+    def accepts(cls, cfg: CfgNode) -> bool:
+        """Tell whether the config's detector is a RetinaNet.
+
+        If its meta-architecture is not known, it is one if nothing chooses ROI heads and the
+        backbone has the maps of the dense head but not those of ROI heads.
+        """
+        name = cfg.MODEL.RELDN.DETECTOR_META_ARCHITECTURE
+        if name:
+            return is_meta_architecture(name, RetinaNet)
+        if cfg.MODEL.ROI_HEADS.NAME != get_cfg().MODEL.ROI_HEADS.NAME:
+            return False
+        with torch.device("meta"):  # takes neither memory nor the time to initialize weights
+            maps = set(build_backbone(cfg).output_shape())
+        return maps.issuperset(cfg.MODEL.RETINANET.IN_FEATURES) and not maps.issuperset(
+            cfg.MODEL.ROI_HEADS.IN_FEATURES
+        )
 
     @property
     def num_classes(self) -> int:
