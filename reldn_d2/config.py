@@ -22,6 +22,7 @@ from .utils.config_keys import (
     unknown_keys_message,
 )
 from .utils.included_configs import find_config_file
+from .utils.lazy_configs import is_lazy_config
 
 __all__ = [
     "ConfigKeyError",
@@ -72,6 +73,11 @@ def _add_model(cfg: CfgNode) -> None:
     # MODEL.META_ARCHITECTURE of the detector. Empty: that of the YAML file that the config is based
     # on (merge_config sets it), or else recognized by the feature maps that its heads read.
     cfg.MODEL.RELDN.DETECTOR_META_ARCHITECTURE = ""
+    # A LazyConfig (.py file, or its name in Detectron2's model zoo) whose `model` is the detector;
+    # it replaces Detectron2's keys. MODEL.WEIGHTS is its checkpoint. Loading it runs its code.
+    cfg.MODEL.RELDN.DETECTOR_LAZY_CONFIG = ""
+    # Changes of that file, such as ["model.roi_heads.num_classes=9"].
+    cfg.MODEL.RELDN.DETECTOR_LAZY_OVERRIDES = []
     # PrecomputedDetector: the checkpoint has a box head, which the relation box heads start from.
     cfg.MODEL.RELDN.PRECOMPUTED_BOX_HEAD = True
     # Entities that training pairs are made of: "proposals" (the detector's proposals that match a
@@ -290,6 +296,12 @@ def merge_config(
         raise FileNotFoundError(
             f"No config file '{config_file}', neither below the current folder nor among the "
             "project's configs, such as configs/VRD/reldn_boxes.yaml."
+        )
+    if config_file and is_lazy_config(config_file):
+        raise ValueError(
+            f"{config_file} is a LazyConfig, not a YAML file. If it describes a detector, name it "
+            "in MODEL.RELDN.DETECTOR_LAZY_CONFIG of a RelDN YAML (docs/detectors.md); if its "
+            "model is RelDN, train with tools/lazyconfig_train_net.py."
         )
     source = config_file or "the command line"
     try:

@@ -7,6 +7,7 @@ Boxes are XYXY in pixels of the network's input.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from detectron2.config import CfgNode, configurable
@@ -17,6 +18,7 @@ from detectron2.modeling.meta_arch import GeneralizedRCNN
 from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, StandardROIHeads
 from detectron2.structures import Boxes, Instances
 
+from ...utils.lazy_configs import detector_node, instantiate_part
 from .base import ENTITY_DETECTOR_REGISTRY, EntityDetector, is_meta_architecture
 
 __all__ = ["C4RCNNDetector", "CascadeRCNNDetector", "GeneralizedRCNNDetector", "Res5BoxHead"]
@@ -99,6 +101,30 @@ class GeneralizedRCNNDetector(EntityDetector):
             return False
         roi_heads = ROI_HEADS_REGISTRY.get(cfg.MODEL.ROI_HEADS.NAME)
         return isinstance(roi_heads, type) and issubclass(roi_heads, cls.roi_heads)
+
+    @classmethod
+    def accepts_model(cls, model: nn.Module) -> bool:
+        heads = getattr(model, "roi_heads", None)
+        return isinstance(model, GeneralizedRCNN) and isinstance(heads, cls.roi_heads)
+
+    def relation_config(self, cfg: CfgNode) -> CfgNode:
+        """Take the maps and the box head from a detector that a LazyConfig describes."""
+        if not cfg.MODEL.RELDN.DETECTOR_LAZY_CONFIG:
+            return cfg
+        cfg = cfg.clone()
+        cfg.defrost()
+        heads = self.model.roi_heads
+        height, width = getattr(heads, self.parts[0]).output_size
+        if height != width:
+            raise ValueError(
+                f"The box pooler of {cfg.MODEL.RELDN.DETECTOR_LAZY_CONFIG} "
+                f"(MODEL.RELDN.DETECTOR_LAZY_CONFIG) returns {height} x {width} cells; the "
+                "relation head needs as many rows as columns."
+            )
+        cfg.MODEL.ROI_HEADS.IN_FEATURES = list(getattr(heads, self.parts[-1]))
+        cfg.MODEL.ROI_BOX_HEAD.NAME = "LazyBoxHead"
+        cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION = height
+        return cfg
 
     @property
     def num_classes(self) -> int:
@@ -207,6 +233,35 @@ class Res5BoxHead(nn.Module):
         return self.res5(x).mean(dim=(2, 3))
 
 
+@ROI_BOX_HEAD_REGISTRY.register()
+def LazyBoxHead(cfg: CfgNode, input_shape: ShapeSpec) -> nn.Module:
+    """Build the box head of the detector that ``MODEL.RELDN.DETECTOR_LAZY_CONFIG`` describes.
+
+    Raises:
+        ValueError: if it does not read pooled maps of this shape.
+    """
+    roi_heads = detector_node(cfg).get("roi_heads", {})
+    if "res5" in roi_heads:
+        blocks = instantiate_part(cfg, "roi_heads.res5")
+        head = Res5BoxHead(blocks if isinstance(blocks, nn.Module) else nn.Sequential(*blocks))
+    else:
+        name = "box_heads" if "box_heads" in roi_heads else "box_head"  # a cascade has several
+        head = instantiate_part(cfg, f"roi_heads.{name}")
+    maps = torch.zeros(1, input_shape.channels, input_shape.height, input_shape.width)
+    try:
+        with torch.no_grad():
+            head.eval()(maps)
+    except RuntimeError as error:
+        raise ValueError(
+            f"The box head of {cfg.MODEL.RELDN.DETECTOR_LAZY_CONFIG} "
+            "(MODEL.RELDN.DETECTOR_LAZY_CONFIG) does not fit the relation head's maps of "
+            f"{input_shape.channels} channels and {input_shape.height} x {input_shape.width} "
+            f"cells: {' '.join(str(error).split())}. Set MODEL.ROI_RELATION_HEAD.POOLER_RESOLUTION "
+            "to 0, and use a predicate backbone with the detector's channels."
+        ) from error
+    return head.train()
+
+
 @ENTITY_DETECTOR_REGISTRY.register()
 class C4RCNNDetector(GeneralizedRCNNDetector):
     """``GeneralizedRCNN`` with ``Res5ROIHeads``: Faster R-CNN on one feature map."""
@@ -220,9 +275,10 @@ class C4RCNNDetector(GeneralizedRCNNDetector):
 
     def relation_config(self, cfg: CfgNode) -> CfgNode:
         """Use box heads of the detector's type, which end in a sum of residuals, not in a ReLU."""
-        cfg = cfg.clone()
+        cfg = super().relation_config(cfg).clone()
         cfg.defrost()
-        cfg.MODEL.ROI_BOX_HEAD.NAME = "Res5BoxHead"
+        if not cfg.MODEL.RELDN.DETECTOR_LAZY_CONFIG:
+            cfg.MODEL.ROI_BOX_HEAD.NAME = "Res5BoxHead"
         cfg.MODEL.ROI_RELATION_HEAD.NO_FC7_RELU = False
         return cfg
 

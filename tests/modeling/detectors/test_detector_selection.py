@@ -9,6 +9,7 @@ from reldn_d2.checkpoint.reldn_checkpoint import DetectorCheckpointer, RelDNChec
 
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
+from detectron2.projects.point_rend import add_pointrend_config
 from detectron2.utils.events import EventStorage
 
 RETINANET = """
@@ -132,16 +133,31 @@ PANOPTIC = """
 """
 
 
+POINT_REND = """
+  MASK_ON: True
+  ROI_MASK_HEAD:
+    NAME: "PointRendMaskHead"
+    POOLER_TYPE: ""
+    FC_DIM: 16
+    NUM_FC: 1
+    CONV_DIM: 8
+    POINT_HEAD_ON: True
+  POINT_HEAD: {{NUM_CLASSES: 9, FC_DIM: 8, NUM_FC: 1, SUBDIVISION_STEPS: 3}}
+"""
+
+
 @pytest.mark.parametrize(
     "architecture, more, field",
     [
         ("GeneralizedRCNN", KEYPOINTS, "pred_keypoints"),
         ("PanopticFPN", PANOPTIC, "pred_masks"),
+        ("GeneralizedRCNN", POINT_REND, "pred_masks"),
     ],
 )
 def test_detector_with_more_heads_trained_checkpoint_loads_and_trains(
-    tmp_path, architecture, more, field
+    tmp_path, own_registrations, architecture, more, field
 ):
+    reldn_d2.register_config_keys(add_pointrend_config)
     cfg = toy_base(tmp_path, architecture, more)
     as_detector = cfg.clone()
     as_detector.MODEL.META_ARCHITECTURE = architecture
