@@ -16,6 +16,7 @@ from .user_modules import where_raised
 
 __all__ = [
     "KEY",
+    "build_node",
     "detector_node",
     "instantiate_part",
     "is_lazy_config",
@@ -116,10 +117,21 @@ def instantiate_part(cfg: CfgNode, name: str = "") -> Any:
         node = node[0]
     if not isinstance(node, DictConfig) or "_target_" not in node:
         raise ValueError(f"{KEY} is '{path}', which has no node {where} = L(...)(...).")
+    return build_node(node, f"{KEY} is '{path}', whose {where}")
+
+
+def build_node(node: DictConfig, source: str) -> Any:
+    """Instantiate a node of a LazyConfig.
+
+    Args:
+        node: has a ``_target_``.
+        source: names file and node at the beginning of an error message.
+
+    Raises:
+        ValueError: if building it fails.
+    """
     try:
         return instantiate(node)
     except (TypeError, KeyError, AssertionError, OmegaConfBaseException) as error:
-        raise ValueError(
-            f"{KEY} is '{path}', whose {where} cannot be built: {type(error).__name__}: "
-            f"{' '.join(str(error).split())}"
-        ) from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{source} cannot be built: {type(error).__name__}: {reason}") from error
