@@ -142,8 +142,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--detector",
         metavar="NAME",
         help="detect the entities with this detector: a config of Detectron2's model zoo, such as "
-        "COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml, the path of a YAML file, or "
-        "torchvision:fasterrcnn_resnet50_fpn_v2; classes are matched by name",
+        "COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml, the path of a YAML file or LazyConfig, "
+        "torchvision:fasterrcnn_resnet50_fpn_v2, or transformers:NAME_OR_FOLDER; classes are "
+        "matched by name",
     )
     parser.add_argument(
         "--detector-weights",

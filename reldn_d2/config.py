@@ -10,8 +10,10 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.file_io import PathManager
 
+from .utils.base_configs import meta_architectures
 from .utils.config_keys import (
     ConfigKeyError,
     add_registered_keys,
@@ -20,6 +22,7 @@ from .utils.config_keys import (
     unknown_keys_message,
 )
 from .utils.included_configs import find_config_file
+from .utils.lazy_configs import is_lazy_config
 
 __all__ = [
     "ConfigKeyError",
@@ -63,10 +66,18 @@ def add_reldn_config(cfg: CfgNode) -> None:
 def _add_model(cfg: CfgNode) -> None:
     cfg.MODEL.RELDN = CN()
     # Entry of ENTITY_DETECTOR_REGISTRY, which provides features, boxes and classes of entities.
-    # "auto" chooses by MODEL.ROI_HEADS.NAME (Faster, Mask, Cascade R-CNN, C4). The others must be
-    # named: "RetinaNetDetector", "PrecomputedDetector". With the latter and the visual module off,
-    # no image is read.
+    # "auto" chooses by the detector's meta-architecture and MODEL.ROI_HEADS.NAME (Faster, Mask,
+    # Cascade R-CNN, C4, RetinaNet). "PrecomputedDetector" must be named; with it and the visual
+    # module off, no image is read.
     cfg.MODEL.RELDN.DETECTOR = "auto"
+    # MODEL.META_ARCHITECTURE of the detector. Empty: that of the YAML file that the config is based
+    # on (merge_config sets it), or else recognized by the feature maps that its heads read.
+    cfg.MODEL.RELDN.DETECTOR_META_ARCHITECTURE = ""
+    # A LazyConfig (.py file, or its name in Detectron2's model zoo) whose `model` is the detector;
+    # it replaces Detectron2's keys. MODEL.WEIGHTS is its checkpoint. Loading it runs its code.
+    cfg.MODEL.RELDN.DETECTOR_LAZY_CONFIG = ""
+    # Changes of that file, such as ["model.roi_heads.num_classes=9"].
+    cfg.MODEL.RELDN.DETECTOR_LAZY_OVERRIDES = []
     # PrecomputedDetector: the checkpoint has a box head, which the relation box heads start from.
     cfg.MODEL.RELDN.PRECOMPUTED_BOX_HEAD = True
     # Entities that training pairs are made of: "proposals" (the detector's proposals that match a
@@ -286,10 +297,17 @@ def merge_config(
             f"No config file '{config_file}', neither below the current folder nor among the "
             "project's configs, such as configs/VRD/reldn_boxes.yaml."
         )
+    if config_file and is_lazy_config(config_file):
+        raise ValueError(
+            f"{config_file} is a LazyConfig, not a YAML file. If it describes a detector, name it "
+            "in MODEL.RELDN.DETECTOR_LAZY_CONFIG of a RelDN YAML (docs/detectors.md); if its "
+            "model is RelDN, train with tools/lazyconfig_train_net.py."
+        )
     source = config_file or "the command line"
     try:
         if config_file:
             cfg.merge_from_file(config_file)
+            _remember_detector(cfg, config_file)
         source = "the command line"
         cfg.merge_from_list(_write_floats_as_floats(cfg, opts))
     except FileNotFoundError as error:
@@ -306,6 +324,22 @@ def merge_config(
     limits = _read_predicates_per_pair(relations.PREDICATES_PER_PAIR)
     if limits != relations.PREDICATES_PER_PAIR:
         relations.PREDICATES_PER_PAIR = limits
+
+
+def _remember_detector(cfg: CfgNode, config_file: str) -> None:
+    """Keep the detector's ``META_ARCHITECTURE``, which a config of RelDN overrides in its base."""
+    if cfg.MODEL.RELDN.DETECTOR_META_ARCHITECTURE:
+        return
+    others = (x for x in meta_architectures(config_file) if not _is_reldn(x))
+    cfg.MODEL.RELDN.DETECTOR_META_ARCHITECTURE = next(others, "")
+
+
+def _is_reldn(name: str) -> bool:
+    """Tell whether a meta-architecture is RelDN, or a subclass that has been registered."""
+    if name == "RelDN" or name not in META_ARCH_REGISTRY:
+        return name == "RelDN"
+    parents = getattr(META_ARCH_REGISTRY.get(name), "__mro__", ())
+    return any(x.__name__ == "RelDN" for x in parents)
 
 
 def merge_saved_config(

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from data_files import HEADER, write_csv, write_json
 from model_utils import ROOT
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 import reldn_d2
@@ -143,7 +144,10 @@ def enter_checkout(folder: Path, monkeypatch) -> None:
     monkeypatch.setattr("reldn_d2.evaluation.per_predicate.PredicateTable.draw", lambda *args: None)
 
 
-def _get_key(cfg: CfgNode, key: str, *other_names: str, default=None):
+def _get_key(cfg: CfgNode | DictConfig, key: str, *other_names: str, default=None):
+    if isinstance(cfg, DictConfig):
+        found = (OmegaConf.select(cfg, name) for name in (key, *other_names))
+        return next((x for x in found if x is not None), default)
     for part in key.split("."):
         cfg = cfg[part]
     return cfg

@@ -1,4 +1,4 @@
-"""Detectors of Detectron2 and torchvision as functions of an image.
+"""Detectors of Detectron2, torchvision and transformers as functions of an image.
 
 They return boxes, class names and scores, which any predictor takes, because it matches names::
 
@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from detectron2 import model_zoo
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode, get_cfg, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model
@@ -32,6 +33,8 @@ from ..checkpoint.class_weights import num_classes_of
 from ..checkpoint.detection_checkpoint import DetectorCheckpointer
 from ..config import add_reldn_config, merge_config
 from ..utils.image_io import OneImage, from_rgb, load_rgb
+from ..utils.lazy_configs import build_node, is_lazy_config, load_lazy_config
+from .transformers_detectors import PREFIX, build_transformers_detector
 
 __all__ = ["ImageDetector", "load_detector"]
 
@@ -109,11 +112,13 @@ def load_detector(
 
     Args:
         name: a config of Detectron2's model zoo, such as
-            ``COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml``; the path of a detector's YAML file; or
-            ``torchvision:`` and a detection model of torchvision, such as
-            ``torchvision:fasterrcnn_resnet50_fpn_v2``.
+            ``COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml``; the path of a detector's YAML file or
+            LazyConfig (``.py``, whose code is run); ``torchvision:`` and a detection model of
+            torchvision, such as ``torchvision:fasterrcnn_resnet50_fpn_v2``; or ``transformers:``
+            and a detector's folder or its name on the Hugging Face hub.
         weights: file or URL; default: those of the zoo or of torchvision, which are downloaded at
-            the first use, or a YAML file's ``MODEL.WEIGHTS``.
+            the first use, a YAML file's ``MODEL.WEIGHTS``, or a LazyConfig's
+            ``train.init_checkpoint``. The weights of ``transformers`` are in its folder.
         device: such as ``cpu``; None uses a GPU if there is one.
         min_score: detections with a lower score are dropped.
         class_names: names by class id (torchvision: without the background) of weights with other
@@ -123,13 +128,20 @@ def load_detector(
     Raises:
         FileNotFoundError: no such file, or the weights cannot be downloaded.
         ValueError: an unknown name, weights that do not fit, or unknown class names.
-        ImportError: torchvision is needed and not installed.
+        ImportError: torchvision or transformers is needed and not installed.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     weights = None if weights is None else str(weights)
     if name.startswith(_TORCHVISION):
         model_name = name.removeprefix(_TORCHVISION)
         found = _torchvision_detector(model_name, weights, device, min_score, class_names)
+    elif name.startswith(PREFIX):
+        if weights is not None:
+            raise ValueError(
+                f"detector {name}: leave out the weights ({weights}); give the folder that holds "
+                f"config.json and model.safetensors as {PREFIX}FOLDER"
+            )
+        found = build_transformers_detector(name.removeprefix(PREFIX), device, class_names)
     else:
         found = _detectron2_detector(name, weights, device, min_score, class_names)
     return ImageDetector(*found, min_score, name)
@@ -142,31 +154,30 @@ def _detectron2_detector(
     min_score: float,
     class_names: Sequence[str] | None,
 ) -> tuple[_Detect, Sequence[str]]:
-    cfg = _detectron2_config(name, weights)
-    for node in (cfg.MODEL.ROI_HEADS, cfg.MODEL.RETINANET):
-        node.SCORE_THRESH_TEST = min(node.SCORE_THRESH_TEST, min_score)
-    cfg.MODEL.DEVICE = device
-    model = build_model(cfg).eval()
+    read = _parts_of_lazy_config if is_lazy_config(name) else _parts_of_yaml
+    parts = read(name, weights, min_score)
+    model = parts.model.eval().to(device)
     checkpointer = DetectorCheckpointer(model, complete=True)
-    with _only_state_dicts(cfg.MODEL.WEIGHTS):
-        checkpointer.load(cfg.MODEL.WEIGHTS)
-    names = class_names or checkpointer.description["thing_classes"] or _dataset_classes(cfg)
+    with _only_state_dicts(parts.weights):
+        checkpointer.load(parts.weights)
+    names = class_names or checkpointer.description["thing_classes"]
+    names = names or _dataset_classes(parts.datasets)
     count = num_classes_of(model.state_dict())
     if not names or (count is not None and len(names) != count):
         problem = (
             f"{len(names)} names for {count} classes" if names else "its classes have no names"
         )
         raise ValueError(
-            f"detector {name}: {problem}. Give class_names, or set DATASETS.TEST to a registered "
-            "dataset with these classes."
+            f"detector {name}: {problem}. Give class_names, or set {parts.datasets_key} to a "
+            "registered dataset with these classes."
         )
-    resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
 
     def detect(rgb: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         height, width = rgb.shape[:2]
-        image = np.ascontiguousarray(from_rgb(rgb, cfg.INPUT.FORMAT))
-        image = resize.get_transform(image).apply_image(image)
-        tensor = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        image = np.ascontiguousarray(from_rgb(rgb, parts.image_format))
+        resized = T.AugInput(image)
+        parts.resize(resized)
+        tensor = torch.as_tensor(np.ascontiguousarray(resized.image.transpose(2, 0, 1)))
         output = model([{"image": tensor, "height": height, "width": width}])[0]
         if "instances" not in output:
             raise ValueError(f"detector {name} returns no instances, only {sorted(output)}")
@@ -174,6 +185,60 @@ def _detectron2_detector(
         return found.pred_boxes.tensor, found.pred_classes, found.scores
 
     return detect, names
+
+
+class _Parts(NamedTuple):
+    """What a config of Detectron2 says about a detector."""
+
+    model: nn.Module  # without its weights
+    weights: str
+    datasets: Sequence[str]  # whose class names are the model's
+    datasets_key: str
+    image_format: str
+    resize: T.Augmentation
+
+
+def _parts_of_yaml(name: str, weights: str | None, min_score: float) -> _Parts:
+    cfg = _detectron2_config(name, weights)
+    for node in (cfg.MODEL.ROI_HEADS, cfg.MODEL.RETINANET):
+        node.SCORE_THRESH_TEST = min(node.SCORE_THRESH_TEST, min_score)
+    cfg.MODEL.DEVICE = "cpu"  # moved by the caller
+    return _Parts(
+        build_model(cfg),
+        cfg.MODEL.WEIGHTS,
+        (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN),
+        "DATASETS.TEST",
+        cfg.INPUT.FORMAT,
+        T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST),
+    )
+
+
+def _parts_of_lazy_config(name: str, weights: str | None, min_score: float) -> _Parts:
+    """Read a LazyConfig: nodes ``model``, and ``train`` and ``dataloader.test`` if it has them."""
+    config = load_lazy_config(name, [], "detector")
+    if "_target_" not in (config.get("model") or {}):
+        raise ValueError(f"detector {name}: that file has no `model = L(...)(...)`")
+    if weights is None and not os.path.isfile(name):
+        weights = model_zoo.get_checkpoint_url(name)
+    weights = weights or OmegaConf.select(config, "train.init_checkpoint", default="")
+    if not weights:
+        raise ValueError(f"detector {name}: train.init_checkpoint is empty; give the weights")
+    model = build_node(config.model, f"detector {name}: its model")
+    for module in model.modules():  # predictors of ROI heads, dense detectors
+        threshold = getattr(module, "test_score_thresh", None)
+        if threshold is not None:
+            module.test_score_thresh = min(threshold, min_score)
+    datasets = OmegaConf.select(config, "dataloader.test.dataset.names", default=())
+    mapper = OmegaConf.select(config, "dataloader.test.mapper", default={})
+    steps = [instantiate(x) for x in mapper.get("augmentations", ())]
+    return _Parts(
+        model,
+        weights,
+        [datasets] if isinstance(datasets, str) else list(datasets),
+        "dataloader.test.dataset.names",
+        mapper.get("image_format") or getattr(model, "input_format", None) or "BGR",
+        T.AugmentationList(steps) if steps else T.ResizeShortestEdge([800, 800], 1333),
+    )
 
 
 def _detectron2_config(name: str, weights: str | None) -> CfgNode:
@@ -197,9 +262,9 @@ def _detectron2_config(name: str, weights: str | None) -> CfgNode:
     return cfg
 
 
-def _dataset_classes(cfg: CfgNode) -> list[str]:
-    """Return the class names of the config's first registered dataset; empty if there is none."""
-    for dataset in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
+def _dataset_classes(datasets: Sequence[str]) -> list[str]:
+    """Return the class names of the first registered dataset; empty if there is none."""
+    for dataset in datasets:
         if dataset in DatasetCatalog:
             return list(MetadataCatalog.get(dataset).get("thing_classes", []))
     return []

@@ -13,6 +13,8 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone
 from detectron2.modeling.backbone import FPN, Backbone
 
+from ...utils.lazy_configs import instantiate_part
+
 __all__ = [
     "LaterStages",
     "build_predicate_backbone",
@@ -147,7 +149,8 @@ def build_predicate_backbone(cfg: CfgNode) -> nn.Module:
 
     ``"same"``: the detector's structure. ``"shared"``: its stages after ``SHARE_UNTIL``; the maps
     up to there are the detector's, frozen. ``"other"``: the backbone described by ``cfg`` with
-    ``OPTIONS``; its images are normalized like the detector's.
+    ``OPTIONS``; its images are normalized like the detector's. The detector's structure is that of
+    ``MODEL.RELDN.DETECTOR_LAZY_CONFIG`` if that is set.
 
     Raises:
         ValueError: if the kind is unknown, or the backbone lacks maps that the head pools from.
@@ -161,7 +164,10 @@ def build_predicate_backbone(cfg: CfgNode) -> nn.Module:
         cfg = cfg.clone()
         cfg.defrost()
         cfg.merge_from_list(list(keys.OPTIONS))
-    backbone = build_backbone(cfg)
+    if cfg.MODEL.RELDN.DETECTOR_LAZY_CONFIG and keys.KIND != "other":
+        backbone = instantiate_part(cfg, "backbone")
+    else:
+        backbone = build_backbone(cfg)
     wanted = cfg.MODEL.ROI_RELATION_HEAD.IN_FEATURES or cfg.MODEL.ROI_HEADS.IN_FEATURES
     missing = set(wanted) - set(backbone.output_shape())
     if missing:

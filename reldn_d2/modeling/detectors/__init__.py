@@ -7,13 +7,14 @@ from .base import (
 )
 from .precomputed import PrecomputedDetector
 from .rcnn import C4RCNNDetector, CascadeRCNNDetector, GeneralizedRCNNDetector, Res5BoxHead
-from .retinanet import RetinaNetDetector
+from .retinanet import FCOSDetector, RetinaNetDetector
 
 __all__ = [
     "C4RCNNDetector",
     "CascadeRCNNDetector",
     "ENTITY_DETECTOR_REGISTRY",
     "EntityDetector",
+    "FCOSDetector",
     "GeneralizedRCNNDetector",
     "PrecomputedDetector",
     "Res5BoxHead",

@@ -8,15 +8,18 @@ A new type of detector plugs in as a subclass of :class:`EntityDetector` in
 """
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from detectron2.utils.registry import Registry
 
+from ...utils.lazy_configs import KEY, instantiate_part
 from ...utils.registry import find_registered
 from ..sampling import random_keys, sample_mask
 
@@ -25,6 +28,7 @@ __all__ = [
     "EntityDetector",
     "build_entity_detector",
     "classify_by_overlap",
+    "is_meta_architecture",
     "label_entities",
 ]
 
@@ -33,7 +37,8 @@ ENTITY_DETECTOR_REGISTRY.__doc__ = """
 Registry for adapters from a type of detector to :class:`EntityDetector`.
 
 The registered object is called with ``obj(cfg)``. ``MODEL.RELDN.DETECTOR: "auto"`` selects the last
-registered one whose ``accepts(cfg)`` is true.
+registered one whose ``accepts(cfg)`` is true. The model of ``MODEL.RELDN.DETECTOR_LAZY_CONFIG`` is
+built first: ``accepts_model(model)`` selects the adapter, and ``obj(model=model)`` builds it.
 """
 
 
@@ -59,6 +64,15 @@ class EntityDetector(nn.Module, ABC):
     def accepts(cls, cfg: CfgNode) -> bool:
         """Tell whether the config describes this type of detector; used for "auto"."""
         del cfg
+        return False
+
+    @classmethod
+    def accepts_model(cls, model: nn.Module) -> bool:
+        """Tell whether this adapter works with a model built from a LazyConfig; used for "auto".
+
+        The adapter is then called with ``obj(model=model)``.
+        """
+        del model
         return False
 
     @classmethod
@@ -136,13 +150,22 @@ class EntityDetector(nn.Module, ABC):
         """Compute (R, K) class probabilities of given boxes per image (task SGCLS)."""
 
 
+def is_meta_architecture(name: str, base: type) -> bool:
+    """Tell whether a registered meta-architecture is ``base`` or a subclass of it."""
+    entry = META_ARCH_REGISTRY.get(name) if name in META_ARCH_REGISTRY else None
+    return isinstance(entry, type) and issubclass(entry, base)
+
+
 def build_entity_detector(cfg: CfgNode) -> EntityDetector:
     """Build the adapter named by ``cfg.MODEL.RELDN.DETECTOR``, with its detector.
 
     Raises:
         ValueError: if there is no such adapter, or it is "auto" and none accepts the config's
-            detector.
+            detector, or that is a TridentNet.
     """
+    if cfg.MODEL.RELDN.DETECTOR_LAZY_CONFIG:
+        return _build_from_lazy_config(cfg)
+    _reject_trident(cfg)
     name = cfg.MODEL.RELDN.DETECTOR
     if name != "auto":
         return find_registered(ENTITY_DETECTOR_REGISTRY, name, "MODEL.RELDN.DETECTOR")(cfg)
@@ -150,11 +173,87 @@ def build_entity_detector(cfg: CfgNode) -> EntityDetector:
     for adapter in reversed(list(adapters.values())):
         if adapter.accepts(cfg):
             return adapter(cfg)
+    described = f"MODEL.ROI_HEADS.NAME '{cfg.MODEL.ROI_HEADS.NAME}'"
+    if cfg.MODEL.RELDN.DETECTOR_META_ARCHITECTURE:
+        described = (
+            f"meta-architecture '{cfg.MODEL.RELDN.DETECTOR_META_ARCHITECTURE}' "
+            f"(MODEL.RELDN.DETECTOR_META_ARCHITECTURE) with {described}"
+        )
     raise ValueError(
-        f'MODEL.RELDN.DETECTOR is "auto", but no adapter knows MODEL.ROI_HEADS.NAME '
-        f"'{cfg.MODEL.ROI_HEADS.NAME}'. Name one of {', '.join(adapters)}, or register an "
-        "EntityDetector of your own in a module that you pass with --module (docs/detectors.md)."
+        f'MODEL.RELDN.DETECTOR is "auto", but no adapter knows {described}. RelDN needs a detector '
+        f"that classifies boxes: name one of {', '.join(adapters)}, or register an EntityDetector "
+        "of your own in a module that you pass with --module (docs/detectors.md)."
     )
+
+
+def _build_from_lazy_config(cfg: CfgNode) -> EntityDetector:
+    """Build the detector of ``MODEL.RELDN.DETECTOR_LAZY_CONFIG`` with the adapter that fits it.
+
+    Raises:
+        ValueError: no adapter fits, or the detector reads images in another format than the config.
+    """
+    path, name = cfg.MODEL.RELDN.DETECTOR_LAZY_CONFIG, cfg.MODEL.RELDN.DETECTOR
+    model = instantiate_part(cfg)
+    _check_lazy_model(cfg, model)
+    if name != "auto":
+        adapter = find_registered(ENTITY_DETECTOR_REGISTRY, name, "MODEL.RELDN.DETECTOR")
+    else:
+        adapters = reversed([adapter for _, adapter in ENTITY_DETECTOR_REGISTRY])
+        adapter = next((x for x in adapters if _accepts_model(x, model)), None)
+    if adapter is None or not _accepts_model(adapter, model):
+        heads = getattr(model, "roi_heads", None)
+        described = type(model).__name__ + (f" with {type(heads).__name__}" if heads else "")
+        known = [x for x, entry in ENTITY_DETECTOR_REGISTRY if _accepts_model(entry, model)]
+        raise ValueError(
+            f"MODEL.RELDN.DETECTOR is '{name}', which does not work with {described}, the model of "
+            f"{path} ({KEY}). {_advice(known)}"
+        )
+    detector = adapter(model=model)
+    detector.num_classes_key = f"num_classes of the model in {path}"
+    return detector
+
+
+def _accepts_model(adapter: Any, model: nn.Module) -> bool:
+    """Call ``accepts_model`` of a registered adapter, which may also be a function."""
+    return hasattr(adapter, "accepts_model") and adapter.accepts_model(model)
+
+
+def _advice(adapters: list[str]) -> str:
+    if adapters:
+        return f'Set it to "auto" or to {" or ".join(adapters)}.'
+    return (
+        "Register an EntityDetector of your own whose accepts_model returns True for it, in a "
+        "module that you pass with --module (docs/detectors.md)."
+    )
+
+
+def _check_lazy_model(cfg: CfgNode, model: nn.Module) -> None:
+    """Raise if the model of a LazyConfig cannot be used with this config at all."""
+    path = cfg.MODEL.RELDN.DETECTOR_LAZY_CONFIG
+    for part in model.modules():
+        if type(part).__name__.startswith("Trident"):
+            raise ValueError(
+                f"{path} ({KEY}) has a {type(part).__name__}: TridentNet computes several feature "
+                "maps per image, which RelDN cannot use."
+            )
+    theirs = getattr(model, "input_format", None)
+    if theirs and theirs != cfg.INPUT.FORMAT:
+        raise ValueError(
+            f"The model of {path} ({KEY}) reads images as {theirs}, but INPUT.FORMAT is "
+            f"{cfg.INPUT.FORMAT}; set INPUT.FORMAT to {theirs}."
+        )
+
+
+def _reject_trident(cfg: CfgNode) -> None:
+    """Raise for TridentNet, whose backbone returns three maps per image in training."""
+    model = cfg.MODEL
+    for key in ("BACKBONE", "PROPOSAL_GENERATOR", "ROI_HEADS"):
+        if "trident" in model[key].NAME.lower():
+            raise ValueError(
+                f"MODEL.{key}.NAME is '{model[key].NAME}': TridentNet computes several feature "
+                "maps per image, which RelDN cannot use. Write its detections to files and use "
+                "PrecomputedDetector with another backbone (docs/detectors.md)."
+            )
 
 
 def classify_by_overlap(

@@ -7,16 +7,19 @@ Boxes are XYXY in pixels of the network's input.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, ROI_BOX_HEAD_REGISTRY, ROI_HEADS_REGISTRY
 from detectron2.modeling.backbone.resnet import BottleneckBlock, ResNet
+from detectron2.modeling.meta_arch import GeneralizedRCNN
 from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, StandardROIHeads
 from detectron2.structures import Boxes, Instances
 
-from .base import ENTITY_DETECTOR_REGISTRY, EntityDetector
+from ...utils.lazy_configs import detector_node, instantiate_part
+from .base import ENTITY_DETECTOR_REGISTRY, EntityDetector, is_meta_architecture
 
 __all__ = ["C4RCNNDetector", "CascadeRCNNDetector", "GeneralizedRCNNDetector", "Res5BoxHead"]
 
@@ -71,12 +74,57 @@ class GeneralizedRCNNDetector(EntityDetector):
 
     @classmethod
     def from_config(cls, cfg: CfgNode):
-        return {"model": META_ARCH_REGISTRY.get("GeneralizedRCNN")(cfg)}
+        model = cfg.MODEL
+        if model.PROPOSAL_GENERATOR.NAME == "PrecomputedProposals" and not model.LOAD_PROPOSALS:
+            raise ValueError(
+                "MODEL.PROPOSAL_GENERATOR.NAME is 'PrecomputedProposals', but MODEL.LOAD_PROPOSALS "
+                "is False: set it to True and name DATASETS.PROPOSAL_FILES_TRAIN and "
+                "PROPOSAL_FILES_TEST, or use a detector with an RPN."
+            )
+        try:
+            return {"model": META_ARCH_REGISTRY.get("GeneralizedRCNN")(cfg)}
+        except KeyError as error:
+            wanted = {*model.RPN.IN_FEATURES, *model.ROI_HEADS.IN_FEATURES}
+            if error.args[0] not in wanted:
+                raise
+            raise ValueError(
+                f"The backbone {model.BACKBONE.NAME} has no feature map '{error.args[0]}', which "
+                "MODEL.RPN.IN_FEATURES or MODEL.ROI_HEADS.IN_FEATURES names for "
+                f"{model.ROI_HEADS.NAME}. Name maps that it has, or set MODEL.RELDN.DETECTOR to "
+                "the adapter of your type of detector (docs/detectors.md)."
+            ) from error
 
     @classmethod
     def accepts(cls, cfg: CfgNode) -> bool:
+        name = cfg.MODEL.RELDN.DETECTOR_META_ARCHITECTURE
+        if name and not is_meta_architecture(name, GeneralizedRCNN):
+            return False
         roi_heads = ROI_HEADS_REGISTRY.get(cfg.MODEL.ROI_HEADS.NAME)
         return isinstance(roi_heads, type) and issubclass(roi_heads, cls.roi_heads)
+
+    @classmethod
+    def accepts_model(cls, model: nn.Module) -> bool:
+        heads = getattr(model, "roi_heads", None)
+        return isinstance(model, GeneralizedRCNN) and isinstance(heads, cls.roi_heads)
+
+    def relation_config(self, cfg: CfgNode) -> CfgNode:
+        """Take the maps and the box head from a detector that a LazyConfig describes."""
+        if not cfg.MODEL.RELDN.DETECTOR_LAZY_CONFIG:
+            return cfg
+        cfg = cfg.clone()
+        cfg.defrost()
+        heads = self.model.roi_heads
+        height, width = getattr(heads, self.parts[0]).output_size
+        if height != width:
+            raise ValueError(
+                f"The box pooler of {cfg.MODEL.RELDN.DETECTOR_LAZY_CONFIG} "
+                f"(MODEL.RELDN.DETECTOR_LAZY_CONFIG) returns {height} x {width} cells; the "
+                "relation head needs as many rows as columns."
+            )
+        cfg.MODEL.ROI_HEADS.IN_FEATURES = list(getattr(heads, self.parts[-1]))
+        cfg.MODEL.ROI_BOX_HEAD.NAME = "LazyBoxHead"
+        cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION = height
+        return cfg
 
     @property
     def num_classes(self) -> int:
@@ -88,6 +136,14 @@ class GeneralizedRCNNDetector(EntityDetector):
 
     def _proposals(self, batched_inputs, images, features) -> list[Instances]:
         if self.model.proposal_generator is None:
+            for x in batched_inputs:
+                if "proposals" not in x:
+                    raise ValueError(
+                        f"Image {x.get('image_id', '?')} ({x.get('file_name', 'no file name')}) "
+                        "came without 'proposals', which a detector without an RPN needs. Name a "
+                        "file for each dataset in DATASETS.PROPOSAL_FILES_TRAIN and "
+                        "DATASETS.PROPOSAL_FILES_TEST."
+                    )
             return [x["proposals"].to(images.device) for x in batched_inputs]
         return self.model.proposal_generator(images, features, None)[0]
 
@@ -177,6 +233,35 @@ class Res5BoxHead(nn.Module):
         return self.res5(x).mean(dim=(2, 3))
 
 
+@ROI_BOX_HEAD_REGISTRY.register()
+def LazyBoxHead(cfg: CfgNode, input_shape: ShapeSpec) -> nn.Module:
+    """Build the box head of the detector that ``MODEL.RELDN.DETECTOR_LAZY_CONFIG`` describes.
+
+    Raises:
+        ValueError: if it does not read pooled maps of this shape.
+    """
+    roi_heads = detector_node(cfg).get("roi_heads", {})
+    if "res5" in roi_heads:
+        blocks = instantiate_part(cfg, "roi_heads.res5")
+        head = Res5BoxHead(blocks if isinstance(blocks, nn.Module) else nn.Sequential(*blocks))
+    else:
+        name = "box_heads" if "box_heads" in roi_heads else "box_head"  # a cascade has several
+        head = instantiate_part(cfg, f"roi_heads.{name}")
+    maps = torch.zeros(1, input_shape.channels, input_shape.height, input_shape.width)
+    try:
+        with torch.no_grad():
+            head.eval()(maps)
+    except RuntimeError as error:
+        raise ValueError(
+            f"The box head of {cfg.MODEL.RELDN.DETECTOR_LAZY_CONFIG} "
+            "(MODEL.RELDN.DETECTOR_LAZY_CONFIG) does not fit the relation head's maps of "
+            f"{input_shape.channels} channels and {input_shape.height} x {input_shape.width} "
+            f"cells: {' '.join(str(error).split())}. Set MODEL.ROI_RELATION_HEAD.POOLER_RESOLUTION "
+            "to 0, and use a predicate backbone with the detector's channels."
+        ) from error
+    return head.train()
+
+
 @ENTITY_DETECTOR_REGISTRY.register()
 class C4RCNNDetector(GeneralizedRCNNDetector):
     """``GeneralizedRCNN`` with ``Res5ROIHeads``: Faster R-CNN on one feature map."""
@@ -190,9 +275,10 @@ class C4RCNNDetector(GeneralizedRCNNDetector):
 
     def relation_config(self, cfg: CfgNode) -> CfgNode:
         """Use box heads of the detector's type, which end in a sum of residuals, not in a ReLU."""
-        cfg = cfg.clone()
+        cfg = super().relation_config(cfg).clone()
         cfg.defrost()
-        cfg.MODEL.ROI_BOX_HEAD.NAME = "Res5BoxHead"
+        if not cfg.MODEL.RELDN.DETECTOR_LAZY_CONFIG:
+            cfg.MODEL.ROI_BOX_HEAD.NAME = "Res5BoxHead"
         cfg.MODEL.ROI_RELATION_HEAD.NO_FC7_RELU = False
         return cfg
 

@@ -1,0 +1,89 @@
+"""RelDN as a LazyConfig: the same model as by YAML, trained and evaluated by the tool."""
+
+import json
+import re
+
+import lazyconfig_train_net as tool
+import pytest
+import torch
+from model_utils import ROOT
+
+import reldn_d2
+from reldn_d2.checkpoint.reldn_checkpoint import DetectorCheckpointer
+
+from detectron2.config import LazyConfig, instantiate
+from detectron2.modeling import build_model
+
+CONFIG = str(ROOT / "configs/lazy/toy_reldn.py")
+DETECTOR = str(ROOT / "configs/lazy/toy_detector.py")
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory):
+    """The checkpoint of a detector with random weights that was built by YAML."""
+    cfg = reldn_d2.load_config(str(ROOT / "configs/Toy/detector.yaml"))
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("detector")
+    DetectorCheckpointer(build_model(cfg), str(folder)).save("model_final")
+    return folder / "model_final.pth"
+
+
+def test_toy_reldn_is_the_model_of_the_yaml():
+    ours = instantiate(LazyConfig.load(CONFIG).model)
+    theirs = build_model(reldn_d2.load_config(str(ROOT / "configs/Toy/reldn.yaml")))
+
+    def shapes(model):
+        return {name: x.shape for name, x in model.state_dict().items()}
+
+    assert shapes(ours) == shapes(theirs)
+    trained = [{n for n, p in x.named_parameters() if p.requires_grad} for x in (ours, theirs)]
+    assert trained[0] == trained[1]
+    for name, value in vars(theirs.relation_head).items():
+        if isinstance(value, (bool, int, float)) and not name.startswith("_"):
+            assert getattr(ours.relation_head, name) == value, name
+    assert ours.relation_head.sampler.limits == theirs.relation_head.sampler.limits
+
+
+def test_lazyconfig_train_net_trains_resumes_and_evaluates(in_checkout, tmp_path, detector, capsys):
+    options = [
+        f"train.output_dir={tmp_path}/run",
+        f"train.init_checkpoint={detector}",
+        "dataloader.train.total_batch_size=2",
+    ]
+    config = ["--config-file", CONFIG]
+    assert tool.invoke_main([*config, *options, "train.max_iter=2"]) == 0
+    weights = torch.load(tmp_path / "run/model_final.pth", weights_only=True)
+    assert weights["iteration"] == 1 and len(weights["reldn"]["predicate_classes"]) == 6
+    assert bool(weights["model"]["relation_head.semantic.counted"])
+    assert tool.invoke_main([*config, "--resume", *options, "train.max_iter=3"]) == 0
+    assert torch.load(tmp_path / "run/model_final.pth", weights_only=True)["iteration"] == 2
+    lines = (tmp_path / "run/metrics.json").read_text().splitlines()
+    assert "relations_sgdet/R@50" in json.loads(lines[-1])
+    evaluated = [
+        f"train.output_dir={tmp_path}/evaluated",
+        f"train.init_checkpoint={tmp_path}/run/model_final.pth",
+        "model.task=prdcls",
+    ]
+    capsys.readouterr()
+    assert tool.invoke_main([*config, "--eval-only", *evaluated]) == 0
+
+
+@pytest.mark.parametrize(
+    "config, options, message",
+    [
+        (CONFIG, ["model.relation_head.num_predicates=5"], "relation_head has 5 predicate_classes"),
+        (CONFIG, ["model.detector.model.roi_heads.num_classes=4"], "detector has 4 thing_classes"),
+        (CONFIG, ["model.nothing.at_all=4"], "override 'model.nothing.at_all=4' of"),
+        (CONFIG, ["model.nothing=4"], "model cannot be built: TypeError"),
+        (DETECTOR, [], "has no dataloader, optimizer, lr_multiplier, train"),
+        ("none.py", [], "--config-file is 'none.py': no such file"),
+        ("configs/Toy/reldn.yaml", [], "is not a LazyConfig .* train_net.py takes YAML"),
+    ],
+)
+def test_lazyconfig_train_net_unusable_prints_one_line(
+    in_checkout, tmp_path, capsys, config, options, message
+):
+    folder = [f"train.output_dir={tmp_path}"] if config == CONFIG else []
+    assert tool.invoke_main(["--config-file", config, *folder, *options]) == 1
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("lazyconfig_train")]
+    assert re.search(message, line)
