@@ -26,6 +26,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..modeling.backbone.vgg import TORCHVISION_NAMES
 from ..utils.safe_pickle import ArraysOnlyUnpickler
+from . import hub_files  # noqa: F401  lets Detectron2's path manager open hf://
 from .safetensors_files import load_safetensors, require_safetensors
 
 __all__ = ["UntrustedContentError", "fetch", "from_torchvision_vgg16", "read_checkpoint"]
@@ -47,10 +48,13 @@ def fetch(path: str) -> None:
     """Download a file into the cache, where Detectron2 finds it when it loads the checkpoint.
 
     Args:
-        path: a URL; Detectron2's own schemes (``detectron2://``) work too.
+        path: a URL; Detectron2's own schemes (``detectron2://``) and the Hugging Face Hub's
+            (``hf://``, :mod:`.hub_files`) work too.
 
     Raises:
         FileNotFoundError: if it cannot be fetched.
+        ImportError: if it is of the Hub, and huggingface_hub or safetensors is not installed.
+        ValueError: if it is of the Hub and not of the form ``hf://OWNER/NAME[@REVISION]``.
     """
     try:
         PathManager.get_local_path(path.split("?")[0])
