@@ -83,7 +83,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--checkpoint", metavar="FILE", help="trained RelDN, such as model_final.pth"
     )
     model.add_argument(
-        "--pretrained", choices=sorted(PRETRAINED), help="a model that comes with this package"
+        "--pretrained",
+        metavar="NAME",
+        help=f"a model that comes with this package ({', '.join(sorted(PRETRAINED))}), or one of "
+        "the Hugging Face Hub (hf://OWNER/NAME)",
     )
     parser.add_argument("--config-file", metavar="FILE", help="replaces the checkpoint's config")
     add_module_argument(parser)

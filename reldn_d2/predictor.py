@@ -110,8 +110,8 @@ class RelationPredictor:
         """Build the model that a RelDN checkpoint describes; no dataset is needed.
 
         Args:
-            path: file or URL of a checkpoint written by RelDN's training, which has the config and
-                the names.
+            path: file or URL (``hf://`` included) of a checkpoint written by RelDN's training,
+                which has the config and the names.
             device: such as ``cpu`` or ``cuda:0``; None uses a GPU if there is one.
             config_file: replaces the checkpoint's own config.
             opts: ``KEY, VALUE, ...`` config overrides, merged last.
@@ -165,16 +165,21 @@ class RelationPredictor:
         opts: Sequence[Any] = (),
         unknown_classes: str = "leave_out",
     ) -> "RelationPredictor":
-        """Build a model whose weights are part of this package, for boxes of anyone's detector.
+        """Build a pretrained model, for boxes of anyone's detector or with its own detector.
 
         Args:
-            name: a key of :data:`reldn_d2.pretrained.PRETRAINED`, such as ``vrd_boxes``.
+            name: a model of this package, a key of :data:`reldn_d2.pretrained.PRETRAINED` such as
+                ``vrd_boxes``, or one of the Hugging Face Hub, ``hf://OWNER/NAME`` or
+                ``hf://OWNER/NAME@REVISION``, as ``tools/push_to_hub.py`` writes it.
             device, opts: see :meth:`from_checkpoint`.
             unknown_classes: see :class:`RelationPredictor`. By default boxes of classes that the
                 model does not have are left out, counted in the log and listed in the result.
 
         Raises:
             ValueError: there is no such model; the message lists those that exist.
+            FileNotFoundError: the Hub has no such model, or there is no network and no copy of it
+                in the cache.
+            ImportError: huggingface_hub or safetensors is not installed.
         """
         path = pretrained_file(name)
         return cls.from_checkpoint(path, device, opts=opts, unknown_classes=unknown_classes)

@@ -52,6 +52,7 @@ from detectron2.engine import default_argument_parser
 
 FILES = [
     "README.md",
+    "CONTRIBUTING.md",
     "datasets/README.md",
     *(f"docs/{x.name}" for x in (ROOT / "docs").glob("*.md")),
 ]

@@ -24,7 +24,15 @@ pytest.importorskip("pip")
 pytestmark = pytest.mark.slow
 
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_{}(sys.argv[1])"
-FILES = ["CHANGELOG.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "pyproject.toml"]
+FILES = [
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "MANIFEST.in",
+    "Makefile",
+    "README.md",
+    "pyproject.toml",
+]
 FILES += ["configs", "demo", "docs", "reldn_d2", "requirements", "tests", "tools", "train_net.py"]
 COMMANDS = ["check", "draw", "env", "evaluate", "predict", "train"]
 

@@ -1,11 +1,14 @@
 """Included configs and models by name, also away from a checkout."""
 
+import re
+
 import pytest
 import torch
 from model_utils import ROOT
 
 from reldn_d2 import load_config, model_zoo
 from reldn_d2.predictor import RelationPredictor, read_description
+from reldn_d2.pretrained.weights import FOLDER, PRETRAINED
 from reldn_d2.utils.included_configs import find_config_file, included_configs
 
 
@@ -57,3 +60,25 @@ def test_load_config_away_from_a_checkout_finds_the_included_one(name, tmp_path,
 def test_find_config_file_unknown_path_stays_as_it_is():
     assert find_config_file("configs/VRD/none.yaml") == "configs/VRD/none.yaml"
     assert find_config_file("") == ""
+
+
+def test_documented_zoo_has_every_included_model_with_its_size_and_metrics():
+    lines = (ROOT / "docs/model_zoo.md").read_text().splitlines()
+    for name, file in PRETRAINED.items():
+        (row,) = [line for line in lines if line.startswith(f"| `{name}` ")]
+        assert f" {(FOLDER / file).stat().st_size / 1e6:.2f} MB " in row
+        (measured,) = [
+            line
+            for line in (ROOT / "docs/benchmarks.md").read_text().splitlines()
+            if line.startswith(f"| {name} ")
+        ]
+        for metric in measured.split(" | ")[1:3]:  # k = 1 and k = 70
+            assert f"| {metric} |" in row
+
+
+def test_documented_zoo_released_checkpoints_have_configs():
+    text = (ROOT / "docs/model_zoo.md").read_text()
+    rows = re.findall(r"\| `\S+/model_step\d+\.pth` \| \[`configs/(\S+)`\]", text)
+    assert len(rows) == 6
+    for name in rows:
+        assert model_zoo.get_config(name).MODEL.META_ARCHITECTURE == "RelDN"

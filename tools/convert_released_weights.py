@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 import reldn_d2
-from reldn_d2.checkpoint.detection_checkpoint import read_checkpoint
+from reldn_d2.checkpoint import read_checkpoint, write_checkpoint
+from reldn_d2.checkpoint.checkpoint_writer import check_checkpoint_name
 from reldn_d2.modeling.backbone.vgg import TORCHVISION_NAMES
 from reldn_d2.modeling.relation_head.predictors import SpatialModule
 from reldn_d2.utils.config_keys import key_owners
-from reldn_d2.utils.file_io import check_writable, write_atomically
+from reldn_d2.utils.file_io import write_atomically
 from reldn_d2.utils.user_modules import add_module_argument, parse_and_import
 
 from detectron2.config import CfgNode
@@ -290,7 +291,7 @@ def _structure(cfg: CfgNode) -> dict[str, Tensor]:
 
 def convert(source: str, target: Path, cfg: CfgNode, allow_pickle: bool = False) -> None:
     """Read a released checkpoint; write ours and, next to it, its config as a YAML file."""
-    check_writable(target)
+    check_checkpoint_name(target)
     content = read_checkpoint(source, allow_pickle)
     state = to_ours(content.get("model", content), cfg)
     metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else None
@@ -298,9 +299,8 @@ def convert(source: str, target: Path, cfg: CfgNode, allow_pickle: bool = False)
         key: list((metadata and metadata.get(key)) or ())
         for key in ("thing_classes", "predicate_classes")
     }
-    with write_atomically(target, "wb") as file:
-        config = {"config": cfg.dump(), "config_keys": key_owners(cfg)}
-        torch.save({"model": state, "reldn": {**description, **config}}, file)
+    config = {"config": cfg.dump(), "config_keys": key_owners(cfg)}
+    write_checkpoint({"model": state, "reldn": {**description, **config}}, target)
     with write_atomically(target.with_suffix(".yaml")) as file:
         file.write(cfg.dump())
 
@@ -311,7 +311,7 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", help="released checkpoint")
-    parser.add_argument("target", type=Path, help="file to write, .pth")
+    parser.add_argument("target", type=Path, help="file to write, .pth or .safetensors")
     parser.add_argument("--config-file", required=True, help="config of its experiment")
     parser.add_argument(
         "--allow-pickle", action="store_true", help="unpickle the file; this can run code"

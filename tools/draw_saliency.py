@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
         predictor = RelationPredictor.from_checkpoint(args.checkpoint, opts=args.opts)
         files = expand_inputs(args.input)
         args.output.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         print(f"draw_saliency.py: {error}", file=sys.stderr)
         return 1
     pictures: dict[str, Callable] = {"features": partial(draw_feature_maps, levels=args.levels)}

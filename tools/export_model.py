@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
             predictor.predicate_classes,
             predictor.cfg.INPUT.FORMAT,
         )
-    except (OSError, ValueError, TypeError) as error:
+    except (ImportError, OSError, ValueError, TypeError) as error:
         print(f"export_model.py: {error}", file=sys.stderr)
         return 1
     outputs = run_in_new_process(args.output, example)

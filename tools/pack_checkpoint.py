@@ -1,17 +1,17 @@
 #!/usr/bin/env python
-"""Write a small file for inference from a checkpoint of RelDN: half precision, compressed.
+"""Write a small file for inference from a checkpoint of RelDN: half precision.
 
-The file keeps the weights, the config, the names of classes and predicates and the predicates per
-pair, and adds the license and how the model was made. It leaves out the optimizer, the training
-set's statistics and the paths of the training machine. RelationPredictor.from_checkpoint reads it,
-and so does MODEL.WEIGHTS. A file for RelationPredictor.from_pretrained belongs into
-reldn_d2/pretrained and into the table of reldn_d2/pretrained/weights.py.
+The name of the output decides the format: .pth.xz is compressed, .safetensors is read by other
+programs too (pip install safetensors), .pth is torch's own. The file keeps the weights, the config,
+the names of classes and predicates and the predicates per pair, and adds the license and how the
+model was made. It leaves out the optimizer, the training set's statistics and the paths of the
+training machine. RelationPredictor.from_checkpoint reads it, and so does MODEL.WEIGHTS, to evaluate
+or fine-tune it. A file for RelationPredictor.from_pretrained belongs into reldn_d2/pretrained and
+into the table of reldn_d2/pretrained/weights.py.
 """
 
 import argparse
 import hashlib
-import io
-import lzma
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,17 @@ import reldn_d2  # noqa: E402  # isort: skip  must be imported before Detectron2
 import torch
 from torch import Tensor
 
-from reldn_d2.checkpoint import read_checkpoint
+from reldn_d2.checkpoint import read_checkpoint, write_checkpoint
+from reldn_d2.checkpoint.checkpoint_writer import check_checkpoint_name
 from reldn_d2.predictor import RelationPredictor, read_description
 from reldn_d2.pretrained.weights import FOLDER
-from reldn_d2.utils.file_io import write_atomically
 from reldn_d2.utils.user_modules import add_module_argument, parse_and_import
 
 from detectron2.config import CfgNode
 
 __all__ = ["main", "pack"]
 
+DEFAULT_LICENSE = FOLDER / "LICENSE.md"
 _KEPT = ("thing_classes", "predicate_classes", "predicates_per_pair")
 # Files of the training machine; the packed file needs none of them.
 _PATHS = {
@@ -69,13 +70,16 @@ def to_half(name: str, value: Tensor) -> Tensor:
     return half
 
 
-def pack(checkpoint: Path, license_text: str, note: str) -> dict[str, Any]:
+def pack(
+    checkpoint: Path, license_text: str, note: str, full_precision: bool = False
+) -> dict[str, Any]:
     """Return what the file holds.
 
     Args:
         checkpoint: of RelDN, with config and names.
-        license_text: terms of use.
-        note: how the model was trained, such as the command.
+        license_text: terms of use; empty: those in the checkpoint, if it was packed before.
+        note: how the model was trained, such as the command; empty likewise.
+        full_precision: keep the weights as they are.
 
     Raises:
         FileNotFoundError, ValueError: it is not a checkpoint of RelDN, or has no config or names.
@@ -87,14 +91,17 @@ def pack(checkpoint: Path, license_text: str, note: str) -> dict[str, Any]:
     content = read_checkpoint(str(checkpoint))
     source = content.get("about", {})
     return {
-        "model": {name: to_half(name, value) for name, value in content["model"].items()},
+        "model": {
+            name: value if full_precision else to_half(name, value)
+            for name, value in content["model"].items()
+        },
         "reldn": {
             "config": without_paths(description["config"]),
             **{key: description[key] for key in (*_KEPT, "config_keys") if key in description},
             "attribute_classes": description.get("attribute_classes", []),
         },
         "about": {
-            "license": license_text,
+            "license": license_text or source.get("license", ""),
             "note": note or source.get("note", ""),
             "source_sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
             "iteration": content.get("iteration"),
@@ -109,12 +116,20 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", type=Path, required=True, help="such as model_final.pth")
-    parser.add_argument("--output", type=Path, required=True, help="file ending in .pth.xz")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        help="file ending in .pth.xz, .safetensors or .pth",
+    )
     parser.add_argument(
         "--license",
         type=Path,
-        default=FOLDER / "LICENSE.md",
-        help="text file with the terms of use; default: reldn_d2/pretrained/LICENSE.md",
+        help="text file with the terms of use; default: those in the checkpoint, if it was packed "
+        "before, otherwise reldn_d2/pretrained/LICENSE.md",
+    )
+    parser.add_argument(
+        "--full-precision", action="store_true", help="keep the weights as they are: twice the size"
     )
     add_module_argument(parser)
     parser.add_argument("--note", default="", help="how the model was trained, kept in the file")
@@ -125,15 +140,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Write the file, read it again and print its size; return the exit status."""
     args = parse_and_import(build_parser(), arguments)
     try:
-        if not args.output.name.endswith(".pth.xz"):
-            raise ValueError(f"--output {args.output}: the name must end in .pth.xz")
-        content = pack(args.checkpoint, args.license.read_text(), args.note)
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        with write_atomically(args.output, "wb") as file:
-            file.write(lzma.compress(buffer.getvalue(), preset=9 | lzma.PRESET_EXTREME))
+        check_checkpoint_name(args.output)
+        license_text = args.license.read_text() if args.license else ""
+        content = pack(args.checkpoint, license_text, args.note, args.full_precision)
+        content["about"]["license"] = content["about"]["license"] or DEFAULT_LICENSE.read_text()
+        write_checkpoint(content, args.output)
         predictor = RelationPredictor.from_checkpoint(args.output, device="cpu")
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         print(f"pack_checkpoint.py: {error}", file=sys.stderr)
         return 1
     size = args.output.stat().st_size

@@ -1,6 +1,7 @@
 """Loading and saving checkpoints of detectors and of RelDN."""
 
 from .checkpoint_reader import fetch, from_torchvision_vgg16, read_checkpoint
+from .checkpoint_writer import write_checkpoint
 from .detection_checkpoint import DetectorCheckpointer
 from .reldn_checkpoint import (
     RelDNCheckpointer,
@@ -18,4 +19,5 @@ __all__ = [
     "initialize_relation_branch",
     "pretrained_predicate_modules",
     "read_checkpoint",
+    "write_checkpoint",
 ]

@@ -1,13 +1,14 @@
 """Reading checkpoint files without running code in them.
 
-==========  =====================================================  ==============================
-Suffix      Format                                                 Accepted content
-==========  =====================================================  ==============================
-.pth, .pt   torch's format: ours, Detectron2's, torchvision's      tensors and plain types only
-.pkl        a pickle: Detectron2's model zoo, Caffe2's             arrays and plain types only
-.pyth       torch's format, by pycls                               tensors and plain types only
-.pth.xz     torch's format, compressed: models in this package     tensors and plain types only
-==========  =====================================================  ==============================
+============  ===================================================  ==============================
+Suffix        Format                                               Accepted content
+============  ===================================================  ==============================
+.pth, .pt     torch's format: ours, Detectron2's, torchvision's    tensors and plain types only
+.pkl          a pickle: Detectron2's model zoo, Caffe2's           arrays and plain types only
+.pyth         torch's format, by pycls                             tensors and plain types only
+.pth.xz       torch's format, compressed: models in this package   tensors and plain types only
+.safetensors  safetensors, with our entries as JSON in the header  tensors and JSON, never code
+============  ===================================================  ==============================
 
 Any other content is an error unless unpickling is allowed explicitly, because it can run code.
 """
@@ -25,6 +26,8 @@ from detectron2.utils.file_io import PathManager
 
 from ..modeling.backbone.vgg import TORCHVISION_NAMES
 from ..utils.safe_pickle import ArraysOnlyUnpickler
+from . import hub_files  # noqa: F401  lets Detectron2's path manager open hf://
+from .safetensors_files import load_safetensors, require_safetensors
 
 __all__ = ["UntrustedContentError", "fetch", "from_torchvision_vgg16", "read_checkpoint"]
 
@@ -45,10 +48,13 @@ def fetch(path: str) -> None:
     """Download a file into the cache, where Detectron2 finds it when it loads the checkpoint.
 
     Args:
-        path: a URL; Detectron2's own schemes (``detectron2://``) work too.
+        path: a URL; Detectron2's own schemes (``detectron2://``) and the Hugging Face Hub's
+            (``hf://``, :mod:`.hub_files`) work too.
 
     Raises:
         FileNotFoundError: if it cannot be fetched.
+        ImportError: if it is of the Hub, and huggingface_hub or safetensors is not installed.
+        ValueError: if it is of the Hub and not of the form ``hf://OWNER/NAME[@REVISION]``.
     """
     try:
         PathManager.get_local_path(path.split("?")[0])
@@ -68,8 +74,13 @@ def read_checkpoint(path: str, allow_pickle: bool = False) -> dict[str, Any]:
 
     Raises:
         ValueError: if the file is broken, or holds Python objects and ``allow_pickle`` is off.
+        ImportError: if the format needs a package that is not installed.
     """
+    if path.endswith(".safetensors"):
+        require_safetensors(path)
     try:
+        if path.endswith(".safetensors"):
+            return load_safetensors(path)
         if path.endswith(".xz"):
             with lzma.open(path) as file:
                 content = io.BytesIO(file.read())

@@ -73,7 +73,7 @@ def test_pack_checkpoint_keeps_names_config_and_provenance(boxes_checkpoint, pac
             "x.pth.xz",
             "table.weight has values beyond the range of half precision",
         ),
-        (lambda x: None, "x.pth", "the name must end in .pth.xz"),
+        (lambda x: None, "x.bin", "x.bin: the name must end in .pth, .pth.xz or .safetensors"),
     ],
 )
 def test_pack_checkpoint_unusable_input_exits_1(

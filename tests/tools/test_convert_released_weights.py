@@ -4,12 +4,14 @@ import importlib.util
 
 import numpy as np
 import pytest
+import safetensors_stand_in
 import torch
 import torch.nn.functional as F
 from model_utils import ROOT, TINY, busy_item, released_state, small_config
 
 import reldn_d2
 from reldn_d2 import RelDNCheckpointer
+from reldn_d2.checkpoint import read_checkpoint
 
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes
@@ -254,19 +256,21 @@ def test_converted_frozen_norms_equal_the_released_affine_maps(tool):
     torch.testing.assert_close(norm(x), wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_main_writes_a_checkpoint_that_loads(tool, tmp_path):
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_main_writes_a_checkpoint_that_loads(tool, tmp_path, suffix, monkeypatch):
+    safetensors_stand_in.install(monkeypatch)
     cfg = resnet_config()
     source, yaml = tmp_path / "model_step1.pth", tmp_path / "experiment.yaml"
     torch.save({"step": 1, "model": {**released_state(tool, cfg), "extra": torch.ones(1)}}, source)
     yaml.write_text(cfg.dump())
-    target = tmp_path / "out" / "released.pth"
+    target = tmp_path / "out" / f"released{suffix}"
     tool.main([str(source), str(target), "--config-file", str(yaml)])
     again = reldn_d2.load_config(str(target.with_suffix(".yaml")))
     assert again.MODEL.PIXEL_STD == [1.0, 1.0, 1.0] and again.MODEL.WEIGHTS == str(target)
     model = build_model(again)
     RelDNCheckpointer(model).load(str(target))
     assert bool(model.relation_head.semantic.counted)
-    content = torch.load(target, weights_only=True)
+    content = read_checkpoint(str(target))
     assert len(content["reldn"]["predicate_classes"]) == 6
 
 
