@@ -49,6 +49,7 @@ from reldn_d2.vis.video import VideoWriter
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_argument_parser
+from detectron2.modeling import build_model
 
 FILES = [
     "README.md",
@@ -239,6 +240,8 @@ def in_small(words: list[str], folder: Path) -> list[str]:
     if words[0].endswith("convert_released_weights.py"):
         write_released_checkpoint(folder / words[1], words[words.index("--config-file") + 1])
         return [*words, "--options", *options]
+    if words[0].endswith("lazyconfig_train_net.py"):
+        return in_small_lazy(words, folder)
     if words[0] != "train_net.py":
         return words
     words = list(words)
@@ -259,6 +262,17 @@ def in_small(words: list[str], folder: Path) -> list[str]:
     elif "://" in weights:
         runner.provide(args.config_file)
     return [*words[: len(words) - len(args.opts)], *options, *args.opts]
+
+
+def in_small_lazy(words: list[str], folder: Path) -> list[str]:
+    """Cut a documented training by a LazyConfig short; it starts from a detector of full width."""
+    weights = "output/toy/detector/model_final.pth"
+    wide = folder / "wide_detector.pth"
+    if not wide.exists():
+        model = build_model(merged("configs/Toy/detector.yaml"))
+        torch.save({"model": model.state_dict()}, wide)
+    words = [x.replace(weights, str(wide)) for x in words]
+    return [re.sub(r"^train\.max_iter=\d+$", "train.max_iter=2", x) for x in words]
 
 
 def write_released_checkpoint(file: Path, config: str) -> None:
