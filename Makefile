@@ -26,7 +26,7 @@ TEST_PROCESSES := 2
 # Import the package from this folder, wherever the environment is.
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: help setup demo test benchmark env lint format clean
+.PHONY: help setup demo test benchmark env lint format site clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /@/' | \
@@ -63,6 +63,15 @@ format:  ## format the code with black and isort
 	$(call ready,dev)
 	$(RUN) -m isort .
 	$(RUN) -m black .
+
+site:  ## build the documentation site in build/site, with MkDocs in an environment of its own
+	@command -v "$(or $(PYTHON),$(SYSTEM_PYTHON))" >/dev/null || \
+		{ echo "There is no Python: install Python 3.10 to 3.14." >&2; exit 1; }
+	@test -f build/site_venv/complete || { "$(or $(PYTHON),$(SYSTEM_PYTHON))" -m venv build/site_venv && \
+		build/site_venv/bin/python -m pip install -q -r requirements/site.txt && \
+		touch build/site_venv/complete; }
+	build/site_venv/bin/python tools/site_pages.py
+	NO_MKDOCS_2_WARNING=1 build/site_venv/bin/python -m mkdocs build --strict
 
 clean:  ## remove .venv and caches; keeps trained models in output/
 	@if [ -f .venv/reldn_d2_setup.json ]; then rm -rf .venv; fi

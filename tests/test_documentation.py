@@ -60,6 +60,12 @@ FILES = [
 LANGUAGES = ("bash", "python", "yaml", "text", "bibtex")
 NAMES = ["visual_genome_val", "openimages_vrd_mini_val"]  # that stand for NAME in commands
 
+# Stands in for the package; tests/test_promises.py checks the file that it would follow.
+WANDB = """
+def init(project, sync_tensorboard):
+    assert sync_tensorboard
+"""
+
 
 class Block(NamedTuple):
     """A fenced block: where it begins, its info string taken apart, its text."""
@@ -139,6 +145,7 @@ def write_files_of_reader(folder: Path) -> None:
     with VideoWriter(folder / "walk.mp4", 10.0) as video:
         for i in range(3):
             video.write(picture(64, 96, seed=i))
+    (folder / "wandb.py").write_text(WANDB)
     write_import_files(folder)
     checkpoint = write_checkpoint(folder)
     write_precomputed_checkpoint(folder / "my_precomputed")

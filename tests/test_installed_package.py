@@ -24,16 +24,9 @@ pytest.importorskip("pip")
 pytestmark = pytest.mark.slow
 
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_{}(sys.argv[1])"
-FILES = [
-    "CHANGELOG.md",
-    "CONTRIBUTING.md",
-    "LICENSE",
-    "MANIFEST.in",
-    "Makefile",
-    "README.md",
-    "pyproject.toml",
-]
-FILES += ["configs", "demo", "docs", "reldn_d2", "requirements", "tests", "tools", "train_net.py"]
+FILES = ["CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md"]
+FILES += ["configs", "demo", "docs", "mkdocs.yml", "pyproject.toml", "reldn_d2", "requirements"]
+FILES += ["tests", "tools", "train_net.py"]
 COMMANDS = ["check", "draw", "env", "evaluate", "predict", "train"]
 
 

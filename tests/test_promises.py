@@ -44,6 +44,13 @@ def test_default_predictions_any_protocol_scores_them(default_predictions, proto
     assert evaluate_relations.main([*arguments, "--protocol", protocol]) == 0
 
 
+def test_default_run_writes_scalars_for_tensorboard(default_predictions):
+    """docs/training.md: they are what Weights & Biases follows."""
+    (file,) = (default_predictions.parents[2]).glob("events.out.tfevents.*")
+    written = file.read_bytes()
+    assert b"loss_l0" in written and b"reldn/" in written
+
+
 @pytest.mark.parametrize("name", BUILTIN)
 def test_builtin_dataset_passes_the_check(name, in_checkout, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["check", name])
