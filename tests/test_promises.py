@@ -48,7 +48,7 @@ def test_default_run_writes_scalars_for_tensorboard(default_predictions):
     """docs/training.md: they are what Weights & Biases follows."""
     (file,) = (default_predictions.parents[2]).glob("events.out.tfevents.*")
     written = file.read_bytes()
-    assert b"loss_l0" in written and b"reldn/" in written
+    assert b"loss_predicate" in written and b"relations_sgdet/" in written
 
 
 @pytest.mark.parametrize("name", BUILTIN)
