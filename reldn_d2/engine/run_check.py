@@ -98,10 +98,10 @@ def _check_boxes_come_from_somewhere(cfg: CfgNode, eval_only: bool) -> None:
 def _check_dataset(key: str, name: str, with_images: bool) -> None:
     if name not in DatasetCatalog.list():
         similar = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
-        hint = f"did you mean {', '.join(similar)}? " if similar else ""
+        hint = f" Did you mean {', '.join(similar)}?" if similar else ""
         raise ValueError(
-            f"{key} names '{name}', which is not registered; {hint}Pass --module to import the "
-            "module that registers your own dataset."
+            f"{key} names '{name}', which is not registered.{hint} Pass --module to import "
+            "the module that registers your own dataset."
         )
     metadata = MetadataCatalog.get(name)
     paths = [*(metadata.get("annotation_files") or ())]

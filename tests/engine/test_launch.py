@@ -82,7 +82,8 @@ def test_ddp_two_processes_gradients_equal_one_process(tmp_path, l0_mean):
         assert set(two) == set(one)
         for name, gradient in one.items():
             difference = float((two[name] - gradient).abs().max())
-            assert difference <= 2e-5 * float(gradient.abs().max()), name
+            # Sums in float32 over one process and over two differ in their order.
+            assert difference <= 5e-5 * float(gradient.abs().max()), name
     # The losses reach all of the predicate backbone.
     largest = {name: float(x.abs().max()) for name, x in alone[0].items()}
     assert all(value > 0 for name, value in largest.items() if "res4" in name)

@@ -41,9 +41,9 @@ BEST = "SOLVER.BEST_CHECKPOINT.METRIC"
         (("DATASETS.TRAIN", ()), "DATASETS.TRAIN is empty; name"),
         (
             ("DATASETS.TEST", ("run_check_tets",)),
-            f"DATASETS.TEST names 'run_check_tets', which is not registered; did you mean {TEST}",
+            f"DATASETS.TEST names 'run_check_tets', which is not registered. Did you mean {TEST}",
         ),
-        (("DATASETS.TEST", ("qqq",)), "which is not registered; Pass --module to import the mod"),
+        (("DATASETS.TEST", ("qqq",)), "which is not registered. Pass --module to import the mod"),
         (("DATASETS.TEST", (), "TEST.EVAL_PERIOD", 5), "TEST.EVAL_PERIOD is 5, but DATASETS.TEST"),
         (
             ("DATASETS.DETECTION_FILES_TEST", ("no/such.json",)),

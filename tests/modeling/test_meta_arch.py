@@ -262,7 +262,7 @@ def test_reldn_unknown_choice_raises(key):
 
 
 def test_reldn_unknown_detector_raises():
-    with pytest.raises(KeyError, match="NoSuchDetector"):
+    with pytest.raises(ValueError, match="DETECTOR is 'NoSuchDetector'; known: C4RCNNDetector"):
         small_model("MODEL.RELDN.DETECTOR", "NoSuchDetector")
 
 
