@@ -3,6 +3,8 @@
 Each is registered, trained by the trainer, saved, loaded and evaluated.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -226,6 +228,61 @@ def test_head_logits_of_other_shape_raises(training, monkeypatch):
             match=r"ClassPairHead.pair_logits returned .*, 6\) for .* 6 predicates: return",
         ),
     ):
+        model([busy_item()])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_classifier_logits_of_other_shape_raises_with_its_name(training, monkeypatch):
+    model = small_model(*CASES["classifier"][0]).train(training)
+    original = UnionClassifier.forward
+    monkeypatch.setattr(UnionClassifier, "forward", lambda *args: original(*args)[:, :-1])
+    message = r"^UnionClassifier.forward returned .*, 6\) for .* 6 predicates: return \(\d+, 7\)"
+    with EventStorage(), pytest.raises(ValueError, match=message):
+        model([busy_item()])
+
+
+def test_loss_or_metric_that_is_no_scalar_raises_with_its_name(monkeypatch):
+    model = small_model(f"{HEAD}.LOSS.NAMES", ["LabelSetLoss"]).train()
+    for value, error, message in (
+        (torch.zeros(4), ValueError, r"loss 'loss_x' has shape \(4,\): return a scalar"),
+        (0.5, TypeError, r"loss 'loss_x' is a float: return a tensor of shape \(\)"),
+    ):
+        monkeypatch.setattr(LabelSetLoss, "forward", lambda *x, value=value: {"loss_x": value})
+        with EventStorage(), pytest.raises(error, match=f"^LabelSetLoss: {message}"):
+            model([busy_item()])
+    monkeypatch.undo()
+    monkeypatch.setattr(LabelSetLoss, "metrics", lambda *x: {"margins": torch.zeros(2)})
+    with (
+        EventStorage(19),
+        pytest.raises(ValueError, match="^LabelSetLoss: metric 'margins' has shape"),
+    ):
+        model([busy_item()])
+
+
+@pytest.mark.parametrize(
+    ("sample", "error", "message"),
+    [
+        (
+            lambda grid: SampledPairs.from_masks(grid, grid.candidates.any(1)),
+            *(ValueError, r"a mask is \((\d+),\) bool; expected \(\1, \1\) bool, one row per sub"),
+        ),
+        (
+            lambda grid: SampledPairs.from_masks(grid, grid.candidates.float()),
+            *(ValueError, r"a mask is \((\d+), \1\) float32; expected \(\1, \1\) bool"),
+        ),
+        (
+            lambda grid: replace(
+                SampledPairs.from_masks(grid, grid.candidates), labels=torch.zeros(1, 3)
+            ),
+            *(ValueError, r"returned pairs whose labels have shape \(1, 3\); expected \(\d+, 6\)"),
+        ),
+        (lambda grid: grid.candidates, TypeError, "returned a Tensor: return SampledPairs.from_m"),
+    ],
+)
+def test_sampler_of_wrong_masks_or_pairs_raises_with_its_name(sample, error, message, monkeypatch):
+    model = small_model(*CASES["sampler"][0]).train()
+    monkeypatch.setattr(AllPairsSampler, "sample", lambda self, grid, generator=None: sample(grid))
+    with EventStorage(), pytest.raises(error, match=f"^AllPairsSampler.sample:? {message}"):
         model([busy_item()])
 
 
