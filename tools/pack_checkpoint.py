@@ -33,6 +33,7 @@ from detectron2.config import CfgNode
 __all__ = ["main", "pack"]
 
 _KEPT = ("thing_classes", "predicate_classes", "predicates_per_pair")
+_OF_MODULES = ("config_keys", "modules")  # only of models with parts of the user's
 # Files of the training machine; the packed file needs none of them.
 _PATHS = {
     "OUTPUT_DIR": "./output",
@@ -90,7 +91,7 @@ def pack(checkpoint: Path, license_text: str, note: str) -> dict[str, Any]:
         "model": {name: to_half(name, value) for name, value in content["model"].items()},
         "reldn": {
             "config": without_paths(description["config"]),
-            **{key: description[key] for key in (*_KEPT, "config_keys") if key in description},
+            **{key: description[key] for key in (*_KEPT, *_OF_MODULES) if key in description},
             "attribute_classes": description.get("attribute_classes", []),
         },
         "about": {
