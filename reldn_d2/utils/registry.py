@@ -115,7 +115,8 @@ def explain_missing_keys(cfg: CfgNode, what: str) -> Iterator[None]:
         raise ValueError(
             f"{what} reads the config key {next(nodes, '')}{error.name}, which does not exist."
             f"{did_you_mean(error.name, error.obj)} Add keys of your own, with their "
-            "defaults, in a function that is decorated with reldn_d2.register_config_keys (docs/extending.md)."
+            "defaults, in a function that is decorated with reldn_d2.register_config_keys "
+            "(docs/extending.md)."
         ) from error
 
 
