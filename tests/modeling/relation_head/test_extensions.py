@@ -3,6 +3,8 @@
 Each is registered, trained by the trainer, saved, loaded and evaluated.
 """
 
+import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -40,8 +42,9 @@ from reldn_d2.predictor import RelationPredictor
 from reldn_d2.structures.relations import ground_truth_relations
 
 from detectron2.config import configurable
+from detectron2.engine import SimpleTrainer
 from detectron2.structures import Boxes, Instances
-from detectron2.utils.events import EventStorage
+from detectron2.utils.events import CommonMetricPrinter, EventStorage, JSONWriter
 
 HEAD = "MODEL.ROI_RELATION_HEAD"
 
@@ -214,6 +217,26 @@ def test_loss_that_returns_no_dict_raises(monkeypatch):
     monkeypatch.setattr(LabelSetLoss, "forward", lambda self, *x: x[0].sum())
     with EventStorage(), pytest.raises(TypeError, match="LabelSetLoss returned a Tensor: return a"):
         model([busy_item()])
+
+
+@pytest.mark.parametrize(
+    ("losses", "stored", "printed"),
+    [
+        ({"loss_a": 1.0, "mine": 2.0}, {"total_loss", "loss_a", "mine"}, {"total_loss", "loss_a"}),
+        ({"loss_a": 1.0}, {"total_loss"}, {"total_loss"}),
+    ],
+)
+def test_losses_are_logged_as_the_docs_say(losses, stored, printed, tmp_path, caplog):
+    """What Detectron2 writes: all of several losses into the file, those so named on a terminal."""
+    with EventStorage() as storage, caplog.at_level("INFO", logger="detectron2"):
+        SimpleTrainer.write_metrics({name: torch.tensor(x) for name, x in losses.items()}, 0.1)
+        JSONWriter(str(tmp_path / "metrics.json")).write()
+        CommonMetricPrinter(10).write()
+        assert set(storage.latest()) == {*stored, "data_time"}
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    assert set(written) == {*stored, "data_time", "iteration"}
+    assert set(re.findall(r"(\w+): [\d.]+  ", caplog.text)) >= printed
+    assert ("mine:" in caplog.text, "loss_a:" in caplog.text) == (False, "loss_a" in printed)
 
 
 @pytest.mark.parametrize("training", [True, False])
