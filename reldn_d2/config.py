@@ -332,7 +332,9 @@ def merge_saved_config(
         cfg.merge_from_other_cfg(theirs)
     except ValueError as error:
         message = wrong_value_message(cfg, error, "its config")
-        raise ValueError(f"{source}: {message}") from error
+        raise ValueError(
+            f"{source}: {message}. The key's default had another type when that was written."
+        ) from error
 
 
 def _read_predicates_per_pair(values: Iterable[Any]) -> list[int | None]:
