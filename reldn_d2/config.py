@@ -4,7 +4,7 @@ import difflib
 import functools
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -21,6 +21,7 @@ from .utils.config_keys import (
     register_config_keys,
     unknown_keys_message,
 )
+from .utils.config_values import Options, list_options, wrong_value_message
 from .utils.included_configs import find_config_file
 from .utils.lazy_configs import is_lazy_config
 
@@ -262,7 +263,7 @@ def reads_pixels(cfg: CfgNode) -> bool:
     return visual.SPO or visual.SUBJECT_SKIP or visual.OBJECT_SKIP
 
 
-def load_config(config_file: str | None = None, opts: Sequence[str] | None = None) -> CfgNode:
+def load_config(config_file: str | None = None, opts: Options | None = None) -> CfgNode:
     """Build a config with RelDN's keys from a file and options; see :func:`merge_config`."""
     cfg = get_cfg()
     add_reldn_config(cfg)
@@ -270,22 +271,20 @@ def load_config(config_file: str | None = None, opts: Sequence[str] | None = Non
     return cfg
 
 
-def merge_config(
-    cfg: CfgNode, config_file: str | None = None, opts: Sequence[str] | None = None
-) -> None:
+def merge_config(cfg: CfgNode, config_file: str | None = None, opts: Options | None = None) -> None:
     """Merge a YAML file and ``KEY VALUE`` options into ``cfg``, with helpful errors.
 
     Args:
         cfg: config with the keys of :func:`add_reldn_config`; changed in place.
         config_file: a YAML file, an included one such as ``configs/VRD/reldn_boxes.yaml``, or none.
-        opts: ``[key, value, key, value, ...]``.
+        opts: ``[key, value, key, value, ...]`` or ``{key: value, ...}``.
 
     Raises:
         FileNotFoundError: if the file or one that it is based on does not exist.
         UnknownKeyError: if a key does not exist.
         ValueError: if ``opts`` has a key without a value, or a value is not valid.
     """
-    opts = list(opts or [])
+    opts = list_options(opts)
     late = [x for x in opts[::2] if str(x).startswith("--")]
     if late:
         raise ValueError(f"{late[0]} comes after a KEY VALUE pair; write it before all of them.")
@@ -320,6 +319,8 @@ def merge_config(
         if match is None:
             raise
         raise UnknownKeyError(_unknown_key_message(cfg, match.group(1), source)) from error
+    except ValueError as error:
+        raise ValueError(wrong_value_message(cfg, error, source)) from error
     relations = cfg.TEST.RELATIONS
     limits = _read_predicates_per_pair(relations.PREDICATES_PER_PAIR)
     if limits != relations.PREDICATES_PER_PAIR:
@@ -364,7 +365,10 @@ def merge_saved_config(
     try:
         cfg.merge_from_other_cfg(theirs)
     except ValueError as error:
-        raise ValueError(f"{source}: its config cannot be read: {error}") from error
+        message = wrong_value_message(cfg, error, "its config")
+        raise ValueError(
+            f"{source}: {message}. The key's default had another type when that was written."
+        ) from error
 
 
 def _read_predicates_per_pair(values: Iterable[Any]) -> list[int | None]:

@@ -21,7 +21,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
-from .checkpoint.description import read_description
+from .checkpoint.description import leave_out_training_parts, read_description
 from .checkpoint.reldn_checkpoint import RelDNCheckpointer
 from .config import add_reldn_config, merge_config, merge_saved_config
 from .data.detection_files import load_detections
@@ -32,9 +32,10 @@ from .structures.class_matching import leave_out_unknown
 from .structures.given_boxes import GivenBoxes, ModelClasses
 from .structures.name_matching import NAME_FIELDS
 from .structures.scene_graph import SceneGraph
+from .utils.config_values import Options, list_options
 from .utils.image_io import ONE_IMAGE, ImageError, OneImage, load_rgb
 from .utils.protocols import predicates_per_pair
-from .utils.registry import explain_unregistered
+from .utils.registry import explain_missing_keys, explain_unregistered
 
 __all__ = ["GivenBoxes", "RelationPredictor"]
 
@@ -104,23 +105,27 @@ class RelationPredictor:
         path: str | Path,
         device: str | None = None,
         config_file: str | None = None,
-        opts: Sequence[Any] = (),
+        opts: Options = (),
         unknown_classes: str = "error",
     ) -> "RelationPredictor":
         """Build the model that a RelDN checkpoint describes; no dataset is needed.
+
+        Of modules of the user's that it was trained with, those with the parts that predict must be
+        imported: the head, the classifier, the context, the detector, and config keys. A protocol,
+        sampler or loss that is not registered is left out.
 
         Args:
             path: file or URL (``hf://`` included) of a checkpoint written by RelDN's training,
                 which has the config and the names.
             device: such as ``cpu`` or ``cuda:0``; None uses a GPU if there is one.
             config_file: replaces the checkpoint's own config.
-            opts: ``KEY, VALUE, ...`` config overrides, merged last.
+            opts: config overrides, ``[key, value, ...]`` or ``{key: value, ...}``, merged last.
             unknown_classes: see :class:`RelationPredictor`.
 
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: the file is not a RelDN checkpoint or lacks what ``opts`` ask for, its
-                config has keys of a module that is not imported
+                config has keys or names parts of a module that is not imported
                 (:func:`.config.register_config_keys`), or there is no such device.
         """
         path = str(path)
@@ -135,7 +140,8 @@ class RelationPredictor:
             )
         if config_file is None:
             merge_saved_config(cfg, description["config"], path, description.get("config_keys"))
-        merge_config(cfg, config_file, ["MODEL.DEVICE", device, *opts])
+            leave_out_training_parts(cfg, path)
+        merge_config(cfg, config_file, ["MODEL.DEVICE", device, *list_options(opts)])
         relations = cfg.TEST.RELATIONS
         if not relations.PREDICATES_PER_PAIR:
             # The protocol's own, not the values of all protocols that an evaluation keeps.
@@ -144,7 +150,8 @@ class RelationPredictor:
                 values = description.get("predicates_per_pair", [])
             merge_config(cfg, None, ["TEST.RELATIONS.PREDICATES_PER_PAIR", values])
         cfg.MODEL.WEIGHTS = path
-        with explain_unregistered(f"{path}: its config"):
+        modules = description.get("modules", ())
+        with explain_unregistered(path, modules), explain_missing_keys(cfg, f"{path}: the model"):
             model = build_model(cfg)
         RelDNCheckpointer(model).load(path)
         model.relation_head.prior.check(path)
@@ -162,7 +169,7 @@ class RelationPredictor:
         cls,
         name: str,
         device: str | None = None,
-        opts: Sequence[Any] = (),
+        opts: Options = (),
         unknown_classes: str = "leave_out",
     ) -> "RelationPredictor":
         """Build a pretrained model, for boxes of anyone's detector or with its own detector.

@@ -72,6 +72,42 @@ def test_merge_config_value_of_another_type_raises():
         reldn_d2.merge_config(reldn_d2.load_config(), None, ["SOLVER.BASE_LR", "[1]"])
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("MODEL.ROI_RELATION_HEAD.LOSS.NAMES", "MyLoss", "a list, .*: \"\\['MyLoss'\\]\""),
+        ("MODEL.ROI_RELATION_HEAD.LOSS.NAMES", "[A, B]", "a list, .*: \"\\['A', 'B'\\]\""),
+        ("TEST.RELATIONS.GROUP_THRESHOLDS", "100", r'a list, .*: "\[100\]"'),
+        ("DATASETS.TEST", "vrd_test", "a list, .*: \"\\['vrd_test'\\]\""),
+        ("SOLVER.BASE_LR", "fast", "a number, such as 0.00"),
+        ("SOLVER.MAX_ITER", "1000.5", "an integer, such as 40000"),
+        ("TEST.RELATIONS.TASK", "3", "text, in quotes: \"'3'\""),
+        ("MODEL.RELDN.LOAD.MATCHING_ONLY", "yes", "True or False"),
+    ],
+)
+def test_merge_config_value_of_another_type_names_key_value_and_form(key, value, expected):
+    message = f"^{key} is '{re.escape(value)}' in the command line; expected {expected}"
+    with pytest.raises(ValueError, match=message) as error:
+        reldn_d2.load_config(None, [key, value])
+    assert "\n" not in str(error.value)
+
+
+def test_merge_config_value_of_another_type_in_a_file_names_the_file(tmp_path):
+    yaml = tmp_path / "mine.yaml"
+    yaml.write_text("SOLVER:\n  BASE_LR: 1\n")
+    message = f"SOLVER.BASE_LR is '1' in {yaml}; expected a number with a decimal point: 1.0"
+    with pytest.raises(ValueError, match=message):
+        reldn_d2.load_config(str(yaml))
+
+
+def test_load_config_options_as_a_dict_are_read_and_text_raises():
+    cfg = reldn_d2.load_config(None, {"SEED": 3, "SOLVER.BASE_LR": 1})
+    assert cfg.SEED == 3 and cfg.SOLVER.BASE_LR == 1.0
+    for opts in ("SEED 3", [3, "SEED"], [("SEED", 3)]):
+        with pytest.raises(ValueError, match="^opts is .*; expected .key, value, key, value, ..."):
+            reldn_d2.load_config(None, opts)
+
+
 def test_merge_config_options_override_the_file():
     cfg = reldn_d2.load_config()
     file = str(ROOT / "configs/Toy/reldn.yaml")

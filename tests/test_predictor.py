@@ -386,7 +386,12 @@ def test_from_checkpoint_missing_or_other_file_raises(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "opts, ks", [((), (None,)), (("TEST.RELATIONS.PROTOCOL", "motifs"), (1, None))]
+    "opts, ks",
+    [
+        ((), (None,)),
+        (("TEST.RELATIONS.PROTOCOL", "motifs"), (1, None)),
+        ({"TEST.RELATIONS.PROTOCOL": "motifs"}, (1, None)),
+    ],
 )
 def test_from_checkpoint_unregistered_data_set_keeps_predicates_per_pair(opts, ks, tmp_path):
     # Its protocol decides how many predicates per pair are kept if the config does not.

@@ -34,6 +34,7 @@ __all__ = ["main", "pack"]
 
 DEFAULT_LICENSE = FOLDER / "LICENSE.md"
 _KEPT = ("thing_classes", "predicate_classes", "predicates_per_pair")
+_OF_MODULES = ("config_keys", "modules")  # only of models with parts of the user's
 # Files of the training machine; the packed file needs none of them.
 _PATHS = {
     "OUTPUT_DIR": "./output",
@@ -97,7 +98,7 @@ def pack(
         },
         "reldn": {
             "config": without_paths(description["config"]),
-            **{key: description[key] for key in (*_KEPT, "config_keys") if key in description},
+            **{key: description[key] for key in (*_KEPT, *_OF_MODULES) if key in description},
             "attribute_classes": description.get("attribute_classes", []),
         },
         "about": {

@@ -1,13 +1,20 @@
 """Names and config that a RelDN checkpoint holds next to its weights."""
 
+import logging
 import os
 from typing import Any
 
+from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 
+from ..modeling.relation_head.head_losses import RELATION_LOSS_REGISTRY
+from ..modeling.relation_head.pair_sampling import PAIR_SAMPLER_REGISTRY
+from ..utils.protocols import PROTOCOL_REGISTRY
 from .checkpoint_reader import fetch, read_checkpoint
 
-__all__ = ["read_description"]
+__all__ = ["leave_out_training_parts", "read_description"]
+
+logger = logging.getLogger(__name__)
 
 
 def read_description(path: str) -> dict[str, Any]:
@@ -39,3 +46,30 @@ def read_description(path: str) -> dict[str, Any]:
             "writes."
         )
     return checkpoint.get("reldn") or {}
+
+
+def leave_out_training_parts(cfg: CfgNode, path: str) -> None:
+    """Replace what only training and evaluation need where no registry has it; log what.
+
+    Args:
+        cfg: the config of a checkpoint, for prediction; changed in place.
+        path: the checkpoint, for the log.
+    """
+    relations, head = cfg.TEST.RELATIONS, cfg.MODEL.ROI_RELATION_HEAD
+    left_out = []
+    if relations.PROTOCOL and relations.PROTOCOL not in PROTOCOL_REGISTRY:
+        left_out.append(f"protocol '{relations.PROTOCOL}'")
+        relations.PROTOCOL = ""  # the checkpoint has its numbers of predicates per pair
+    if head.SAMPLING.NAME not in PAIR_SAMPLER_REGISTRY:
+        left_out.append(f"pair sampler '{head.SAMPLING.NAME}'")
+        head.SAMPLING.NAME = "RelDNPairSampler"
+    unknown = [name for name in head.LOSS.NAMES if name not in RELATION_LOSS_REGISTRY]
+    if unknown:
+        left_out += [f"loss '{name}'" for name in unknown]
+        known = [name for name in head.LOSS.NAMES if name not in unknown]
+        head.LOSS.NAMES = known or ["PredicateLoss"]
+    if left_out:
+        logger.info(
+            f"{path}: prediction does without its {', '.join(left_out)}, which no imported module "
+            "registers."
+        )

@@ -17,6 +17,7 @@ from detectron2.utils.file_io import PathManager
 from ..structures.name_matching import NAME_FIELDS, NameMismatchError, match_names
 from ..utils.config_keys import key_owners
 from ..utils.file_io import write_atomically
+from ..utils.user_modules import imported_modules
 from .checkpoint_reader import fetch, from_torchvision_vgg16, read_checkpoint
 from .class_weights import class_weights, model_zoo_classes, num_classes_of
 
@@ -84,6 +85,8 @@ class DetectorCheckpointer(DetectionCheckpointer):
         owners = {} if cfg is None else key_owners(cfg)
         if owners:  # whose module must be imported to read the config
             self.description["config_keys"] = owners
+        if imported_modules():  # parts that the config names may be theirs
+            self.description["modules"] = list(imported_modules())
         self._name_the_model()
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:

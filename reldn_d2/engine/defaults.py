@@ -26,7 +26,7 @@ from ..modeling.meta_arch import needs_images, predicts_relations
 from ..utils.events import FailSafeWriter, RelationStatisticsPrinter, report_log_errors_once
 from ..utils.file_io import write_results
 from ..utils.processes import loader_worker_init
-from ..utils.registry import explain_unregistered
+from ..utils.registry import explain_missing_keys, explain_unregistered
 from .hooks import FiniteLossCheck, ResumableBestCheckpointer, SeedEachIteration
 from .image_errors import NameImageInErrors, named_images
 from .interruption import StopOnSignal
@@ -208,7 +208,7 @@ class RelDNTrainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        with explain_unregistered("The config"):
+        with explain_unregistered(), explain_missing_keys(cfg, "The model"):
             model = super().build_model(cfg)
         check_counts(cfg, model)
         return model

@@ -13,6 +13,8 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
+from .registry import did_you_mean
+
 __all__ = [
     "MATCHINGS",
     "METRIC_SETS",
@@ -271,8 +273,8 @@ def find_protocol(
         if name not in PROTOCOL_REGISTRY:
             raise ValueError(
                 f"Unknown protocol {name!r} (TEST.RELATIONS.PROTOCOL, --protocol); expected one of "
-                f"{', '.join(PROTOCOL_REGISTRY)}. Pass --module to import the module that "
-                "registers your own."
+                f"{', '.join(PROTOCOL_REGISTRY)}.{did_you_mean(name, PROTOCOL_REGISTRY)} "
+                "Pass --module to import the module that registers your own."
             )
         return PROTOCOL_REGISTRY[name]
     protocol = PROTOCOL_REGISTRY.of_evaluator_type(evaluator_type)

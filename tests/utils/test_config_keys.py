@@ -140,7 +140,10 @@ def test_from_checkpoint_without_own_keys_stores_none(tmp_path):
 def test_from_checkpoint_value_of_another_type_names_the_file(checkpoint_with_keys, module):
     module.write_text(MODULE.replace("0.5", "'high'"))
     import_modules(["my_keys_file.py"])
-    with pytest.raises(ValueError, match=f"{checkpoint_with_keys}: its config .*MY_RATE"):
+    with pytest.raises(
+        ValueError,
+        match=f"^{checkpoint_with_keys}: MODEL.*MY_RATE is '0.5' in its config; expected text",
+    ):
         RelationPredictor.from_checkpoint(checkpoint_with_keys, "cpu")
 
 

@@ -20,7 +20,7 @@ from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from detectron2.utils.registry import Registry
 
 from ...utils.lazy_configs import KEY, instantiate_part
-from ...utils.registry import find_registered
+from ...utils.registry import explain_missing_keys, find_registered
 from ..sampling import random_keys, sample_mask
 
 __all__ = [
@@ -168,7 +168,9 @@ def build_entity_detector(cfg: CfgNode) -> EntityDetector:
     _reject_trident(cfg)
     name = cfg.MODEL.RELDN.DETECTOR
     if name != "auto":
-        return find_registered(ENTITY_DETECTOR_REGISTRY, name, "MODEL.RELDN.DETECTOR")(cfg)
+        adapter = find_registered(ENTITY_DETECTOR_REGISTRY, name, "MODEL.RELDN.DETECTOR")
+        with explain_missing_keys(cfg, f"MODEL.RELDN.DETECTOR '{name}'"):
+            return adapter(cfg)
     adapters = dict(ENTITY_DETECTOR_REGISTRY)
     for adapter in reversed(list(adapters.values())):
         if adapter.accepts(cfg):

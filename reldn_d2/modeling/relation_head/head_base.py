@@ -21,10 +21,10 @@ from detectron2.utils.logger import log_first_n
 from ...utils.protocols import kept_predicates_per_pair
 from ..losses import draw_predicate_targets
 from .attribute_head import AttributeHead
-from .head_losses import RelationLoss, build_relation_losses, merge_losses
+from .head_losses import RelationLoss, build_relation_losses, check_scalar, merge_losses
 from .logit_adjustment import PredicatePrior
 from .pair_sampling import PairSampler, SampledPairs, build_pair_sampler, training_pairs
-from .pairs import EntityBatch
+from .pairs import EntityBatch, check_logits
 from .topk import best_triplets, check_options
 from .training_metrics import store_metrics, training_metrics
 
@@ -313,15 +313,19 @@ class RelationHead(nn.Module, ABC):
         logits = self.score_pairs(entities, predicate_features, pairs.subjects, pairs.objects)
         case = (logits, draw_predicate_targets(pairs.labels), pairs, entities)
         parts = {name: loss(*case) for name, loss in self.losses.items()}
-        parts["entity_losses"] = self.entity_losses(entities, proposals)
+        name = f"{type(self).__name__}.entity_losses"
+        parts[name] = self.entity_losses(entities, proposals)
         if self.attribute_head is not None:
             parts["attribute_head"] = self.attribute_head.losses(entities.vectors, proposals)
         losses = merge_losses(parts)
         storage = get_event_storage()
         if (storage.iter + 1) % self.statistics_period == 0:  # when the trainer's writers write
             metrics = training_metrics(*case[:3])
-            for loss in self.losses.values():
-                metrics.update(loss.metrics(*case))
+            for name, loss in self.losses.items():
+                own = loss.metrics(*case)
+                for metric, value in own.items():
+                    check_scalar(f"{name}: metric '{metric}'", value)
+                metrics.update(own)
             store_metrics(metrics, storage, len(pairs), len(proposals))
         return losses
 
@@ -346,6 +350,10 @@ class RelationHead(nn.Module, ABC):
 
         def score_cheaply(subjects: Tensor, objects: Tensor) -> Tensor:
             logits = self.shortlist_logits(entities, subjects, objects)
+            check_logits(
+                *(logits, f"{type(self).__name__}.shortlist_logits"),
+                *(len(subjects), self.num_predicates),
+            )
             return self.prior(logits)[:, :-1]
 
         overlap_filter = self.overlap_filter and not boxes_given
@@ -382,14 +390,9 @@ class RelationHead(nn.Module, ABC):
             ValueError: if it is another one than (P, C + 1).
         """
         logits = self.pair_logits(entities, predicate_features, subjects, objects)
-        if logits.shape != (len(subjects), self.num_predicates + 1):
-            raise ValueError(
-                f"{type(self).__name__}.pair_logits returned logits of shape "
-                f"{tuple(logits.shape)} for {len(subjects)} pairs and {self.num_predicates} "
-                f"predicates: return ({len(subjects)}, {self.num_predicates + 1}), the last logit "
-                'of a pair being "no relationship".'
-            )
-        return logits
+        return check_logits(
+            logits, f"{type(self).__name__}.pair_logits", len(subjects), self.num_predicates
+        )
 
     def refine(
         self, entities: EntityBatch, instances: Instances, classes_given: bool

@@ -23,7 +23,7 @@ from .training_metrics import contrastive_metrics
 
 __all__ = [
     *("ContrastiveLosses", "L0_MEANS", "PredicateLoss", "RELATION_LOSS_REGISTRY"),
-    *("RelationLoss", "build_relation_losses", "merge_losses"),
+    *("RelationLoss", "build_relation_losses", "check_scalar", "merge_losses"),
 ]
 
 RELATION_LOSS_REGISTRY = Registry("RELATION_LOSS")
@@ -242,8 +242,8 @@ def merge_losses(parts: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
         parts: by the name of what returned them.
 
     Raises:
-        TypeError: if something else than a dict was returned.
-        ValueError: if two of them have a loss of the same name.
+        TypeError: if something else than a dict of tensors was returned.
+        ValueError: if a loss is no scalar, or two of them have the same name.
     """
     merged: dict[str, Tensor] = {}
     source_of: dict[str, str] = {}
@@ -253,12 +253,23 @@ def merge_losses(parts: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
                 f"{source} returned a {type(losses).__name__}: return a dict of losses by name."
             )
         for name, value in losses.items():
+            check_scalar(f"{source}: loss '{name}'", value)
             if name in merged:
                 raise ValueError(
                     f"Both {source_of[name]} and {source} return a loss '{name}': rename one."
                 )
             merged[name], source_of[name] = value, source
     return merged
+
+
+def check_scalar(what: str, value: Tensor) -> None:
+    """Raise an error that begins with ``what`` if a loss or metric is no tensor with one number."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{what} is a {type(value).__name__}: return a tensor of shape ().")
+    if value.shape != ():
+        raise ValueError(
+            f"{what} has shape {tuple(value.shape)}: return a scalar, such as its mean."
+        )
 
 
 def _check_choice(key: str, value: str, known: tuple[str, ...]) -> None:

@@ -9,7 +9,7 @@ one, and the draws share as many pairs as their preferences allow.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -34,6 +34,10 @@ Registry for samplers of training pairs, subclasses of :class:`PairSampler`.
 
 The registered object is called with ``obj(cfg)``.
 """
+
+
+class SampleError(ValueError):
+    """A sampler's masks or pairs are wrong; :func:`training_pairs` adds the sampler's name."""
 
 
 @dataclass
@@ -70,7 +74,13 @@ class SampledPairs:
             grid: the image's pairs.
             for_predicate, for_subjects, for_objects: (R, R) bool, subsets of ``grid.candidates``;
                 None chooses no pair.
+
+        Raises:
+            SampleError: a mask has another shape or type.
         """
+        for mask in (for_predicate, for_subjects, for_objects):
+            if mask is not None:
+                _check_mask(mask, grid.candidates.shape)
         none = torch.zeros_like(for_predicate)
         for_subjects = none if for_subjects is None else for_subjects
         for_objects = none if for_objects is None else for_objects
@@ -297,7 +307,41 @@ def training_pairs(
                 # A generator of its own: in a resumed run, which has kept nothing yet, the default
                 # one must be in the same state after this as in a run that uses the kept pairs.
                 own = torch.Generator(grid.candidates.device)
-                proposals._derived["pairs"] = sampler.sample(grid, generator=own)
+                proposals._derived["pairs"] = _draw(sampler, grid, generator=own)
                 return proposals._derived["pairs"]
             proposals._derived["grid"] = grid
-    return sampler.sample(grid)
+    return _draw(sampler, grid)
+
+
+def _draw(sampler: PairSampler, grid: PairGrid, **kwargs: Any) -> SampledPairs:
+    """Call a sampler and check what it returns; an error names the sampler's class."""
+    source = f"{type(sampler).__name__}.sample"
+    try:
+        pairs = sampler.sample(grid, **kwargs)
+    except SampleError as error:
+        raise ValueError(f"{source}: {error}") from error
+    if not isinstance(pairs, SampledPairs):
+        raise TypeError(
+            f"{source} returned a {type(pairs).__name__}: return SampledPairs.from_masks(grid, ...)"
+        )
+    num_pairs, num_predicates = len(pairs.subjects), grid.label_sets.shape[1]
+    for field in fields(pairs):
+        expected = (num_pairs, num_predicates) if field.name == "labels" else (num_pairs,)
+        shape = tuple(getattr(pairs, field.name).shape)
+        if shape != expected:
+            raise ValueError(
+                f"{source} returned pairs whose {field.name} have shape {shape}; expected "
+                f"{expected} for {num_pairs} pairs and {num_predicates} predicates."
+            )
+    return pairs
+
+
+def _check_mask(mask: Tensor, shape: torch.Size) -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != shape:
+        given = f"a {type(mask).__name__}"
+        if isinstance(mask, Tensor):
+            given = f"{tuple(mask.shape)} {str(mask.dtype).removeprefix('torch.')}"
+        raise SampleError(
+            f"a mask is {given}; expected {tuple(shape)} bool, one row per subject and one column "
+            "per object of the image's entities, as grid.candidates."
+        )

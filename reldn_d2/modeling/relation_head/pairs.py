@@ -17,7 +17,7 @@ from ...structures.box_ops import boxes_overlap
 
 __all__ = [
     *("EntityBatch", "PairBatch", "PairGrid"),
-    *("candidate_pairs", "distinct_unions", "match_pairs"),
+    *("candidate_pairs", "check_logits", "distinct_unions", "match_pairs"),
 ]
 
 
@@ -47,6 +47,30 @@ def candidate_pairs(boxes: Tensor, overlap_filter: bool, exempt: Tensor | None =
             kept = kept | exempt[:, None] | exempt[None]
         candidates = candidates & kept
     return candidates
+
+
+def check_logits(logits: Tensor, source: str, num_pairs: int, num_predicates: int) -> Tensor:
+    """Return logits of pairs whose shape is right.
+
+    Args:
+        logits: what a user's method returned.
+        source: class and name of that method.
+        num_pairs: P, the pairs that it scored.
+        num_predicates: C.
+
+    Raises:
+        ValueError: if the shape is another one than (P, C + 1); names ``source``.
+    """
+    expected = (num_pairs, num_predicates + 1)
+    if not isinstance(logits, Tensor) or logits.shape != expected:
+        returned = f"a {type(logits).__name__}"
+        if isinstance(logits, Tensor):
+            returned = f"logits of shape {tuple(logits.shape)}"
+        raise ValueError(
+            f"{source} returned {returned} for {num_pairs} pairs and {num_predicates} predicates: "
+            f'return {expected}, the last logit of a pair being "no relationship".'
+        )
+    return logits
 
 
 def distinct_unions(

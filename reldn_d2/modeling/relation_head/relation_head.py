@@ -20,7 +20,7 @@ from .attribute_head import build_attribute_head
 from .build import ROI_RELATION_HEAD_REGISTRY, build_visual_parts
 from .entity_context import EntityContext, build_entity_context
 from .head_base import RelationHead
-from .pairs import EntityBatch, PairBatch, distinct_unions
+from .pairs import EntityBatch, PairBatch, check_logits, distinct_unions
 from .predicate_classifier import MODULES, PredicateClassifier, build_predicate_classifier
 
 __all__ = ["RelDNHead"]
@@ -187,10 +187,17 @@ class RelDNHead(RelationHead):
     ) -> Tensor:
         """Score pairs; the union boxes of all of them are encoded."""
         pairs = self.pair_batch(entities, predicate_features, subjects, objects)
-        return self.predictor(entities, pairs)
+        logits = self.predictor(entities, pairs)
+        return self._check_logits(logits, "forward", len(subjects))
 
     def shortlist_logits(self, entities: EntityBatch, subjects: Tensor, objects: Tensor) -> Tensor:
-        return self.predictor.shortlist_logits(entities, PairBatch(subjects, objects))
+        logits = self.predictor.shortlist_logits(entities, PairBatch(subjects, objects))
+        return self._check_logits(logits, "shortlist_logits", len(subjects))
+
+    def _check_logits(self, logits: Tensor, method: str, num_pairs: int) -> Tensor:
+        """Return the classifier's logits; an error about their shape names the classifier."""
+        source = f"{type(self.predictor).__name__}.{method}"
+        return check_logits(logits, source, num_pairs, self.num_predicates)
 
     def pair_batch(
         self,

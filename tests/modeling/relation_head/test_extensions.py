@@ -3,6 +3,10 @@
 Each is registered, trained by the trainer, saved, loaded and evaluated.
 """
 
+import json
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -38,8 +42,9 @@ from reldn_d2.predictor import RelationPredictor
 from reldn_d2.structures.relations import ground_truth_relations
 
 from detectron2.config import configurable
+from detectron2.engine import SimpleTrainer
 from detectron2.structures import Boxes, Instances
-from detectron2.utils.events import EventStorage
+from detectron2.utils.events import CommonMetricPrinter, EventStorage, JSONWriter
 
 HEAD = "MODEL.ROI_RELATION_HEAD"
 
@@ -214,6 +219,26 @@ def test_loss_that_returns_no_dict_raises(monkeypatch):
         model([busy_item()])
 
 
+@pytest.mark.parametrize(
+    ("losses", "stored", "printed"),
+    [
+        ({"loss_a": 1.0, "mine": 2.0}, {"total_loss", "loss_a", "mine"}, {"total_loss", "loss_a"}),
+        ({"loss_a": 1.0}, {"total_loss"}, {"total_loss"}),
+    ],
+)
+def test_losses_are_logged_as_the_docs_say(losses, stored, printed, tmp_path, caplog):
+    """What Detectron2 writes: all of several losses into the file, those so named on a terminal."""
+    with EventStorage() as storage, caplog.at_level("INFO", logger="detectron2"):
+        SimpleTrainer.write_metrics({name: torch.tensor(x) for name, x in losses.items()}, 0.1)
+        JSONWriter(str(tmp_path / "metrics.json")).write()
+        CommonMetricPrinter(10).write()
+        assert set(storage.latest()) == {*stored, "data_time"}
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    assert set(written) == {*stored, "data_time", "iteration"}
+    assert set(re.findall(r"(\w+): [\d.]+  ", caplog.text)) >= printed
+    assert ("mine:" in caplog.text, "loss_a:" in caplog.text) == (False, "loss_a" in printed)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_head_logits_of_other_shape_raises(training, monkeypatch):
     model = small_model(*CASES["head"][0]).train(training)
@@ -226,6 +251,61 @@ def test_head_logits_of_other_shape_raises(training, monkeypatch):
             match=r"ClassPairHead.pair_logits returned .*, 6\) for .* 6 predicates: return",
         ),
     ):
+        model([busy_item()])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_classifier_logits_of_other_shape_raises_with_its_name(training, monkeypatch):
+    model = small_model(*CASES["classifier"][0]).train(training)
+    original = UnionClassifier.forward
+    monkeypatch.setattr(UnionClassifier, "forward", lambda *args: original(*args)[:, :-1])
+    message = r"^UnionClassifier.forward returned .*, 6\) for .* 6 predicates: return \(\d+, 7\)"
+    with EventStorage(), pytest.raises(ValueError, match=message):
+        model([busy_item()])
+
+
+def test_loss_or_metric_that_is_no_scalar_raises_with_its_name(monkeypatch):
+    model = small_model(f"{HEAD}.LOSS.NAMES", ["LabelSetLoss"]).train()
+    for value, error, message in (
+        (torch.zeros(4), ValueError, r"loss 'loss_x' has shape \(4,\): return a scalar"),
+        (0.5, TypeError, r"loss 'loss_x' is a float: return a tensor of shape \(\)"),
+    ):
+        monkeypatch.setattr(LabelSetLoss, "forward", lambda *x, value=value: {"loss_x": value})
+        with EventStorage(), pytest.raises(error, match=f"^LabelSetLoss: {message}"):
+            model([busy_item()])
+    monkeypatch.undo()
+    monkeypatch.setattr(LabelSetLoss, "metrics", lambda *x: {"margins": torch.zeros(2)})
+    with (
+        EventStorage(19),
+        pytest.raises(ValueError, match="^LabelSetLoss: metric 'margins' has shape"),
+    ):
+        model([busy_item()])
+
+
+@pytest.mark.parametrize(
+    ("sample", "error", "message"),
+    [
+        (
+            lambda grid: SampledPairs.from_masks(grid, grid.candidates.any(1)),
+            *(ValueError, r"a mask is \((\d+),\) bool; expected \(\1, \1\) bool, one row per sub"),
+        ),
+        (
+            lambda grid: SampledPairs.from_masks(grid, grid.candidates.float()),
+            *(ValueError, r"a mask is \((\d+), \1\) float32; expected \(\1, \1\) bool"),
+        ),
+        (
+            lambda grid: replace(
+                SampledPairs.from_masks(grid, grid.candidates), labels=torch.zeros(1, 3)
+            ),
+            *(ValueError, r"returned pairs whose labels have shape \(1, 3\); expected \(\d+, 6\)"),
+        ),
+        (lambda grid: grid.candidates, TypeError, "returned a Tensor: return SampledPairs.from_m"),
+    ],
+)
+def test_sampler_of_wrong_masks_or_pairs_raises_with_its_name(sample, error, message, monkeypatch):
+    model = small_model(*CASES["sampler"][0]).train()
+    monkeypatch.setattr(AllPairsSampler, "sample", lambda self, grid, generator=None: sample(grid))
+    with EventStorage(), pytest.raises(error, match=f"^AllPairsSampler.sample:? {message}"):
         model([busy_item()])
 
 
