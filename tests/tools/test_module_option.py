@@ -8,7 +8,7 @@ from model_utils import ROOT
 
 # Programs that build none of these: they work on files, or on the environment.
 WITHOUT = {"import_relations.py", "setup_env.py", "split_openimages_vrd.py", "toy_pictures.py"}
-WITHOUT |= {"convert_vrd_detections.py"}
+WITHOUT |= {"convert_vrd_detections.py", "site_pages.py"}
 SCRIPTS = [ROOT / "train_net.py", ROOT / "demo/demo.py"]
 SCRIPTS += [x for x in sorted((ROOT / "tools").glob("*.py")) if x.name not in WITHOUT]
 MODULES = ["reldn_d2.data.check", "reldn_d2.data.statistics"]
