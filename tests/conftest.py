@@ -5,6 +5,7 @@ A test that writes outside its temporary folder fails (write_guard.py).
 
 import logging
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -70,9 +71,12 @@ def writes_only_temporary_files(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def restore_loggers():
-    """Undo what a test set: handlers whose streams are closed, levels that hide caplog's lines."""
+    """Undo what tests set: handlers whose streams are closed, levels that hide caplog's lines."""
     loggers = [logging.getLogger(name) for name in (None, "reldn_d2", "detectron2", "fvcore")]
     before = [(list(x.handlers), x.level, x.propagate) for x in loggers]
+    module = sys.modules.get("detectron2.utils.logger")
+    if module is not None:
+        module._LOG_COUNTER.clear()  # so that each test sees what is logged once per process
     yield
     for logger, (handlers, level, propagate) in zip(loggers, before):
         for handler in [x for x in logger.handlers if x not in handlers]:
