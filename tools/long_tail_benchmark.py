@@ -19,7 +19,9 @@ from typing import Any, NamedTuple
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))  # if the package is not installed
-NUM_HELD_OUT = 500
+
+from benchmarks.vrd_data import hold_out, register_parts  # noqa: E402
+
 HEAD = "MODEL.ROI_RELATION_HEAD"
 
 
@@ -152,30 +154,12 @@ def split(train: str, held_out: bool, test: str | None) -> tuple[str, str]:
         held_out: train on a part of it and score the others, 500 images that are always the same.
         test: registered test set, if no image is held out.
     """
-    import numpy as np
-
     import reldn_d2  # noqa: F401  (registers the datasets)
     from reldn_d2.data.boxes_only import load_without_images
 
-    from detectron2.data import DatasetCatalog, MetadataCatalog
-
     records = load_without_images(train)
-    chosen = set(np.random.default_rng(0).permutation(len(records))[:NUM_HELD_OUT].tolist())
-    parts = {"tail_train": records, "tail_test": []}
-    if held_out:
-        parts["tail_train"] = [x for i, x in enumerate(records) if i not in chosen]
-        parts["tail_test"] = [x for i, x in enumerate(records) if i in chosen]
-    else:
-        parts["tail_test"] = load_without_images(test)
-    metadata = MetadataCatalog.get(train)
-    for name, part in parts.items():
-        DatasetCatalog.register(name, lambda part=part: part)
-        MetadataCatalog.get(name).set(
-            thing_classes=metadata.thing_classes,
-            predicate_classes=metadata.predicate_classes,
-            evaluator_type="scene_graph",
-            train_dataset="tail_train",
-        )
+    rest, scored = hold_out(records) if held_out else (records, load_without_images(test))
+    register_parts(train, {"tail_train": rest, "tail_test": scored}, "scene_graph")
     return "tail_train", "tail_test"
 
 

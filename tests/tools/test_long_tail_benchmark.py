@@ -5,6 +5,7 @@ import json
 import long_tail_benchmark
 import pytest
 import torch
+from benchmarks import vrd_data
 
 from reldn_d2 import load_config
 from reldn_d2.data.repeat_factors import check_sampler
@@ -27,7 +28,7 @@ def unregister():
 def test_run_scores_each_strength_of_one_training(
     held_out, in_checkout, tmp_path, monkeypatch, unregister
 ):
-    monkeypatch.setattr(long_tail_benchmark, "NUM_HELD_OUT", 1)
+    monkeypatch.setattr(vrd_data, "NUM_HELD_OUT", 1)
     few = ["SOLVER.MAX_ITER", 2, "SOLVER.IMS_PER_BATCH", 2]
     arguments = ("vrd", "off", few, 1, held_out, (0.0, 0.5), tmp_path)
     rows = long_tail_benchmark.run(*arguments)

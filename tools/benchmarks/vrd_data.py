@@ -5,7 +5,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Prepared", "ceiling", "find_detections", "prepared", "register_held_out"]
+__all__ = [
+    "Prepared",
+    "ceiling",
+    "find_detections",
+    "hold_out",
+    "prepared",
+    "register_held_out",
+    "register_parts",
+]
 
 CONFIG = str(Path(__file__).resolve().parents[2] / "configs" / "VRD" / "reldn_boxes.yaml")
 HELD_OUT, NUM_HELD_OUT = ("vrd_train_rest", "vrd_train_held_out"), 500
@@ -87,9 +95,7 @@ class Prepared:
 
 
 def register_held_out() -> None:
-    """Split ``vrd_train``: 500 images are held out, always the same ones."""
-    import numpy as np
-
+    """Register the two parts of ``vrd_train``, see :func:`hold_out`."""
     import reldn_d2  # noqa: F401  (registers vrd_train)
     from reldn_d2.data.boxes_only import load_without_images
 
@@ -97,17 +103,40 @@ def register_held_out() -> None:
 
     if HELD_OUT[0] in DatasetCatalog:
         return
-    records = load_without_images("vrd_train")
+    rest, held_out = hold_out(load_without_images("vrd_train"))
+    evaluator_type = MetadataCatalog.get("vrd_train").evaluator_type
+    register_parts("vrd_train", dict(zip(HELD_OUT, (rest, held_out))), evaluator_type)
+
+
+def hold_out(records: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Split a training set: the other images, and 500 that are always the same ones."""
+    import numpy as np
+
     chosen = set(np.random.default_rng(0).permutation(len(records))[:NUM_HELD_OUT].tolist())
-    metadata = MetadataCatalog.get("vrd_train")
-    for held_out, name in enumerate(HELD_OUT):
-        part = [x for i, x in enumerate(records) if (i in chosen) == bool(held_out)]
+    rest = [x for i, x in enumerate(records) if i not in chosen]
+    return rest, [x for i, x in enumerate(records) if i in chosen]
+
+
+def register_parts(
+    source: str, parts: dict[str, list[dict[str, Any]]], evaluator_type: str
+) -> None:
+    """Register datasets with the names of classes and predicates of another one.
+
+    Args:
+        source: registered dataset.
+        parts: images by name of the dataset; the first one is the training set of all.
+        evaluator_type: of the parts.
+    """
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    metadata = MetadataCatalog.get(source)
+    for name, part in parts.items():
         DatasetCatalog.register(name, lambda part=part: part)
         MetadataCatalog.get(name).set(
             thing_classes=metadata.thing_classes,
             predicate_classes=metadata.predicate_classes,
-            evaluator_type=metadata.evaluator_type,
-            train_dataset=HELD_OUT[0],
+            evaluator_type=evaluator_type,
+            train_dataset=next(iter(parts)),
         )
 
 
