@@ -15,6 +15,7 @@ from ..data.build import detection_files
 from ..evaluation.relation_evaluation import RelationDatasetEvaluator
 from ..modeling.meta_arch import needs_images, predicts_relations
 from ..utils.file_io import check_writable_folder
+from ..utils.registry import did_you_mean
 
 __all__ = ["check_run", "result_names"]
 
@@ -96,12 +97,11 @@ def _check_boxes_come_from_somewhere(cfg: CfgNode, eval_only: bool) -> None:
 
 
 def _check_dataset(key: str, name: str, with_images: bool) -> None:
-    if name not in DatasetCatalog.list():
-        similar = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
-        hint = f" Did you mean {', '.join(similar)}?" if similar else ""
+    registered = DatasetCatalog.list()
+    if name not in registered:
         raise ValueError(
-            f"{key} names '{name}', which is not registered.{hint} Pass --module to import "
-            "the module that registers your own dataset."
+            f"{key} names '{name}', which is not registered.{did_you_mean(name, registered)} Pass "
+            "--module to import the module that registers your own dataset."
         )
     metadata = MetadataCatalog.get(name)
     paths = [*(metadata.get("annotation_files") or ())]

@@ -105,17 +105,9 @@ class EntityAttributes:
 
     @classmethod
     def from_lists(cls, ids: Any, scores: Any, num_entities: int, where: str) -> "EntityAttributes":
-        """Check and return predicted attributes.
+        """Check predicted attributes and return them by entity, the best first.
 
-        Args:
-            ids: for each entity the list of its attributes.
-            scores: for each entity the list of their scores.
-            num_entities: R.
-            where: file and image, for messages.
-
-        Raises:
-            ValueError: lists that do not fit together, an attribute that an entity has twice, a
-                negative id, or a score outside [0, 1].
+        Arguments and errors are those of :func:`.prediction_checks.check_attributes`.
         """
         entities, ids, scores = check_attributes(ids, scores, num_entities, where)
         order = np.lexsort((-scores, entities))

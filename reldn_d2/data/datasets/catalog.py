@@ -1,6 +1,5 @@
 """Registration in Detectron2's catalogs. Names are read from the files on first access."""
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 
 from ...structures.name_matching import NAME_FIELDS, require_unique_names
+from ...utils.registry import did_you_mean
 
 __all__ = [
     "DATASET_ERRORS",
@@ -134,9 +134,7 @@ def require_dataset(name: str) -> None:
     """
     registered = DatasetCatalog.list()
     if name not in registered:
-        similar = difflib.get_close_matches(name, registered, n=3)
-        suggestion = f"Did you mean {', '.join(similar)}? " if similar else ""
         raise UnknownDatasetError(
-            f"No dataset '{name}' is registered. {suggestion}Pass --module to import the module "
-            "that registers your own dataset (docs/extending.md)."
+            f"No dataset '{name}' is registered.{did_you_mean(name, registered)} Pass --module to "
+            "import the module that registers your own dataset (docs/extending.md)."
         )

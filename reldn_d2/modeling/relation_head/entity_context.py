@@ -142,8 +142,7 @@ class TransformerContext(EntityContext):
             ValueError: if an option has an invalid value.
         """
         super().__init__(**kwargs)
-        _check("LAYERS", layers, layers >= 1, "1 or more")
-        _check("DROPOUT", dropout, 0 <= dropout < 1, "0 to below 1")
+        _check_layers(layers, dropout)
         fits = heads >= 1 and self.size % heads == 0
         _check("HEADS", heads, fits, f"a divisor of CONTEXT.HIDDEN_DIM, which is {self.size}")
         layer = nn.TransformerEncoderLayer(
@@ -184,8 +183,7 @@ class LSTMContext(EntityContext):
             ValueError: if an option has an invalid value.
         """
         super().__init__(**kwargs)
-        _check("LAYERS", layers, layers >= 1, "1 or more")
-        _check("DROPOUT", dropout, 0 <= dropout < 1, "0 to below 1")
+        _check_layers(layers, dropout)
         _check("HIDDEN_DIM", self.size, self.size % 2 == 0, "an even number for LSTMContext")
         half = self.size // 2
         self.to_right = nn.ModuleList(
@@ -231,6 +229,12 @@ def build_entity_context(cfg: CfgNode, vector_size: int) -> EntityContext | None
         return None
     registry = ENTITY_CONTEXT_REGISTRY
     return build_registered(registry, name, key, EntityContext, cfg, vector_size)
+
+
+def _check_layers(layers: int, dropout: float) -> None:
+    """Check the options that both contexts have."""
+    _check("LAYERS", layers, layers >= 1, "1 or more")
+    _check("DROPOUT", dropout, 0 <= dropout < 1, "0 to below 1")
 
 
 def _check(key: str, value: float, is_valid: bool, expected: str) -> None:
