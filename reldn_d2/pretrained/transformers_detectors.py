@@ -31,7 +31,7 @@ def build_transformers_detector(
     Raises:
         ImportError: ``transformers`` is not installed.
         FileNotFoundError: there is no such folder, or the hub cannot be reached.
-        ValueError: this is no object detector, or its classes have no names.
+        ValueError: the model is not an object detector, or its classes have no names.
     """
     what = f"detector {PREFIX}{name}"
     try:

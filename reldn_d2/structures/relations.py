@@ -11,7 +11,7 @@ ground truth       shape        meaning
 ``gt_pairs``       (M, 2)       subject index, object index into the image's ``instances``
 ``gt_predicates``  (M,)         predicate in ``[0, num_predicates)``
 ``gt_kept``        (M,) bool    optional: False for a relation that is not trained on this time;
-                                its pair is no negative either
+                                its pair is not a negative one either
 =================  ===========  ====================================================================
 
 ====================  ===========  =================================================================

@@ -148,7 +148,10 @@ def build_registered(
     contract = f"derive it from {base.__module__.rpartition('.')[0]}.{base.__name__}"
     if inspect.isclass(entry):
         if not issubclass(entry, base):
-            raise TypeError(f"{key} is '{name}', but that class is no {base.__name__}: {contract}.")
+            raise TypeError(
+                f"{key} is '{name}', but that class is not a subclass of "
+                f"{base.__name__}: {contract}."
+            )
         missing = sorted(getattr(entry, "__abstractmethods__", ()))
         if missing:
             raise TypeError(
@@ -159,7 +162,7 @@ def build_registered(
         built = entry(cfg, *args)
     if not isinstance(built, base):
         raise TypeError(
-            f"{key} is '{name}', which built a {type(built).__name__}, and that class is no "
-            f"{base.__name__}: {contract}."
+            f"{key} is '{name}', which built a {type(built).__name__}, and that class is not a "
+            f"subclass of {base.__name__}: {contract}."
         )
     return built

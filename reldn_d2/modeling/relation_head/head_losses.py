@@ -243,7 +243,7 @@ def merge_losses(parts: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
 
     Raises:
         TypeError: if something else than a dict of tensors was returned.
-        ValueError: if a loss is no scalar, or two of them have the same name.
+        ValueError: if a loss is not a scalar, or two of them have the same name.
     """
     merged: dict[str, Tensor] = {}
     source_of: dict[str, str] = {}
@@ -263,7 +263,7 @@ def merge_losses(parts: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def check_scalar(what: str, value: Tensor) -> None:
-    """Raise an error that begins with ``what`` if a loss or metric is no tensor with one number."""
+    """Raise an error that begins with ``what`` if a loss or metric is not a scalar tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{what} is a {type(value).__name__}: return a tensor of shape ().")
     if value.shape != ():

@@ -178,8 +178,8 @@ def match_pairs(
         gt_index: (R,) int64, the target that an entity is, -1 for a proposal; None if all are
             proposals.
         gt_kept: (M,) bool, the relations that are trained on; None means all. A pair whose best
-            matching ground-truth pair has none of them is no candidate: it is related, so it is no
-            example of "no relationship" either.
+            matching ground-truth pair has none of them is left out: it is related, so it must
+            not be an example of "no relationship" either.
         overlap_filter: see :func:`candidate_pairs`; pairs with a ground-truth box are exempt.
         iou_threshold: minimum overlap of a positive pair.
     """

@@ -385,8 +385,15 @@ class NoHead(nn.Module):
         (NoLogitsHead, "NAME is 'NoLogitsHead', but that class lacks pair_logits: implement it"),
         (HidesBoxHeads, "HidesBoxHeads has a submodule 'box_heads', .* override the property"),
         (NoSuperCall, "NoSuperCall does not initialize RelationHead: call super"),
-        (NoHead, "'NoHead', but that class is no RelationHead: derive it from .*RelationHead"),
-        (lambda *x: NoHead(), "which built a NoHead, and that class is no RelationHead"),
+        (
+            NoHead,
+            "'NoHead', but that class is not a subclass of RelationHead: "
+            "derive it from .*RelationHead",
+        ),
+        (
+            lambda *x: NoHead(),
+            "which built a NoHead, and that class is not a subclass of RelationHead",
+        ),
     ],
 )
 def test_build_relation_head_broken_contract_raises(head, message, monkeypatch):
