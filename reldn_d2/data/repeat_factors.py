@@ -135,7 +135,9 @@ def predicate_repeats(
     of_image = [np.unique(_predicates(record)) for record in dataset_dicts]
     joined = np.concatenate([np.zeros(0, dtype=np.int64), *of_image])
     if num_predicates is None:
-        num_predicates = int(joined.max(initial=-1)) + 1
+        # Relations of crowds count nowhere, but have a factor like those of any other predicate.
+        every = (x[2] for record in dataset_dicts for x in record.get("relations", ()))
+        num_predicates = max(every, default=-1) + 1
     frequency = np.bincount(joined, minlength=num_predicates) / max(len(dataset_dicts), 1)
     factors = np.ones(num_predicates)
     present = frequency > 0

@@ -56,6 +56,12 @@ def check_run(
         for name in cfg.DATASETS[split]:
             _check_dataset(f"DATASETS.{split}", name, needs_images(cfg))
         _check_extra_files(cfg, split)
+    if not eval_only and 0 < cfg.SOLVER.MAX_ITER <= cfg.SOLVER.WARMUP_ITERS:
+        logger.warning(
+            f"SOLVER.MAX_ITER {cfg.SOLVER.MAX_ITER} is within the warm-up of SOLVER.WARMUP_ITERS "
+            f"{cfg.SOLVER.WARMUP_ITERS}: the learning rate does not reach SOLVER.BASE_LR, and the "
+            "model learns little. Set a larger MAX_ITER or a smaller WARMUP_ITERS."
+        )
     if predicts_relations(cfg) and cfg.MODEL.RELDN.DETECTOR == "PrecomputedDetector":
         _check_boxes_come_from_somewhere(cfg, eval_only)
     if not eval_only and cfg.TEST.EVAL_PERIOD > 0 and not cfg.DATASETS.TEST:

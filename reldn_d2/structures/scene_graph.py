@@ -107,6 +107,11 @@ class SceneGraph:
     output: Mapping[str, Instances] | None = None
     left_out: Mapping[int, str] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        image = self.file_name or self.image_id
+        of_image = "" if image is None else f" of {image}"
+        return f"<SceneGraph{of_image}: {len(self.boxes)} entities, {len(self.pairs)} relations>"
+
     # ---- making one ----
 
     @classmethod

@@ -85,7 +85,8 @@ def test_predicate_repeats_by_hand():
 def test_predicate_repeats_crowd_and_empty_images_count_without_relations():
     records = [record(1, crowd=(0,)), {"annotations": []}, record()]
     repeats = predicate_repeats(records, 1.0)
-    assert repeats.images.tolist() == [1, 1, 1] and len(repeats.predicates) == 0
+    assert repeats.images.tolist() == [1, 1, 1] and repeats.predicates.tolist() == [1, 1]
+    assert not any(DROP_KEY in x for x in with_drop_probabilities(records, repeats, 0.7))
     assert len(predicate_repeats([], 1.0, 2).images) == 0
 
 

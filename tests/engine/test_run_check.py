@@ -81,6 +81,17 @@ def test_check_run_problem_raises_at_the_start(tmp_path, datasets, options, mess
         RelDNTrainer(cfg)
 
 
+@pytest.mark.parametrize("iterations, warns", [(20, True), (21, False)])
+def test_check_run_training_within_the_warm_up_warns(tmp_path, datasets, caplog, iterations, warns):
+    options = ("SOLVER.WARMUP_ITERS", 20, "SOLVER.MAX_ITER", iterations)
+    with caplog.at_level("WARNING", logger="reldn_d2"):
+        check(config(tmp_path, *options))
+        assert ("is within the warm-up" in caplog.text) == warns
+        caplog.clear()
+        check_run(config(tmp_path, *options), eval_only=True)
+    assert "warm-up" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("task", "protocol"),
     [("prdcls", "lu2016"), *(("sgdet", name) for name in PROTOCOL_REGISTRY)],

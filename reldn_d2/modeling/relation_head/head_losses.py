@@ -4,6 +4,7 @@ Shapes: N images, R entities of the batch, P sampled pairs of the batch, C predi
 C + 1 logits is "no relationship".
 """
 
+import logging
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -25,6 +26,8 @@ __all__ = [
     *("ContrastiveLosses", "L0_MEANS", "PredicateLoss", "RELATION_LOSS_REGISTRY"),
     *("RelationLoss", "build_relation_losses", "check_scalar", "merge_losses"),
 ]
+
+logger = logging.getLogger(__name__)
 
 RELATION_LOSS_REGISTRY = Registry("RELATION_LOSS")
 RELATION_LOSS_REGISTRY.__doc__ = """
@@ -113,6 +116,13 @@ class PredicateLoss(RelationLoss):
 
     def set_predicate_counts(self, predicate_counts: Tensor) -> None:
         weights = class_balanced_weights(predicate_counts, self.balanced_beta)
+        if self.balanced_beta and len(predicate_counts):
+            heaviest = weights[:-1].topk(min(3, len(predicate_counts)))
+            logger.info(
+                f"Class-balanced L0: predicates weigh {weights[:-1].min():.2g} to "
+                f"{weights[:-1].max():.2g}, most those with ids {heaviest.indices.tolist()}; "
+                "'no relationship' weighs 1."
+            )
         self.target_weights = weights.to(self.target_weights.device)
 
     def forward(

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import re
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -323,6 +324,21 @@ def test_import_relations_csv_boxes_of_larger_images_say_which_frame_is_expected
         import_relations("csv", str(path))
     path.write_text("\n".join([CSV_HEADER, row.format("0,0,30,40", "10,10,75,45")]))
     assert len(import_relations("csv", str(path)).dicts) == 1  # a little beyond the image
+
+
+def test_import_relations_csv_box_beyond_its_image_warns(tmp_path, caplog):
+    path = tmp_path / "a.csv"
+    row = "1.jpg,man,0,{},30,20,plays,dog,0,1,{},40,60,40"
+    rows = [row.format(1, 60.5), row.format(2, 75), row.format(-2, 60)]
+    path.write_text("\n".join([CSV_HEADER, *rows]))
+    imported = import_relations("csv", str(path), ImportOptions())
+    boxes = {tuple(x["bbox"]) for x in imported.dicts[0]["annotations"]}
+    assert (0, 1, 75, 40) in boxes
+    (record,) = caplog.records
+    assert re.search(
+        r"2 of 6 boxes extend beyond .* the box \[0.0, 1.0, 75.0, 40.0\] .* by 15 pix",
+        record.message,
+    )
 
 
 def test_import_relations_csv_missing_image_message_has_one_full_stop(tmp_path):

@@ -76,6 +76,16 @@ def test_predicate_loss_balanced_is_the_weighted_mean_over_pairs(mean):
     assert loss == pytest.approx(sum(terms) / len(terms), rel=1e-5)
 
 
+def test_predicate_loss_balanced_logs_the_weights(caplog):
+    with caplog.at_level("INFO", logger="reldn_d2"):
+        small_model(*L0, BETA, 0.9).relation_head.set_predicate_counts(COUNTS)
+    weights = weights_in_loops(COUNTS.tolist(), 0.9)[:-1]
+    shown = re.search(r"weigh (\S+) to (\S+), most those with ids \[(.+)\]", caplog.text)
+    assert shown[1] == f"{min(weights):.2g}" and shown[2] == f"{max(weights):.2g}"
+    ids = [int(x) for x in shown[3].split(", ")]
+    assert [weights[p] for p in ids] == sorted(weights, reverse=True)[:3]
+
+
 def test_predicate_loss_beta_0_is_bit_equal_to_no_weights():
     plain, zero = small_model(*L0).train(), small_model(*L0, BETA, 0.0).train()
     zero.relation_head.set_predicate_counts(COUNTS)

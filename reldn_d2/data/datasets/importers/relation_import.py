@@ -23,6 +23,8 @@ __all__ = ["ImportOptions", "Imported", "ImportedImage", "RelationImport", "requ
 
 logger = logging.getLogger(__name__)
 
+_SLACK = 1.0  # pixels that a box may extend beyond its image; rounding does that
+
 
 @dataclass(frozen=True)
 class ImportOptions:
@@ -364,14 +366,28 @@ class RelationImport:
         return Imported(dicts, classes, predicates, attributes)
 
     def _check_frame(self) -> None:
-        """Raise ValueError if most boxes of the file lie mostly outside their images."""
+        """Raise ValueError if most boxes of the file lie mostly outside their images.
+
+        If only parts of boxes do, that is a warning.
+        """
         entities = [(x, image.record) for image in self.images for x in image.record["annotations"]]
-        boxes = [annotation["bbox"] for annotation, _ in entities]
-        sizes = [(record["height"], record["width"]) for _, record in entities]
-        problem = outside_problem(np.array(boxes), np.array(sizes))
+        boxes = np.array([annotation["bbox"] for annotation, _ in entities]).reshape(-1, 4)
+        sizes = np.array([(record["height"], record["width"]) for _, record in entities])
+        sizes = sizes.reshape(-1, 2)
+        problem = outside_problem(boxes, sizes)
         if problem is not None:
             record = entities[problem[0]][1]
             raise ValueError(f"{self.source}, image {record['file_name']}: {problem[1]}")
+        beyond = np.maximum(-boxes[:, :2], boxes[:, 2:] - sizes[:, ::-1]).max(axis=1, initial=0)
+        rows = np.flatnonzero(beyond > _SLACK)
+        if len(rows):
+            worst = int(beyond.argmax())
+            logger.warning(
+                f"{self.source}: {len(rows)} of {len(boxes)} boxes extend beyond their image, most "
+                f"the box {boxes[worst].tolist()} (x1, y1, x2, y2) of image "
+                f"{entities[worst][1]['file_name']}, by {beyond[worst]:.0f} pixels. They are kept, "
+                "and clipped in training. Are these the images that were annotated?"
+            )
 
 
 def require_list(path: str, content: Any, what: str, keys: Sequence[str] = ()) -> None:
