@@ -1,5 +1,7 @@
 """Class-balanced weights of L0: the formula, the loss with them, and the source of their counts."""
 
+import re
+
 import pytest
 import torch
 from model_utils import (
