@@ -21,6 +21,7 @@ ready = @command -v $(RUN) >/dev/null || { echo "PYTHON=$(PYTHON) is not a progr
 endif
 
 # One process for each of two cores, with one thread each: half the time of one with two threads.
+# tests/conftest.py sorts the files.
 TEST_PROCESSES := 2
 
 # Import the package from this folder, wherever the environment is.
@@ -43,7 +44,7 @@ demo:  ## train, evaluate and draw RelDN on the built-in dataset (RETRAIN=1: fro
 
 test:  ## run the tests
 	$(call ready,test)
-	$(RUN) -m pytest -n $(TEST_PROCESSES) --dist loadscope $(or $(ARGS),tests)
+	$(RUN) -m pytest -n $(TEST_PROCESSES) --dist loadscope --no-loadscope-reorder $(or $(ARGS),tests)
 
 benchmark:  ## train and score box models on VRD's annotations (DETECTRON2_DATASETS)
 	$(call ready)

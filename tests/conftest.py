@@ -31,6 +31,21 @@ _REPOSITORY = Path(__file__).resolve().parents[1]
 _ANNOTATIONS = "vrd/json_dataset/annotations_train.json"
 
 
+# Start with the files that take longest, so that the two processes end at the same time.
+_LONGEST = (
+    *("test_installed_package.py", "tools/test_toy_demo.py", "test_documentation.py"),
+    *("tools/test_setup_env.py", "test_every_config.py", "test_train_net.py", "test_tutorial.py"),
+    "tools/test_lazyconfig_train_net.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort tests so that the longest files come first."""
+    folder = Path(__file__).parent
+    rank = {folder / name: index for index, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
+
+
 def _dataset_folders() -> list[Path]:
     """Return folders in the layout of datasets/README.md, from a variable or near the checkout."""
     named = os.environ.get("RELDN_TEST_DATASETS")
