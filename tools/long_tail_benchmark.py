@@ -41,7 +41,10 @@ class Data(NamedTuple):
     test: str
     config: str
     options: list[Any]
-    repeat: list[float]  # values of DATALOADER.REPEAT_THRESHOLD, the chosen one first
+    # Values that are tried on held-out images; the one chosen there, by F1@50, comes first.
+    repeat: list[float]  # DATALOADER.REPEAT_THRESHOLD
+    beta: list[float]  # CLASS_BALANCED_BETA
+    tau: list[float]  # LOGIT_ADJUSTMENT
 
 
 DATASETS = {
@@ -50,7 +53,9 @@ DATASETS = {
         "vrd_test",
         "VRD/reldn_boxes.yaml",
         [*MODEL, "SOLVER.MAX_ITER", 590],  # half of the config's
-        [0.05, 0.02, 0.2],
+        repeat=[0.2, 0.05, 0.02],
+        beta=[0.999, 0.99, 0.9],
+        tau=[0.75, 0.25, 0.5, 1.0],
     ),
     "toy": Data(
         "toy_vrd_train",
@@ -60,11 +65,11 @@ DATASETS = {
             *(*MODEL, "SOLVER.MAX_ITER", 320),
             *("MODEL.ROI_HEADS.NUM_CLASSES", 9, f"{HEAD}.NUM_PREDICATES", 6),
         ],
-        [0.5, 0.2, 0.8],
+        repeat=[0.5, 0.2, 0.8],
+        beta=[0.99, 0.9, 0.999],
+        tau=[0.5, 0.25, 0.75, 1.0],
     ),
 }
-CHOSEN_TAU = 0.5
-TAUS = (0.0, 0.25, 0.5, 0.75, 1.0)
 BLOCKS = {"constraint": "graph_constraint", "free": "no_constraint"}
 METRICS = ("R", "mR", "F1", "zR", "head mR", "body mR", "tail mR")
 
@@ -86,7 +91,7 @@ def trainings(data: Data, all_settings: bool) -> dict[str, list[Any]]:
     for threshold in data.repeat[: None if all_settings else 1]:
         for rate in (0.0, 0.7):
             result[f"t {threshold:g}, gamma {rate:g}"] = repeated(threshold, rate)
-    for beta in (0.9, 0.99, 0.999) if all_settings else (0.99,):
+    for beta in data.beta[: None if all_settings else 1]:
         result[f"beta {beta:g}"] = [f"{HEAD}.LOSS.CLASS_BALANCED_BETA", beta]
     return result
 
@@ -116,10 +121,10 @@ def run(
 
     torch.set_num_threads(1)
     logging.basicConfig(filename=output / "log.txt", filemode="w", level=logging.INFO)
-    train, test, config, base, _ = DATASETS[dataset]
-    train, test = split(train, held_out, None if held_out else test)
-    config = str(PROJECT / "configs" / config)
-    options = [*base, "OUTPUT_DIR", str(output), "SEED", seed, *options]
+    data = DATASETS[dataset]
+    train, test = split(data.train, held_out, None if held_out else data.test)
+    config = str(PROJECT / "configs" / data.config)
+    options = [*data.options, "OUTPUT_DIR", str(output), "SEED", seed, *options]
     options += ["DATASETS.TRAIN", (train,), "TEST.RELATIONS.PREDICATES_PER_PAIR", [1, None]]
     seed_all_rng(seed)
     started = time.time()
@@ -170,8 +175,9 @@ def run_all(args: argparse.Namespace) -> list[dict[str, Any]]:
     from reldn_d2.utils.user_modules import import_modules, imported_modules
 
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started now
-    taus = TAUS if args.held_out else (0.0, CHOSEN_TAU)
-    settings = trainings(DATASETS[args.dataset], args.held_out)
+    data = DATASETS[args.dataset]
+    taus = [0.0, *data.tau[: None if args.held_out else 1]]
+    settings = trainings(data, args.held_out)
     context = multiprocessing.get_context("spawn")
     rows: dict[str, dict[int, dict[str, Any]]] = {}
     start = dict(initializer=import_modules, initargs=(imported_modules(),))

@@ -58,7 +58,7 @@ def test_main_writes_a_row_per_training_and_strength(in_checkout, tmp_path, capf
     few = ["SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2"]
     assert long_tail_benchmark.main([*output, *few]) == 0
     rows = json.loads((tmp_path / "vrd.json").read_text())
-    tau = long_tail_benchmark.CHOSEN_TAU
+    tau = long_tail_benchmark.DATASETS["vrd"].tau[0]
     assert [row["name"] for row in rows] == ["off", f"off, tau {tau:g}"]
     assert all(row["seeds"] == [1, 2] for row in rows)
     assert f"| off, tau {tau:g} " in capfd.readouterr().out
