@@ -44,12 +44,13 @@ class JointModule(nn.Module):
     table, the embeddings share what they learn among pairs of classes, so that predicates of
     triplets that are not in the training set can score high too.
 
-    At test time, embeddings can be shrunk: the fewer training relations a class has, the more. The
-    optimizer scales its steps to the gradients of each value, so it moves the embedding of a class
-    with five relations as far as that of one with thousands, and most of what the former learns is
-    chance. The buffers ``subject_relations`` and ``object_relations``, (K,) int64, have the number
-    of training relations of each class in that role. Training fills them (:meth:`set_counts`), and
-    checkpoints have them; all zeros mean unknown, as in checkpoints written before.
+    At test time, embeddings can be shrunk toward their mean over all training relations: the fewer
+    relations a class has, the more. The optimizer scales its steps to the gradients of each value,
+    so it moves the embedding of a class with five relations as far as that of one with thousands,
+    and most of what the former learns is chance. The buffers ``subject_relations`` and
+    ``object_relations``, (K,) int64, have the number of training relations of each class in that
+    role. Training fills them (:meth:`set_counts`), and checkpoints have them; all zeros mean
+    unknown, as in checkpoints written before.
 
     With an entity context, the first layer also reads the contextual vectors of both entities. It
     is linear, so that part is computed once per entity instead of once per pair.
@@ -79,8 +80,8 @@ class JointModule(nn.Module):
                 small, classes start out alike and differ only where the data say so: rare classes
                 then keep to what all classes have in common. With PyTorch's 1, fewer unseen
                 triplets are predicted.
-            shrinkage: at test time, the embedding of a class with n relations is multiplied by
-                ``n / (n + shrinkage)``; 0 leaves them as they are.
+            shrinkage: at test time, the embedding of a class with n relations keeps the share
+                ``n / (n + shrinkage)``, and the mean has the other; 0 leaves them as they are.
 
         Raises:
             ValueError: if an option has an invalid value.
@@ -167,8 +168,11 @@ class JointModule(nn.Module):
         """
         if self.training or not self.shrinkage:
             return embedding(classes)
-        shares = relations.float() / (relations.float() + self.shrinkage)  # half would overflow
-        return F.embedding(classes, embedding.weight * shares[:, None].to(embedding.weight.dtype))
+        counts, weight = relations.float(), embedding.weight.float()  # half would overflow
+        mean = counts @ weight / counts.sum().clamp(min=1.0)
+        own_share = (counts / (counts + self.shrinkage))[:, None]
+        shrunk = own_share * weight + (1 - own_share) * mean
+        return F.embedding(classes, shrunk.to(embedding.weight.dtype))
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         for name in ("subject_relations", "object_relations"):
