@@ -219,3 +219,9 @@ def test_load_other_classes_forgets_the_class_counts(tmp_path):
         names = {**NAMES, "thing_classes": classes}
         RelDNCheckpointer(model, matching_only=True, **names).load(str(tmp_path / "mine.pth"))
         assert model.relation_head.joint.counts_known == known
+
+
+def test_vrd_boxes_has_its_class_counts():
+    joint = RelationPredictor.from_pretrained("vrd_boxes", device="cpu").model.relation_head.joint
+    assert joint.shrinkage == 20 and joint.counts_known
+    assert int(joint.subject_relations.sum()) == int(joint.object_relations.sum()) > 25_000
