@@ -148,6 +148,10 @@ def _add_relation_head(cfg: CfgNode) -> None:
     head.JOINT.HIDDEN_DIM = 256  # units of each of the two hidden layers
     head.JOINT.DROPOUT = 0.3  # of the hidden units, in training
     head.JOINT.EMBEDDING_STD = 0.1  # standard deviation of the embeddings at the start
+    # At test time, the embedding of a class with n training relations as a subject (object) keeps
+    # the share n / (n + this), and the mean embedding has the other: rare classes then rely on what
+    # all classes have in common.
+    head.JOINT.EMBEDDING_SHRINKAGE = 0.0
 
     head.VISUAL = CN()  # f_vis, the sum of:
     head.VISUAL.SPO = True  # the MLP on <subject, predicate, object> vectors

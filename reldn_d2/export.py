@@ -56,7 +56,7 @@ class RelDNExport(nn.Module):
             raise TypeError("a model whose detections come from files cannot be exported")
         if not isinstance(model.relation_head, RelDNHead):
             raise TypeError(f"only RelDNHead can be exported, not {type(model.relation_head)}")
-        model.relation_head.prior.check()
+        model.relation_head.check_counts()
         self.model = model.eval()
         self.size = None if size is None else tuple(size)
 

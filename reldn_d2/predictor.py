@@ -154,7 +154,7 @@ class RelationPredictor:
         with explain_unregistered(path, modules), explain_missing_keys(cfg, f"{path}: the model"):
             model = build_model(cfg)
         RelDNCheckpointer(model).load(path)
-        model.relation_head.prior.check(path)
+        model.relation_head.check_counts(path)
         return cls(
             model,
             cfg,

@@ -40,12 +40,12 @@ _DENSE_SCORES = re.compile(r"head\.cls_score\.(weight|bias)")
 
 # Weights of the relation head that depend on which classes or predicates it has, by the field of
 # their names: the frequency table, the class embeddings, the last layer of each module, and the
-# relations of each predicate.
+# relations of each class and predicate.
 _TABLE = r"relation_head\.semantic\.table\.weight"
 _COUNTS = r"relation_head\.prior\.predicate_counts"
 _RELATION_WEIGHTS = {
     "thing_classes": re.compile(
-        rf"{_TABLE}|relation_head\.joint\.(subject|object)_embedding\.weight"
+        rf"{_TABLE}|relation_head\.joint\.(subject|object)_(embedding\.weight|relations)"
         r"|relation_head\.context\.class_embedding\.weight"
     ),
     "predicate_classes": re.compile(
@@ -59,7 +59,7 @@ _RELATION_WEIGHTS = {
 # heads, classifiers and contexts nothing is known, so all of them count as dependent.
 _KNOWN = re.compile(
     r"relation_head\.(semantic\.(table|counted)|spatial\.(\d|feature_version)"
-    r"|joint\.(layers|(subject|object)_(embedding|context))"
+    r"|joint\.(layers|(subject|object)_(embedding|context|relations))"
     r"|visual\.(first|rest|subject_skip|object_skip)|(subject|object|predicate)_box_head"
     r"|attribute_head|prior|context_to_(subject|object)"
     r"|context\.(class_embedding|position|vectors|encoder|to_right|to_left))(\.|$)"

@@ -19,6 +19,7 @@ from detectron2.config import CfgNode
 from ..data.datasets.catalog import dataset_names, joint_names
 from ..modeling.detectors import PrecomputedDetector
 from ..modeling.meta_arch import RelDN
+from ..modeling.relation_head.joint import JointModule
 from ..structures.name_matching import NAME_FIELDS, match_names
 from ..utils.protocols import predicates_per_pair
 from .class_weights import class_weights, relation_weights, take_classes
@@ -186,7 +187,9 @@ class RelDNCheckpointer(DetectorCheckpointer):
             elif self.loaded.get("statistics"):  # a resumed run saves them again
                 self.description["statistics"] = self.loaded["statistics"]
             if "predicate_classes" not in different:
-                self._take_counts()
+                self._take_predicate_counts()
+            if "thing_classes" not in different:
+                self._take_class_counts()
             return incompatible
 
         if not self.model.detector.reads_images:
@@ -205,12 +208,24 @@ class RelDNCheckpointer(DetectorCheckpointer):
         self.started_from_detector = True
         return incompatible
 
-    def _take_counts(self) -> None:
+    def _take_predicate_counts(self) -> None:
         """Take the relations of each predicate from the statistics of an older checkpoint."""
         prior = self.model.relation_head.prior
         counts = (self.loaded.get("statistics") or {}).get("predicate_counts") or []
         if not prior.known and len(counts) == len(prior.predicate_counts):
             prior.set_counts(torch.tensor(counts))
+
+    def _take_class_counts(self) -> None:
+        """Take the relations of each class from the statistics of an older checkpoint."""
+        joint = getattr(self.model.relation_head, "joint", None)
+        rows = (self.loaded.get("statistics") or {}).get("relation_counts") or []
+        if not isinstance(joint, JointModule) or joint.counts_known or not rows:
+            return
+        subjects, objects, _, counts = torch.tensor(rows).unbind(1)
+        unknown = torch.zeros_like(joint.subject_relations)
+        if max(int(subjects.max()), int(objects.max())) < len(unknown):
+            of_role = (unknown.cpu().index_add(0, x, counts) for x in (subjects, objects))
+            joint.set_counts(*of_role)
 
     def _adopt_reldn_names(self) -> list[str]:
         """Give the model the checkpoint's names; see ``DetectorCheckpointer._adopt_names``."""

@@ -67,6 +67,11 @@ class RelationStatistics:
         return self.counts.relations.sum(axis=(0, 1))
 
     @property
+    def class_counts(self) -> tuple[np.ndarray, np.ndarray]:
+        """(C,) and (C,) int64, number of relations per class of the subject and of the object."""
+        return self.counts.relations.sum(axis=(1, 2)), self.counts.relations.sum(axis=(0, 2))
+
+    @property
     def predicate_frequencies(self) -> np.ndarray:
         """(P,) float64, share of each predicate among all relations; 0 if there are none."""
         return self.predicate_counts / max(self.predicate_counts.sum(), 1)

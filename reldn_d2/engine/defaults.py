@@ -290,7 +290,7 @@ class RelDNTrainer(DefaultTrainer):
         ensure_frequency_table(cfg, model)
         head = getattr(model, "relation_head", None)
         if head is not None:
-            head.prior.check(f"the checkpoint {path}")
+            head.check_counts(f"the checkpoint {path}")
         names = [] if head is None else head.state_dict()
         has_weights = any(not name.startswith(("semantic.", "prior.")) for name in names)
         untrained = None

@@ -12,6 +12,7 @@ from ..data.datasets.catalog import dataset_names
 from ..data.frequency import log_frequencies
 from ..data.statistics import RelationStatistics, training_statistics_of
 from ..modeling.meta_arch import RelDN
+from ..modeling.relation_head.joint import JointModule
 
 __all__ = ["check_counts", "ensure_frequency_table"]
 
@@ -71,7 +72,8 @@ def ensure_frequency_table(
 
     It is counted on ``DATASETS.TRAIN``, or on ``SEMANTIC.COUNT_DATASETS`` if that is set. For a
     training, the head also gets the relations of each predicate in ``DATASETS.TRAIN``, for class
-    balanced weights and, from the checkpoint, for logit adjustment.
+    balanced weights and, from the checkpoint, for logit adjustment; the joint module gets those of
+    each class, to shrink embeddings at test time.
 
     Args:
         cfg: names these datasets and says whether pairs must overlap.
@@ -92,15 +94,22 @@ def ensure_frequency_table(
     needs_counts = prior is not None and (
         training == "new" or not prior.known and (training == "resumed" or needs_table)
     )
+    joint = getattr(head, "joint", None)
+    joint = joint if isinstance(joint, JointModule) else None
+    needs_class_counts = joint is not None and (
+        training == "new" or training == "resumed" and not joint.counts_known
+    )
     if training and prior is not None and not needs_counts:
         head.set_predicate_counts(prior.predicate_counts)  # those of the checkpoint
-    if not (needs_table or needs_counts):
+    if not (needs_table or needs_counts or needs_class_counts):
         return None
     statistics = training_statistics_of(cfg.DATASETS.TRAIN)
     owner = f"dataset '{cfg.DATASETS.TRAIN[0]}'"
     of_model = statistics.in_order_of(getattr(model, "names", {}), owner, "the model")
     if needs_counts:
         head.set_predicate_counts(torch.from_numpy(of_model.predicate_counts))
+    if needs_class_counts:
+        joint.set_counts(*map(torch.from_numpy, of_model.class_counts))
     if needs_table:
         _fill_table(cfg, model, statistics)
     return of_model

@@ -161,6 +161,14 @@ class RelationHead(nn.Module, ABC):
         for loss in self.losses.values():
             loss.set_predicate_counts(self.prior.predicate_counts)
 
+    def check_counts(self, owner: str = "this model") -> None:
+        """Raise a ValueError if testing needs counts of the training set that are unknown.
+
+        Args:
+            owner: the model or its file, for the message.
+        """
+        self.prior.check(owner)
+
     @property
     def box_heads(self) -> list[nn.Module]:
         """Return the box heads that start from the weights of the detector's."""
@@ -275,7 +283,7 @@ class RelationHead(nn.Module, ABC):
         """
         if self.training:
             return self._losses(features, predicate_features, entities, targets)
-        self.prior.check()
+        self.check_counts()
         return [
             self._predict(
                 {name: x[i : i + 1] for name, x in features.items()},

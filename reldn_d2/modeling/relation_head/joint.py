@@ -5,13 +5,17 @@ units, X values per contextual vector.
 """
 
 import math
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .predictors import SPATIAL_FEATURE_SIZE
 
 __all__ = ["JointModule"]
+
+SHRINKAGE_KEY = "MODEL.ROI_RELATION_HEAD.JOINT.EMBEDDING_SHRINKAGE"
 
 
 class ByteDropout(nn.Dropout):
@@ -40,6 +44,14 @@ class JointModule(nn.Module):
     table, the embeddings share what they learn among pairs of classes, so that predicates of
     triplets that are not in the training set can score high too.
 
+    At test time, embeddings can be shrunk toward their mean over all training relations: the fewer
+    relations a class has, the more. The optimizer scales its steps to the gradients of each value,
+    so it moves the embedding of a class with five relations as far as that of one with thousands,
+    and most of what the former learns is chance. The buffers ``subject_relations`` and
+    ``object_relations``, (K,) int64, have the number of training relations of each class in that
+    role. Training fills them (:meth:`set_counts`), and checkpoints have them; all zeros mean
+    unknown, as in checkpoints written before.
+
     With an entity context, the first layer also reads the contextual vectors of both entities. It
     is linear, so that part is computed once per entity instead of once per pair.
     """
@@ -54,6 +66,7 @@ class JointModule(nn.Module):
         dropout: float = 0.3,
         context_size: int = 0,
         embedding_std: float = 0.1,
+        shrinkage: float = 0.0,
     ):
         """
         Args:
@@ -67,6 +80,8 @@ class JointModule(nn.Module):
                 small, classes start out alike and differ only where the data say so: rare classes
                 then keep to what all classes have in common. With PyTorch's 1, fewer unseen
                 triplets are predicted.
+            shrinkage: at test time, the embedding of a class with n relations keeps the share
+                ``n / (n + shrinkage)``, and the mean has the other; 0 leaves them as they are.
 
         Raises:
             ValueError: if an option has an invalid value.
@@ -81,15 +96,20 @@ class JointModule(nn.Module):
             raise ValueError(
                 f"MODEL.ROI_RELATION_HEAD.JOINT.DROPOUT is {dropout}; expected 0 to below 1."
             )
-        if not 0 <= embedding_std < math.inf:
-            raise ValueError(
-                f"MODEL.ROI_RELATION_HEAD.JOINT.EMBEDDING_STD is {embedding_std}; expected a "
-                "finite number of 0 or more."
-            )
+        for key, value in (("EMBEDDING_STD", embedding_std), ("EMBEDDING_SHRINKAGE", shrinkage)):
+            if not 0 <= value < math.inf:
+                raise ValueError(
+                    f"MODEL.ROI_RELATION_HEAD.JOINT.{key} is {value}; expected a finite number of "
+                    "0 or more."
+                )
+        self.shrinkage = shrinkage
         self.subject_embedding = nn.Embedding(num_classes, embedding_dim)
         self.object_embedding = nn.Embedding(num_classes, embedding_dim)
         for embedding in (self.subject_embedding, self.object_embedding):
             nn.init.normal_(embedding.weight, std=embedding_std)
+        unknown = torch.zeros(num_classes, dtype=torch.int64)
+        self.register_buffer("subject_relations", unknown)
+        self.register_buffer("object_relations", unknown.clone())
         self.layers = nn.Sequential(
             nn.Linear(2 * embedding_dim + SPATIAL_FEATURE_SIZE, hidden_dim),
             nn.LeakyReLU(0.1),
@@ -103,6 +123,62 @@ class JointModule(nn.Module):
         if context_size:
             self.subject_context = nn.Linear(context_size, hidden_dim, bias=False)
             self.object_context = nn.Linear(context_size, hidden_dim, bias=False)
+
+    @property
+    def counts_known(self) -> bool:
+        """Whether the relations of the classes are known; reads one value on the host."""
+        return bool(self.subject_relations.any())
+
+    def set_counts(self, subject_relations: Tensor, object_relations: Tensor) -> None:
+        """Take the (K,) training relations of each class as a subject and as an object.
+
+        Raises:
+            ValueError: if a shape differs.
+        """
+        for own, counts in (
+            (self.subject_relations, subject_relations),
+            (self.object_relations, object_relations),
+        ):
+            if counts.shape != own.shape:
+                raise ValueError(
+                    f"There are relations of {len(counts)} classes, but the model has {len(own)}."
+                )
+            own.copy_(counts)
+
+    def check_counts(self, owner: str = "this model") -> None:
+        """Raise a ValueError if embeddings are to be shrunk by unknown counts.
+
+        Args:
+            owner: the model or its file, for the message.
+        """
+        if self.shrinkage and not self.counts_known:
+            raise ValueError(
+                f"{SHRINKAGE_KEY} is {self.shrinkage:g}, but {owner} does not say how many "
+                "training relations each class has: it was written before checkpoints said so, or "
+                f"not by RelDNTrainer. Train it again, or set {SHRINKAGE_KEY} to 0.0."
+            )
+
+    def embed(self, embedding: nn.Embedding, relations: Tensor, classes: Tensor) -> Tensor:
+        """Look up the embeddings of classes, shrunk at test time: (P, E).
+
+        Args:
+            embedding: of subjects or of objects.
+            relations: (K,) training relations of each class in that role.
+            classes: (P,) int64 in ``[0, K)``.
+        """
+        if self.training or not self.shrinkage:
+            return embedding(classes)
+        counts, weight = relations.float(), embedding.weight.float()  # half would overflow
+        mean = counts @ weight / counts.sum().clamp(min=1.0)
+        own_share = (counts / (counts + self.shrinkage))[:, None]
+        shrunk = own_share * weight + (1 - own_share) * mean
+        return F.embedding(classes, shrunk.to(embedding.weight.dtype))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        for name in ("subject_relations", "object_relations"):
+            unknown = torch.zeros_like(getattr(self, name))
+            state_dict.setdefault(prefix + name, unknown)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(
         self,
@@ -122,7 +198,10 @@ class JointModule(nn.Module):
         Returns:
             (P, C + 1) logits.
         """
-        embedded = [self.subject_embedding(subject_classes), self.object_embedding(object_classes)]
+        embedded = [
+            self.embed(self.subject_embedding, self.subject_relations, subject_classes),
+            self.embed(self.object_embedding, self.object_relations, object_classes),
+        ]
         features = torch.cat([*embedded, spatial_features], dim=1)
         if context is None:
             return self.layers(features)

@@ -122,6 +122,7 @@ class RelDNPredictor(PredicateClassifier):
                 hidden_dim=head.JOINT.HIDDEN_DIM,
                 dropout=head.JOINT.DROPOUT,
                 embedding_std=head.JOINT.EMBEDDING_STD,
+                shrinkage=head.JOINT.EMBEDDING_SHRINKAGE,
                 context_size=context_size,
             )
         if reads_pixels(cfg):

@@ -20,6 +20,7 @@ from .attribute_head import build_attribute_head
 from .build import ROI_RELATION_HEAD_REGISTRY, build_visual_parts
 from .entity_context import EntityContext, build_entity_context
 from .head_base import RelationHead
+from .joint import JointModule
 from .pairs import EntityBatch, PairBatch, check_logits, distinct_unions
 from .predicate_classifier import MODULES, PredicateClassifier, build_predicate_classifier
 
@@ -113,6 +114,12 @@ class RelDNHead(RelationHead):
     spatial = property(lambda self: getattr(self.predictor, "spatial", None))
     joint = property(lambda self: getattr(self.predictor, "joint", None))
     visual = property(lambda self: getattr(self.predictor, "visual", None))
+
+    def check_counts(self, owner: str = "this model") -> None:
+        """Check those of the joint module too; see :meth:`RelationHead.check_counts`."""
+        super().check_counts(owner)
+        if isinstance(self.joint, JointModule):
+            self.joint.check_counts(owner)
 
     @property
     def box_heads(self) -> list[nn.Module]:

@@ -124,6 +124,8 @@ def test_byte_dropout_drops_each_column_alike_and_keeps_the_mean(p):
         ("DROPOUT", 1.0),
         ("DROPOUT", -0.1),
         ("EMBEDDING_STD", -1.0),
+        ("EMBEDDING_SHRINKAGE", -20.0),
+        ("EMBEDDING_SHRINKAGE", float("inf")),
     ],
 )
 def test_joint_module_invalid_option_raises(key, value):
