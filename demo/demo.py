@@ -14,8 +14,9 @@ Examples::
         --workers 4 --batch-size 8
 
 The checkpoint includes its config and class names; --config-file replaces the config. Subfolders of
-an input folder are searched for --format jsonl and parquet only. Unusable files are listed at the end and the exit status is 1; all
-others are processed. Input files are never overwritten.
+an input folder are searched with --format jsonl and parquet only. Unusable files are listed at the
+end, or in a file, and the exit status is 1; all others are processed. Input files are never
+overwritten.
 """
 
 import argparse

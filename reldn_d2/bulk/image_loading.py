@@ -1,4 +1,4 @@
-"""Reading and preparing images in the worker processes of torch's DataLoader, while a model runs."""
+"""Reads and prepares images in the worker processes of torch's DataLoader, while a model runs."""
 
 import signal
 import threading
@@ -125,8 +125,8 @@ def _iterate(images: Dataset, workers: int, prefetched: int | None) -> Iterator[
 def _deaths_raise_in_next() -> Iterator[None]:
     """Let a worker's death raise where its next image is awaited, a few seconds later.
 
-    DataLoader's own handler raises at once, wherever the main thread is: while it writes a line, for
-    example.
+    DataLoader's own handler raises at once, wherever the main thread is, perhaps while it writes a
+    line.
     """
     if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
         yield  # no such handler

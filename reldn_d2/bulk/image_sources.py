@@ -167,6 +167,10 @@ def _images_of_tar(path: str) -> Iterator[ImageItem]:
                     found = True
                     place = member.offset_data, member.size
                     yield ImageItem(f"{path}/{member.name}", path, place)
+            # tarfile also stops at a header that is cut off; a whole archive ends with zeros.
+            archive.fileobj.seek(archive.offset)
+            if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError("it is cut off")
     except (OSError, tarfile.TarError) as error:
         raise ImageError(f"{path}: cannot be read as a tar file: {error}; replace it") from None
     if not found:

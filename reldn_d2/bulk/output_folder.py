@@ -29,8 +29,8 @@ __all__ = [
     "FORMATS",
     "BulkOutput",
     "check_run",
+    "count_part",
     "is_complete",
-    "to_line",
     "to_record",
     "write_part",
 ]
@@ -291,3 +291,17 @@ def write_part(
 def is_complete(folder: Path, name: str, kind: str) -> bool:
     """Whether :func:`write_part` has written a part."""
     return (folder / f"part-{name}.{kind}").exists()
+
+
+def count_part(folder: Path, name: str, kind: str) -> tuple[int, int]:
+    """Return how many images of a part have a record, and how many an error."""
+
+    def count_lines(path: Path) -> int:
+        if not path.exists():
+            return 0
+        with open(path, "rb") as file:
+            return sum(1 for _ in file)
+
+    part = folder / f"part-{name}.{kind}"
+    rows = len(read_keys(part)) if kind == "parquet" else count_lines(part)
+    return rows, count_lines(folder / f"_errors-{name}.jsonl")

@@ -69,7 +69,8 @@ def run_bulk(
         the exit status, and the boxes left out by the name of their class.
 
     Raises:
-        ValueError: the folder has results of another run; or as :func:`.entity_files.read_entities`.
+        OSError, ValueError, ImportError: the folder has results of another run or cannot be
+            written; or as :func:`.entity_files.read_entities`.
     """
     entities = read_entities(predictor, args)
     if isinstance(entities, FileEntities):
