@@ -3,7 +3,8 @@ r"""Predict any number of images with Ray Data, on this machine or on a cluster.
 
 Examples::
 
-    python tools/predict_ray.py --checkpoint model_final.pth --input photos --output found --actors 2
+    python tools/predict_ray.py --checkpoint model_final.pth --input photos --output found \
+        --actors 2
     python tools/predict_ray.py --address auto --checkpoint /shared/model_final.pth \
         --input '/shared/shards/*.tar' --output /shared/found --format parquet \
         --actors 16 --gpus-per-actor 1 --workers 8 --batch-size 16
@@ -18,7 +19,6 @@ the same paths. docs/bulk.md has the format of the output.
 import argparse
 import json
 import os
-import socket
 import sys
 import time
 from collections import Counter

@@ -16,9 +16,9 @@ from .image_loading import (
     Entities,
     ImageLoading,
     LoadedImage,
+    ReadingProcessDied,
     load_images,
     prefetched_images,
-    worker_died,
 )
 from .image_sources import ImageItem
 
@@ -51,7 +51,7 @@ def predict_images(
         each image, with its scene graph or the reason why it has none.
 
     Raises:
-        RuntimeError: worker processes die, whatever they read.
+        ReadingProcessDied: worker processes die, whatever they read.
     """
     detector = entities if isinstance(entities, ImageDetector) else None
     done, alone = 0, 0
@@ -67,8 +67,8 @@ def predict_images(
             for result in _predict_in_order(predictor, loaded, batch_size):
                 done += 1
                 yield result
-        except RuntimeError as error:
-            if not worker_died(error) or done - start < alone:
+        except ReadingProcessDied as error:
+            if done - start < alone:  # each image had a process of its own
                 raise
             # The image that ended its process is one of those that were loaded ahead.
             alone = _BATCHES_AHEAD * batch_size + prefetched_images(workers, batch_size)

@@ -3,7 +3,7 @@
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -15,12 +15,23 @@ from ..data.prediction_input import ImageInput, InputReader
 from ..utils.image_io import ImageError
 from .image_sources import ImageItem, ImageReader
 
-__all__ = ["ImageLoading", "LoadedImage", "load_images", "prefetched_images", "worker_died"]
+__all__ = [
+    "Entities",
+    "ImageLoading",
+    "LoadedImage",
+    "ReadingProcessDied",
+    "load_images",
+    "prefetched_images",
+]
 
 Entities = Callable[[str], Mapping[str, Any]]  # arguments ``boxes``, ... by key of the image
 
 # So many images in a row that each end their worker process are not the cause of it.
 _MAX_DEATHS = 3
+
+
+class ReadingProcessDied(RuntimeError):
+    """A process that reads images was killed, perhaps by the image."""
 
 
 class LoadedImage(NamedTuple):
@@ -84,17 +95,17 @@ def load_images(
             other. One that ends its process is an error of this image.
 
     Raises:
-        RuntimeError: a worker process died (:func:`worker_died`).
+        ReadingProcessDied: a worker process died, or several of those with one image each.
     """
     deaths = 0
     first_alone = min(first_alone, len(loading))
     for index in range(first_alone):
         try:
-            (loaded,) = _iterate(Subset(loading, [index]), 1, None)
+            (loaded,) = _iterate(loading, range(index, index + 1), 1, 2)
             deaths = 0
-        except RuntimeError as error:
+        except ReadingProcessDied:
             deaths += 1
-            if not worker_died(error) or deaths == _MAX_DEATHS:
+            if deaths == _MAX_DEATHS:
                 raise
             image = loading.images[index]
             loaded = LoadedImage(
@@ -105,20 +116,38 @@ def load_images(
                 ),
             )
         yield loaded
-    remaining = Subset(loading, range(first_alone, len(loading)))
-    yield from _iterate(remaining, workers, prefetched_images(workers, batch_size))
+    remaining = range(first_alone, len(loading))
+    yield from _iterate(loading, remaining, workers, prefetched_images(workers, batch_size))
 
 
-def _iterate(images: Dataset, workers: int, prefetched: int | None) -> Iterator[LoadedImage]:
+def _iterate(
+    loading: ImageLoading, indices: range, workers: int, prefetched: int
+) -> Iterator[LoadedImage]:
+    """Load some images with one DataLoader.
+
+    Raises:
+        ReadingProcessDied: a worker process died.
+    """
     loader = DataLoader(
-        images,
+        Subset(loading, indices),
         batch_size=None,
         num_workers=workers,
-        prefetch_factor=prefetched // workers if workers and prefetched else None,
+        prefetch_factor=prefetched // workers if workers else None,
     )
     iterator = iter(loader)
-    with _deaths_raise_in_next():
-        yield from iterator
+    problem = None
+    # A single image is awaited at once, so that its error can only be raised here.
+    with nullcontext() if len(indices) == 1 else _deaths_raise_in_next():
+        try:
+            yield from iterator
+        except RuntimeError as error:
+            if not _tells_of_death(str(error)):
+                raise
+            problem = str(error)
+        finally:
+            del iterator  # else the handler would report the same process again
+    if problem is not None:
+        raise ReadingProcessDied(problem)
 
 
 @contextmanager
@@ -138,7 +167,6 @@ def _deaths_raise_in_next() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, before)
 
 
-def worker_died(error: RuntimeError) -> bool:
+def _tells_of_death(text: str) -> bool:
     """Whether an error of DataLoader says that a worker process died."""
-    text = str(error)
     return "DataLoader worker" in text and ("exited unexpectedly" in text or "killed" in text)
