@@ -22,7 +22,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_model_options(parser)
     return parser
+
+
+class ActorError(RuntimeError):
+    """An actor cannot work; the message is one line."""
 
 
 class ShardPredictor:
@@ -184,7 +188,7 @@ def start_ray(args: argparse.Namespace) -> None:
     Raises:
         ImportError: Ray is not installed.
         ValueError: no machine has what one actor needs.
-        ConnectionError: there is no cluster.
+        ConnectionError: Ray does not start, or there is no cluster.
     """
     try:
         import ray
@@ -192,16 +196,17 @@ def start_ray(args: argparse.Namespace) -> None:
     except ImportError as error:
         raise ImportError(f"this needs Ray ({error}): pip install 'ray[data]'") from None
     cpus = 1 + args.workers
-    if args.address:
-        ray.init(address=args.address, log_to_driver=False, logging_level="WARNING")
-    else:
-        ray.init(
-            num_cpus=args.actors * cpus,  # processes share the cores if there are fewer
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="WARNING",
-        )
+    options: dict[str, Any] = {"address": args.address}
+    if not args.address:
+        options = {
+            "num_cpus": args.actors * cpus,  # processes share the cores if there are fewer
+            "object_store_memory": OBJECT_STORE_BYTES,
+            "include_dashboard": False,
+        }
+    try:
+        ray.init(log_to_driver=False, logging_level="ERROR", **options)
+    except Exception as error:  # of many types, some of them Exception itself
+        raise ConnectionError(f"Ray cannot be used: {' '.join(str(error).split())}") from error
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     need = {"CPU": cpus, "GPU": args.gpus_per_actor}
     if not any(all(node.get(x, 0) >= count for x, count in need.items()) for node in nodes):
@@ -211,9 +216,16 @@ def start_ray(args: argparse.Namespace) -> None:
         )
 
 
-def run_shards(args: argparse.Namespace, shards: Sequence[Shard], names: Sequence[str]) -> Any:
-    """Yield the ShardResult of each shard, as Ray finishes them."""
+def run_shards(
+    args: argparse.Namespace, shards: Sequence[Shard], names: Sequence[str]
+) -> Iterator[ShardResult]:
+    """Yield the result of each shard, as Ray finishes them.
+
+    Raises:
+        ActorError: an actor raised an error or died again and again.
+    """
     import ray.data
+    import ray.data.exceptions
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -233,8 +245,14 @@ def run_shards(args: argparse.Namespace, shards: Sequence[Shard], names: Sequenc
         num_gpus=args.gpus_per_actor,
         ray_remote_args_fn=lambda: {"max_task_retries": MAX_RETRIES},
     )
-    for row in dataset.iter_rows():
-        yield ShardResult(*json.loads(row["result"]))
+    try:
+        for row in dataset.iter_rows():
+            yield ShardResult(*json.loads(row["result"]))
+    except (ray.exceptions.RayError, ray.data.exceptions.RayDataUserCodeException) as error:
+        last_line = str(error).strip().splitlines()[-1]
+        raise ActorError(
+            f"an actor failed: {last_line}. The same command continues this run"
+        ) from error
 
 
 def run(args: argparse.Namespace) -> int:
@@ -275,7 +293,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse_and_import(build_parser(), arguments)
     try:
         return run(args)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, ActorError) as error:
         print(f"predict_ray.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

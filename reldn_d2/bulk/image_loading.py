@@ -3,7 +3,6 @@
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -134,37 +133,40 @@ def _iterate(
         num_workers=workers,
         prefetch_factor=prefetched // workers if workers else None,
     )
-    iterator = iter(loader)
-    problem = None
     # A single image is awaited at once, so that its error can only be raised here.
-    with nullcontext() if len(indices) == 1 else _deaths_raise_in_next():
-        try:
-            yield from iterator
-        except RuntimeError as error:
-            if not _tells_of_death(str(error)):
-                raise
-            problem = str(error)
-        finally:
-            del iterator  # else the handler would report the same process again
+    handler = signal.SIG_DFL if len(indices) == 1 else _take_death_handler()
+    iterator = problem = None
+    try:
+        iterator = iter(loader)  # the first one of a process sets the handler
+        handler = handler if len(indices) == 1 else _take_death_handler(handler)
+        yield from iterator
+    except RuntimeError as error:
+        if not _tells_of_death(str(error)):
+            raise
+        problem = str(error)
+    finally:
+        del iterator  # else the handler would report the same process again
+        if handler != signal.SIG_DFL:
+            signal.signal(signal.SIGCHLD, handler)
     if problem is not None:
         raise ReadingProcessDied(problem)
 
 
-@contextmanager
-def _deaths_raise_in_next() -> Iterator[None]:
-    """Let a worker's death raise where its next image is awaited, a few seconds later.
+def _take_death_handler(taken: Any = signal.SIG_DFL) -> Any:
+    """Replace DataLoader's handler of dying processes by the default; return it to be set again.
 
-    DataLoader's own handler raises at once, wherever the main thread is, perhaps while it writes a
-    line.
+    It raises at once, wherever the main thread is, perhaps while that writes a line. Without it, a
+    death raises where the process's next image is awaited, a few seconds later.
+
+    Args:
+        taken: what an earlier call returned.
     """
     if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
-        yield  # no such handler
-        return
-    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, before)
+        return taken  # there is no such handler
+    handler = signal.getsignal(signal.SIGCHLD)
+    if handler is None or handler == signal.SIG_DFL:  # None: not set by Python
+        return taken
+    return signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _tells_of_death(text: str) -> bool:
