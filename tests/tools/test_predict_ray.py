@@ -167,7 +167,7 @@ def test_predict_ray_actor_killed_in_the_middle_loses_and_doubles_nothing(
     command = [sys.executable, "-W", "ignore", str(ROOT / "tools/predict_ray.py"), "--device"]
     command += ["cpu", "--checkpoint", checkpoint, "--input", str(folder), "--output", str(out)]
     command += ["--actors", "2", "--shard-size", "4"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_raylet_start_wait_time_s": "300"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_agent_register_timeout_ms": "300000"}
     process = subprocess.Popen(
         command,
         env=environment,
