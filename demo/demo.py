@@ -10,9 +10,13 @@ Examples::
     python demo/demo.py --pretrained vrd_boxes --input street.jpg --output pictures \
         --detector COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml
 
+    python demo/demo.py --checkpoint model_final.pth --input photos --output found --format jsonl \
+        --workers 4 --batch-size 8
+
 The checkpoint includes its config and class names; --config-file replaces the config. Subfolders of
-an input folder are not searched. Unusable files are listed at the end and the exit status is 1; all
-others are processed. Input files are never overwritten.
+an input folder are searched with --format jsonl and parquet only. Unusable files are listed at the
+end, or in a file, and the exit status is 1; all others are processed. Input files are never
+overwritten.
 """
 
 import argparse
@@ -33,15 +37,17 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from reldn_d2.bulk import FORMATS, list_images
 from reldn_d2.predictor import RelationPredictor
-from reldn_d2.pretrained import PRETRAINED, pretrained_file
-from reldn_d2.scripts.entity_files import read_entities
+from reldn_d2.scripts.bulk_run import check_bulk_options, run_bulk
+from reldn_d2.scripts.entity_files import FileEntities, read_entities
+from reldn_d2.scripts.model_options import add_model_options, build_predictor, zero_or_more
 from reldn_d2.structures.class_matching import similar_names
 from reldn_d2.structures.graph_formats import graph_to_dot, graph_to_graphml
 from reldn_d2.structures.scene_graph import SceneGraph
 from reldn_d2.utils.file_io import write_atomically
 from reldn_d2.utils.image_io import ImageError, distinct_paths, expand_inputs, read_rgb
-from reldn_d2.utils.user_modules import add_module_argument, parse_and_import
+from reldn_d2.utils.user_modules import parse_and_import
 from reldn_d2.vis.gallery import gallery_record, write_gallery
 from reldn_d2.vis.video import EntityTracker, VideoFile, VideoWriter, draw_frame
 from reldn_d2.vis.visualizer import RelationVisualizer, heading_of
@@ -57,39 +63,11 @@ SUFFIXES = {
 }  # by format: suffixes of a file given as --output; in a folder, results have the first one
 
 
-def fraction(text: str) -> float:
-    """Parse a command-line value in [0, 1]."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
-
-
-def positive(text: str) -> int:
-    """Parse a positive integer of the command line."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return value
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser: the options of Detectron2's demo and more."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    model = parser.add_mutually_exclusive_group()
-    model.add_argument(
-        "--checkpoint", metavar="FILE", help="trained RelDN, such as model_final.pth"
-    )
-    model.add_argument(
-        "--pretrained",
-        metavar="NAME",
-        help=f"a model that comes with this package ({', '.join(sorted(PRETRAINED))}), or one of "
-        "the Hugging Face Hub (hf://OWNER/NAME)",
-    )
-    parser.add_argument("--config-file", metavar="FILE", help="replaces the checkpoint's config")
-    add_module_argument(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", nargs="+", metavar="PATH", help="images, globs, folders")
     source.add_argument("--video-input", metavar="FILE", help="a video")
@@ -100,98 +78,21 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder, or file for a single result; without it, results are shown in a window",
     )
     parser.add_argument(
-        "--confidence-threshold",
-        type=fraction,
-        metavar="SCORE",
-        help="min score of a detection; default: the config's, 0.05; of --detector: 0.5",
-    )
-    parser.add_argument(
-        "--min-score",
-        type=fraction,
-        default=0.01,
-        metavar="SCORE",
-        help="min score of a triplet; default: 0.01",
-    )
-    parser.add_argument(
-        "--top-k",
-        type=positive,
-        default=20,
-        metavar="K",
-        help="number of triplets per image; default: 20",
-    )
-    parser.add_argument(
         "--format",
-        choices=["image", "json", "graphml", "dot", "html", "graph"],
+        choices=["image", "json", "graphml", "dot", "html", "graph", *FORMATS],
         default="image",
         help="pictures; JSON; scene graphs as GraphML, DOT or pictures; one HTML page for all "
-        "images; default: image",
+        "images; for many images JSON Lines or Parquet (docs/bulk.md); default: image",
     )
     parser.add_argument(
-        "--boxes",
-        type=Path,
-        metavar="JSON",
-        help='boxes that replace detections: {"FILE NAME": {"boxes": [[x0, y0, x1, y1], ...], '
-        '"classes": [id or name, ...], "scores": [...]}, ...}; "classes" and "scores" are optional',
+        "--workers",
+        type=zero_or_more,
+        metavar="N",
+        help="with --format jsonl or parquet: processes that read images while the model runs; "
+        "0: none; default: 2",
     )
-    parser.add_argument(
-        "--detections",
-        type=Path,
-        metavar="FILE",
-        help="for a model trained on detections from files: COCO results (JSON), whose image ids "
-        "are the files' names without suffix; Detectron2's instances_predictions.pth; or JSON as "
-        "for --boxes",
-    )
-    parser.add_argument(
-        "--detector",
-        metavar="NAME",
-        help="detect the entities with this detector: a config of Detectron2's model zoo, such as "
-        "COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml, the path of a YAML file or LazyConfig, "
-        "torchvision:fasterrcnn_resnet50_fpn_v2, or transformers:NAME_OR_FOLDER; classes are "
-        "matched by name",
-    )
-    parser.add_argument(
-        "--detector-weights",
-        metavar="FILE",
-        help="weights of --detector; default: downloaded from the model zoo or torchvision",
-    )
-    parser.add_argument(
-        "--batch-size", type=positive, default=1, metavar="N", help="images per batch; default: 1"
-    )
-    parser.add_argument("--device", help="cpu or cuda; default: a GPU if there is one")
-    parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE config overrides"
-    )
+    add_model_options(parser)
     return parser
-
-
-def build_predictor(args: argparse.Namespace) -> RelationPredictor:
-    """Return the predictor of the command line.
-
-    Raises:
-        ValueError: there is no checkpoint.
-    """
-    opts = list(args.opts)
-    path = args.checkpoint if args.pretrained is None else pretrained_file(args.pretrained)
-    if path is None and "MODEL.WEIGHTS" in opts:
-        path = opts[opts.index("MODEL.WEIGHTS") + 1]
-    if path is None:
-        raise ValueError(
-            "no trained model given: add --checkpoint model_final.pth, or --pretrained "
-            f"{' or '.join(sorted(PRETRAINED))}"
-        )
-    ours = ["TEST.RELATIONS.TOPK", max(args.top_k, 100)]
-    if args.confidence_threshold is not None:
-        ours += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", args.confidence_threshold]
-        ours += ["MODEL.RETINANET.SCORE_THRESH_TEST", args.confidence_threshold]
-    # Foreign detectors have classes that the model does not know; boxes of its own do not.
-    foreign = args.detector is not None or args.pretrained is not None
-    return RelationPredictor.from_checkpoint(
-        path,
-        args.device,
-        args.config_file,
-        ours + opts,
-        unknown_classes="leave_out" if foreign else "error",
-    )
 
 
 def prepare_output(output: Path | None, kind: str, files: list[str]) -> dict[str, Path]:
@@ -279,6 +180,8 @@ def run_images(
     errors: list[str] = []
     count = 0
     entities = read_entities(predictor, args)
+    if isinstance(entities, FileEntities):
+        entities.check_names(files)
     results = predictor.stream(files, batch_size=args.batch_size, given=entities)
     left_out: Counter[str] = Counter()
     progress = tqdm(results, total=len(files), unit="image")
@@ -313,6 +216,16 @@ def run_images(
     if errors:
         print("\n  ".join([f"{len(errors)} could not be used:", *errors]), file=sys.stderr)
     return 1 if errors else 0
+
+
+def run_many(args: argparse.Namespace) -> int:
+    """Predict images in bulk and return the exit status."""
+    check_bulk_options(args)
+    images = list_images(args.input)
+    predictor = build_predictor(args)
+    status, left_out = run_bulk(args, images, predictor)
+    print_left_out(left_out, predictor.thing_classes)
+    return status
 
 
 def print_left_out(counts: Counter[str], known: Sequence[str]) -> None:
@@ -405,8 +318,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the demo and return the exit status."""
     args = parse_and_import(build_parser(), arguments)
     try:
+        if args.workers is not None and args.format not in FORMATS:
+            raise ValueError("--workers: add --format jsonl or parquet; others use no processes")
         if not args.input:
             return run_video(build_predictor(args), args)
+        if args.format in FORMATS:
+            return run_many(args)
         paths = prepare_output(args.output, args.format, expand_inputs(args.input))
         return run_images(build_predictor(args), paths, args)
     except (OSError, ValueError, ImportError) as error:

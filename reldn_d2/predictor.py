@@ -10,7 +10,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,15 +25,14 @@ from .checkpoint.description import leave_out_training_parts, read_description
 from .checkpoint.reldn_checkpoint import RelDNCheckpointer
 from .config import add_reldn_config, merge_config, merge_saved_config
 from .data.detection_files import load_detections
-from .data.prediction_input import InputPreparation
+from .data.prediction_input import ImageInput, InputPreparation, InputReader
 from .modeling.detectors.precomputed import PrecomputedDetector
 from .pretrained.weights import pretrained_file
-from .structures.class_matching import leave_out_unknown
 from .structures.given_boxes import GivenBoxes, ModelClasses
 from .structures.name_matching import NAME_FIELDS
 from .structures.scene_graph import SceneGraph
 from .utils.config_values import Options, list_options
-from .utils.image_io import ONE_IMAGE, ImageError, OneImage, load_rgb
+from .utils.image_io import ONE_IMAGE, ImageError, OneImage
 from .utils.protocols import predicates_per_pair
 from .utils.registry import explain_missing_keys, explain_unregistered
 
@@ -89,7 +88,6 @@ class RelationPredictor:
                 f"unknown_classes is {unknown_classes!r}; expected {' or '.join(UNKNOWN_CLASSES)}"
             )
         self.unknown_classes = unknown_classes
-        self._reported_classes: set[str] = set()
         self.model = model.eval()
         self.cfg = cfg
         self.thing_classes = list(thing_classes)
@@ -98,6 +96,8 @@ class RelationPredictor:
         classes = ModelClasses(model.detector.num_classes, self.thing_classes)
         # From an (H, W, 3) image, boxes and detections to the model's input.
         self.prepare = InputPreparation(cfg, classes, self.reads_images, self.needs_detections)
+        # The same with the checks of a call; it has no model, so worker processes can have a copy.
+        self.read_input = InputReader(self.prepare, unknown_classes == "leave_out")
 
     @classmethod
     def from_checkpoint(
@@ -234,7 +234,7 @@ class RelationPredictor:
         single = images is None or isinstance(images, ONE_IMAGE)
         given = dict(boxes=boxes, classes=classes, scores=scores, detections=detections, size=size)
         if single:
-            return self._predict([self._input(images, "image", channels, **given)])[0]
+            return self.predict_inputs([self.read_input(images, "image", channels, **given)])[0]
         if not isinstance(images, (list, tuple)):
             raise ImageError(
                 f"a {type(images).__name__} is neither an image nor a list of images: give a path, "
@@ -245,12 +245,12 @@ class RelationPredictor:
         for start in range(0, len(images), max(batch_size, 1)):
             batch = range(start, min(start + max(batch_size, 1), len(images)))
             inputs = [
-                self._input(
+                self.read_input(
                     images[i], f"image {i}", channels, **{key: x[i] for key, x in given.items()}
                 )
                 for i in batch
             ]
-            graphs += self._predict(inputs)
+            graphs += self.predict_inputs(inputs)
         return graphs
 
     def stream(
@@ -278,66 +278,36 @@ class RelationPredictor:
             raise TypeError("stream() takes several images; for one, call the predictor")
         numbered = enumerate(images)
         while batch := list(islice(numbered, max(batch_size, 1))):
-            inputs: list[_Input | ImageError] = []
+            inputs: list[ImageInput | ImageError] = []
             for index, image in batch:
                 try:
                     entities = {} if given is None else given(image)
-                    inputs.append(self._input(image, f"image {index}", channels, **entities))
+                    inputs.append(self.read_input(image, f"image {index}", channels, **entities))
                 except ImageError as error:
                     inputs.append(error)
-            graphs = iter(self._predict([x for x in inputs if isinstance(x, _Input)]))
+            graphs = iter(self.predict_inputs([x for x in inputs if isinstance(x, ImageInput)]))
             for (_, image), x in zip(batch, inputs):
-                yield image, next(graphs) if isinstance(x, _Input) else x
+                yield image, next(graphs) if isinstance(x, ImageInput) else x
 
-    def _input(self, image: OneImage | None, name: str, channels: str, **given: Any) -> "_Input":
-        """Read and prepare one image; ``name`` is for messages about an image without a path."""
-        file_name = str(image) if isinstance(image, (str, Path)) else None
-        name = file_name or name
-        given, left_out = self._leave_out(given, name)
-        rgb = None if image is None else load_rgb(image, channels, name)
-        record = self.prepare(rgb, **given, name=name)
-        task = "sgdet"
-        if given.get("boxes") is not None:
-            task = "sgcls" if given.get("classes") is None else "prdcls"
-        if task != "prdcls":
-            self.require_detections(record)
-        return _Input(record, task, file_name, left_out)
+    def predict_inputs(self, inputs: Sequence[ImageInput]) -> list[SceneGraph]:
+        """Predict what :attr:`read_input` returned, those of one task and size in one batch.
 
-    def _leave_out(
-        self, given: Mapping[str, Any], name: str
-    ) -> tuple[dict[str, Any], dict[int, str]]:
-        """Leave out boxes or detections of unknown classes if ``unknown_classes`` says so."""
-        given = dict(given)
-        if self.unknown_classes == "error":
-            return given, {}
-        entities = {key: given.get(key) for key in ("boxes", "classes", "scores")}
-        reported = self._reported_classes
-        entities, left_out = leave_out_unknown(entities, self.thing_classes, name, reported)
-        given.update(entities)
-        if isinstance(given.get("detections"), Mapping):
-            given["detections"], more = leave_out_unknown(
-                given["detections"], self.thing_classes, f"{name}: detections", reported
-            )
-            left_out = left_out or more
-        return given, left_out
-
-    def _predict(self, inputs: Sequence["_Input"]) -> list[SceneGraph]:
-        """Predict prepared images, those of one task and size in one batch."""
+        Raises:
+            ImageError: given boxes that the model did not keep.
+        """
         batches: dict[Any, list[int]] = {}
         for index, x in enumerate(inputs):
-            # Images of other sizes would be padded, which moves detections a little.
-            shape = x.record["image"].shape if "image" in x.record else None
-            batches.setdefault((x.task, shape), []).append(index)
+            batches.setdefault(x.batch_key, []).append(index)
         graphs: dict[int, SceneGraph] = {}
-        for (task, _), batch in batches.items():
-            with torch.no_grad(), self._as_task(task):
+        for batch in batches.values():
+            with torch.no_grad(), self._as_task(inputs[batch[0]].task):
                 outputs = self.model([inputs[i].record for i in batch])
             for i, output in zip(batch, outputs):
                 graph = self._result(output, inputs[i])
                 graphs[i] = replace(graph, left_out=inputs[i].left_out)
         return [graphs[i] for i in range(len(inputs))]
 
-    def _result(self, output: dict[str, Instances], x: "_Input") -> SceneGraph:
+    def _result(self, output: dict[str, Instances], x: ImageInput) -> SceneGraph:
         """Return the scene graph of one image, with the given boxes exactly as they were given."""
         given = x.record.get("given_boxes")
         if given is None:
@@ -391,16 +361,7 @@ class RelationPredictor:
 
     def require_detections(self, record: Mapping[str, Any]) -> None:
         """Raise ImageError if the model needs detections and a prepared input has none."""
-        if self.needs_detections and "detections" not in record:
-            if "given_boxes" in record:
-                raise ImageError(
-                    f"{record['file_name']}: classes are missing: this model has no detector that "
-                    "could classify the boxes; give the class of each box"
-                )
-            raise ImageError(
-                f"{record['file_name']}: this model was trained on detections from files and has "
-                "no detector of its own; give detections, or boxes with classes"
-            )
+        self.read_input.require_detections(record)
 
     def read_detections(self, path: str | Path) -> dict[str, dict[str, np.ndarray]]:
         """Read a file as ``DATASETS.DETECTION_FILES_TEST`` takes it.
@@ -429,15 +390,6 @@ class RelationPredictor:
                 "start at 1, subtract 1."
             )
         return found
-
-
-class _Input(NamedTuple):
-    """One prepared image."""
-
-    record: dict[str, Any]  # the model's input
-    task: str
-    file_name: str | None
-    left_out: dict[int, str]  # given boxes of classes that the model does not have
 
 
 def _one_per_image(values: Any, num_images: int, what: str) -> list[Any]:

@@ -21,6 +21,7 @@ LAYERS = (
     ("predictor", "export"),
     ("vis",),
     ("", "env"),  # "" is reldn_d2/__init__.py
+    ("bulk",),
     ("scripts",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -4,7 +4,8 @@ Shapes: R boxes of one image. Boxes are XYXY in pixels of the image as it was re
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from detectron2.structures import Boxes, Instances
 
+from ..structures.class_matching import leave_out_unknown
 from ..structures.given_boxes import (
     GivenBoxes,
     GivenEntities,
@@ -22,11 +24,11 @@ from ..structures.given_boxes import (
     check_size,
     to_array,
 )
-from ..utils.image_io import ImageError, from_rgb
+from ..utils.image_io import ImageError, OneImage, from_rgb, load_rgb
 from .boxes_only import spanned_size
 from .detection_files import transform_detections
 
-__all__ = ["InputPreparation"]
+__all__ = ["ImageInput", "InputPreparation", "InputReader"]
 
 
 class InputPreparation:
@@ -128,3 +130,102 @@ class InputPreparation:
         return T.ResizeTransform(
             height, width, max(resize.new_h, 1), max(resize.new_w, 1), resize.interp
         )
+
+
+class ImageInput(NamedTuple):
+    """One prepared image.
+
+    Attributes:
+        record: the model's input.
+        task: "sgdet", or "sgcls" or "prdcls" with given boxes or given boxes and classes.
+        file_name: of the image, if it came from a file.
+        left_out: class names of given boxes that the model does not have, by their index.
+    """
+
+    record: dict[str, Any]
+    task: str
+    file_name: str | None
+    left_out: dict[int, str]
+
+    @property
+    def batch_key(self) -> tuple:
+        """What the images of one batch have in common: the task and the size of the input.
+
+        Images of other sizes would be padded, which moves detections a little.
+        """
+        image = self.record.get("image")
+        return self.task, None if image is None else tuple(image.shape)
+
+
+class InputReader:
+    """Reads and prepares images for a predictor: all that happens before the model runs.
+
+    It has no model and can be pickled, so that worker processes can do this work.
+    """
+
+    def __init__(self, prepare: InputPreparation, leaves_out_unknown: bool):
+        """
+        Args:
+            prepare: of the model.
+            leaves_out_unknown: leave out given boxes whose class name the model does not have.
+        """
+        self.prepare = prepare
+        self.leaves_out_unknown = leaves_out_unknown
+        self._reported_classes: set[str] = set()
+
+    def __call__(
+        self, image: OneImage | None, name: str, channels: str = "RGB", **given: Any
+    ) -> ImageInput:
+        """Read and prepare one image.
+
+        Args:
+            image: as for :class:`reldn_d2.predictor.RelationPredictor`.
+            name: for messages about an image without a path.
+            channels: order of the channels of an array.
+            given: ``boxes``, ``classes``, ``scores``, ``detections`` and ``size`` of the image.
+
+        Raises:
+            ImageError: an unusable image, unusable boxes, or the model needs detections.
+        """
+        file_name = str(image) if isinstance(image, (str, Path)) else None
+        name = file_name or name
+        given, left_out = self._leave_out(given, name)
+        rgb = None if image is None else load_rgb(image, channels, name)
+        record = self.prepare(rgb, **given, name=name)
+        task = "sgdet"
+        if given.get("boxes") is not None:
+            task = "sgcls" if given.get("classes") is None else "prdcls"
+        if task != "prdcls":
+            self.require_detections(record)
+        return ImageInput(record, task, file_name, left_out)
+
+    def require_detections(self, record: Mapping[str, Any]) -> None:
+        """Raise ImageError if the model needs detections and a prepared input has none."""
+        if self.prepare.takes_detections and "detections" not in record:
+            if "given_boxes" in record:
+                raise ImageError(
+                    f"{record['file_name']}: classes are missing: this model has no detector that "
+                    "could classify the boxes; give the class of each box"
+                )
+            raise ImageError(
+                f"{record['file_name']}: this model was trained on detections from files and has "
+                "no detector of its own; give detections, or boxes with classes"
+            )
+
+    def _leave_out(
+        self, given: Mapping[str, Any], name: str
+    ) -> tuple[dict[str, Any], dict[int, str]]:
+        """Leave out boxes or detections of unknown classes if this reader does so."""
+        given = dict(given)
+        if not self.leaves_out_unknown:
+            return given, {}
+        names, reported = self.prepare.classes.names, self._reported_classes
+        entities = {key: given.get(key) for key in ("boxes", "classes", "scores")}
+        entities, left_out = leave_out_unknown(entities, names, name, reported)
+        given.update(entities)
+        if isinstance(given.get("detections"), Mapping):
+            given["detections"], more = leave_out_unknown(
+                given["detections"], names, f"{name}: detections", reported
+            )
+            left_out = left_out or more
+        return given, left_out

@@ -2,17 +2,19 @@
 
 import argparse
 import json
-from collections.abc import Callable, Collection
+from collections import Counter
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 from reldn_d2.predictor import RelationPredictor
 from reldn_d2.pretrained import load_detector
+from reldn_d2.pretrained.image_detectors import ImageDetector
 from reldn_d2.structures.given_boxes import ENTITY_KEYS, check_keys
 from reldn_d2.utils.file_io import json_problem
-from reldn_d2.utils.image_io import ImageError, OneImage
+from reldn_d2.utils.image_io import ImageError
 
-__all__ = ["EntityFile", "read_boxes", "read_detections", "read_entities"]
+__all__ = ["EntityFile", "FileEntities", "read_boxes", "read_detections", "read_entities"]
 
 _FORM = '{"FILE NAME": {"boxes": [[x0, y0, x1, y1], ...], "classes": [name, ...]}}'
 
@@ -30,20 +32,36 @@ class EntityFile:
         self.path = path
         self.by_image = by_image
         self.has_ids = has_ids
+        self._repeated: set[str] = set()  # names, or names without suffix, of several images
+
+    def check_names(self, files: Iterable[str]) -> None:
+        """Find out which images share their name, so that an entry by name is not unambiguous."""
+        counts = Counter(self._name(file) for file in files)
+        self._repeated = {name for name, count in counts.items() if count > 1}
+
+    def _name(self, file: str) -> str:
+        return Path(file).stem if self.has_ids else Path(file).name
 
     def __getitem__(self, file: str) -> dict[str, Any]:
         """Return the entities of an image.
 
         Raises:
-            ImageError: there are none.
+            ImageError: there are none, or there are some for its name, which several images have.
         """
         stem = Path(file).stem
         keys = [file, Path(file).name]
         if self.has_ids:  # COCO's image 139 is the file 000000000139.jpg
             keys += [stem, *([str(int(stem))] if stem.isdecimal() else [])]
         for key in keys:
-            if key in self.by_image:
-                return self.by_image[key]
+            if key not in self.by_image:
+                continue
+            if key != file and self._name(file) in self._repeated:
+                fix = "rename them" if self.has_ids else f"give its entry the key {file!r}"
+                raise ImageError(
+                    f"{file}: several images are named {self._name(file)}, so the entry {key!r} of "
+                    f"{self.path} may belong to another one: {fix}"
+                )
+            return self.by_image[key]
         what = f"image id {' or '.join(keys[2:])}" if self.has_ids else f"key {keys[1]!r}"
         raise ImageError(f"{file}: {self.path} has nothing for it ({what})")
 
@@ -84,7 +102,7 @@ def read_detections(path: Path, predictor: RelationPredictor) -> EntityFile:
     return EntityFile(path, predictor.read_detections(path), has_ids=True)
 
 
-def read_detector(args: argparse.Namespace) -> Callable[[OneImage], dict[str, Any]]:
+def read_detector(args: argparse.Namespace) -> ImageDetector:
     """Load the detector of ``--detector``, which returns the entities of an image."""
     if args.boxes is not None or args.detections is not None:
         raise ValueError("--detector finds the entities: leave out --boxes and --detections")
@@ -94,9 +112,40 @@ def read_detector(args: argparse.Namespace) -> Callable[[OneImage], dict[str, An
     return load_detector(args.detector, args.detector_weights, args.device, **options)
 
 
+class FileEntities:
+    """Returns the predictor's arguments ``boxes``, ... for an image, from files.
+
+    It can be pickled, so that worker processes can have a copy.
+    """
+
+    def __init__(self, boxes: EntityFile | None, detections: EntityFile | None):
+        self.boxes = boxes
+        self.detections = detections
+
+    def __call__(self, file: str) -> dict[str, Any]:
+        """Return the arguments for an image.
+
+        Args:
+            file: its path or key; not used without files.
+
+        Raises:
+            ImageError: a file has nothing for it.
+        """
+        result = {} if self.boxes is None else dict(self.boxes[file])
+        if self.detections is not None:
+            result["detections"] = self.detections[file]
+        return result
+
+    def check_names(self, files: Collection[str]) -> None:
+        """Take no entry by file name alone for images that share their name."""
+        for part in (self.boxes, self.detections):
+            if part is not None:
+                part.check_names(files)
+
+
 def read_entities(
     predictor: RelationPredictor, args: argparse.Namespace
-) -> Callable[[Any], dict[str, Any]]:
+) -> FileEntities | ImageDetector:
     """Return a function that gives the predictor's arguments ``boxes``, ... for an image.
 
     Images are file names, and with ``--detector`` or without any of these options also arrays.
@@ -122,10 +171,4 @@ def read_entities(
     boxes = None if args.boxes is None else read_boxes(args.boxes)
     detections = None if args.detections is None else read_detections(args.detections, predictor)
 
-    def entities(file: str) -> dict[str, Any]:
-        result = {} if boxes is None else dict(boxes[file])
-        if detections is not None:
-            result["detections"] = detections[file]
-        return result
-
-    return entities
+    return FileEntities(boxes, detections)

@@ -6,8 +6,10 @@ and floating-point values and shows the hidden colors of transparent pixels.
 """
 
 import glob
+import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Union
 
@@ -22,6 +24,7 @@ __all__ = [
     "ONE_IMAGE",
     "ImageError",
     "OneImage",
+    "decode_rgb",
     "distinct_paths",
     "exif_orientation",
     "expand_inputs",
@@ -76,10 +79,38 @@ def read_rgb(path: str | Path) -> np.ndarray:
         ImageError: if there is no such file, or it is not an image, is truncated or has more pixels
             than Pillow opens.
     """
-    try:
-        with PathManager.open(str(path), "rb") as file, Image.open(file) as image:
+    with (
+        _explain_unreadable(str(path)),
+        PathManager.open(str(path), "rb") as file,
+        Image.open(file) as image,
+    ):
+        image.load()
+        return pil_to_rgb(image, str(path))
+
+
+def decode_rgb(data: bytes, name: str) -> np.ndarray:
+    """Decode the content of an image file as :func:`read_rgb` does.
+
+    Args:
+        data: content of the file.
+        name: of the image, for messages.
+
+    Raises:
+        ImageError: as :func:`read_rgb`.
+    """
+    with _explain_unreadable(name):
+        if not data:
+            raise ValueError("the file is empty")
+        with Image.open(io.BytesIO(data)) as image:
             image.load()
-            return pil_to_rgb(image, str(path))
+            return pil_to_rgb(image, name)
+
+
+@contextmanager
+def _explain_unreadable(path: str) -> Iterator[None]:
+    """Turn the errors of reading an image into an ImageError that starts with its path."""
+    try:
+        yield
     except ImageError:
         raise
     except FileNotFoundError:
