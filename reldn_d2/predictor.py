@@ -37,7 +37,7 @@ from .utils.image_io import ONE_IMAGE, ImageError, OneImage, load_rgb
 from .utils.protocols import predicates_per_pair
 from .utils.registry import explain_missing_keys, explain_unregistered
 
-__all__ = ["GivenBoxes", "RelationPredictor"]
+__all__ = ["GivenBoxes", "PreparedInput", "RelationPredictor"]
 
 logger = logging.getLogger(__name__)
 
@@ -234,7 +234,7 @@ class RelationPredictor:
         single = images is None or isinstance(images, ONE_IMAGE)
         given = dict(boxes=boxes, classes=classes, scores=scores, detections=detections, size=size)
         if single:
-            return self._predict([self._input(images, "image", channels, **given)])[0]
+            return self.predict_inputs([self.prepare_input(images, "image", channels, **given)])[0]
         if not isinstance(images, (list, tuple)):
             raise ImageError(
                 f"a {type(images).__name__} is neither an image nor a list of images: give a path, "
@@ -245,12 +245,12 @@ class RelationPredictor:
         for start in range(0, len(images), max(batch_size, 1)):
             batch = range(start, min(start + max(batch_size, 1), len(images)))
             inputs = [
-                self._input(
+                self.prepare_input(
                     images[i], f"image {i}", channels, **{key: x[i] for key, x in given.items()}
                 )
                 for i in batch
             ]
-            graphs += self._predict(inputs)
+            graphs += self.predict_inputs(inputs)
         return graphs
 
     def stream(
@@ -278,22 +278,42 @@ class RelationPredictor:
             raise TypeError("stream() takes several images; for one, call the predictor")
         numbered = enumerate(images)
         while batch := list(islice(numbered, max(batch_size, 1))):
-            inputs: list[_Input | ImageError] = []
+            inputs: list[PreparedInput | ImageError] = []
             for index, image in batch:
                 try:
                     entities = {} if given is None else given(image)
-                    inputs.append(self._input(image, f"image {index}", channels, **entities))
+                    inputs.append(self.prepare_input(image, f"image {index}", channels, **entities))
                 except ImageError as error:
                     inputs.append(error)
-            graphs = iter(self._predict([x for x in inputs if isinstance(x, _Input)]))
+            prepared = [x for x in inputs if isinstance(x, PreparedInput)]
+            graphs = iter(self.predict_inputs(prepared))
             for (_, image), x in zip(batch, inputs):
-                yield image, next(graphs) if isinstance(x, _Input) else x
+                yield image, next(graphs) if isinstance(x, PreparedInput) else x
 
-    def _input(self, image: OneImage | None, name: str, channels: str, **given: Any) -> "_Input":
-        """Read and prepare one image; ``name`` is for messages about an image without a path."""
+    def prepare_input(
+        self,
+        image: OneImage | None,
+        name: str = "image",
+        channels: str = "RGB",
+        unknown_classes: str | None = None,
+        **given: Any,
+    ) -> "PreparedInput":
+        """Read, check and prepare one image; :meth:`predict_inputs` predicts it.
+
+        This does not run the model, so other threads may prepare images while it runs.
+
+        Args:
+            image, channels: as for a call.
+            name: of an image without a path, for messages.
+            unknown_classes: as for :class:`RelationPredictor`; None means the predictor's own.
+            given: ``boxes``, ``classes``, ``scores``, ``detections`` and ``size`` of a call.
+
+        Raises:
+            ImageError: an unusable image or unusable boxes.
+        """
         file_name = str(image) if isinstance(image, (str, Path)) else None
         name = file_name or name
-        given, left_out = self._leave_out(given, name)
+        given, left_out = self._leave_out(given, name, unknown_classes or self.unknown_classes)
         rgb = None if image is None else load_rgb(image, channels, name)
         record = self.prepare(rgb, **given, name=name)
         task = "sgdet"
@@ -301,15 +321,17 @@ class RelationPredictor:
             task = "sgcls" if given.get("classes") is None else "prdcls"
         if task != "prdcls":
             self.require_detections(record)
-        return _Input(record, task, file_name, left_out)
+        return PreparedInput(record, task, file_name, left_out)
 
     def _leave_out(
-        self, given: Mapping[str, Any], name: str
+        self, given: Mapping[str, Any], name: str, unknown_classes: str
     ) -> tuple[dict[str, Any], dict[int, str]]:
         """Leave out boxes or detections of unknown classes if ``unknown_classes`` says so."""
         given = dict(given)
-        if self.unknown_classes == "error":
+        if unknown_classes == "error":
             return given, {}
+        if len(self._reported_classes) > 10_000:  # made-up names, in a process that runs for weeks
+            self._reported_classes.clear()
         entities = {key: given.get(key) for key in ("boxes", "classes", "scores")}
         reported = self._reported_classes
         entities, left_out = leave_out_unknown(entities, self.thing_classes, name, reported)
@@ -321,8 +343,8 @@ class RelationPredictor:
             left_out = left_out or more
         return given, left_out
 
-    def _predict(self, inputs: Sequence["_Input"]) -> list[SceneGraph]:
-        """Predict prepared images, those of one task and size in one batch."""
+    def predict_inputs(self, inputs: Sequence["PreparedInput"]) -> list[SceneGraph]:
+        """Predict images of :meth:`prepare_input`, those of one task and size in one batch."""
         batches: dict[Any, list[int]] = {}
         for index, x in enumerate(inputs):
             # Images of other sizes would be padded, which moves detections a little.
@@ -337,7 +359,7 @@ class RelationPredictor:
                 graphs[i] = replace(graph, left_out=inputs[i].left_out)
         return [graphs[i] for i in range(len(inputs))]
 
-    def _result(self, output: dict[str, Instances], x: "_Input") -> SceneGraph:
+    def _result(self, output: dict[str, Instances], x: "PreparedInput") -> SceneGraph:
         """Return the scene graph of one image, with the given boxes exactly as they were given."""
         given = x.record.get("given_boxes")
         if given is None:
@@ -431,8 +453,8 @@ class RelationPredictor:
         return found
 
 
-class _Input(NamedTuple):
-    """One prepared image."""
+class PreparedInput(NamedTuple):
+    """One image as :meth:`RelationPredictor.predict_inputs` takes it."""
 
     record: dict[str, Any]  # the model's input
     task: str

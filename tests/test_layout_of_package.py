@@ -21,7 +21,7 @@ LAYERS = (
     ("predictor", "export"),
     ("vis",),
     ("", "env"),  # "" is reldn_d2/__init__.py
-    ("scripts",),
+    ("scripts", "serve"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
