@@ -3,6 +3,7 @@
 import http.client
 import io
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -88,6 +89,32 @@ def encoded(pixels: np.ndarray, image_format: str = "PNG") -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, image_format)
     return buffer.getvalue()
+
+
+def assert_equal(found: dict, graph) -> None:
+    """Assert that an answer is the predictor's, up to the rounding of other batches."""
+    expected = json.loads(graph.to_json())
+    assert found.keys() == expected.keys()
+    for part in ("instances", "relations"):
+        assert found[part].keys() == expected[part].keys()
+        for key, values in expected[part].items():
+            if key in ("boxes", "scores", "predicate_scores"):
+                np.testing.assert_allclose(found[part][key], values, rtol=1e-5, atol=1e-3)
+            else:
+                assert found[part][key] == values, key
+    rest = [
+        {k: v for k, v in x.items() if k not in ("instances", "relations")}
+        for x in (found, expected)
+    ]
+    assert rest[0] == rest[1]
+
+
+def cut_off(port: int, body: bytes, kind: str) -> None:
+    """Send half of a request and hang up."""
+    head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\n"
+    head += f"Content-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.sendall(head.encode() + body[: len(body) // 2])
 
 
 @contextmanager

@@ -206,6 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         listener = bind(args.host, args.port)
         application = build_application(args)
+        listener.listen(128)  # connections wait until uvicorn takes them
         host, port = listener.getsockname()[:2]
         logger.info(f"http://{f'[{host}]' if ':' in host else host}:{port} answers from now on")
         if host not in ("127.0.0.1", "::1"):

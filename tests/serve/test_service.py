@@ -1,6 +1,5 @@
 """The HTTP service: its answers equal the predictor's, and it stays well under load."""
 
-import json
 import socket
 import threading
 import time
@@ -13,7 +12,7 @@ from usage_utils import picture
 
 pytest.importorskip("fastapi", reason="the service needs FastAPI: pip install 'reldn_d2[serve]'")
 
-from serving import BOUNDARY, encoded, form, running
+from serving import BOUNDARY, assert_equal, cut_off, encoded, form, running
 
 from reldn_d2.predictor import RelationPredictor
 from reldn_d2.utils.image_io import ImageError
@@ -39,24 +38,6 @@ def boxes_service(boxes_predictor):
     """Serve a model that reads boxes and classes only."""
     with running(boxes_predictor, max_bytes=200_000, max_pixels=40_000, max_boxes=20) as service:
         yield service
-
-
-def assert_equal(found: dict, graph) -> None:
-    """Assert that an answer is the predictor's, up to the rounding of other batches."""
-    expected = json.loads(graph.to_json())
-    assert found.keys() == expected.keys()
-    for part in ("instances", "relations"):
-        assert found[part].keys() == expected[part].keys()
-        for key, values in expected[part].items():
-            if key in ("boxes", "scores", "predicate_scores"):
-                np.testing.assert_allclose(found[part][key], values, rtol=1e-5, atol=1e-3)
-            else:
-                assert found[part][key] == values, key
-    rest = [
-        {k: v for k, v in x.items() if k not in ("instances", "relations")}
-        for x in (found, expected)
-    ]
-    assert rest[0] == rest[1]
 
 
 def test_predict_image_equals_the_predictor(service, predictor):
@@ -208,14 +189,6 @@ def test_metrics_count_cut_off_requests(service):
     assert metric(service, name) == before + 2
 
 
-def cut_off(port: int, body: bytes, kind: str) -> None:
-    """Send half of a request and hang up."""
-    head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\n"
-    head += f"Content-Length: {len(body)}\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
-        connection.sendall(head.encode() + body[: len(body) // 2])
-
-
 def test_slow_request_times_out(predictor):
     with running(predictor, seconds=0.3) as service:
         head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
@@ -291,15 +264,14 @@ def test_concurrent_requests_share_a_batch_and_a_full_queue_refuses(predictor):
 
 def test_request_that_waits_too_long_is_told_so_and_costs_nothing(predictor):
     gate = Gate(predictor)
-    with running(gate, seconds=0.5, batch_size=1) as service:
+    with running(gate, seconds=2, batch_size=1) as service:
         answers, threads = send_together(service, 3)
         for thread in threads:
             thread.join()
         assert [x.status for x in answers] == [503] * 3
-        assert "no answer within 0.5 seconds" in answers[0].body["error"]
+        assert "no answer within 2 seconds" in answers[0].body["error"]
         gate.open.set()
-        assert service.predict(IMAGE).status == 200
-        assert gate.batches == [1, 1]  # the two that waited were not predicted
+    assert gate.batches == [1]  # the two that waited were not predicted
 
 
 def test_failing_image_does_not_fail_its_batch(predictor, caplog):
