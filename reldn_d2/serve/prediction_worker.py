@@ -85,9 +85,10 @@ class PredictionWorker:
                 if len(batch) == self.batch_size or self._jobs.empty():
                     break
                 job = self._jobs.get()
-            started = time.perf_counter()
-            self._answer(batch)
-            self.metrics.predicted(len(batch), time.perf_counter() - started)
+            if batch:
+                started = time.perf_counter()
+                self._answer(batch)
+                self.metrics.predicted(len(batch), time.perf_counter() - started)
             if job is not None:
                 del batch  # not kept while the thread waits
                 job = self._jobs.get()

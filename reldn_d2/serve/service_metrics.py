@@ -32,7 +32,7 @@ class Metrics:
         """Count a batch and the time that the model took."""
         with self._lock:
             self._images += images
-            self._batches += images > 0
+            self._batches += 1
             self._model_seconds += seconds
 
     def seconds_per_image(self) -> float:
