@@ -97,7 +97,7 @@ class RelationPredictor:
         # From an (H, W, 3) image, boxes and detections to the model's input.
         self.prepare = InputPreparation(cfg, classes, self.reads_images, self.needs_detections)
         # The same with the checks of a call; it has no model, so worker processes can have a copy.
-        self.read_input = InputReader(self.prepare, unknown_classes == "leave_out")
+        self.read_input = InputReader(self.prepare, unknown_classes)
 
     @classmethod
     def from_checkpoint(

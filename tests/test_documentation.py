@@ -365,6 +365,8 @@ def test_exempt_block_parses(block, reader, monkeypatch):
         elif program == "python":
             with pytest.raises(Parsed):
                 run_python(words, monkeypatch)
+        elif program in ("curl", "docker"):  # tests/serve/test_serve_command.py runs or reads them
+            assert block.file == "docs/serve.md"
         else:
             assert program == "pip" and words[0] == "install"
 

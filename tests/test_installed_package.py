@@ -25,9 +25,18 @@ pytestmark = pytest.mark.slow
 
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_{}(sys.argv[1])"
 FILES = ["CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md"]
-FILES += ["configs", "demo", "docs", "mkdocs.yml", "pyproject.toml", "reldn_d2", "requirements"]
+FILES += [
+    "configs",
+    "demo",
+    "docker",
+    "docs",
+    "mkdocs.yml",
+    "pyproject.toml",
+    "reldn_d2",
+    "requirements",
+]
 FILES += ["tests", "tools", "train_net.py"]
-COMMANDS = ["check", "draw", "env", "evaluate", "predict", "train"]
+COMMANDS = ["check", "draw", "env", "evaluate", "predict", "serve", "train"]
 
 
 def run(command, folder: Path, **variables: str) -> str:
@@ -161,6 +170,21 @@ def test_installed_predict_writes_the_relations_of_a_photo(programs, user):
     command = [programs / "reldn-predict", "--pretrained", "vrd_boxes", "--boxes", "boxes.json"]
     run([*command, "--input", "photo.jpg", "--output", "out", "--format", "json"], user)
     assert "person" in (user / "out/photo.json").read_text()
+
+
+def test_installed_serve_has_its_page(programs, user):
+    pytest.importorskip("fastapi", reason="the service needs FastAPI")
+    code = """
+import sys
+from reldn_d2.predictor import RelationPredictor
+from reldn_d2.serve.service import create_app
+app = create_app(RelationPredictor.from_pretrained("vrd_boxes"))
+(page,) = [x for x in app.routes if getattr(x, "path", "") == "/"]
+import asyncio
+print(asyncio.run(page.endpoint()).body.decode())
+"""
+    assert "Relations in an image" in run([programs / "python", "-c", code], user)
+    assert "--pretrained NAME" in run([programs / "reldn-serve", "--help"], user)
 
 
 def test_installed_train_writes_a_model_that_predicts(programs, user, model):

@@ -22,7 +22,7 @@ LAYERS = (
     ("vis",),
     ("", "env"),  # "" is reldn_d2/__init__.py
     ("bulk",),
-    ("scripts",),
+    ("scripts", "serve"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

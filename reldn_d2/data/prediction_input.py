@@ -163,18 +163,24 @@ class InputReader:
     It has no model and can be pickled, so that worker processes can do this work.
     """
 
-    def __init__(self, prepare: InputPreparation, leaves_out_unknown: bool):
+    def __init__(self, prepare: InputPreparation, unknown_classes: str):
         """
         Args:
             prepare: of the model.
-            leaves_out_unknown: leave out given boxes whose class name the model does not have.
+            unknown_classes: "leave_out" leaves out given boxes whose class name the model does not
+                have; with "error" they are one.
         """
         self.prepare = prepare
-        self.leaves_out_unknown = leaves_out_unknown
+        self.unknown_classes = unknown_classes
         self._reported_classes: set[str] = set()
 
     def __call__(
-        self, image: OneImage | None, name: str, channels: str = "RGB", **given: Any
+        self,
+        image: OneImage | None,
+        name: str = "image",
+        channels: str = "RGB",
+        unknown_classes: str | None = None,
+        **given: Any,
     ) -> ImageInput:
         """Read and prepare one image.
 
@@ -182,6 +188,7 @@ class InputReader:
             image: as for :class:`reldn_d2.predictor.RelationPredictor`.
             name: for messages about an image without a path.
             channels: order of the channels of an array.
+            unknown_classes: as for the reader; None means the reader's own.
             given: ``boxes``, ``classes``, ``scores``, ``detections`` and ``size`` of the image.
 
         Raises:
@@ -189,7 +196,7 @@ class InputReader:
         """
         file_name = str(image) if isinstance(image, (str, Path)) else None
         name = file_name or name
-        given, left_out = self._leave_out(given, name)
+        given, left_out = self._leave_out(given, name, unknown_classes or self.unknown_classes)
         rgb = None if image is None else load_rgb(image, channels, name)
         record = self.prepare(rgb, **given, name=name)
         task = "sgdet"
@@ -213,12 +220,14 @@ class InputReader:
             )
 
     def _leave_out(
-        self, given: Mapping[str, Any], name: str
+        self, given: Mapping[str, Any], name: str, unknown_classes: str
     ) -> tuple[dict[str, Any], dict[int, str]]:
-        """Leave out boxes or detections of unknown classes if this reader does so."""
+        """Leave out boxes or detections of unknown classes if ``unknown_classes`` says so."""
         given = dict(given)
-        if not self.leaves_out_unknown:
+        if unknown_classes == "error":
             return given, {}
+        if len(self._reported_classes) > 10_000:  # made-up names, in a process that runs for weeks
+            self._reported_classes.clear()
         names, reported = self.prepare.classes.names, self._reported_classes
         entities = {key: given.get(key) for key in ("boxes", "classes", "scores")}
         entities, left_out = leave_out_unknown(entities, names, name, reported)

@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 GivenBoxes = Union[np.ndarray, torch.Tensor, Sequence[Sequence[float]]]
 ENTITY_KEYS = ("boxes", "classes", "scores")
 MIN_SIDE = 0.01  # pixels; a thinner box may vanish when it is scaled in float32
+# float32, in which the model computes, has every whole pixel up to here and overflows far beyond.
+MAX_SIDE = 2**24
 _ROUNDING = 1.0  # pixels that a box may extend beyond its image without a warning
 
 
@@ -172,28 +174,35 @@ def check_size(size: Any, name: str) -> tuple[int, int] | None:
     """Return (height, width) of an image as the user gave it; None if it was not given.
 
     Raises:
-        ImageError: not two numbers of at least 1.
+        ImageError: not two numbers between 1 and ``MAX_SIDE``.
     """
     if size is None:
         return None
     try:
-        height, width = (int(value) for value in size)
-    except (TypeError, ValueError):
+        height, width = (0 if isinstance(value, str) else int(value) for value in size)
+    except (OverflowError, TypeError, ValueError):
         height = width = 0
-    if height < 1 or width < 1:
-        raise ImageError(f"{name}: size is {size!r}; expected height and width in pixels")
+    if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
+        raise ImageError(
+            f"{name}: size is {size!r}; expected height and width in pixels, at most {MAX_SIDE}"
+        )
     return height, width
 
 
 def to_array(boxes: GivenBoxes, name: str) -> np.ndarray:
-    """Return (R, 4) float64 boxes; raise ImageError if they have another shape or type."""
+    """Return (R, 4) float64 boxes.
+
+    Raises:
+        ImageError: another shape or type, or coordinates that are not finite or beyond
+            ``MAX_SIDE``.
+    """
     if isinstance(boxes, Boxes):
         boxes = boxes.tensor
     if isinstance(boxes, torch.Tensor):
         boxes = boxes.detach().cpu().numpy()
     try:
         boxes = np.array(boxes, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         raise ImageError(f"{name}: expected boxes as lists of numbers x0, y0, x1, y1") from None
     if boxes.size == 0:
         return np.zeros((0, 4))
@@ -204,6 +213,12 @@ def to_array(boxes: GivenBoxes, name: str) -> np.ndarray:
         raise ImageError(
             f"{name}: box {infinite[0]}, {boxes[infinite[0]].tolist()}, is not finite; expected "
             "x0, y0, x1, y1"
+        )
+    huge = np.flatnonzero((np.abs(boxes) > MAX_SIDE).any(axis=1))
+    if len(huge):
+        raise ImageError(
+            f"{name}: box {huge[0]}, {boxes[huge[0]].tolist()}, has coordinates beyond {MAX_SIDE}; "
+            "expected x0, y0, x1, y1 in pixels"
         )
     return boxes
 

@@ -314,6 +314,13 @@ def test_predictor_without_image_keeps_scores_and_names(predictor):
         ({"boxes": BOXES}, "image: classes are missing: this model has no detector"),
         ({**GIVEN, "size": (60, 0)}, "image: size is .60, 0.; expected height and width"),
         ({**GIVEN, "size": 60}, "image: size is 60; expected height and width in pixels"),
+        ({**GIVEN, "size": "60"}, "image: size is '60'; expected height and width in pixels"),
+        ({**GIVEN, "size": (float("inf"), 9)}, "size is .inf, 9.; expected height and width"),
+        ({**GIVEN, "size": (2**25, 9)}, "expected height and width in pixels, at most 16777216"),
+        (
+            {**GIVEN, "boxes": [[0, 0, 1e30, 9], *BOXES[1:]]},
+            "box 0, .* coordinates beyond 16777216",
+        ),
         ({**GIVEN, "size": (20, 20)}, "image: box 1, .* has no area within the image of 20 x 20"),
         ({**GIVEN, "images": np.zeros((64, 96, 3), np.uint8), "size": (64, 96)}, "its own size"),
         ({**GIVEN, "classes": [0, 1, 9]}, "image: the model has no class 9"),
