@@ -133,4 +133,6 @@ def build_node(node: DictConfig, source: str) -> Any:
         return instantiate(node)
     except Exception as error:  # whatever the class that it names raises, or a missing package
         reason = " ".join(str(error).split())
+        if isinstance(error, ModuleNotFoundError):  # timm, for Detectron2's ViT and MViT
+            reason += f". Install the package of '{error.name}'"
         raise ValueError(f"{source} cannot be built: {type(error).__name__}: {reason}") from error

@@ -6,7 +6,8 @@ import re
 import lazyconfig_train_net as tool
 import pytest
 import torch
-from model_utils import CLASSES, PREDICATES, ROOT, write_dataset
+from lazy_files import write_documented_reldn, write_lazy_detector
+from model_utils import CLASSES, PREDICATES, ROOT, busy_item, write_dataset
 
 import reldn_d2
 from reldn_d2.checkpoint.reldn_checkpoint import DetectorCheckpointer
@@ -14,6 +15,7 @@ from reldn_d2.engine import LaunchError, ProcessFailed
 
 from detectron2.config import LazyConfig, instantiate
 from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
 
 CONFIG = str(ROOT / "configs/lazy/toy_reldn.py")
 DETECTOR = str(ROOT / "configs/lazy/toy_detector.py")
@@ -67,6 +69,19 @@ def test_lazyconfig_train_net_trains_resumes_and_evaluates(in_checkout, tmp_path
     ]
     capsys.readouterr()
     assert tool.invoke_main([*config, "--eval-only", *evaluated]) == 0
+
+
+@pytest.mark.parametrize("kind", ["faster_rcnn", "cascade"])
+def test_lazyconfig_train_net_documented_reldn_on_another_detector_trains(tmp_path, kind):
+    detector = write_lazy_detector(tmp_path, kind)
+    adapter = "CascadeRCNNDetector" if kind == "cascade" else "GeneralizedRCNNDetector"
+    path = str(write_documented_reldn(tmp_path, detector, 16, adapter))
+    model = tool.build(tool.load(path, []), path)
+    with EventStorage():
+        sum(model.train()([busy_item(0)]).values()).backward()
+    with torch.no_grad():
+        (result,) = model.eval()([busy_item(0)])
+    assert len(result["instances"]) == 5 and len(result["relations"]) > 0
 
 
 MODULE = """
