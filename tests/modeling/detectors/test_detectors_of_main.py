@@ -138,7 +138,7 @@ def train_step(model):
     )
     for parameter in model.parameters():
         if parameter.grad is not None:
-            parameter.data -= 0.01 * parameter.grad
+            parameter.data -= 1e-4 * parameter.grad.sign()  # whatever the gradient's size
             parameter.grad = None
 
 
