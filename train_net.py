@@ -64,7 +64,7 @@ def invoke_main() -> None:
     print("Command Line Args:", args)
     cfg = reldn_d2.load_config(args.config_file, args.opts)
     try:
-        check_device(cfg, args.num_gpus)
+        check_device(cfg.MODEL.DEVICE, args.num_gpus)
         launch(
             main,
             args.num_gpus,

@@ -1,6 +1,9 @@
 """Small LazyConfigs in the manner of Detectron2's ``configs/common/models``."""
 
+import re
 from pathlib import Path
+
+from model_utils import ROOT
 
 _HEAD = """
 from detectron2.config import LazyCall as L
@@ -194,4 +197,30 @@ def write_lazy_detector(folder: Path, kind: str, more: str = "") -> Path:
     """Write the LazyConfig of a small detector with 9 classes; ``more`` is code after it."""
     path = Path(folder) / f"{kind}.py"
     path.write_text(_HEAD + _MODELS[kind] + more)
+    return path
+
+
+def write_documented_reldn(folder: Path, detector: Path, vector_size: int, adapter: str) -> Path:
+    """Write the LazyConfig of a RelDN in docs/detectors.md, on another detector.
+
+    Args:
+        folder: gets ``my_lazy_reldn.py``.
+        detector: LazyConfig of an R-CNN.
+        vector_size: of its box head's vectors.
+        adapter: ``GeneralizedRCNNDetector`` or ``CascadeRCNNDetector``.
+    """
+    text = (ROOT / "docs/detectors.md").read_text()
+    (code,) = re.findall(r"```python my_lazy_reldn.py\n(.*?)```", text, re.DOTALL)
+    if adapter == "CascadeRCNNDetector":
+        code = code.replace("heads.box_head)", "heads.box_heads[0])")
+    for old, new in (
+        ("configs/lazy/toy_reldn.py", str(ROOT / "configs/lazy/toy_reldn.py")),
+        ("my_lazy_detector.py", str(detector)),
+        ("vector_size=1024", f"vector_size={vector_size}"),
+        ("GeneralizedRCNNDetector", adapter),
+    ):
+        assert old in code
+        code = code.replace(old, new)
+    path = folder / "my_lazy_reldn.py"
+    path.write_text(code)
     return path

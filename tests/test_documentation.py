@@ -13,6 +13,7 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -163,6 +164,7 @@ def write_files_of_reader(folder: Path) -> None:
     long = ("SOLVER.MAX_ITER", 270000, "OUTPUT_DIR", "my_detector")  # as in the model zoo
     cfg = merged("configs/Toy/Detectors/cascade_rcnn_FPN.yaml", *NARROW, *detector, *long)
     (folder / "my_cascade_rcnn_fpn.yaml").write_text(cfg.dump())
+    shutil.copy(folder / "configs/lazy/toy_detector.py", folder / "my_lazy_detector.py")
     (folder / "my_faster_rcnn_fpn.yaml").write_text('_BASE_: "configs/Toy/detector.yaml"\n')
 
 

@@ -28,12 +28,15 @@ from reldn_d2.engine import (
     LaunchError,
     ProcessFailed,
     SeedEachIteration,
+    StopOnSignal,
     build_simple_trainer,
+    check_device,
     create_ddp_model,
     ensure_frequency_table,
     launch,
 )
 from reldn_d2.modeling import RelDN
+from reldn_d2.modeling.backbone import freeze_unused
 from reldn_d2.utils.lazy_configs import build_node, is_lazy_config, load_lazy_config
 from reldn_d2.utils.user_modules import add_module_argument, parse_and_import
 
@@ -92,6 +95,10 @@ def build(config: DictConfig, path: str) -> RelDN:
                     f"{path}: model.{where} has {count} {field}, but the dataset '{dataset}' has "
                     f"{len(names[field])}"
                 )
+    backbone = model.predicate_backbone
+    reads_images = backbone is not None and not hasattr(backbone, "shared_stages")
+    if reads_images and hasattr(head, "in_features"):
+        freeze_unused(backbone, head.in_features)
     return model.to(config.train.device)
 
 
@@ -142,6 +149,7 @@ def train(config: DictConfig, model: RelDN, resume: bool) -> None:
     multiplier = build_node(config.lr_multiplier, "lr_multiplier")
     options = config.train.checkpointer
     main = comm.is_main_process()
+    stop_on_signal = StopOnSignal(wrapped, checkpointer)
     parts = [
         SeedEachIteration(lambda: config.train.seed),
         hooks.IterationTimer(),
@@ -153,6 +161,7 @@ def train(config: DictConfig, model: RelDN, resume: bool) -> None:
             if main
             else None
         ),
+        stop_on_signal,
         hooks.EvalHook(config.train.eval_period, lambda: evaluate(config, wrapped)),
         (
             hooks.PeriodicWriter(
@@ -168,7 +177,10 @@ def train(config: DictConfig, model: RelDN, resume: bool) -> None:
     resumed = resume and checkpointer.has_checkpoint()
     start = trainer.iter + 1 if resumed else 0
     ensure_frequency_table(cfg, wrapped, "resumed" if resumed else "new")
-    trainer.train(start, config.train.max_iter)
+    try:
+        trainer.train(start, config.train.max_iter)
+    finally:
+        stop_on_signal.restore_handlers()
 
 
 def main(args):
@@ -197,6 +209,7 @@ def invoke_main(arguments: list[str] | None = None) -> int:
     args = parse_and_import(parser, arguments)
     try:
         config = load(args.config_file, args.opts)
+        check_device(config.train.device, args.num_gpus, "train.device")
         launch(
             main,
             args.num_gpus,

@@ -135,12 +135,13 @@ def install(groups: "list[str]", cpu_torch: bool = False) -> None:
         hint = " On Debian and Ubuntu, `apt install python3-venv` installs the module venv."
         steps.run(f"creating .venv with {python}", [python, "-m", "venv", str(VENV)], hint)
     check_index(steps.environment)
+    of_cpu = cpu_options(steps) if build == "cpu" and "base" in todo else ()
     note["torch"] = build
     pip_install = [str(VENV_PYTHON), "-m", "pip", "install"]
     for group in todo:
         for title, requirements, options in STEPS[group]:
             if requirements == "torch.txt" and build == "cpu":
-                title, options = "installing torch and torchvision for the CPU", cpu_options(steps)
+                title, options = "installing torch and torchvision for the CPU", of_cpu
             path = REQUIREMENTS / file_of(requirements, build)
             steps.run(title, [*pip_install, "-r", str(path), *options])
         if group == "base":

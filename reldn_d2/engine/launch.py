@@ -17,7 +17,6 @@ from urllib.parse import urlparse
 import torch
 import torch.distributed as dist
 
-from detectron2.config import CfgNode
 from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 
@@ -103,36 +102,49 @@ def launch(
     _run_all(processes)
 
 
-def check_device(cfg: CfgNode, num_processes_per_machine: int = 1) -> None:
-    """Check that the device of a config exists, before anything is loaded.
+def check_device(
+    device: str, num_processes_per_machine: int = 1, key: str = "MODEL.DEVICE"
+) -> None:
+    """Check that a device exists, before anything is loaded.
+
+    Args:
+        device: such as ``"cpu"``, ``"cuda"`` or ``"cuda:0"``.
+        num_processes_per_machine: of the argument ``--num-gpus``.
+        key: where the device is set, for messages; a key of a YAML or, in lower case, of a
+            LazyConfig.
 
     Raises:
-        LaunchError: if ``MODEL.DEVICE`` needs CUDA and there are not enough devices.
+        LaunchError: if there is no such device, or there are not enough of them.
     """
-    device = torch.device(cfg.MODEL.DEVICE)
-    if device.type != "cuda":
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        raise LaunchError(
+            f"{key} is '{device}', which torch does not know; use cpu, cuda or cuda:N"
+        ) from None
+    if wanted.type != "cuda":
         return
-    _check_gpus(max(1, num_processes_per_machine))
-    if num_processes_per_machine > 1 and device.index is not None:
+    _check_gpus(max(1, num_processes_per_machine), key)
+    if num_processes_per_machine > 1 and wanted.index is not None:
         raise LaunchError(
-            f"MODEL.DEVICE is {cfg.MODEL.DEVICE}: with --num-gpus {num_processes_per_machine} set "
-            "it to cuda, so that every process uses a GPU of its own"
+            f"{key} is {device}: with --num-gpus {num_processes_per_machine} set it to cuda, so "
+            "that every process uses a GPU of its own"
         )
-    if (device.index or 0) >= torch.cuda.device_count():
+    if (wanted.index or 0) >= torch.cuda.device_count():
         raise LaunchError(
-            f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but the last CUDA device is "
-            f"cuda:{torch.cuda.device_count() - 1}"
+            f"{key} is {device}, but the last CUDA device is cuda:{torch.cuda.device_count() - 1}"
         )
 
 
-def _check_gpus(wanted: int) -> None:
+def _check_gpus(wanted: int, key: str = "MODEL.DEVICE") -> None:
+    on_cpu = f"{key} cpu" if key.isupper() else f"{key}=cpu"
     if not torch.cuda.is_available():
-        raise LaunchError("no CUDA device; set MODEL.DEVICE cpu")
+        raise LaunchError(f"no CUDA device; set {on_cpu}")
     available = torch.cuda.device_count()
     if wanted > available:
         raise LaunchError(
             f"--num-gpus is {wanted}, but there are only {available} CUDA devices; use "
-            f"--num-gpus {available}, or set MODEL.DEVICE cpu"
+            f"--num-gpus {available}, or set {on_cpu}"
         )
 
 

@@ -16,6 +16,7 @@ from ..evaluation.relation_evaluation import RelationDatasetEvaluator
 from ..modeling.meta_arch import needs_images, predicts_relations
 from ..utils.file_io import check_writable_folder
 from ..utils.registry import did_you_mean
+from .launch import check_device
 
 __all__ = ["check_run", "result_names"]
 
@@ -42,6 +43,7 @@ def check_run(
     Raises:
         ValueError: with the config key and the fix.
     """
+    check_device(cfg.MODEL.DEVICE)
     try:
         check_writable_folder(cfg.OUTPUT_DIR)
     except OSError as error:

@@ -7,7 +7,6 @@ import os
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, LazyConfig, instantiate
@@ -132,6 +131,8 @@ def build_node(node: DictConfig, source: str) -> Any:
     """
     try:
         return instantiate(node)
-    except (TypeError, KeyError, AssertionError, OmegaConfBaseException) as error:
+    except Exception as error:  # whatever the class that it names raises, or a missing package
         reason = " ".join(str(error).split())
+        if isinstance(error, ModuleNotFoundError):  # timm, for Detectron2's ViT and MViT
+            reason += f". Install the package of '{error.name}'"
         raise ValueError(f"{source} cannot be built: {type(error).__name__}: {reason}") from error

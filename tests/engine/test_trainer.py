@@ -338,17 +338,32 @@ def test_launch_port_in_use_raises():
         ("cuda", 1, 2, "--num-gpus is 2, but there are only 1 CUDA devices"),
         ("cuda:0", 2, 2, "MODEL.DEVICE is cuda:0: with --num-gpus 2 set it to cuda"),
         ("cuda:1", 1, 1, "MODEL.DEVICE is cuda:1, but the last CUDA device is cuda:0"),
+        ("gpu", 1, 1, "MODEL.DEVICE is 'gpu', which torch does not know; use cpu, cuda or cuda:N"),
     ],
 )
 def test_check_device_too_few_gpus_raises(monkeypatch, device, devices, processes, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: devices > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
     with pytest.raises(LaunchError, match=message):
-        check_device(small_config("MODEL.DEVICE", device), processes)
-    check_device(small_config("MODEL.DEVICE", "cpu"), processes)
+        check_device(device, processes)
+    check_device("cpu", processes)
     if device == "cuda":
         with pytest.raises(LaunchError, match=message):
             launch(one_of_two_processes, 2, on_cpu=False)
+
+
+def test_check_device_key_of_lazy_config_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(LaunchError, match="^no CUDA device; set train.device=cpu$"):
+        check_device("cuda", key="train.device")
+
+
+@pytest.mark.parametrize("start", [RelDNTrainer, RelDNTrainer.evaluate_checkpoint])
+def test_trainer_cuda_without_gpu_one_line(monkeypatch, tmp_path, start):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(LaunchError, match="^no CUDA device; set MODEL.DEVICE cpu$"):
+        start(small_config("MODEL.DEVICE", "cuda", "OUTPUT_DIR", str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
 
 
 def test_launch_two_processes_gradients_equal_the_doubled_batch(tmp_path):

@@ -1,4 +1,4 @@
-"""``load_detector``: one-stage detectors of torchvision and Detectron2, and LazyConfigs."""
+"""``load_detector``: detectors of torchvision, Detectron2's RetinaNet, and LazyConfigs."""
 
 import numpy as np
 import pytest
@@ -14,8 +14,16 @@ from reldn_d2.pretrained import load_detector
 from detectron2.config import LazyConfig, instantiate
 
 
-@pytest.mark.parametrize("name", ["fcos_resnet50_fpn", "retinanet_resnet50_fpn"])
-def test_load_detector_torchvision_one_stage(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fcos_resnet50_fpn",
+        "retinanet_resnet50_fpn",
+        "fasterrcnn_mobilenet_v3_large_fpn",
+        "maskrcnn_resnet50_fpn",
+    ],
+)
+def test_load_detector_torchvision_scores_equal_the_models_own(tmp_path, monkeypatch, name):
     from torchvision import models
 
     build = models.get_model
@@ -34,7 +42,7 @@ def test_load_detector_torchvision_one_stage(tmp_path, monkeypatch, name):
     rgb = picture(60, 90)
     found = detect(rgb)
     check(found, ["__background__", "cup", "person"], (90, 60))
-    model.score_thresh = 0.0
+    getattr(model, "roi_heads", model).score_thresh = 0.0
     with torch.no_grad():
         expected = model([torch.as_tensor(rgb.transpose(2, 0, 1).copy()).float() / 255])[0]
     np.testing.assert_allclose(found["scores"], expected["scores"].sort(descending=True).values)

@@ -173,6 +173,19 @@ def test_install_cpu_torch_takes_the_build_from_its_index(setup_env, commands, m
     assert commands.made == []
 
 
+def test_install_cpu_torch_index_unreachable_exits_before_installing(
+    setup_env, commands, monkeypatch
+):
+    def check_index(environment, package="pip", url=""):
+        if url:
+            sys.exit("no index")
+
+    monkeypatch.setattr(setup_env, "check_index", check_index)
+    with pytest.raises(SystemExit, match="no index"):
+        setup_env.main(["install", "torch=cpu"])
+    assert requirement_files(commands) == []
+
+
 def test_install_cpu_torch_over_the_cuda_build_exits(setup_env, commands):
     setup_env.main(["install"])
     with pytest.raises(SystemExit, match="has torch's CUDA build: run `make clean` first"):

@@ -1,6 +1,7 @@
 from .predicate_backbone import (
     LaterStages,
     build_predicate_backbone,
+    freeze_unused,
     record_stages,
     share_first_stages,
 )
@@ -14,6 +15,7 @@ __all__ = [
     "build_predicate_backbone",
     "build_small_resnet_fpn_backbone",
     "build_vgg16_backbone",
+    "freeze_unused",
     "record_stages",
     "share_first_stages",
 ]

@@ -4,16 +4,18 @@ another backbone.
 Shapes: N images; a feature map is (N, c, h, w).
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone
-from detectron2.modeling.backbone import FPN, Backbone
+from detectron2.modeling.backbone import Backbone
 
-from ...utils.lazy_configs import instantiate_part
+from ...utils.lazy_configs import detector_node, instantiate_part
 
 __all__ = [
     "LaterStages",
@@ -22,6 +24,8 @@ __all__ = [
     "record_stages",
     "share_first_stages",
 ]
+
+logger = logging.getLogger(__name__)
 
 KINDS = ("same", "shared", "other")
 
@@ -116,32 +120,45 @@ def record_stages(backbone: nn.Module, names: Sequence[str]) -> Iterator[dict[st
             handle.remove()
 
 
-def freeze_unused(backbone: nn.Module, wanted: Sequence[str]) -> None:
-    """Freeze the parts of an FPN that no used map depends on.
+def freeze_unused(backbone: nn.Module, wanted: Sequence[str], channels: int = 3) -> None:
+    """Freeze the parameters of a backbone that no used map depends on.
 
-    They would never get a gradient, which distributed training treats as an error.
+    They would never get a gradient, which distributed training treats as an error. A backward pass
+    of a small image tells which ones they are, for any kind of backbone.
 
     Args:
-        backbone: left unchanged if it is not an FPN.
+        backbone: takes (1, channels, h, w) images. If it cannot process a small one, a warning is
+            logged and nothing is frozen.
         wanted: names of the maps that are used.
+        channels: of an image.
     """
-    if not isinstance(backbone, FPN):
+    if not any(x.requires_grad for x in backbone.parameters()):
         return
-    wanted_stages = [int(name[1:]) for name in wanted]
-    stages = sorted(
-        int(name[len("fpn_output") :])
-        for name, _ in backbone.named_children()
-        if name.startswith("fpn_output")
-    )
-    uses_top = max(wanted_stages) > stages[-1]
-    if backbone.top_block is not None and not uses_top:
-        backbone.top_block.requires_grad_(False)
-    for stage in stages:
-        feeds_top = uses_top and stage == stages[-1]
-        if stage not in wanted_stages and not feeds_top:
-            getattr(backbone, f"fpn_output{stage}").requires_grad_(False)
-        if stage < min(wanted_stages):
-            getattr(backbone, f"fpn_lateral{stage}").requires_grad_(False)
+    modes = {module: module.training for module in backbone.modules()}
+    size = 2 * max(getattr(backbone, "size_divisibility", 0), 32)
+    image = next(backbone.parameters()).new_zeros(1, channels, size, size)
+    backbone.eval()  # dropped paths would hide parameters, and BatchNorm would count this image
+    try:
+        # Not by the graph of the maps: activation checkpointing hides parameters there.
+        with torch.inference_mode(False), torch.enable_grad():
+            maps = backbone(image)
+            sum(maps[name].sum() for name in wanted).backward()
+    except Exception as error:  # code of the user
+        logger.warning(
+            f"The {type(backbone).__name__} of the predicate backbone cannot process an image of "
+            f"{size} x {size} pixels ({type(error).__name__}: {' '.join(str(error).split())}), so "
+            "parameters that no used map depends on, if there are any, are not frozen. Training "
+            "in several processes would end with an error about them."
+        )
+        return
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        gradients = {x: x.grad for x in backbone.parameters()}
+        backbone.zero_grad(set_to_none=True)
+    for parameter, gradient in gradients.items():
+        if gradient is None:
+            parameter.requires_grad_(False)
 
 
 def build_predicate_backbone(cfg: CfgNode) -> nn.Module:
@@ -166,8 +183,10 @@ def build_predicate_backbone(cfg: CfgNode) -> nn.Module:
         cfg.merge_from_list(list(keys.OPTIONS))
     if cfg.MODEL.RELDN.DETECTOR_LAZY_CONFIG and keys.KIND != "other":
         backbone = instantiate_part(cfg, "backbone")
+        channels = len(detector_node(cfg).get("pixel_mean", cfg.MODEL.PIXEL_MEAN))
     else:
         backbone = build_backbone(cfg)
+        channels = len(cfg.MODEL.PIXEL_MEAN)
     wanted = cfg.MODEL.ROI_RELATION_HEAD.IN_FEATURES or cfg.MODEL.ROI_HEADS.IN_FEATURES
     missing = set(wanted) - set(backbone.output_shape())
     if missing:
@@ -176,7 +195,7 @@ def build_predicate_backbone(cfg: CfgNode) -> nn.Module:
             f"{sorted(backbone.output_shape())}; the relation head pools from {list(wanted)} of "
             "either backbone (MODEL.ROI_RELATION_HEAD.IN_FEATURES)."
         )
-    freeze_unused(backbone, wanted)
+    freeze_unused(backbone, wanted, channels)
     if keys.KIND == "shared":
         return share_first_stages(backbone, keys.SHARE_UNTIL)
     return backbone

@@ -120,7 +120,21 @@ class EntityDetector(nn.Module, ABC):
         return self.backbone.output_shape()
 
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
-        """Normalize, pad and batch the images of mapped dicts."""
+        """Normalize, pad and batch the images of mapped dicts.
+
+        Raises:
+            ValueError: an image is larger than the square to which ViTDet and others pad; it would
+                be cut off.
+        """
+        size = _square_size(self.backbone)
+        for x in batched_inputs if size else ():
+            height, width = x["image"].shape[-2:]
+            if max(height, width) > size:
+                raise ValueError(
+                    f"Image {x.get('image_id', '?')} ({x.get('file_name', 'no file name')}) has "
+                    f"{height} x {width} pixels after resizing, but the detector's backbone pads "
+                    f"images to {size} x {size} (square_pad): resize images to at most {size}."
+                )
         return self.model.preprocess_image(batched_inputs)
 
     def extract_features(self, images: ImageList) -> dict[str, Tensor]:
@@ -148,6 +162,11 @@ class EntityDetector(nn.Module, ABC):
         boxes: list[Boxes],
     ) -> list[Tensor]:
         """Compute (R, K) class probabilities of given boxes per image (task SGCLS)."""
+
+
+def _square_size(backbone: nn.Module) -> int:
+    """Return the size to which a backbone of Detectron2's main branch pads images, or 0."""
+    return getattr(backbone, "padding_constraints", {}).get("square_size", 0)
 
 
 def is_meta_architecture(name: str, base: type) -> bool:
@@ -244,6 +263,13 @@ def _check_lazy_model(cfg: CfgNode, model: nn.Module) -> None:
             f"The model of {path} ({KEY}) reads images as {theirs}, but INPUT.FORMAT is "
             f"{cfg.INPUT.FORMAT}; set INPUT.FORMAT to {theirs}."
         )
+    size = _square_size(getattr(model, "backbone", model))
+    for name in ("MAX_SIZE_TRAIN", "MAX_SIZE_TEST") if size else ():
+        if cfg.INPUT[name] > size:
+            raise ValueError(
+                f"The backbone of {path} ({KEY}) pads images to {size} x {size} (square_pad), but "
+                f"INPUT.{name} is {cfg.INPUT[name]}; set INPUT.{name} to {size}."
+            )
 
 
 def _reject_trident(cfg: CfgNode) -> None:

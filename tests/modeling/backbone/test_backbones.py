@@ -246,26 +246,6 @@ def test_predicate_backbone_without_weights_learns_at_full_rate(tmp_path):
         assert rates[id(weight)] == pytest.approx(cfg.SOLVER.BASE_LR * factor)
 
 
-def test_freeze_unused_retinanet_fpn_trains_only_used_maps():
-    """p6 and p7, and maps that are not pooled from, would have none: they are not trained."""
-    narrow = (
-        *("MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone"),
-        *("MODEL.RESNETS.OUT_FEATURES", ["res3", "res4", "res5"], "MODEL.RESNETS.DEPTH", 50),
-        *("MODEL.RESNETS.STEM_OUT_CHANNELS", 4, "MODEL.FPN.IN_FEATURES", ["res3", "res4", "res5"]),
-        *("MODEL.RETINANET.IN_FEATURES", ["p3", "p4", "p5", "p6", "p7"]),
-        *("MODEL.ANCHOR_GENERATOR.SIZES", [[8], [16], [32], [64], [128]]),
-    )
-    for more in ((), ("MODEL.ROI_RELATION_HEAD.IN_FEATURES", ["p4"])):
-        model = model_of("retinanet_FPN", *narrow, *more).train()
-        with EventStorage():
-            sum(model([busy_item(0)]).values()).backward()
-        body = model.predicate_backbone
-        missing = [n for n, p in body.named_parameters() if p.requires_grad and p.grad is None]
-        assert missing == []
-        frozen = {n.split(".")[0] for n, p in body.named_parameters() if not p.requires_grad}
-        assert "top_block" in frozen and ("fpn_output5" in frozen) == bool(more)
-
-
 def test_precomputed_detector_without_box_head_loads_backbone(tmp_path):
     source = small_model(seed=4).detector.model.backbone
     state = {f"backbone.{name}": value for name, value in source.state_dict().items()}

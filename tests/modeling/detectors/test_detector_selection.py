@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from model_utils import ROOT, TINY, busy_item, small_config
+from model_utils import ROOT, SIZE, TINY, busy_item, small_config
 
 import reldn_d2
 from reldn_d2.checkpoint.reldn_checkpoint import DetectorCheckpointer, RelDNCheckpointer
@@ -10,6 +10,7 @@ from reldn_d2.checkpoint.reldn_checkpoint import DetectorCheckpointer, RelDNChec
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.projects.point_rend import add_pointrend_config
+from detectron2.structures import Instances
 from detectron2.utils.events import EventStorage
 
 RETINANET = """
@@ -48,13 +49,14 @@ def toy_base(folder, architecture, more=""):
     return cfg
 
 
-def train_and_predict(model):
+def train_and_predict(model, record=None):
+    record = record or busy_item(0)
     with EventStorage():
-        losses = model.train()([busy_item(0)])
+        losses = model.train()([record])
     sum(losses.values()).backward()
     assert all(torch.isfinite(x) for x in losses.values())
     with torch.no_grad():
-        return model.eval()([busy_item(0)])[0]
+        return model.eval()([record])[0]
 
 
 def test_auto_retinanet_yaml_without_detector_key_is_found_and_trains(tmp_path):
@@ -109,13 +111,17 @@ def test_build_maps_that_the_backbone_lacks_raise():
         build_model(cfg)
 
 
-def test_precomputed_proposals_without_files_raise():
+def test_precomputed_proposals_train_and_without_files_raise():
     options = ("MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals")
     with pytest.raises(ValueError, match="MODEL.LOAD_PROPOSALS is False: set it to True"):
         build_model(small_config(*options))
     model = build_model(small_config(*options, "MODEL.LOAD_PROPOSALS", True)).eval()
     with pytest.raises(ValueError, match="image-0.*without 'proposals'.*PROPOSAL_FILES_TRAIN"):
         model([busy_item(0)])
+    record = busy_item(0)
+    record["proposals"] = Instances(SIZE, objectness_logits=torch.zeros(4))
+    record["proposals"].proposal_boxes = record["instances"].gt_boxes.clone()
+    assert len(train_and_predict(model, record)["instances"]) > 0
 
 
 KEYPOINTS = """

@@ -151,6 +151,12 @@ def test_lazy_detector_overrides_and_number_of_classes_checked(tmp_path):
         ("\nmodel = L(nn.Identity)()", [], "not work with Identity.*accepts_model returns True"),
         ("\nmodel = dict(a=1)", [], "has no `model = L"),
         ("\nmodel.roi_heads.wrong = 1", [], "whose model cannot be built: TypeError: .*wrong"),
+        (
+            "\nclass Needs(GeneralizedRCNN):\n    def __init__(self, **kw): import no_such_package"
+            "\nmodel._target_ = Needs",
+            [],
+            "ModuleNotFoundError: No module named .* Install the package of 'no_such_package'",
+        ),
         ("\n1 / 0", [], "cannot be loaded: .*faster_rcnn.py, line [0-9]+: ZeroDivisionError"),
         ("\nx = (", [], "cannot be loaded: .*SyntaxError"),
         ("\nmodel.roi_heads.box_pooler.output_size = (7, 5)", [], "7 x 5 cells; the relation head"),
