@@ -9,13 +9,15 @@ import importlib.util
 import inspect
 import io
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ..utils.file_io import write_atomically
 from .graphs import RELATION_NAMES, ExportedGraph
@@ -95,11 +97,20 @@ def save_onnx(
 
 @contextmanager
 def _missing_operators() -> Iterator[None]:
-    """Let the exporter know stable sorting while the block runs."""
+    """Provide while the block runs what the exporter lacks: stable sorting, plain attention."""
+    fused = getattr(torch.backends, "mha", None)  # a setting that older PyTorch does not have
+    enabled = fused is not None and fused.get_fastpath_enabled()
     torch.onnx.register_custom_op_symbolic("aten::argsort", _argsort, OPSET)
+    original = nn.TransformerEncoderLayer._sa_block
+    nn.TransformerEncoderLayer._sa_block = _attend
     try:
+        if enabled:
+            fused.set_fastpath_enabled(False)
         yield
     finally:
+        if enabled:
+            fused.set_fastpath_enabled(True)
+        nn.TransformerEncoderLayer._sa_block = original
         torch.onnx.unregister_custom_op_symbolic("aten::argsort", OPSET)
 
 
@@ -112,3 +123,33 @@ def _argsort(g: Any, values: Any, *options: Any) -> Any:
     axis = g.op("Constant", value_t=torch.tensor([dim]))
     count = g.op("Gather", g.op("Shape", values), axis, axis_i=0)
     return g.op("TopK", values, count, axis_i=dim, largest_i=int(descending), outputs=2)[1]
+
+
+def _attend(
+    layer: nn.TransformerEncoderLayer,
+    values: Tensor,
+    mask: Tensor | None,
+    padding: Tensor | None,
+    is_causal: bool = False,
+) -> Tensor:
+    """Compute the self-attention of a layer; PyTorch's own writes the length into the graph.
+
+    Args:
+        layer: in eval mode, batch first.
+        values: (N, L, H).
+        mask, padding: (L, L) and (N, L) float, added to the logits; None for none.
+        is_causal: has no effect without a mask.
+    """
+    attention = layer.self_attn
+    heads, size = attention.num_heads, attention.head_dim
+    projected = F.linear(values, attention.in_proj_weight, attention.in_proj_bias)
+    query, key, value = (
+        x.reshape(x.shape[0], -1, heads, size).transpose(1, 2) for x in projected.chunk(3, dim=2)
+    )
+    logits = query @ key.transpose(2, 3) / math.sqrt(size)  # (N, heads, L, L)
+    if mask is not None:
+        logits = logits + mask
+    if padding is not None:
+        logits = logits + padding[:, None, None]
+    attended = (logits.softmax(dim=3) @ value).transpose(1, 2)
+    return attention.out_proj(attended.reshape(attended.shape[0], -1, heads * size))

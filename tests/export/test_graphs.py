@@ -79,7 +79,9 @@ def test_export_of_what_cannot_be_exported_raises():
     model = small_model()
     model.detector.model.roi_heads.extra = DeformConv()
     GivenBoxesExport(model)  # does not run the ROI heads
-    with pytest.raises(TypeError, match="roi_heads.extra is a DeformConv, which cannot be exported"):
+    with pytest.raises(
+        TypeError, match="roi_heads.extra is a DeformConv, which cannot be exported"
+    ):
         RelDNExport(model)
     model.predicate_backbone.extra = DeformConv()
     with pytest.raises(TypeError, match="predicate_backbone.extra is a DeformConv"):

@@ -159,8 +159,8 @@ class TransformerContext(EntityContext):
 
     def forward(self, entities: EntityBatch) -> Tensor:
         rows, places = to_rows(self.embed(entities), entities)
-        one = torch.ones_like(entities.image)
-        lengths = one.new_zeros(rows.shape[0]).index_add(0, entities.image, one)
+        images = torch.arange(rows.shape[0], device=rows.device)
+        lengths = (entities.image == images[:, None]).sum(dim=1)
         is_padding = torch.arange(rows.shape[1], device=rows.device) >= lengths[:, None]
         # The softmax of an image without entities needs one place, or its gradient is NaN.
         is_padding = torch.cat([torch.zeros_like(is_padding[:, :1]), is_padding[:, 1:]], dim=1)
