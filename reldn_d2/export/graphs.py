@@ -180,12 +180,12 @@ class RelDNExport(ExportedGraph):
         if isinstance(model.detector, PrecomputedDetector):
             raise TypeError(
                 "a model whose detections come from files cannot be exported as a detector: "
-                "export it for given boxes"
+                "use --given-boxes (GivenBoxesExport)"
             )
         if getattr(model.detector.model, "proposal_generator", self) is None:
             raise TypeError(
-                "a detector whose proposals come from files cannot be exported: export the model "
-                "for given boxes"
+                "a detector whose proposals come from files cannot be exported: use --given-boxes "
+                "(GivenBoxesExport)"
             )
 
     def _batched_input(self, image: Tensor) -> tuple[dict[str, Any], str]:

@@ -1,5 +1,6 @@
-"""Export as TorchScript: the exported function, and tools/export_model.py."""
+"""tools/export_model.py: both formats against the model, and its error lines."""
 
+import importlib.util
 import json
 
 import export_model
@@ -8,10 +9,16 @@ import pytest
 import torch
 from model_utils import PREDICATES
 from PIL import Image
-from usage_utils import picture
+from usage_utils import picture, write_boxes_checkpoint, write_precomputed_checkpoint
 
-from reldn_d2.export import OUTPUT_NAMES, RelDNExport
+from reldn_d2.export import OUTPUT_NAMES
 from reldn_d2.predictor import RelationPredictor
+
+needs_onnx = pytest.mark.skipif(
+    any(importlib.util.find_spec(x) is None for x in ("onnx", "onnxruntime")),
+    reason='needs onnx and onnxruntime: pip install "reldn_d2[export]"',
+)
+SAME = "the same triplets as the eager model"
 
 
 @pytest.fixture
@@ -30,7 +37,7 @@ def test_export_model_in_new_process_gives_equal_triplets(
     arguments += ["--width"]
     arguments += ["96", "--image", image_file, "--opts", "TEST.RELATIONS.TOPK", "9"]
     assert export_model.main(arguments) == 0
-    assert "the same triplets as the eager model" in capsys.readouterr().out
+    assert SAME in capsys.readouterr().out
     extra = {"reldn.json": ""}
     exported = torch.jit.load(str(out), _extra_files=extra)
     description = json.loads(extra["reldn.json"])
@@ -56,19 +63,48 @@ def test_export_model_in_new_process_gives_equal_triplets(
         torch.testing.assert_close(outputs[0], expected["instances"].pred_boxes.tensor)
 
 
-@pytest.mark.parametrize("ks", [[1], [None], [1, 3]])
-@pytest.mark.parametrize("overlap", [True, False])
-def test_reldn_export_equals_the_model(checkpoint, ks, overlap):
-    options = ["TEST.RELATIONS.PREDICATES_PER_PAIR", ks, "TEST.RELATIONS.TOPK", 11]
-    options += ["MODEL.ROI_RELATION_HEAD.OVERLAP_FILTER", overlap]
-    options += ["TEST.RELATIONS.ENTITY_SCORE_EXPONENT", 2.0 if overlap else 1.0]
-    model = RelationPredictor.from_checkpoint(checkpoint, "cpu", opts=options).model
-    image = torch.as_tensor(picture(64, 96).transpose(2, 0, 1).copy()).float()
-    with torch.no_grad():
-        outputs = RelDNExport(model)(image)
-        expected = model.inference([{"image": image}], do_postprocess=False)[0]["relations"]
-    assert torch.equal(outputs[3], expected.pairs) and torch.equal(outputs[4], expected.predicates)
-    torch.testing.assert_close(outputs[5], expected.scores, rtol=0, atol=1e-6)
+@pytest.mark.parametrize(
+    "output", ["reldn.ts", pytest.param("reldn.onnx", marks=needs_onnx)], ids=["ts", "onnx"]
+)
+def test_export_model_any_size_and_given_boxes_equal_the_model(
+    checkpoint, image_file, tmp_path, output, capsys
+):
+    arguments = ["--checkpoint", str(checkpoint), "--output", str(tmp_path / output)]
+    arguments += ["--image", image_file, "--runs", "1"]
+    assert export_model.main(arguments) == 0
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert first.endswith("traced with image (3, 85, 128)") and SAME in second
+    assert second.startswith("in a new process, 2 inputs with ") and "eager" in third
+    assert export_model.main([*arguments[:-2], "--given-boxes"]) == 0
+    assert "in a new process, 5 inputs with " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "file_format", ["torchscript", pytest.param("onnx", marks=needs_onnx)], ids=["ts", "onnx"]
+)
+def test_export_model_included_box_model_equals_the_model(tmp_path, file_format, capsys):
+    arguments = ["--pretrained", "vrd_boxes", "--given-boxes", "--format", file_format]
+    assert export_model.main([*arguments, "--output", str(tmp_path / "vrd_boxes.bin")]) == 0
+    assert f"vrd_boxes.bin: {file_format}, 0." in (out := capsys.readouterr().out) and SAME in out
+
+
+def test_export_model_file_that_differs_exits_1(checkpoint, image_file, tmp_path, capsys):
+    arguments = ["--checkpoint", str(checkpoint), "--image", image_file, "--given-boxes"]
+    arguments += ["--output", str(tmp_path / "x.ts")]
+
+    def save_another(graph, *others):
+        table = graph.model.relation_head.semantic.table.weight
+        with torch.no_grad():
+            before = table.clone()
+            table.mul_(-1)
+            export_model.save_torchscript(graph, *others)
+            table.copy_(before)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(export_model.SAVE, "torchscript", save_another)
+        assert export_model.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert "x.ts: NOT the same as the eager model for inputs of shape (3, 85, 128), (8, 4)" in error
 
 
 def test_export_model_bad_arguments_exit_1(checkpoint, image_file, tmp_path, capsys):
@@ -83,3 +119,34 @@ def test_export_model_bad_arguments_exit_1(checkpoint, image_file, tmp_path, cap
     common[-1] = str(tmp_path / "taken.ts")
     assert export_model.main([*common, "--image", image_file]) == 1
     assert "taken.ts" in capsys.readouterr().err
+
+
+def test_export_model_what_cannot_be_exported_is_one_line(checkpoint, image_file, tmp_path, capsys):
+    boxes = write_boxes_checkpoint(tmp_path / "boxes")
+    precomputed = write_precomputed_checkpoint(tmp_path / "precomputed")
+    given, pixels = ["--given-boxes"], ["--image", image_file]
+    for path, options, expected in (
+        (checkpoint, [], "this model reads pixels: give an example --image"),
+        (checkpoint, given, "this model reads pixels: give an example --image"),
+        (boxes, [], "detections come from files cannot be exported as a detector: use --given-box"),
+        (precomputed, pixels, "detections come from files cannot be exported as a detector: use"),
+        (boxes, [*given, *pixels], "reads no pixels: leave out --image, --height and --width"),
+        (boxes, [*given, "--height", "9", "--width", "9"], "reads no pixels: leave out --image"),
+    ):
+        arguments = ["--checkpoint", str(path), "--output", str(tmp_path / "x.ts"), *options]
+        assert export_model.main(arguments) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("export_model.py: ") and expected in error
+        assert error.count("\n") == 1
+
+
+def test_export_model_missing_packages_are_named_first(tmp_path, monkeypatch, capsys):
+    def find_spec(name, *others):
+        return None if name.startswith("onnx") else object()
+
+    monkeypatch.setattr("reldn_d2.export.onnx_file.importlib.util.find_spec", find_spec)
+    arguments = ["--checkpoint", "missing.pth", "--output", str(tmp_path / "x.onnx")]
+    assert export_model.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("export_model.py: ONNX files need onnx and onnxruntime: pip install")
+    assert error.count("\n") == 1 and "reldn_d2[export]" in error
