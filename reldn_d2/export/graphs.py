@@ -6,7 +6,7 @@ stops early depending on the scores, which a traced graph cannot do.
 Shapes: R entities, K relations, P pairs, C predicates. Boxes are XYXY in pixels of the input.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -84,8 +84,14 @@ class ExportedGraph(nn.Module):
 
     @staticmethod
     def _leaves_out(name: str) -> bool:
-        """Tell whether the graph has no use for the module of this name."""
+        """Tell whether the graph has no use for the module or weight of this name."""
         return False
+
+    def weights(self) -> Iterator[Tensor]:
+        """Yield the parameters and buffers that the graph needs."""
+        for name, weight in self.model.state_dict().items():
+            if not self._leaves_out(name):
+                yield weight
 
     def model_outputs(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Return what the model itself predicts, in the order of ``output_names``.

@@ -25,6 +25,7 @@ from .tracing import check_example, describe, tracing
 
 __all__ = ["OPSET", "check_packages", "save_onnx"]
 
+MAX_BYTES = 2**31 - 2**24  # of protobuf's messages, less some space for the graph
 OPSET = 17  # 16 brought RoIAlign with half pixels, 17 layer normalization; onnxruntime 1.12 has it
 
 
@@ -56,13 +57,19 @@ def save_onnx(
 
     Raises:
         ImportError: if onnx or onnxruntime is not installed.
-        ValueError: if the model finds no relation in the example, or PyTorch cannot express a part
-            of it in ONNX.
+        ValueError: if the model is too large, finds no relation in the example, or PyTorch cannot
+            express a part of it in ONNX.
         OSError: if the file cannot be written.
     """
     check_packages()
     import onnx
 
+    weights = sum(x.numel() * x.element_size() for x in graph.weights())
+    if weights >= MAX_BYTES:
+        raise ValueError(
+            f"the model has {weights / 1e9:.1f} GB of weights, and an ONNX file holds at most "
+            "2 GB; use TorchScript"
+        )
     check_example(graph, example)
     sizes = {
         name: {0: "relations" if name in RELATION_NAMES else "entities"}

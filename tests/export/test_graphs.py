@@ -69,7 +69,9 @@ def test_export_of_what_cannot_be_exported_raises():
         RelDNExport(model_of("precomputed"))
     model = small_model()
     model.detector.model.proposal_generator = None
-    with pytest.raises(TypeError, match="proposals come from files cannot be exported: use --given"):
+    with pytest.raises(
+        TypeError, match="proposals come from files cannot be exported: use --given"
+    ):
         RelDNExport(model)
     GivenBoxesExport(model)
 

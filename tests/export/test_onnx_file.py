@@ -142,6 +142,12 @@ def test_save_onnx_unknown_operator_raises_one_line(tmp_path):
     assert not (tmp_path / "x.onnx").exists()
 
 
+def test_save_onnx_too_many_weights_raises(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_file, "MAX_BYTES", 1000)
+    with pytest.raises(ValueError, match="GB of weights, and an ONNX file holds at most 2 GB"):
+        save_onnx(GivenBoxesExport(small_model()), [image(), *entities(6)], tmp_path / "x.onnx")
+
+
 def test_attend_equals_pytorch():
     layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
     values, mask = torch.rand(3, 5, 8), torch.rand(5, 5)

@@ -7,11 +7,12 @@ import export_model
 import numpy as np
 import pytest
 import torch
+from export_cases import image
 from model_utils import PREDICATES
 from PIL import Image
 from usage_utils import picture, write_boxes_checkpoint, write_precomputed_checkpoint
 
-from reldn_d2.export import OUTPUT_NAMES
+from reldn_d2.export import OUTPUT_NAMES, RelDNExport, save_torchscript
 from reldn_d2.predictor import RelationPredictor
 
 needs_onnx = pytest.mark.skipif(
@@ -51,10 +52,10 @@ def test_export_model_in_new_process_gives_equal_triplets(
     )
     for seed in (3, 4):
         rgb = picture(64, 96, seed)
-        image = torch.as_tensor(np.ascontiguousarray(rgb[:, :, ::-1].transpose(2, 0, 1))).float()
+        pixels = torch.as_tensor(np.ascontiguousarray(rgb[:, :, ::-1].transpose(2, 0, 1))).float()
         with torch.no_grad():
-            outputs = exported(image)
-            expected = predictor.model.inference([{"image": image}], do_postprocess=False)[0]
+            outputs = exported(pixels)
+            expected = predictor.model.inference([{"image": pixels}], do_postprocess=False)[0]
         relations = expected["relations"]
         assert torch.equal(outputs[3], relations.pairs)
         assert torch.equal(outputs[4], relations.predicates)
@@ -63,13 +64,11 @@ def test_export_model_in_new_process_gives_equal_triplets(
         torch.testing.assert_close(outputs[0], expected["instances"].pred_boxes.tensor)
 
 
-@pytest.mark.parametrize(
-    "output", ["reldn.ts", pytest.param("reldn.onnx", marks=needs_onnx)], ids=["ts", "onnx"]
-)
+@needs_onnx
 def test_export_model_any_size_and_given_boxes_equal_the_model(
-    checkpoint, image_file, tmp_path, output, capsys
+    checkpoint, image_file, tmp_path, capsys
 ):
-    arguments = ["--checkpoint", str(checkpoint), "--output", str(tmp_path / output)]
+    arguments = ["--checkpoint", str(checkpoint), "--output", str(tmp_path / "reldn.onnx")]
     arguments += ["--image", image_file, "--runs", "1"]
     assert export_model.main(arguments) == 0
     first, second, third = capsys.readouterr().out.splitlines()
@@ -77,6 +76,19 @@ def test_export_model_any_size_and_given_boxes_equal_the_model(
     assert second.startswith("in a new process, 2 inputs with ") and "eager" in third
     assert export_model.main([*arguments[:-2], "--given-boxes"]) == 0
     assert "in a new process, 5 inputs with " in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_save_torchscript_any_size_equals_the_model(checkpoint, tmp_path):
+    graph = RelDNExport(RelationPredictor.from_checkpoint(checkpoint, "cpu").model)
+    save_torchscript(graph, [image(64, 96)], tmp_path / "x.ts")
+    exported = torch.jit.load(tmp_path / "x.ts")
+    for size in ((96, 64), (75, 131)):
+        with torch.no_grad():
+            found = dict(zip(graph.output_names, exported(image(*size))))
+        expected = dict(zip(graph.output_names, graph.model_outputs(image(*size))))
+        assert torch.equal(found["pairs"], expected["pairs"])
+        torch.testing.assert_close(found["scores"], expected["scores"], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
