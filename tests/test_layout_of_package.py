@@ -95,7 +95,6 @@ def test_top_level_has_few_modules():
         "__init__",
         "config",
         "env",
-        "export",
         "model_zoo",
         "predictor",
     }

@@ -109,13 +109,13 @@ def to_rows(values: Tensor, entities: EntityBatch, reverse: bool = False) -> tup
     """
     image = entities.image
     index = torch.arange(image.shape[0], device=image.device)
+    if torch.jit.is_tracing():  # the number of entities must not be written into the graph
+        ordered, column = (values.flip(0), index.flip(0)) if reverse else (values, index)
+        return F.pad(ordered, (0, 0, 0, 1))[None], torch.stack([image, column], dim=1)
     column = index - torch.searchsorted(image, image)  # minus the first entity of the image
     if reverse:
         column = torch.searchsorted(image, image, right=True) - 1 - index
     places = torch.stack([image, column], dim=1)
-    if torch.jit.is_tracing():  # the number of entities must not be written into the graph
-        ordered = values.flip(0) if reverse else values
-        return F.pad(ordered, (0, 0, 0, 1))[None], places
     shape = (len(entities.sizes), max(1, *entities.sizes), values.shape[1])
     return values.new_zeros(shape).index_put((image, column), values), places
 
@@ -159,8 +159,8 @@ class TransformerContext(EntityContext):
 
     def forward(self, entities: EntityBatch) -> Tensor:
         rows, places = to_rows(self.embed(entities), entities)
-        one = torch.ones_like(entities.image)
-        lengths = one.new_zeros(rows.shape[0]).index_add(0, entities.image, one)
+        images = torch.arange(rows.shape[0], device=rows.device)
+        lengths = (entities.image == images[:, None]).sum(dim=1)
         is_padding = torch.arange(rows.shape[1], device=rows.device) >= lengths[:, None]
         # The softmax of an image without entities needs one place, or its gradient is NaN.
         is_padding = torch.cat([torch.zeros_like(is_padding[:, :1]), is_padding[:, 1:]], dim=1)

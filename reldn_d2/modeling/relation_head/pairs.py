@@ -17,7 +17,8 @@ from ...structures.box_ops import boxes_overlap
 
 __all__ = [
     *("EntityBatch", "PairBatch", "PairGrid"),
-    *("candidate_pairs", "check_logits", "distinct_unions", "match_pairs"),
+    *("candidate_pairs", "check_logits", "distinct_unions", "distinct_unions_of_both_orders"),
+    "match_pairs",
 ]
 
 
@@ -103,6 +104,29 @@ def distinct_unions(
     second = distinct - first * num_entities
     union_of_pair = torch.empty_like(sorted_union).scatter_(0, order, sorted_union)
     return first, second, union_of_pair, counts
+
+
+def distinct_unions_of_both_orders(
+    subjects: Tensor, objects: Tensor, num_entities: int | Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Find the distinct union boxes of pairs in one image, for any number of pairs when traced.
+
+    Args:
+        subjects, objects: (Q,) int64; with each pair (i, j), (j, i) must be among them.
+        num_entities: of the image.
+
+    Returns:
+        (U,) and (U,) indices of both entities of each union box; (Q,) the index of each pair's
+        union box.
+    """
+    is_first = (subjects < objects).nonzero()[:, 0]
+    first, second = subjects[is_first], objects[is_first]
+    low, high = torch.minimum(subjects, objects), torch.maximum(subjects, objects)
+    table = subjects.new_zeros(num_entities * num_entities)
+    table = table.scatter(
+        0, first * num_entities + second, torch.arange(first.shape[0], device=first.device)
+    )
+    return first, second, table[low * num_entities + high]
 
 
 @dataclass

@@ -21,7 +21,13 @@ from .build import ROI_RELATION_HEAD_REGISTRY, build_visual_parts
 from .entity_context import EntityContext, build_entity_context
 from .head_base import RelationHead
 from .joint import JointModule
-from .pairs import EntityBatch, PairBatch, check_logits, distinct_unions
+from .pairs import (
+    EntityBatch,
+    PairBatch,
+    check_logits,
+    distinct_unions,
+    distinct_unions_of_both_orders,
+)
 from .predicate_classifier import MODULES, PredicateClassifier, build_predicate_classifier
 
 __all__ = ["RelDNHead"]
@@ -234,10 +240,11 @@ class RelDNHead(RelationHead):
         Returns:
             (U, d) vectors, and (P,) int64, each pair's union box; None if U = P, pair by pair.
         """
-        union = None
         if torch.jit.is_tracing():
-            # One image. Finding distinct boxes would write their number into the graph.
-            boxes = [union_boxes(entities.boxes[subjects], entities.boxes[objects])]
+            first, second, union = distinct_unions_of_both_orders(
+                subjects, objects, entities.boxes.shape[0]
+            )
+            boxes = [union_boxes(entities.boxes[first], entities.boxes[second])]
         else:
             first, second, union, counts = distinct_unions(
                 subjects, objects, entities.image, len(entities.boxes), len(entities.sizes)

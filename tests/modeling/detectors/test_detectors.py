@@ -23,7 +23,7 @@ from reldn_d2.checkpoint.reldn_checkpoint import (
 )
 from reldn_d2.engine.defaults import RelDNTrainer, check_counts
 from reldn_d2.engine.optimizer import build_optimizer
-from reldn_d2.export import save_torchscript
+from reldn_d2.export import RelDNExport, save_torchscript
 from reldn_d2.modeling.detectors import (
     ENTITY_DETECTOR_REGISTRY,
     EntityDetector,
@@ -329,9 +329,9 @@ def test_export_each_detector_equals_eager(kind, tmp_path):
     example, other = (image.float() for image in images)
     if kind == "precomputed":
         with pytest.raises(TypeError, match="detections come from files cannot be exported"):
-            save_torchscript(model, example, tmp_path / "x.ts")
+            RelDNExport(model)
         return
-    save_torchscript(model, example, tmp_path / "x.ts")
+    save_torchscript(RelDNExport(model), [example], tmp_path / "x.ts")
     with torch.no_grad():
         found = torch.jit.load(tmp_path / "x.ts")(other)
         expected = model.inference([{"image": other}], do_postprocess=False)[0]["relations"]

@@ -16,6 +16,7 @@ from reldn_d2.modeling.relation_head.pair_sampling import (
 from reldn_d2.modeling.relation_head.pairs import (
     candidate_pairs,
     distinct_unions,
+    distinct_unions_of_both_orders,
     match_pairs,
 )
 from reldn_d2.modeling.sampling import sample_mask
@@ -229,6 +230,26 @@ def test_distinct_unions_random_pairs_share_a_union_with_their_reverse(sizes, se
     # Image by image.
     wanted = [i for i, count in enumerate(counts) for _ in range(count)]
     assert image[first].tolist() == image[second].tolist() == wanted
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 7), st.integers(0, 10**6))
+def test_distinct_unions_of_both_orders_random_pairs_equal_distinct_unions(num_entities, seed):
+    generator = torch.Generator().manual_seed(seed)
+    grid = (torch.rand(num_entities, num_entities, generator=generator) < 0.6).triu(1)
+    pairs = (grid | grid.T).nonzero()
+    pairs = pairs[torch.randperm(len(pairs), generator=generator)].unbind(1)
+    image = torch.zeros(num_entities, dtype=torch.int64)
+    unions = []
+    for first, second, union in (
+        distinct_unions_of_both_orders(*pairs, num_entities),
+        distinct_unions(*pairs, image, num_entities, 1)[:3],
+    ):
+        ends = torch.stack([first, second], dim=1)
+        assert len(ends.unique(dim=0)) == len(ends)
+        unions.append(ends[union])
+    assert torch.equal(unions[0], unions[1])
+    assert torch.equal(unions[0], torch.stack(pairs, dim=1).sort(dim=1).values)
 
 
 masks = st.lists(st.booleans(), max_size=20).map(lambda x: torch.tensor(x, dtype=torch.bool))

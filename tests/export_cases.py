@@ -1,0 +1,30 @@
+"""Inputs for tests of exported models."""
+
+import numpy as np
+import torch
+from torch import Tensor
+from usage_utils import picture
+
+
+def image(height: int = 64, width: int = 96, seed: int = 0) -> Tensor:
+    """Return a (3, height, width) image in [0, 255]."""
+    pixels = picture(height, width, seed).transpose(2, 0, 1)
+    return torch.from_numpy(np.ascontiguousarray(pixels)).float()
+
+
+def entities(
+    count: int, height: int = 64, width: int = 96, num_classes: int = 9, beyond: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return random boxes, classes and scores.
+
+    Args:
+        count, height, width, num_classes: of the entities and of the image.
+        beyond: pixels by which boxes may extend beyond the image.
+    """
+    generator = torch.Generator().manual_seed(count)
+    corners = torch.rand(count, 2, 2, generator=generator) * torch.tensor([width, height])
+    boxes = torch.cat([corners.amin(dim=1) - beyond, corners.amax(dim=1) + 1 + beyond], dim=1)
+    if not beyond:
+        boxes = torch.minimum(boxes, torch.tensor([width, height, width, height]))
+    classes = torch.randint(0, num_classes, (count,), generator=generator)
+    return boxes, classes, torch.rand(count, generator=generator)
