@@ -83,7 +83,7 @@ class RelDN(nn.Module):
             share_frozen_stages: compute stages once that are frozen and equal in both backbones,
                 see :class:`.backbone.frozen_stages.FrozenStages`. Same values.
             fold_normalization: in training, see :mod:`.backbone.folding`. Same up to rounding.
-            maps_on_demand: in training on the CPU, see :mod:`.backbone.maps_on_demand`. Same up to
+            maps_on_demand: in training on the CPU, see :mod:`.backbone.lazy_fpn`. Same up to
                 rounding.
         """
         super().__init__()

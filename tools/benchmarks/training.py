@@ -144,7 +144,9 @@ def _print_results(results: dict[str, dict[str, Any]], batch: int, on_gpu: bool)
     if len(names) == 2:
         ours, theirs = (results[x] for x in names)
         ratios = [b / a for a, b in zip(ours["seconds"], theirs["seconds"])]
-        print(f"\n{names[1]} / {names[0]}: {ratios[0]:.2f} x by wall, {ratios[1]:.2f} x by CPU time")
+        print(
+            f"\n{names[1]} / {names[0]}: {ratios[0]:.2f} x by wall, {ratios[1]:.2f} x by CPU time"
+        )
         for name, loss in ours["losses"].items():
             print(f"{name}: {loss:.7g} {names[0]}, {theirs['losses'].get(name):.7g} {names[1]}")
 

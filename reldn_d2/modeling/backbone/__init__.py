@@ -1,6 +1,6 @@
 from .folding import prepare_folding, set_folding
 from .frozen_stages import FrozenStages
-from .maps_on_demand import MapsOnDemand, maps_on_demand
+from .lazy_fpn import MapsOnDemand, maps_on_demand
 from .predicate_backbone import (
     LaterStages,
     build_predicate_backbone,

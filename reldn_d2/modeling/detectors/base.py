@@ -326,9 +326,7 @@ def label_entities(
             matched = torch.where(is_own, gt_index, matched)
             matches = is_own | (overlap >= iou_threshold)
             keys = random_keys(matches, generator)
-            is_drawn = sample_mask(
-                matches, max_entities, max_entities, preferred=is_own, keys=keys
-            )
+            is_drawn = sample_mask(matches, max_entities, max_entities, preferred=is_own, keys=keys)
         drawn.append(is_drawn)
         candidates.append((boxes, matched, gt_index))
     entities = []

@@ -174,14 +174,14 @@ def find_groups(
     of_member = torch.stack([rank, rank, negative_rank])
     best.scatter_reduce_(0, member.view(-1), of_member.view(-1), "amax")
     lowest_positive_rank = best[num_groups:]  # reversed ranks
-    first, by_predicate = lowest_positive_rank.split([start_of_predicates, num_groups - start_of_predicates])
+    first, by_predicate = lowest_positive_rank.split(
+        [start_of_predicates, num_groups - start_of_predicates]
+    )
     # for pair, e in labels:
     #     by_predicate[row[pair], e] = max(by_predicate[row[pair], e], rank[pair])
     rank_of_label = torch.where(labels, rank[:, :, None], -1.0).flatten(0, 1)  # (S * P, C)
     by_predicate = by_predicate.view(num_rows, num_predicates)
-    by_predicate.scatter_reduce_(
-        0, row.view(-1, 1).expand_as(rank_of_label), rank_of_label, "amax"
-    )
+    by_predicate.scatter_reduce_(0, row.view(-1, 1).expand_as(rank_of_label), rank_of_label, "amax")
 
     lowest = lowest_positive_rank.take(group)  # of the pair's group
     return ContrastiveGroups(

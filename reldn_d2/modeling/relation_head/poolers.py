@@ -14,7 +14,7 @@ from detectron2.layers import ROIAlign
 from detectron2.modeling.poolers import ROIPooler, assign_boxes_to_levels
 from detectron2.structures import Boxes
 
-from ..backbone.maps_on_demand import MapsOnDemand
+from ..backbone.lazy_fpn import MapsOnDemand
 
 __all__ = ["LevelPooler"]
 
@@ -54,7 +54,7 @@ class LevelPooler(ROIPooler):
     def pool(self, maps: Any, names: list[str], box_lists: list[Boxes]) -> Tensor:
         """Pool from the named maps of a mapping: (R, c, G, G).
 
-        :class:`..backbone.maps_on_demand.MapsOnDemand` are pooled by rows of their cells, which
+        :class:`..backbone.lazy_fpn.MapsOnDemand` are pooled by rows of their cells, which
         gives the same values up to rounding.
         """
         if isinstance(maps, MapsOnDemand) and self._has_fixed_samples():
@@ -133,7 +133,9 @@ def _sampled_cells(
         index = torch.stack([low, (low + 1).clamp(max=limit - 1)], dim=-1)
         weight = torch.stack([1 - share, share], dim=-1).masked_fill(outside[..., None], 0.0)
         weight = weight / pooler.sampling_ratio
-        axes += [x.view(len(boxes), cells_of_axis, 2 * pooler.sampling_ratio) for x in (index, weight)]
+        axes += [
+            x.view(len(boxes), cells_of_axis, 2 * pooler.sampling_ratio) for x in (index, weight)
+        ]
     row, row_weight, column, column_weight = axes  # (R, G, 2 * S)
     first = boxes[:, 0].long() * height * width
     cells = (row * width + first[:, None, None])[:, :, None, :, None] + column[:, None, :, None, :]
