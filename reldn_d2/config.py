@@ -93,7 +93,7 @@ def _add_model(cfg: CfgNode) -> None:
     cfg.MODEL.RELDN.DETECTOR_PRECISION = ""
     # Compute frozen stages with equal weights in both backbones once. Same values.
     cfg.MODEL.RELDN.SHARE_FROZEN_STAGES = True
-    # In training, apply FrozenBatchNorm through the weights of its convolution. Same up to rounding.
+    # In training, fold FrozenBatchNorm into its convolution. Same up to rounding.
     cfg.MODEL.RELDN.FOLD_NORMALIZATION = True
     # In training on the CPU, compute the predicate FPN's finest map only where it is pooled. Same
     # up to rounding.

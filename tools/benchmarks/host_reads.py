@@ -1,8 +1,8 @@
 """Find the operations of a call that make the host wait for a device.
 
-On a GPU, torch reports them itself (``torch.cuda.set_sync_debug_mode``). On the CPU nothing waits, so
-this module watches for the operations that would wait on a GPU: those that read values on the host,
-and those whose output has a size that depends on values.
+On a GPU, torch reports them itself (``torch.cuda.set_sync_debug_mode``). On the CPU nothing waits,
+so this module watches for the operations that would wait on a GPU: those that read values on the
+host, and those whose output has a size that depends on values.
 """
 
 import traceback
@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = ["count_host_reads"]
 
 _SIZE_DEPENDS_ON_VALUES = ("nonzero", "masked_select", "_unique2", "unique_dim", "nms")
-_READS = ("tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__", "__len__")
+_READS = ("tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__")
 
 
 def _source() -> str:
@@ -64,7 +64,7 @@ class _Called(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         name = getattr(function, "__name__", "")
-        if name in _READS and name != "__len__" and args and isinstance(args[0], Tensor):
+        if name in _READS and args and isinstance(args[0], Tensor):
             self.found[_source()] += 1
         return function(*args, **(kwargs or {}))
 

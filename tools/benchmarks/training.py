@@ -1,7 +1,8 @@
 """Measure a training step by stage on drawn images: no dataset and no weights are needed.
 
 Prints images per second, peak memory, milliseconds by stage and the synchronizations of a step
-between host and device. On the CPU the latter are the operations that would wait on a GPU. With
+between host and device, on the CPU the operations that would wait on a GPU. The operations of
+convolutions and matrix products are counted too, which no other load on the machine changes. With
 --against another checkout is measured in the same run: the steps take turns, so that other load on
 the machine affects both alike.
 
@@ -42,8 +43,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="another checkout of this repository, which is measured in turns with this one",
     )
+    parser.add_argument(
+        "--without",
+        metavar="KEY",
+        nargs="+",
+        default=[],
+        help="config keys that are True; also measure with each of them False, in the same run",
+    )
     parser.add_argument("--json", type=Path, help="also write all figures to this file")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, for this checkout")
+    parser.add_argument(
+        "--opts", nargs="+", default=[], metavar="KEY VALUE", help="config options of this checkout"
+    )
 
 
 class _Worker:
@@ -95,7 +105,7 @@ def measure(workers: dict[str, _Worker], num_steps: int) -> dict[str, dict[str, 
 
     Returns:
         By name: ``losses`` of the first step, ``seconds`` of a step and ``stages``, both as
-        [wall, CPU], ``memory`` in MiB and ``synchronizations`` by function.
+        [wall, CPU], ``memory`` in MiB, ``synchronizations`` by function and ``operations``.
     """
     results: dict[str, dict[str, Any]] = {}
     for name, worker in workers.items():
@@ -113,7 +123,7 @@ def measure(workers: dict[str, _Worker], num_steps: int) -> dict[str, dict[str, 
             stage: [median(step[stage][i] for step in steps) for i in (0, 1)] for stage in steps[0]
         }
         result["memory"] = worker.call("peak_memory")
-        result["synchronizations"] = worker.call("synchronizations")
+        result.update(worker.call("counts"))
     return results
 
 
@@ -124,9 +134,10 @@ def _print_results(results: dict[str, dict[str, Any]], batch: int, on_gpu: bool)
         wall, cpu = result["seconds"]
         row = [name, batch / wall, wall] + ([] if on_gpu else [cpu])
         row += [f"{result['memory']:.0f}", sum(result["synchronizations"].values())]
+        row.append(f"{result['operations'] / 1e9:.0f}")
         summary.append(row)
     headers = ["", "images/s", "s per step"] + ([] if on_gpu else ["CPU s per step"])
-    print_table(summary, [*headers, "peak memory, MiB", "synchronizations"])
+    print_table(summary, [*headers, "peak memory, MiB", "synchronizations", "GFLOP"])
 
     # Other processes stretch wall time, but hardly the CPU's; a GPU is measured by its own clock.
     index = 0 if on_gpu else 1
@@ -141,14 +152,16 @@ def _print_results(results: dict[str, dict[str, Any]], batch: int, on_gpu: bool)
     places = sorted({x for result in results.values() for x in result["synchronizations"]})
     rows = [[x, *(results[name]["synchronizations"].get(x, 0) for name in names)] for x in places]
     print_table(rows, ["function that synchronizes", *names])
-    if len(names) == 2:
-        ours, theirs = (results[x] for x in names)
-        ratios = [b / a for a, b in zip(ours["seconds"], theirs["seconds"])]
+    ours = results[names[0]]
+    for other in names[1:]:
+        theirs = results[other]
+        wall, cpu = (b / a for a, b in zip(ours["seconds"], theirs["seconds"]))
+        pairs = [(x, theirs["losses"][name]) for name, x in ours["losses"].items()]
+        difference = max(abs(x - y) / max(abs(y), 1e-12) for x, y in pairs)
         print(
-            f"\n{names[1]} / {names[0]}: {ratios[0]:.2f} x by wall, {ratios[1]:.2f} x by CPU time"
+            f"\n{other} / {names[0]}: {wall:.2f} x by wall, {cpu:.2f} x by CPU time; "
+            f"largest relative difference of a loss: {difference:.1e}"
         )
-        for name, loss in ours["losses"].items():
-            print(f"{name}: {loss:.7g} {names[0]}, {theirs['losses'].get(name):.7g} {names[1]}")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -156,6 +169,9 @@ def run(args: argparse.Namespace) -> None:
     here = _TOOLS.parent
     workers = {HERE: _Worker(here, args, args.opts)}
     try:
+        for key in args.without:
+            name = f"without {key.rpartition('.')[2]}"
+            workers[name] = _Worker(here, args, [*args.opts, key, "False"])
         if args.against:
             workers["against"] = _Worker(args.against.resolve(), args, [])
         results = measure(workers, args.steps)

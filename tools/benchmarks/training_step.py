@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import reldn_d2
 from reldn_d2.engine.optimizer import build_optimizer
@@ -183,9 +184,17 @@ class TrainingStep:
         """Return the MiB that a step needs beyond what is kept between steps."""
         return memory_of_call(self, self.device)
 
-    def synchronizations(self) -> dict[str, int]:
-        """Count what makes the host wait for the device in a step, by function."""
-        return dict(count_host_reads(lambda: self(update=False), self.device))
+    def counts(self) -> dict[str, Any]:
+        """Count what no other load on the machine changes.
+
+        Returns:
+            ``synchronizations`` by function, what makes the host wait for the device in a step, and
+            ``operations``, floating-point ones of convolutions and matrix products.
+        """
+        counter = FlopCounterMode(display=False)
+        with counter:
+            found = count_host_reads(lambda: self(update=False), self.device)
+        return {"synchronizations": dict(found), "operations": counter.get_total_flops()}
 
 
 def _tame(model: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """Convolutions that apply their frozen normalization through their own weights, in training.
 
-A ``FrozenBatchNorm2d`` after a convolution scales and shifts its output, channel by channel. That is
-the same as a convolution with scaled weights and another bias, without a pass over the output, and in
+A ``FrozenBatchNorm2d`` after a convolution scales and shifts its output, channel by channel. A
+convolution with scaled weights and another bias does the same without a pass over the output, and in
 the trained stages without one in the backward pass either.
 """
 

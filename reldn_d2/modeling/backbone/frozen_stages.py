@@ -85,7 +85,7 @@ class FrozenStages:
         return self._later
 
     def _versions(self) -> list[tuple[int, int]] | None:
-        """Return what changes when a weight is changed or replaced; None if that is not recorded."""
+        """Return what changes when a weight is changed or replaced; None if torch does not say."""
         versions = []
         for _, *sides in self._candidates:
             for stage in (x for side in sides for x in side):

@@ -256,7 +256,7 @@ class _LinearInAffinity(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient):
         probabilities, phi, slopes = ctx.saved_tensors
-        # phi = 1 - p(none): its gradient is p(none) * p(e) for predicate e, -p(none) * phi for none.
+        # phi = 1 - p(none). Its gradient: p(none) * p(e) for predicate e, -p(none) * phi for none.
         of_phi = (gradient[:, None] * slopes).sum(dim=0) * probabilities[:, -1]
         of_logits = probabilities * of_phi[:, None]
         of_logits[:, -1] = -of_phi * phi

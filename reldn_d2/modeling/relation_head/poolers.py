@@ -1,7 +1,7 @@
 """RoIAlign over the levels of a pyramid.
 
-Shapes: N images, R boxes of the batch, c channels, h x w cells of a map, G x G cells of a pooled box,
-S x S samples of each; M rows of cells. Boxes are XYXY in pixels of the network's input.
+Shapes: N images, R boxes of the batch, c channels, h x w cells of a map, G x G cells of a pooled
+box, S x S samples of each; M rows of cells. Boxes are XYXY in pixels of the network's input.
 """
 
 from typing import Any
@@ -81,7 +81,7 @@ class LevelPooler(ROIPooler):
         table = torch.cat(tables).float()
         row, weight = torch.cat(rows)[place], torch.cat(weights)[place]  # (R, G, G, 4 * S * S)
         pooled = _WeightedRows.apply(table, row.flatten(0, 2), weight.flatten(0, 2))
-        return pooled.view(*row.shape[:3], -1).permute(0, 3, 1, 2)
+        return pooled.view(*row.shape[:3], table.shape[1]).permute(0, 3, 1, 2)
 
 
 def _with_image(box_lists: list[Boxes]) -> Tensor:

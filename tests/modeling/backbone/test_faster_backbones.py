@@ -242,6 +242,14 @@ def test_maps_on_demand_no_small_box_keeps_all_parameters_in_the_graph():
     assert fpn.fpn_output2.weight.grad.abs().max() == 0  # distributed training needs one
 
 
+def test_maps_on_demand_no_box_at_all_pools_nothing():
+    fpn, images = pyramid()
+    pooled = pooler().pool(maps_on_demand(fpn, images), LEVELS, [Boxes(torch.zeros(0, 4))] * 2)
+    assert pooled.shape == (0, fpn.output_shape()["p2"].channels, 7, 7)
+    pooled.sum().backward()
+    assert fpn.fpn_output3.weight.grad.abs().max() == 0
+
+
 def test_maps_on_demand_read_as_mapping_equals_fpn():
     fpn, images = pyramid()
     maps, expected = maps_on_demand(fpn, images), fpn(images)
