@@ -1,8 +1,8 @@
 """Convolutions that apply their frozen normalization through their own weights, in training.
 
 A ``FrozenBatchNorm2d`` after a convolution scales and shifts its output, channel by channel. A
-convolution with scaled weights and another bias does the same without a pass over the output, and in
-the trained stages without one in the backward pass either.
+convolution with scaled weights and another bias does the same without a pass over the output. In
+the trained stages it saves one in the backward pass as well.
 """
 
 import torch.nn.functional as F

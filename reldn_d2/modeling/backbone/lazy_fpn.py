@@ -1,7 +1,7 @@
 """Maps of an FPN that are computed when they are read, the finest one only where it is read.
 
-The finest map takes two thirds of the operations of an FPN, a quarter of those of ResNet-50-FPN, but
-RoIAlign reads it only in small boxes.
+The finest map takes two thirds of the operations of an FPN, and a quarter of those of
+ResNet-50-FPN, but RoIAlign reads it only in small boxes.
 
 Shapes: N images, c channels, h x w cells of a map; M cells that are read.
 """
