@@ -88,6 +88,17 @@ def _add_model(cfg: CfgNode) -> None:
     cfg.MODEL.RELDN.ENTITY_IOU_THRESHOLD = 0.5
     cfg.MODEL.RELDN.ENTITIES_PER_IMAGE = 128  # max entities per image in training
 
+    # How the model is computed (docs/speed.md). The frozen detector's precision: empty is that of
+    # the trained part (SOLVER.AMP), or "float32", "bf16". Also applies at test time.
+    cfg.MODEL.RELDN.DETECTOR_PRECISION = ""
+    # Compute frozen stages with equal weights in both backbones once. Same values.
+    cfg.MODEL.RELDN.SHARE_FROZEN_STAGES = True
+    # In training, fold FrozenBatchNorm into its convolution. Same up to rounding.
+    cfg.MODEL.RELDN.FOLD_NORMALIZATION = True
+    # In training on the CPU, compute the predicate FPN's finest map only where it is pooled. Same
+    # up to rounding.
+    cfg.MODEL.RELDN.MAPS_ON_DEMAND = True
+
     cfg.MODEL.RELDN.PREDICATE_BACKBONE = predicate = CN()  # conv_body_rel
     # "same": a second backbone of the detector's structure. "shared": the detector's own frozen
     # stages up to SHARE_UNTIL, then a copy of the later ones, which takes less time and memory.

@@ -3,6 +3,7 @@
 Examples:
     python tools/benchmark.py losses
     python tools/benchmark.py head --device cuda
+    python tools/benchmark.py training --config-file configs/VRD/reldn_R_50_FPN.yaml
 """
 
 import argparse
@@ -11,7 +12,7 @@ import sys
 from pathlib import Path
 
 BENCHMARKS = ("data", "detectors", "evaluation", "head", "inference", "losses") + (
-    "predicate_backbone",
+    *("predicate_backbone", "training"),
 )
 
 

@@ -3,6 +3,7 @@
 Shapes: N images, R entities and M relations of one image.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -15,7 +16,14 @@ from detectron2.structures import ImageList, Instances
 
 from ..structures.relations import TASKS, remap_relations
 from ..utils.registry import find_registered
-from .backbone import build_predicate_backbone, record_stages
+from .backbone import (
+    FrozenStages,
+    build_predicate_backbone,
+    maps_on_demand,
+    prepare_folding,
+    record_stages,
+    set_folding,
+)
 from .detectors import (
     ENTITY_DETECTOR_REGISTRY,
     EntityDetector,
@@ -27,6 +35,8 @@ from .relation_head import RelationHead, build_relation_head
 __all__ = ["RelDN", "needs_images", "postprocess_relations", "predicts_relations"]
 
 TRAIN_ENTITIES = ("proposals", "ground_truth")
+PRECISIONS = {"": None, "float32": torch.float32, "bf16": torch.bfloat16}
+"""Values of MODEL.RELDN.DETECTOR_PRECISION; the empty one is that of the trained part."""
 
 
 @META_ARCH_REGISTRY.register()
@@ -50,6 +60,10 @@ class RelDN(nn.Module):
         train_entities: str = "proposals",
         entity_iou_threshold: float = 0.5,
         entities_per_image: int = 128,
+        detector_precision: str = "",
+        share_frozen_stages: bool = True,
+        fold_normalization: bool = True,
+        maps_on_demand: bool = True,
     ):
         """
         Args:
@@ -64,9 +78,17 @@ class RelDN(nn.Module):
                 ``"preddet"`` (only the annotated pairs are scored).
             train_entities: ``"proposals"`` or ``"ground_truth"``.
             entity_iou_threshold, entities_per_image: see :func:`.detectors.label_entities`.
+            detector_precision: one of :data:`PRECISIONS`, of the detector alone, in training and at
+                test time.
+            share_frozen_stages: compute stages once that are frozen and equal in both backbones,
+                see :class:`.backbone.frozen_stages.FrozenStages`. Same values.
+            fold_normalization: in training, see :mod:`.backbone.folding`. Same up to rounding.
+            maps_on_demand: in training on the CPU, see :mod:`.backbone.lazy_fpn`. Same up to
+                rounding.
         """
         super().__init__()
         for value, choices, key in (
+            (detector_precision, tuple(PRECISIONS), "MODEL.RELDN.DETECTOR_PRECISION"),
             (task, TASKS, "TEST.RELATIONS.TASK"),
             (train_entities, TRAIN_ENTITIES, "MODEL.RELDN.TRAIN_ENTITIES"),
         ):
@@ -80,6 +102,14 @@ class RelDN(nn.Module):
         self.train_entities = train_entities
         self.entity_iou_threshold = entity_iou_threshold
         self.entities_per_image = entities_per_image
+        self.detector_precision = detector_precision
+        self.fold_normalization = fold_normalization
+        self.maps_on_demand = maps_on_demand
+        prepare_folding(self)
+        self._frozen_stages = None
+        is_reduced = hasattr(predicate_backbone, "shared_stages")
+        if share_frozen_stages and predicate_backbone is not None and not is_reduced:
+            self._frozen_stages = FrozenStages(detector.backbone, predicate_backbone)
 
     @classmethod
     def from_config(cls, cfg: CfgNode):
@@ -102,12 +132,22 @@ class RelDN(nn.Module):
             "train_entities": cfg.MODEL.RELDN.TRAIN_ENTITIES,
             "entity_iou_threshold": cfg.MODEL.RELDN.ENTITY_IOU_THRESHOLD,
             "entities_per_image": cfg.MODEL.RELDN.ENTITIES_PER_IMAGE,
+            "detector_precision": cfg.MODEL.RELDN.DETECTOR_PRECISION,
+            "share_frozen_stages": cfg.MODEL.RELDN.SHARE_FROZEN_STAGES,
+            "fold_normalization": cfg.MODEL.RELDN.FOLD_NORMALIZATION,
+            "maps_on_demand": cfg.MODEL.RELDN.MAPS_ON_DEMAND,
         }
 
     @property
     def device(self) -> torch.device:
         """Return the device of the weights."""
         return next(chain(self.parameters(), self.buffers())).device
+
+    def train(self, mode: bool = True):
+        """Set the mode; the detector stays in eval mode, but folds like the trained backbone."""
+        super().train(mode)
+        set_folding(self, mode and self.fold_normalization)
+        return self
 
     def forward(self, batched_inputs: list[dict]):
         """Compute losses in training, predictions otherwise.
@@ -139,7 +179,8 @@ class RelDN(nn.Module):
                 entities, targets = self._repeated_entities(batched_inputs)
             else:
                 entities, targets = self._training_entities(batched_inputs, images, features)
-        predicate_features = self._predicate_features(images, stages)
+        predicate_features = self._predicate_features(images, self._for_trained_part(stages))
+        features = self._for_trained_part(features)
         return self.relation_head(features, predicate_features, entities, targets)
 
     def _training_entities(self, batched_inputs, images, features, generator=None):
@@ -148,7 +189,8 @@ class RelDN(nn.Module):
         device = self.device
         relations = [x["relations"].to(device) for x in batched_inputs]
         if self.train_entities == "proposals":
-            proposals = self.detector.propose(batched_inputs, images, features)
+            with self._precision():
+                proposals = self.detector.propose(batched_inputs, images, features)
         else:
             proposals = [x.gt_boxes[:0] for x in instances]
         entities = label_entities(
@@ -198,8 +240,10 @@ class RelDN(nn.Module):
         assert not self.training
         images = self.detector.preprocess(batched_inputs)
         features, stages = self._detector_features(images)
-        entities = self._entities(batched_inputs, images, features)
-        predicate_features = self._predicate_features(images, stages)
+        with self._precision():
+            entities = self._entities(batched_inputs, images, features)
+        predicate_features = self._predicate_features(images, self._for_trained_part(stages))
+        features = self._for_trained_part(features)
         options: dict[str, Any] = {
             "boxes_given": self.task != "sgdet",
             "classes_given": self.task not in ("sgdet", "sgcls"),
@@ -218,20 +262,42 @@ class RelDN(nn.Module):
     def feature_maps(self, images: ImageList) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
         """Compute the detector's and the predicate backbone's feature maps, (N, c, h, w) each."""
         features, stages = self._detector_features(images)
-        return features, self._predicate_features(images, stages)
+        predicate_features = self._predicate_features(images, self._for_trained_part(stages))
+        return self._for_trained_part(features), predicate_features
 
     def _detector_features(self, images: ImageList):
         """Compute the detector's feature maps, and those that the predicate backbone shares."""
-        names = getattr(self.predicate_backbone, "shared_stages", ())
-        with record_stages(self.detector.backbone, names) as stages:
+        names = getattr(self._later_backbone(), "shared_stages", ())
+        with record_stages(self.detector.backbone, names) as stages, self._precision():
             return self.detector.extract_features(images), stages
+
+    def _precision(self) -> AbstractContextManager:
+        """Return a context in which the detector has its own precision, if it has one."""
+        dtype, kind = PRECISIONS[self.detector_precision], self.device.type
+        if dtype is None:  # as outside
+            return nullcontext()
+        return torch.autocast(kind, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+    def _for_trained_part(self, maps: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the detector's maps in float32 if the detector has a precision of its own."""
+        return {k: x.float() for k, x in maps.items()} if self.detector_precision else maps
+
+    def _later_backbone(self) -> nn.Module | None:
+        """Return the predicate backbone without the stages that the detector computes for it."""
+        if self._frozen_stages is None or self.detector_precision:
+            return self.predicate_backbone
+        return self._frozen_stages.later_backbone() or self.predicate_backbone
 
     def _predicate_features(self, images: ImageList, stages: dict[str, Tensor]):
         """Compute the predicate backbone's feature maps; None without one."""
         if self.predicate_backbone is None:
             return None
-        shared = getattr(self.predicate_backbone, "shared_stages", ())
-        return self.predicate_backbone(stages if shared else images.tensor)
+        backbone, x = self.predicate_backbone, images.tensor
+        if stages:
+            backbone, x = self._later_backbone(), stages
+        if self.training and self.maps_on_demand and images.tensor.device.type == "cpu":
+            return maps_on_demand(backbone, x)
+        return backbone(x)
 
     def _ground_truth(self, batched_inputs: list[dict], purpose: str) -> list[Instances]:
         """Return the ground-truth instances on the model's device; raise if any are missing."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-__all__ = ["random_keys", "sample_mask"]
+__all__ = ["random_keys", "sample_mask", "true_indices"]
 
 
 def sample_mask(
@@ -41,3 +41,15 @@ def sample_mask(
 def random_keys(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Draw uniform float64 values in ``[0, 1)``, in the shape of ``like`` and on its device."""
     return torch.rand(like.shape, device=like.device, generator=generator, dtype=torch.float64)
+
+
+def true_indices(masks: list[Tensor]) -> list[Tensor]:
+    """Return what ``nonzero`` returns of each 1-d mask, with one transfer to the host for all."""
+    if not masks:
+        return []
+    counts = torch.stack([mask.sum() for mask in masks]).tolist()
+    # True comes first, in the order of the indices.
+    return [
+        mask.byte().argsort(descending=True, stable=True)[:count]
+        for mask, count in zip(masks, counts)
+    ]

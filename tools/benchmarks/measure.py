@@ -19,8 +19,8 @@ from tabulate import tabulate
 from reldn_d2.utils.user_modules import import_modules, imported_modules
 
 __all__ = [
-    *("Seconds", "in_fresh_process", "peak_memory", "print_table", "resident_peak", "set_up"),
-    *("time_calls", "time_once"),
+    *("Seconds", "in_fresh_process", "memory_of_call", "peak_memory", "print_table"),
+    *("resident_peak", "set_up", "time_calls", "time_once"),
 ]
 
 _STATUS = Path("/proc/self/status")
@@ -138,25 +138,35 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
         process.join()
 
 
-def _growth(prepare: Callable[..., Callable[[], Any]], arguments: Any) -> int:
-    """Measure by how many bytes the resident set of this process grows during a call."""
-    call = prepare(*arguments)
+def memory_of_call(call: Callable[[], Any], device: str) -> float:
+    """Measure how many MiB a call needs at its peak, beyond what is kept between calls.
+
+    On the CPU this is the growth of this process's resident set (Linux only); on a GPU the
+    allocator's peak.
+    """
     call()  # loads libraries and allocates what is kept between calls
     gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        time_once(call)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = _resident("VmRSS")
     call()
-    return _resident("VmHWM") - before
+    return (_resident("VmHWM") - before) / 2**20
+
+
+def _memory_of_prepared(prepare: Callable[..., Callable[[], Any]], arguments: Any) -> float:
+    return memory_of_call(prepare(*arguments), "cpu")
 
 
 def peak_memory(
     prepare: Callable[..., Callable[[], Any]], *arguments: Any, device: str = "cpu"
 ) -> float:
-    """Measure how many MiB a call needs at its peak, beyond what is kept between calls.
-
-    On the CPU this is the growth of the resident set of a new process (Linux only); on a GPU the
-    allocator's peak.
+    """Measure the MiB of a call as :func:`memory_of_call` does; on the CPU in a new process.
 
     Args:
         prepare: a function of a module that returns the call to measure.
@@ -164,13 +174,8 @@ def peak_memory(
         device: cpu or cuda.
     """
     if not device.startswith("cuda"):
-        return in_fresh_process(_growth, prepare, arguments) / 2**20
-    call = prepare(*arguments)
-    time_once(call)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    time_once(call)
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+        return in_fresh_process(_memory_of_prepared, prepare, arguments)
+    return memory_of_call(prepare(*arguments), device)
 
 
 def print_table(rows: Sequence[Sequence[Any]], headers: Sequence[str], title: str = "") -> None:

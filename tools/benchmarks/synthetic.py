@@ -14,14 +14,15 @@ from torch import Tensor
 
 from reldn_d2 import add_reldn_config
 from reldn_d2.modeling.relation_head import RelDNHead, build_relation_head
+from reldn_d2.structures.relations import ground_truth_relations
 
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
-from detectron2.structures import BoxMode
+from detectron2.structures import Boxes, BoxMode, Instances
 
 __all__ = [
-    *("IMAGE_SIZE", "Shapes", "add_shape_arguments", "build_head", "draw_dataset"),
-    *("feature_maps", "frequencies", "long_tail"),
+    *("IMAGE_SIZE", "Shapes", "add_shape_arguments", "boxes_near", "build_head", "draw_dataset"),
+    *("draw_images", "feature_maps", "frequencies", "long_tail"),
 ]
 
 IMAGE_SIZE = (768, 1024)  # height and width of the drawn dataset's images
@@ -150,3 +151,52 @@ def build_head(
         head.semantic.table.weight[:, :-1] += frequencies(num_predicates).log().to(device)
     head.statistics_period = 10**9
     return head
+
+
+def draw_images(
+    num_images: int, size: tuple[int, int], num_classes: int, num_predicates: int
+) -> list[dict[str, Any]]:
+    """Draw mapped training images: random pixels, 16 boxes and 20 relations each.
+
+    The sides of the boxes are between 60 and 300 pixels in images of 800 pixels.
+    """
+    generator = torch.Generator().manual_seed(0)
+    height, width = size
+    num_targets, num_relations = 16, 20
+    images = []
+    for index in range(num_images):
+        sides = (60 + 240 * torch.rand((num_targets, 2), generator=generator)) * height / 800
+        free = (torch.tensor([width, height]) - sides).clamp(min=0)
+        low = torch.rand((num_targets, 2), generator=generator) * free
+        instances = Instances(tuple(size))
+        instances.gt_boxes = Boxes(torch.cat([low, low + sides], dim=1))
+        instances.gt_classes = frequencies(num_classes).multinomial(
+            num_targets, True, generator=generator
+        )
+        grid = torch.ones((num_targets, num_targets)).fill_diagonal_(0).nonzero()
+        pairs = grid[torch.randperm(len(grid), generator=generator)[:num_relations]]
+        predicates = frequencies(num_predicates).multinomial(
+            num_relations, True, generator=generator
+        )
+        relations = torch.cat([pairs, predicates[:, None]], dim=1).tolist()
+        pixels = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
+        images.append(
+            {
+                "image": pixels,
+                "image_id": index,
+                "instances": instances,
+                "relations": ground_truth_relations(relations, tuple(size)),
+                "height": height,
+                "width": width,
+            }
+        )
+    return images
+
+
+def boxes_near(targets: Boxes, count: int, seed: int = 0) -> Boxes:
+    """Draw boxes whose corners differ from those of the targets by up to a tenth of their sides."""
+    generator = torch.Generator().manual_seed(seed)
+    boxes = targets.tensor[torch.arange(count) % len(targets)]
+    sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
+    noise = torch.rand((count, 4), generator=generator).to(boxes.device) - 0.5
+    return Boxes(boxes + 0.2 * noise * sides)

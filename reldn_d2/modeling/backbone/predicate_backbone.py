@@ -5,6 +5,7 @@ Shapes: N images; a feature map is (N, c, h, w).
 """
 
 import logging
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -106,11 +107,19 @@ def share_first_stages(backbone: nn.Module, until: str) -> nn.Module:
 
 @contextmanager
 def record_stages(backbone: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Collect the outputs of the named stages of a backbone while the block runs."""
+    """Collect the outputs of the named stages of a backbone while the block runs.
+
+    Only those of this thread: others may run the same model.
+    """
     body, outputs = getattr(backbone, "bottom_up", backbone), {}
+    thread = threading.get_ident()
 
     def keep(name):
-        return lambda module, inputs, output: outputs.__setitem__(name, output)
+        def hook(module, inputs, output):
+            if threading.get_ident() == thread:
+                outputs[name] = output
+
+        return hook
 
     handles = [getattr(body, name).register_forward_hook(keep(name)) for name in names]
     try:

@@ -21,7 +21,7 @@ from detectron2.utils.registry import Registry
 
 from ...utils.lazy_configs import KEY, instantiate_part
 from ...utils.registry import explain_missing_keys, find_registered
-from ..sampling import random_keys, sample_mask
+from ..sampling import random_keys, sample_mask, true_indices
 
 __all__ = [
     "ENTITY_DETECTOR_REGISTRY",
@@ -324,6 +324,8 @@ def label_entities(
     match are drawn at random: first the ground-truth boxes, then proposals. A ground-truth box
     keeps its own class, whatever other boxes are equal to it.
 
+    The numbers of entities of all images are read on the host, in one transfer.
+
     Args:
         proposals: candidate boxes of each image; may be empty.
         targets: ``gt_boxes`` and ``gt_classes`` of each image.
@@ -336,23 +338,26 @@ def label_entities(
         of a ground-truth box among the targets, and -1 for a proposal. If the targets have
         attributes, also ``gt_attributes`` and ``gt_attributes_known`` of the matched box.
     """
-    entities = []
+    drawn, candidates = [], []
     for boxes, target in zip(proposals, targets):
         own = torch.arange(len(target), device=boxes.device)
         gt_index = torch.cat([own.new_full((len(boxes),), -1), own])
         boxes = Boxes.cat([boxes, target.gt_boxes])
-        result = Instances(target.image_size)
         if len(target) == 0:
-            chosen = torch.zeros(0, dtype=torch.int64, device=boxes.device)
-            matched = chosen
+            is_drawn = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
+            matched = gt_index
         else:
             overlap, matched = pairwise_iou(target.gt_boxes, boxes).max(dim=0)
             is_own = gt_index >= 0
             matched = torch.where(is_own, gt_index, matched)
-            candidates = is_own | (overlap >= iou_threshold)
-            keys = random_keys(candidates, generator)
-            drawn = sample_mask(candidates, max_entities, max_entities, preferred=is_own, keys=keys)
-            chosen = drawn.nonzero().squeeze(1)
+            matches = is_own | (overlap >= iou_threshold)
+            keys = random_keys(matches, generator)
+            is_drawn = sample_mask(matches, max_entities, max_entities, preferred=is_own, keys=keys)
+        drawn.append(is_drawn)
+        candidates.append((boxes, matched, gt_index))
+    entities = []
+    for chosen, (boxes, matched, gt_index), target in zip(true_indices(drawn), candidates, targets):
+        result = Instances(target.image_size)
         result.proposal_boxes = boxes[chosen]
         result.gt_classes = target.gt_classes[matched[chosen]]
         result.gt_index = gt_index[chosen]

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 __all__ = [
     "LOSS_NAMES",
@@ -88,12 +89,13 @@ class ContrastiveGroups:
             that has positive members too.
         lowest_positive: (3, S, P) int64, the pair with the smallest affinity among the positive
             members of that group; any pair where ``is_hardest_negative`` is False.
-        num_positive_groups: (3, S, A) float, number of each anchor's groups with positive members.
+        has_positive: (S, A, K + 1) and (S, A, C) bool, whether each group of an anchor has positive
+            members: those of L2 and, last, the one of L1; those of L3.
     """
 
     is_hardest_negative: Tensor
     lowest_positive: Tensor
-    num_positive_groups: Tensor
+    has_positive: tuple[Tensor, Tensor]
 
     def margins(self, phi: Tensor) -> Tensor:
         """Compute ``m`` of Eq 2, 4 and 6 from the (P,) affinities.
@@ -101,9 +103,19 @@ class ContrastiveGroups:
         Returns:
             (3, S, P), to be read where ``is_hardest_negative``.
         """
-        min_positive = phi.gather(0, self.lowest_positive.flatten()).view_as(self.lowest_positive)
         max_negative = phi  # each pair in the role of the hardest negative of its own group
-        return min_positive - max_negative
+        return phi.take(self.lowest_positive) - max_negative
+
+    def num_positive_groups(self, dtype: torch.dtype) -> Tensor:
+        """Return the number of each anchor's groups with positive members, (3, S, A)."""
+        first, by_predicate = self.has_positive
+        return torch.stack(
+            [
+                first[..., -1].to(dtype),
+                first[..., :-1].sum(dim=-1, dtype=dtype),
+                by_predicate.sum(dim=-1, dtype=dtype),
+            ]
+        )
 
 
 @torch.no_grad()
@@ -118,7 +130,8 @@ def find_groups(
     """Find the lowest positive and the hardest negative of all groups of L1, L2 and L3.
 
     The minimum and maximum over a group are taken over ranks instead of affinities: ranks are
-    unique, so they also tell *which* pair is the lowest or the hardest.
+    unique, so they also tell *which* pair is the lowest or the hardest. Most of the time goes into
+    starting small operations, so all losses and both sides share each of them.
 
     Args:
         phi: (P,) affinities, P > 0. Of equal ones the first counts as the smallest.
@@ -133,81 +146,52 @@ def find_groups(
     is_positive = labels.any(dim=1)
 
     # Rank 0 is the pair with the smallest affinity. The lowest positive has the largest reversed
-    # rank, so that both extremes are a maximum, and -1 can stand for "no such member".
+    # rank, so that both extremes are a maximum. -1 stands for "no such member", -2 for "takes no
+    # part". float32 has the fastest scatter by rows, and tells 2 ** 24 ranks apart.
     by_affinity = phi.argsort(stable=True)
-    rank = torch.empty_like(by_affinity)
-    rank.scatter_(0, by_affinity, torch.arange(num_pairs, device=phi.device))
-    reversed_rank = num_pairs - 1 - rank
-    negative_rank = torch.where(sides.sampled & ~is_positive, rank, -1)
-    reversed_positive_rank = torch.where(sides.sampled & is_positive, reversed_rank, -1)
+    ranks = torch.arange(num_pairs, device=phi.device, dtype=torch.float32)
+    rank = torch.empty_like(ranks).scatter_(0, by_affinity, ranks)
+    rank = torch.where(is_positive, num_pairs - 1 - rank, rank).masked_fill(~sides.sampled, -2.0)
+    negative_rank = rank.masked_fill(is_positive, -2.0)
 
-    # Group ids: first one group per row (L1), then K per row (L2), then C per row (L3).
+    # Group ids: K + 1 per row (L2, and L1 as one more class), then C per row (L3). The same again
+    # for the positive members.
     row = sides.anchor + torch.arange(0, num_rows, num_anchors, device=phi.device)[:, None]
-    num_groups = [num_rows, num_rows * num_classes, num_rows * num_predicates]
-    by_class = num_groups[0] + row * num_classes + sides.other_class
-    by_predicted = num_groups[0] + num_groups[1] + row * num_predicates + predicted
-    group = torch.stack([row, by_class, by_predicted])  # (3, S, P)
-
-    # for pair in pairs:
-    #     hardest[group[pair]] = max(hardest[group[pair]], negative_rank[pair])
-    hardest_negative_rank = _max_per_group(group, negative_rank, sum(num_groups))
-    lowest_positive_rank = torch.cat(  # reversed ranks
+    start_of_predicates = num_rows * (num_classes + 1)
+    num_groups = start_of_predicates + num_rows * num_predicates
+    group = torch.stack(  # (3, S, P)
         [
-            _max_per_group(group[:2], reversed_positive_rank, num_groups[0] + num_groups[1]),
-            _lowest_positive_per_label(labels, reversed_rank, sides.sampled, row, num_rows),
+            row * (num_classes + 1) + num_classes,
+            torch.add(sides.other_class, row, alpha=num_classes + 1),
+            torch.add(predicted + start_of_predicates, row, alpha=num_predicates),
         ]
     )
-
-    has_positive = (lowest_positive_rank >= 0).split(num_groups)
-    num_positive_groups = torch.stack(
-        [x.view(num_rows, -1).sum(dim=1, dtype=phi.dtype) for x in has_positive]
+    best = rank.new_full((2 * num_groups,), -1.0)
+    # for pair in pairs:
+    #     best[group[pair]] = max(best[group[pair]], rank[pair])
+    # L3 has its negatives only: its positives have one group per label.
+    member = torch.add(group, is_positive, alpha=num_groups)
+    of_member = torch.stack([rank, rank, negative_rank])
+    best.scatter_reduce_(0, member.view(-1), of_member.view(-1), "amax")
+    lowest_positive_rank = best[num_groups:]  # reversed ranks
+    first, by_predicate = lowest_positive_rank.split(
+        [start_of_predicates, num_groups - start_of_predicates]
     )
-    is_hardest = (hardest_negative_rank[group] == negative_rank) & (negative_rank >= 0)
-    lowest_rank = lowest_positive_rank[group]  # of the pair's group
-    return ContrastiveGroups(
-        is_hardest_negative=is_hardest & (lowest_rank >= 0),
-        lowest_positive=by_affinity.flip(0)[lowest_rank.clamp(min=0)],
-        num_positive_groups=num_positive_groups.view(3, num_sides, num_anchors),
-    )
-
-
-def _max_per_group(group: Tensor, rank: Tensor, num_groups: int) -> Tensor:
-    """Compute each group's largest rank; -1 for a group without members.
-
-    Args:
-        group: (L, S, P) int64 in ``[0, num_groups)``.
-        rank: (S, P) int64; -1 for a pair that is no member.
-        num_groups: number of groups.
-    """
-    largest = rank.new_full((num_groups,), -1)
-    return largest.scatter_reduce_(0, group.flatten(), rank.expand_as(group).flatten(), "amax")
-
-
-def _lowest_positive_per_label(
-    labels: Tensor, reversed_rank: Tensor, sampled: Tensor, row: Tensor, num_rows: int
-) -> Tensor:
-    """Find the lowest positives of the groups of L3, where a pair has a group per label.
-
-    Args:
-        labels: (P, C) bool.
-        reversed_rank: (P,) int64.
-        sampled: (S, P) bool.
-        row: (S, P) int64 in ``[0, num_rows)``.
-        num_rows: number of anchors of all sides.
-
-    Returns:
-        (num_rows * C,) int64, the largest reversed rank of each group; -1 for one without members.
-    """
-    # float32 has the fastest scatter by rows, and tells 2 ** 24 ranks apart.
-    rank_of_label = reversed_rank.float()[:, None].where(labels, -1.0)  # (P, C)
-    lowest = rank_of_label.new_full((num_rows + 1, labels.shape[1]), -1.0)
     # for pair, e in labels:
-    #     lowest[row[pair], e] = max(lowest[row[pair], e], reversed_rank[pair])
-    for rows in torch.where(
-        sampled, row, num_rows
-    ):  # per side; unsampled pairs go to a last row, which is dropped
-        lowest.scatter_reduce_(0, rows[:, None].expand_as(rank_of_label), rank_of_label, "amax")
-    return lowest[:-1].flatten().long()
+    #     by_predicate[row[pair], e] = max(by_predicate[row[pair], e], rank[pair])
+    rank_of_label = torch.where(labels, rank[:, :, None], -1.0).flatten(0, 1)  # (S * P, C)
+    by_predicate = by_predicate.view(num_rows, num_predicates)
+    by_predicate.scatter_reduce_(0, row.view(-1, 1).expand_as(rank_of_label), rank_of_label, "amax")
+
+    lowest = lowest_positive_rank.take(group)  # of the pair's group
+    return ContrastiveGroups(
+        is_hardest_negative=(best.take(group) == negative_rank) & (lowest >= 0),
+        lowest_positive=by_affinity.flip(0).take(lowest.clamp_(min=0).long()),
+        has_positive=(
+            (first >= 0).view(num_sides, num_anchors, -1),
+            (by_predicate >= 0).view(num_sides, num_anchors, -1),
+        ),
+    )
 
 
 @torch.no_grad()
@@ -217,6 +201,7 @@ def group_weights(
     anchor_image: Tensor,
     num_images: int,
     normalization: str,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Compute the share of each group in the loss of one side of one image (Eq 3, 5, 7).
 
@@ -231,25 +216,51 @@ def group_weights(
         anchor_image: (A,) int64 in ``[0, num_images)``.
         num_images: N.
         normalization: one of :data:`NORMALIZATIONS`.
+        dtype: of the result.
 
     Returns:
         (3, S, P) float; 0 where a pair is not the hardest negative of a group with a margin.
     """
-    num_groups, num_sides = groups.num_positive_groups, len(anchor)
+    num_sides = len(anchor)
     if normalization == "paper":
+        num_groups = groups.num_positive_groups(dtype)
         image = anchor_image.expand(num_sides, -1)  # (S, A)
         num_anchors = num_groups.new_zeros((num_sides, num_images))
         num_anchors.scatter_add_(1, image, num_groups[0])  # L1 has 0 or 1 group per anchor
         share = 1.0 / (num_groups * num_anchors.gather(1, image)).clamp(min=1.0)  # (3, S, A)
         index = anchor
     else:
-        index = anchor_image.gather(0, anchor.view(-1)).view_as(anchor)  # the pair's image
-        num_margins = num_groups.new_zeros((3, num_sides, num_images))
-        has_margin = groups.is_hardest_negative.to(num_margins.dtype)
+        index = anchor_image.take(anchor)  # the pair's image
+        has_margin = groups.is_hardest_negative.to(dtype)
+        num_margins = has_margin.new_ones((3, num_sides, num_images))  # one more
         num_margins.scatter_add_(2, index.expand_as(has_margin), has_margin)
-        share = 1.0 / (num_margins + 1.0)  # (3, S, N)
+        share = num_margins.reciprocal_()  # (3, S, N)
     share_of_pair = share.gather(2, index.expand_as(groups.is_hardest_negative))
     return share_of_pair * groups.is_hardest_negative
+
+
+class _LinearInAffinity(torch.autograd.Function):
+    """Compute ``constants + slopes @ phi``, which has a gradient with respect to the logits.
+
+    Args of ``apply``: (P, C + 1) logits, their softmax, (P,) affinities, (L, P) slopes and (L,)
+    constants. Returns (L,).
+    """
+
+    @staticmethod
+    def forward(ctx, logits, probabilities, phi, slopes, constants):
+        ctx.save_for_backward(probabilities, phi, slopes)
+        ctx.dtype = logits.dtype
+        return constants + (slopes * phi).sum(dim=1)  # autocast would round a matrix product
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        probabilities, phi, slopes = ctx.saved_tensors
+        # phi = 1 - p(none). Its gradient: p(none) * p(e) for predicate e, -p(none) * phi for none.
+        of_phi = (gradient[:, None] * slopes).sum(dim=0) * probabilities[:, -1]
+        of_logits = probabilities * of_phi[:, None]
+        of_logits[:, -1] = -of_phi * phi
+        return of_logits.to(ctx.dtype), None, None, None, None
 
 
 def contrastive_losses(
@@ -293,24 +304,29 @@ def contrastive_losses(
         )
     if normalization not in NORMALIZATIONS:
         raise ValueError(f"normalization is '{normalization}'; known: {', '.join(NORMALIZATIONS)}")
-    phi = affinity(logits)
-    if len(phi) == 0:
-        zero = phi.sum()
+    if len(logits) == 0:
+        zero = affinity(logits).sum()
         return (zero, zero, zero), None
-    predicted = logits.detach()[:, :-1].max(dim=1).indices
-    values = phi.detach()
-    groups = find_groups(values, predicted, labels, sides, len(anchor_image), num_classes)
-    weights = group_weights(groups, sides.anchor, anchor_image, num_images, normalization)
+    values = logits.detach()
+    probabilities = (values if values.dtype == torch.float64 else values.float()).softmax(dim=1)
+    phi = probabilities[:, :-1].sum(dim=1)
+    predicted = values[:, :-1].argmax(dim=1)
+    groups = find_groups(phi, predicted, labels, sides, len(anchor_image), num_classes)
+    case = sides.anchor, anchor_image, num_images, normalization
+    weights = group_weights(groups, *case, phi.dtype)
     alphas = torch.as_tensor(alphas, dtype=phi.dtype, device=phi.device)
 
     # Each loss is the sum over its groups of
     #     weight * max(0, alpha - (phi[lowest_positive] - phi[hardest_negative])) / N.
     # With the groups whose hinge is positive fixed, this is linear in the affinities, so collect
-    # the constant and the slope of each affinity: the backward pass is then one product. (Not a
-    # matrix product: autocast would round it.)
-    is_violated = groups.margins(values) < alphas[:, None, None]
-    weights = (weights * is_violated).flatten(1) / num_images  # (3, S * P)
-    constants = weights.sum(dim=1) * alphas
-    slopes = weights.view_as(groups.lowest_positive).sum(dim=1)  # (3, P): + for hardest negatives
-    slopes = slopes.scatter_add(1, groups.lowest_positive.flatten(1), -weights)
-    return (constants + (slopes * phi).sum(dim=1)).unbind(), groups
+    # the constant and the slope of each affinity: the backward pass is then one product.
+    is_violated = groups.margins(phi) < alphas[:, None, None]
+    weights = weights * is_violated
+    if num_images > 1:
+        weights = weights / num_images
+    slopes = weights.sum(dim=1)  # (3, P): + for hardest negatives
+    constants = slopes.sum(dim=1) * alphas
+    lowest_positive = groups.lowest_positive.flatten(1)
+    slopes = slopes.scatter_add_(1, lowest_positive, weights.flatten(1).neg_())
+    losses = _LinearInAffinity.apply(logits, probabilities, phi, slopes, constants)
+    return losses.unbind(), groups

@@ -6,7 +6,6 @@ from torch import nn
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
-from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.roi_heads.box_head import build_box_head
 from detectron2.utils.registry import Registry
 
@@ -14,6 +13,7 @@ from ...config import reads_pixels
 from ...utils.registry import build_registered
 from ..backbone.vgg import VGG16BoxHead
 from .head_base import RelationHead
+from .poolers import LevelPooler
 from .predictors import without_last_relu
 
 __all__ = ["ROI_RELATION_HEAD_REGISTRY", "build_relation_head", "build_visual_parts"]
@@ -84,8 +84,8 @@ def build_visual_parts(
     if not reads_pixels(cfg):
         return {}
 
-    def pooler(shape: dict[str, ShapeSpec]) -> ROIPooler:
-        return ROIPooler(
+    def pooler(shape: dict[str, ShapeSpec]) -> LevelPooler:
+        return LevelPooler(
             output_size=resolution,
             scales=tuple(1.0 / shape[name].stride for name in in_features),
             sampling_ratio=head.POOLER_SAMPLING_RATIO,

@@ -10,6 +10,7 @@ one, and the draws share as many pairs as their preferences allow.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -102,7 +103,7 @@ class SampledPairs:
             batch: pairs of each image.
             sizes: number of entities of each image.
         """
-        starts = torch.tensor([0] + sizes[:-1]).cumsum(0).tolist()
+        starts = list(accumulate(sizes[:-1], initial=0))
         return cls(
             subjects=torch.cat([x.subjects + start for x, start in zip(batch, starts)]),
             objects=torch.cat([x.objects + start for x, start in zip(batch, starts)]),

@@ -283,14 +283,19 @@ class EntityBatch:
         """
         sizes = [len(x) for x in boxes]
         stacked = torch.cat([x.tensor for x in boxes])
-        device = stacked.device
+        # Values from the host are filled in, because copying a tensor waits for the device.
+        image = stacked.new_empty(len(stacked), dtype=torch.int64)
+        for index, of_image in enumerate(image.split(sizes)):
+            of_image.fill_(index)
+        height_and_width = stacked.new_empty(len(sizes), 2)
+        for row, size in zip(height_and_width, image_sizes):
+            for value, side in zip(row, size):
+                value.fill_(side)
         return cls(
             boxes=stacked,
             classes=torch.cat(classes),
-            image=torch.arange(len(sizes), device=device).repeat_interleave(
-                torch.tensor(sizes, device=device), output_size=sum(sizes)
-            ),
-            image_sizes=torch.tensor(image_sizes, device=device, dtype=stacked.dtype).view(-1, 2),
+            image=image,
+            image_sizes=height_and_width,
             sizes=sizes,
             subject_vectors=subject_vectors,
             object_vectors=object_vectors,

@@ -28,6 +28,7 @@ from .pairs import (
     distinct_unions,
     distinct_unions_of_both_orders,
 )
+from .poolers import LevelPooler
 from .predicate_classifier import MODULES, PredicateClassifier, build_predicate_classifier
 
 __all__ = ["RelDNHead"]
@@ -250,8 +251,12 @@ class RelDNHead(RelationHead):
                 subjects, objects, entities.image, len(entities.boxes), len(entities.sizes)
             )
             boxes = union_boxes(entities.boxes[first], entities.boxes[second]).split(counts)
-        maps = [predicate_features[name] for name in self.in_features]
-        pooled = self.predicate_pooler(maps, [Boxes(x) for x in boxes])
+        boxes = [Boxes(x) for x in boxes]
+        if isinstance(self.predicate_pooler, LevelPooler):
+            pooled = self.predicate_pooler.pool(predicate_features, self.in_features, boxes)
+        else:
+            maps = [predicate_features[name] for name in self.in_features]
+            pooled = self.predicate_pooler(maps, boxes)
         return self.predicate_box_head(pooled), union
 
     # Weights of RelDN's modules have no "predictor" in their names, wherever names are listed.

@@ -1,0 +1,36 @@
+"""The benchmark of a training step runs on a small model, and its clock and counts are right."""
+
+import json
+import time
+
+import benchmark
+import pytest
+from benchmarks.training_step import STAGES, StageClock
+
+
+def test_benchmark_training_small_model_prints_stages(tmp_path, capfd):
+    path = tmp_path / "figures.json"
+    options = ["--config-file", "configs/Toy/reldn.yaml", "--size", "64", "96", "--steps", "1"]
+    key = "MODEL.RELDN.MAPS_ON_DEMAND"
+    benchmark.main(["training", *options, "--threads", "1", "--without", key, "--json", str(path)])
+    printed = capfd.readouterr().out
+    assert "images/s" in printed and "function that synchronizes" in printed
+    results = json.loads(path.read_text())
+    assert list(results) == ["here", "without MAPS_ON_DEMAND"]
+    for result in results.values():
+        assert set(result["stages"]) == {*STAGES, "other"}
+        assert result["stages"]["backward"][0] > 0 and result["operations"] > 0
+    ours, theirs = (x["losses"] for x in results.values())
+    assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_stage_clock_nested_stages_count_once():
+    clock = StageClock(on_gpu=False)
+    clock.begin()
+    with clock.stage("losses"):
+        time.sleep(0.02)
+        with clock.stage("backward"):
+            time.sleep(0.05)
+    spent = clock.end()
+    assert 0.015 < spent["losses"][0] < spent["backward"][0]
+    assert spent["optimizer"] == [0.0, 0.0]
