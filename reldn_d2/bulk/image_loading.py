@@ -140,10 +140,12 @@ def _iterate(
         iterator = iter(loader)  # the first one of a process sets the handler
         handler = handler if len(indices) == 1 else _take_death_handler(handler)
         yield from iterator
-    except RuntimeError as error:
-        if not _tells_of_death(str(error)):
+    except (RuntimeError, OSError, EOFError) as error:
+        if not workers or not _tells_of_death(error):
             raise
         problem = str(error)
+        if not isinstance(error, RuntimeError):
+            problem = f"the connection to a DataLoader worker failed: {error!r}"
     finally:
         del iterator  # else the handler would report the same process again
         if handler != signal.SIG_DFL:
@@ -169,6 +171,14 @@ def _take_death_handler(taken: Any = signal.SIG_DFL) -> Any:
     return signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
-def _tells_of_death(text: str) -> bool:
-    """Whether an error of DataLoader says that a worker process died."""
-    return "DataLoader worker" in text and ("exited unexpectedly" in text or "killed" in text)
+def _tells_of_death(error: Exception) -> bool:
+    """Whether an error of DataLoader says that a worker process died.
+
+    Tensors come through a connection to their process. If it dies before they are received, the
+    connection fails (``OSError``, ``EOFError``), perhaps before DataLoader notices the death. What
+    a worker raises itself says "Caught ... in DataLoader worker process".
+    """
+    text = str(error)
+    if isinstance(error, RuntimeError):
+        return "DataLoader worker" in text and ("exited unexpectedly" in text or "killed" in text)
+    return "in DataLoader worker process" not in text

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 from usage_utils import picture, write_boxes_checkpoint, write_checkpoint, write_coco_detector
 
 from reldn_d2.bulk import list_images, predict_images
@@ -117,6 +118,25 @@ def test_predict_images_processes_that_always_die_raise(predictor, folder):
     killer = Killer(*(image.key for image in images))
     with pytest.raises(ReadingProcessDied, match="DataLoader worker"):
         list(predict_images(predictor, images, killer, 1, 1))
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), EOFError()])
+def test_predict_images_lost_connection_to_a_process_is_its_death(
+    predictor, folder, error, monkeypatch
+):
+    """Tensors of a process that dies may fail to arrive before DataLoader notices the death."""
+    images = list_images([folder])
+    iterate, failed = DataLoader.__iter__, []
+
+    def lose(loader):
+        if len(loader.dataset) > 1 and not failed:
+            failed.append(True)
+            raise error
+        return iterate(loader)
+
+    monkeypatch.setattr(DataLoader, "__iter__", lose)
+    results = list(predict_images(predictor, images, FileEntities(None, None), 1, 2))
+    assert failed and [image for image, _ in results] == images
 
 
 def test_predict_images_detector_and_boxes(folder, tmp_path):
