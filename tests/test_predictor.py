@@ -54,13 +54,13 @@ def test_predictor_paths_arrays_and_batches_agree(predictor, tmp_path):
 def test_predictor_prepared_inputs_give_the_result_of_a_call(predictor):
     boxes = [[5, 5, 40, 50], [30, 20, 80, 55]]
     given = {"boxes": boxes, "classes": ["person", "no class"]}
-    inputs = [predictor.prepare_input(picture(seed=1))]
-    inputs.append(predictor.prepare_input(picture(), unknown_classes="leave_out", **given))
+    inputs = [predictor.read_input(picture(seed=1))]
+    inputs.append(predictor.read_input(picture(), unknown_classes="leave_out", **given))
     first, second = predictor.predict_inputs(inputs)
     same(first, predictor(picture(seed=1)))
     assert second.left_out == {1: "no class"} and second.boxes.tolist() == boxes[:1]
     with pytest.raises(ImageError, match="^x: the model has no class 'no class'"):
-        predictor.prepare_input(picture(), "x", **given)
+        predictor.read_input(picture(), "x", **given)
 
 
 def test_predictor_equals_the_model_in_the_image_frame(predictor):

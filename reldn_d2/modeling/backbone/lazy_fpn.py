@@ -54,6 +54,7 @@ class MapsOnDemand(Mapping):
         for index in range(len(fpn.in_features) - 1):
             self._merge(index)
         self._names = list(fpn.output_shape())
+        self.pyramid = self._names[: len(fpn.in_features)]  # without maps of a top block
         self.finest = self._names[0]
 
     def _merge(self, index: int) -> None:
@@ -90,7 +91,7 @@ class MapsOnDemand(Mapping):
 
     def shape(self, name: str) -> tuple[int, int, int]:
         """Return N and (h, w) of a map of the pyramid, without computing it."""
-        features = self._bottom_up[self._fpn.in_features[self._names.index(name)]]
+        features = self._bottom_up[self._fpn.in_features[self.pyramid.index(name)]]
         return len(features), *features.shape[-2:]
 
     def rows(self, name: str, cells: Tensor) -> tuple[Tensor, Tensor]:

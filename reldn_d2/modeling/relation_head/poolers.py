@@ -55,10 +55,11 @@ class LevelPooler(ROIPooler):
         """Pool from the named maps of a mapping: (R, c, G, G).
 
         :class:`..backbone.lazy_fpn.MapsOnDemand` are pooled by rows of their cells, which
-        gives the same values up to rounding.
+        gives the same values up to rounding, unless some are of the FPN's top block.
         """
         if isinstance(maps, MapsOnDemand) and self._has_fixed_samples():
-            return self._pool_rows(maps, names, box_lists)
+            if set(names) <= set(maps.pyramid):
+                return self._pool_rows(maps, names, box_lists)
         return self([maps[name] for name in names], box_lists)
 
     def _has_fixed_samples(self) -> bool:

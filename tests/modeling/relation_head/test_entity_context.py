@@ -292,6 +292,8 @@ def test_relation_weights_of_a_model_with_context_are_the_class_embeddings_and_t
         "relation_head.context.class_embedding.weight",
         "relation_head.joint.subject_embedding.weight",
         "relation_head.joint.object_embedding.weight",
+        "relation_head.joint.subject_relations",
+        "relation_head.joint.object_relations",
     }
     last = ("spatial.4", "joint.layers.6", "visual.rest.3", "visual.subject_skip")
     logits = {f"relation_head.{x}.{y}" for x in last for y in ("weight", "bias")}

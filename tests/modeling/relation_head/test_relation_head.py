@@ -533,7 +533,7 @@ def test_relation_head_config_reaches_matching_and_sampling(monkeypatch):
 
 
 def test_pair_logits_traced_equal_eager():
-    """Under tracing each pair has a union box of its own."""
+    """Under tracing both orders of a pair, which must be there, share a union box."""
     head = (
         small_model("MODEL.ROI_RELATION_HEAD.POOLER_RESOLUTION", 5)
         .relation_head.eval()
@@ -544,7 +544,7 @@ def test_pair_logits_traced_equal_eager():
         name: torch.randn((1, 8, 64 // stride, 96 // stride), generator=generator)
         for name, stride in (("p2", 4), ("p3", 8), ("p4", 16))
     }
-    subjects, objects = torch.tensor([0, 1, 2]), torch.tensor([1, 0, 1])
+    subjects, objects = torch.tensor([0, 1, 2, 1]), torch.tensor([1, 0, 1, 2])
     with torch.no_grad():
         classes = torch.tensor([0, 4, 8])
         entities = head.encode_entities(maps, [Boxes(random_boxes(3))], [classes], [(64, 96)])
