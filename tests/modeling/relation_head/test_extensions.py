@@ -235,9 +235,10 @@ def test_losses_are_logged_as_the_docs_say(losses, stored, printed, tmp_path, ca
         SimpleTrainer.write_metrics(values, 0.1, *([0] if in_main else []))
         JSONWriter(str(tmp_path / "metrics.json")).write()
         CommonMetricPrinter(10).write()
-        assert set(storage.latest()) == {*stored, "data_time"}
+        others = {"data_time", "rank_data_time"} if in_main else {"data_time"}
+        assert set(storage.latest()) == {*stored, *others}
     written = json.loads((tmp_path / "metrics.json").read_text())
-    assert set(written) == {*stored, "data_time", "iteration"}
+    assert set(written) == {*stored, *others, "iteration"}
     assert set(re.findall(r"(\w+): [\d.]+  ", caplog.text)) >= printed
     assert ("mine:" in caplog.text, "loss_a:" in caplog.text) == (False, "loss_a" in printed)
 
