@@ -22,7 +22,8 @@ LAYERS = (
     ("vis",),
     ("", "env"),  # "" is reldn_d2/__init__.py
     ("bulk",),
-    ("scripts", "serve"),
+    ("scripts",),
+    ("serve",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

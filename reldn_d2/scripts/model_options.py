@@ -2,12 +2,16 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from reldn_d2.predictor import RelationPredictor
 from reldn_d2.pretrained import PRETRAINED, pretrained_file
 from reldn_d2.utils.user_modules import add_module_argument
 
-__all__ = ["add_model_options", "build_predictor", "fraction", "positive", "zero_or_more"]
+__all__ = [
+    *("add_checkpoint_options", "add_model_options", "build_predictor", "checkpoint_path"),
+    *("fraction", "positive", "threshold_options", "zero_or_more"),
+]
 
 
 def fraction(text: str) -> float:
@@ -34,12 +38,14 @@ def zero_or_more(text: str) -> int:
     return value
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of :func:`build_predictor` and :func:`.entity_files.read_entities`.
+def add_checkpoint_options(parser: argparse.ArgumentParser, required: bool) -> None:
+    """Add the options that name a trained model, and the modules that it needs.
 
-    They must be the last ones that are added, because ``--opts`` takes the remaining words.
+    Args:
+        parser: the parser.
+        required: whether --checkpoint or --pretrained must be given.
     """
-    model = parser.add_mutually_exclusive_group()
+    model = parser.add_mutually_exclusive_group(required=required)
     model.add_argument(
         "--checkpoint", metavar="FILE", help="trained RelDN, such as model_final.pth"
     )
@@ -51,6 +57,14 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--config-file", metavar="FILE", help="replaces the checkpoint's config")
     add_module_argument(parser)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of :func:`build_predictor` and :func:`.entity_files.read_entities`.
+
+    They must be the last ones that are added, because ``--opts`` takes the remaining words.
+    """
+    add_checkpoint_options(parser, required=False)
     parser.add_argument(
         "--confidence-threshold",
         type=fraction,
@@ -108,6 +122,21 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def checkpoint_path(args: argparse.Namespace) -> str | None:
+    """Return the file of --checkpoint or --pretrained; None if neither is given."""
+    return args.checkpoint if args.pretrained is None else pretrained_file(args.pretrained)
+
+
+def threshold_options(confidence_threshold: float | None) -> list[Any]:
+    """Return the config options of --confidence-threshold for a model with its own detector."""
+    if confidence_threshold is None:
+        return []
+    return [
+        *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", confidence_threshold),
+        *("MODEL.RETINANET.SCORE_THRESH_TEST", confidence_threshold),
+    ]
+
+
 def build_predictor(args: argparse.Namespace) -> RelationPredictor:
     """Return the predictor of the command line.
 
@@ -115,7 +144,7 @@ def build_predictor(args: argparse.Namespace) -> RelationPredictor:
         ValueError: there is no checkpoint.
     """
     opts = list(args.opts)
-    path = args.checkpoint if args.pretrained is None else pretrained_file(args.pretrained)
+    path = checkpoint_path(args)
     if path is None and "MODEL.WEIGHTS" in opts:
         path = opts[opts.index("MODEL.WEIGHTS") + 1]
     if path is None:
@@ -124,9 +153,7 @@ def build_predictor(args: argparse.Namespace) -> RelationPredictor:
             f"{' or '.join(sorted(PRETRAINED))}"
         )
     ours = ["TEST.RELATIONS.TOPK", max(args.top_k, 100)]
-    if args.confidence_threshold is not None:
-        ours += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", args.confidence_threshold]
-        ours += ["MODEL.RETINANET.SCORE_THRESH_TEST", args.confidence_threshold]
+    ours += threshold_options(args.confidence_threshold)
     # Foreign detectors have classes that the model does not know; boxes of its own do not.
     foreign = args.detector is not None or args.pretrained is not None
     return RelationPredictor.from_checkpoint(

@@ -20,8 +20,15 @@ from typing import Any
 
 import reldn_d2  # noqa: F401  # isort: skip  must be imported before Detectron2
 from ..predictor import RelationPredictor
-from ..pretrained import PRETRAINED, load_detector, pretrained_file
-from ..utils.user_modules import add_module_argument, parse_and_import
+from ..pretrained import load_detector
+from ..scripts.model_options import (
+    add_checkpoint_options,
+    checkpoint_path,
+    fraction,
+    positive,
+    threshold_options,
+)
+from ..utils.user_modules import parse_and_import
 
 __all__ = ["build_parser", "main"]
 
@@ -43,18 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument(
-        "--checkpoint", metavar="FILE", help="trained RelDN, such as model_final.pth"
-    )
-    model.add_argument(
-        "--pretrained",
-        metavar="NAME",
-        help=f"a model that comes with this package ({', '.join(sorted(PRETRAINED))}), or one of "
-        "the Hugging Face Hub (hf://OWNER/NAME)",
-    )
-    parser.add_argument("--config-file", metavar="FILE", help="replaces the checkpoint's config")
-    add_module_argument(parser)
+    add_checkpoint_options(parser, required=True)
     parser.add_argument(
         "--detector",
         metavar="NAME",
@@ -64,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--detector-weights", metavar="FILE", help="weights of --detector")
     parser.add_argument(
         "--confidence-threshold",
-        type=_fraction,
+        type=fraction,
         metavar="SCORE",
         help="min score of a detection; default: the config's; of --detector: 0.5",
     )
@@ -83,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         parser.add_argument(
             f"--{option}",
-            type=_positive,
+            type=positive,
             default=default,
             metavar="N",
             help=f"most {unit}; default: {default}",
@@ -94,24 +90,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _fraction(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
-
-
 def _port(text: str) -> int:
     value = int(text)
     if not 0 <= value <= 65535:  # larger ones would be taken modulo 65536
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 65535")
-    return value
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
     return value
 
 
@@ -126,7 +108,7 @@ def build_application(args: argparse.Namespace) -> Any:
     from .request_reader import Limits
     from .service import create_app
 
-    path = args.checkpoint if args.pretrained is None else pretrained_file(args.pretrained)
+    path = checkpoint_path(args)
     opts = list(args.opts)
     detector = None
     if args.detector is not None:
@@ -136,9 +118,8 @@ def build_application(args: argparse.Namespace) -> Any:
         detector = load_detector(args.detector, args.detector_weights, args.device, **options)
     elif args.detector_weights is not None:
         raise ValueError("--detector-weights: add --detector, which they belong to")
-    elif args.confidence_threshold is not None:
-        for key in ("MODEL.ROI_HEADS", "MODEL.RETINANET"):
-            opts = [f"{key}.SCORE_THRESH_TEST", args.confidence_threshold, *opts]
+    else:
+        opts = threshold_options(args.confidence_threshold) + opts
     predictor = RelationPredictor.from_checkpoint(path, args.device, args.config_file, opts)
     limits = Limits(
         max_bytes=args.max_megabytes * 1_000_000,
@@ -174,7 +155,7 @@ def server_config(application: Any, seconds: float) -> Any:
 
     Args:
         application: of :func:`build_application`.
-        seconds: time to finish the requests that have begun when the service is told to stop.
+        seconds: time that running requests have to finish at shutdown.
     """
     import uvicorn
 
@@ -192,7 +173,7 @@ def server_config(application: Any, seconds: float) -> Any:
 
 
 def _stop(*_: Any) -> None:
-    """End the process with status 0: a service that is told to stop has not failed."""
+    """Exit with status 0: stopping a service is not a failure."""
     sys.exit(0)
 
 
