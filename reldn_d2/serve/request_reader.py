@@ -26,6 +26,11 @@ FIELDS = ("boxes", "classes", "scores", "size")
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_JSON_BYTES = 2**20
 MAX_NAME_LENGTH = 100  # characters of a class name
+# A progressive JPEG has about 10. One of 25 megapixels takes 30 ms per scan, so that 10 MB of empty
+# scans of 42 bytes would take two hours.
+MAX_JPEG_SCANS = 100
+_START_OF_SCAN = b"\xff\xda"  # does not occur in the compressed pixels of a JPEG
+_TILE_SIZE = (322, 323)  # tags of a TIFF: width and height of its tiles
 _MULTIPART_OVERHEAD = 16 * 1024  # bytes of boundaries and headers of the parts
 _BINARY = "application/octet-stream"
 _HINT = (
@@ -203,7 +208,7 @@ def decode_image(data: bytes, limits: Limits) -> np.ndarray:
     """Decode an image as (H, W, 3) uint8 in RGB order.
 
     Raises:
-        RequestError: 413 for too many pixels, 415 if it is not an image of a known format.
+        RequestError: 413 for too many pixels or scans, 415 if it is not an image of a known format.
         ImageError: it is broken.
     """
     most = f"{limits.max_pixels} pixels, the most that is accepted"
@@ -220,4 +225,22 @@ def decode_image(data: bytes, limits: Limits) -> np.ndarray:
     width, height = image.size  # of the header: nothing has been decompressed
     if width * height > limits.max_pixels:
         raise RequestError(413, f"the image has {width} x {height} pixels, more than {most}")
+    _check_cost(image, data, most, limits)
     return load_rgb(image)
+
+
+def _check_cost(image: Image.Image, data: bytes, most: str, limits: Limits) -> None:
+    """Refuse files that take much more time or memory than their size in pixels tells."""
+    is_jpeg = image.format in ("JPEG", "MPO")
+    if image.format == "TIFF":
+        is_jpeg = "jpeg" in image.info["compression"]
+        # Tiles may be larger than the image; libtiff allocates a whole one.
+        width, height = (image.tag_v2.get(tag, 1) for tag in _TILE_SIZE)
+        if not (isinstance(width, int) and isinstance(height, int)):
+            raise ImageError("image: cannot be read as an image: the tiles have no valid size")
+        if width * height > limits.max_pixels:
+            message = f"the image has tiles of {width} x {height} pixels, more than {most}"
+            raise RequestError(413, message)
+    if is_jpeg and (scans := data.count(_START_OF_SCAN)) > MAX_JPEG_SCANS:
+        message = f"the image has {scans} JPEG scans; at most {MAX_JPEG_SCANS} are accepted"
+        raise RequestError(413, f"{message}: save it again without them, for example as PNG")

@@ -1,9 +1,11 @@
 """Bad requests to the service: each gets a status and one line, and none stops it."""
 
+import io
 import struct
 import zlib
 
 import pytest
+from PIL import Image
 from usage_utils import picture
 
 pytest.importorskip("fastapi", reason="the service needs FastAPI: pip install 'reldn_d2[serve]'")
@@ -11,6 +13,7 @@ pytest.importorskip("fastapi", reason="the service needs FastAPI: pip install 'r
 from serving import BOUNDARY, encoded, form, running
 
 from reldn_d2.predictor import RelationPredictor
+from reldn_d2.serve.request_reader import Limits, decode_image
 
 LIMITS = {"max_bytes": 200_000, "max_pixels": 40_000, "max_boxes": 20}
 
@@ -40,6 +43,29 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 9))
 
 
+def tiled(tile_width: int, pixels: bytes, compression: int) -> bytes:
+    """Return a gray TIFF of 64 x 64 pixels in one tile, 64 pixels high.
+
+    Args:
+        tile_width: in pixels, at least 64.
+        pixels: compressed.
+        compression: 7 for JPEG, 8 for zlib.
+    """
+    tags = [(256, 64), (257, 64), (258, 8), (259, compression), (262, 1), (277, 1)]
+    tags += [(322, tile_width), (323, 64), (324, 14 + 12 * 10), (325, len(pixels))]
+    table = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + table + bytes(4) + pixels
+
+
+def progressive(scans: int) -> bytes:
+    """Return a gray JPEG of 64 x 64 pixels with so many scans, at least 6."""
+    buffer = io.BytesIO()
+    Image.new("L", (64, 64), 90).save(buffer, "JPEG", progressive=True)
+    content = buffer.getvalue()
+    last = content[content.rindex(b"\xff\xda") : -2]
+    return content[:-2] + last * (scans - content.count(b"\xff\xda")) + content[-2:]
+
+
 BOXES = [[5, 5, 40, 50], [30, 20, 80, 55]]
 GIVEN = {"boxes": BOXES, "classes": ["person", "horse"], "scores": [0.9, 0.8]}
 FORM = f"multipart/form-data; boundary={BOUNDARY}"
@@ -58,6 +84,9 @@ BAD_REQUESTS = {
     "many pixels": (png_header(300, 300), BINARY, 413, "300 x 300 pixels, more than 40000"),
     "bomb": (png_header(60000, 60000), BINARY, 413, "pixels, the most that is accepted"),
     "huge bomb": (png_header(2**31 - 1, 2**31 - 1), BINARY, 413, "the image has more than 40000"),
+    "scans": (progressive(101), "image/jpeg", 413, "the image has 101 JPEG scans; at most 100"),
+    "scans of a TIFF": (tiled(64, progressive(101), 7), BINARY, 413, "101 JPEG scans; at most 100"),
+    "tiles": (tiled(640, zlib.compress(bytes(640 * 64)), 8), BINARY, 413, "of 640 x 64 pixels, mo"),
     "no type": (IMAGE, None, 415, "Content-Type is missing: send an image as image/jpeg"),
     "curl's type": (IMAGE, "application/x-www-form-urlencoded", 415, "Content-Type is applic"),
     "text": (b"x", "text/plain", 415, "multipart/form-data with an image and boxes"),
@@ -85,6 +114,12 @@ def test_predict_bad_request_says_why(service, body, kind, status, message):
     answer = service.request("POST", "/predict", body, kind)
     assert answer.status == status and message in answer.body["error"], answer
     assert "\n" not in answer.body["error"] and len(answer.body["error"]) < 520
+
+
+def test_decode_image_accepts_progressive_jpeg_and_tiles():
+    for content in (progressive(100), tiled(64, progressive(6), 7)):
+        assert (decode_image(content, Limits()) == 90).all()
+    assert decode_image(tiled(80, zlib.compress(bytes(80 * 64)), 8), Limits()).shape == (64, 64, 3)
 
 
 HUGE, NAN = int("9" * 400), float("nan")
