@@ -193,6 +193,36 @@ def test_page_says_errors_in_words(browser, service, tmp_path, photo):
 
 
 @needs_browser
+def test_page_shows_markup_in_names_as_text(browser, predictor, tmp_path, monkeypatch):
+    evil = "<img src=x onerror=stolen=1>"
+    names = [f"{evil} {i}" for i in range(200)]
+    monkeypatch.setattr(predictor, "thing_classes", names[: len(predictor.thing_classes)])
+    monkeypatch.setattr(predictor, "predicate_classes", names[: len(predictor.predicate_classes)])
+    Image.fromarray(picture()).save(tmp_path / f"{evil}.png")
+    (tmp_path / f"{evil}.jpg").write_bytes(b"x" * 200_001)
+    browser.messages.clear()
+    with running(predictor, max_bytes=200_000) as service:
+        browser.open(service.url)
+        browser.wait("about !== null")
+        assert browser.run("el('classes').options[3].value") == names[3]
+        browser.choose_file("#file", tmp_path / f"{evil}.jpg")
+        assert error(browser).startswith(f"{evil}.jpg has 0.2 MB")
+        browser.run("el('threshold').value = 0")
+        predicted(browser, tmp_path / f"{evil}.png")
+        assert listed(browser)[0].count(evil) == 3  # subject, predicate, object
+        assert evil in browser.run("el('overlay').textContent")
+        given = {"boxes": [[5, 5, 40, 50]], "classes": [evil]}
+        browser.run(f"el('boxes').value = {json.dumps(json.dumps(given))}; boxesChanged()")
+        assert evil in browser.run("el('overlay').textContent")
+        browser.run("el('find').click()")
+        browser.wait("answer !== null")
+        assert evil in browser.run("el('status').textContent")  # a class that was left out
+        assert browser.run("[...document.images].map(x => x.id)") == ["picture"]
+        assert browser.run("typeof stolen") == "undefined"
+    assert browser.messages == []
+
+
+@needs_browser
 def test_page_draws_boxes_for_a_model_without_a_detector(browser, tmp_path):
     Image.fromarray(picture(300, 400)).save(tmp_path / "photo.jpg")
     with running(RelationPredictor.from_pretrained("vrd_boxes", "cpu")) as service:
