@@ -155,7 +155,8 @@ def server_config(application: Any, seconds: float) -> Any:
 
     Args:
         application: of :func:`build_application`.
-        seconds: time that running requests have to finish at shutdown.
+        seconds: to receive a request, and again to answer it; at shutdown, requests that have
+            begun get both.
     """
     import uvicorn
 
@@ -167,7 +168,7 @@ def server_config(application: Any, seconds: float) -> Any:
         log_config=None,  # main() has set up logging
         server_header=False,
         proxy_headers=False,
-        timeout_graceful_shutdown=int(seconds) + 5,
+        timeout_graceful_shutdown=int(2 * seconds) + 5,
         limit_concurrency=1000,  # connections
     )
 

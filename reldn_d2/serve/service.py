@@ -6,9 +6,10 @@ import hashlib
 import logging
 import math
 import re
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Annotated, Any, Literal
@@ -26,7 +27,7 @@ from ..data.prediction_input import ImageInput
 from ..predictor import RelationPredictor
 from ..structures.scene_graph import SceneGraph
 from ..utils.image_io import ImageError
-from .prediction_worker import Detector, PredictionWorker
+from .prediction_worker import Detector, PredictionWorker, fail
 from .request_reader import Limits, RequestData, RequestError, decode_image, read_request
 from .service_metrics import Metrics
 
@@ -35,6 +36,7 @@ __all__ = ["create_app"]
 logger = logging.getLogger(__name__)
 
 DECODERS = 2  # threads that decode and check images while the model runs
+STALLED = 4  # times the timeout: a model that has been busy for longer does not answer any more
 _MAX_MESSAGE = 500  # characters; a message may quote what the client sent
 
 
@@ -59,7 +61,7 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.worker.start()
         yield
-        service.close()
+        service.worker.close()
 
     # FastAPI's own pages of documentation load their scripts from other servers.
     app = FastAPI(
@@ -94,8 +96,8 @@ def create_app(
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        alive = service.worker.is_alive
-        return JSONResponse({"status": "ok" if alive else "stopped"}, 200 if alive else 503)
+        status = service.health()
+        return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> PlainTextResponse:
@@ -113,14 +115,15 @@ class _Service:
         self.limits = limits
         self.metrics = Metrics()
         self.worker = PredictionWorker(predictor, detector, limits.batch_size, self.metrics)
-        self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decoder")
-        # Decoded images are much larger than files: few of them wait for the model at a time.
+        self._decoders = asyncio.Semaphore(DECODERS)
+        # Decoded images are much larger than files: few of them are in memory at a time.
         self._decoded = asyncio.Semaphore(2 * limits.batch_size)
 
-    def close(self) -> None:
-        """Answer what is waiting, then stop the threads."""
-        self._decoders.shutdown()
-        self.worker.close()
+    def health(self) -> str:
+        """Return "ok", or "stalled" or "stopped" if the model does not answer."""
+        if not self.worker.is_alive:
+            return "stopped"
+        return "stalled" if self.worker.busy_seconds > STALLED * self.limits.seconds else "ok"
 
     def description(self) -> dict[str, Any]:
         """Return what a client has to know about the model."""
@@ -152,7 +155,10 @@ class _Service:
         except asyncio.TimeoutError:
             message = f"busy: no answer within {limits.seconds:g} seconds; try again later"
             raise self._unavailable(message) from None
-        except ImageError as error:
+        except (ImageError, RequestError) as error:
+            error.__traceback__ = None  # as in fail(): its frames refer to the request
+            if isinstance(error, RequestError):
+                raise
             raise RequestError(422, str(error)) from None
         finally:
             metrics.in_progress -= 1
@@ -163,11 +169,32 @@ class _Service:
         return RequestError(503, message, {"Retry-After": str(min(max(math.ceil(seconds), 1), 60))})
 
     async def _predict(self, data: RequestData, unknown_classes: str) -> SceneGraph:
-        async with self._decoded:
-            loop = asyncio.get_running_loop()
-            work = (self._prepare, data, unknown_classes)
-            prepared = await loop.run_in_executor(self._decoders, *work)
-            return await asyncio.wrap_future(self.worker.submit(prepared))
+        deadline = time.monotonic() + self.limits.seconds
+        await self._decoded.acquire()
+        work = asyncio.ensure_future(self._decode_and_predict(data, unknown_classes, deadline))
+        work.add_done_callback(self._finished)
+        # A timeout cancels the wait, but neither a thread that decodes nor a model call: the image
+        # counts as decoded until these have let go of it. Otherwise a model that hangs would
+        # collect the images of all requests that time out.
+        await asyncio.wait([work])
+        try:
+            return work.result()
+        finally:
+            del work  # as in fail()
+
+    def _finished(self, work: "asyncio.Future[SceneGraph]") -> None:
+        self._decoded.release()
+        if not work.cancelled():
+            work.exception()  # after a timeout nobody else looks at it, which asyncio would log
+
+    async def _decode_and_predict(
+        self, data: RequestData, unknown_classes: str, deadline: float
+    ) -> SceneGraph:
+        async with self._decoders:
+            if time.monotonic() > deadline:
+                raise asyncio.TimeoutError
+            prepared = await _in_thread(self._prepare, data, unknown_classes)
+        return await asyncio.wrap_future(self.worker.submit(prepared, deadline))
 
     def _prepare(self, data: RequestData, unknown_classes: str) -> ImageInput | np.ndarray:
         """Decode and check; return the model's input, or an image for the detector."""
@@ -175,6 +202,24 @@ class _Service:
         if self.detector is not None and rgb is not None and not data.given:
             return rgb
         return self.predictor.read_input(rgb, unknown_classes=unknown_classes, **data.given)
+
+
+def _in_thread(function: Callable[..., Any], *args: Any) -> "asyncio.Future[Any]":
+    """Run a function in a thread of its own.
+
+    Unlike the threads of an executor, one that hangs does not keep the process from ending.
+    """
+    future: Future[Any] = Future()
+    future.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:
+            fail(future, error)
+
+    threading.Thread(target=run, name="decoder", daemon=True).start()
+    return asyncio.wrap_future(future)
 
 
 class _CountRequests:

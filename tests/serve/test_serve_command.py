@@ -23,7 +23,8 @@ pytest.importorskip("fastapi", reason="the service needs FastAPI: pip install 'r
 from serving import running
 
 from reldn_d2.predictor import RelationPredictor
-from reldn_d2.serve.__main__ import bind, build_parser, main
+from reldn_d2.serve.__main__ import bind, build_parser, main, server_config
+from reldn_d2.serve.prediction_worker import CLOSE_SECONDS
 
 DOCUMENT = (ROOT / "docs/serve.md").read_text()
 DOCKERFILE = (ROOT / "docker/Dockerfile").read_text()
@@ -217,4 +218,7 @@ def test_compose_file_runs_the_image():
     assert service["ports"] == [f"127.0.0.1:8000:{instruction('EXPOSE')}"]
     build_parser().parse_args(service["command"])
     grace = int(service["stop_grace_period"].removesuffix("s"))
-    assert grace >= build_parser().parse_args(service["command"]).timeout + 5
+    timeout = build_parser().parse_args(service["command"]).timeout
+    shutdown = server_config(None, timeout).timeout_graceful_shutdown
+    assert shutdown > 2 * timeout  # to receive a request, and to answer it
+    assert grace > shutdown + CLOSE_SECONDS

@@ -1,8 +1,10 @@
 """The HTTP service: its answers equal the predictor's, and it stays well under load."""
 
+import gc
 import socket
 import threading
 import time
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +17,9 @@ pytest.importorskip("fastapi", reason="the service needs FastAPI: pip install 'r
 from serving import BOUNDARY, assert_equal, cut_off, encoded, form, running
 
 from reldn_d2.predictor import RelationPredictor
+from reldn_d2.serve import prediction_worker
+from reldn_d2.serve import service as service_module
+from reldn_d2.serve.request_reader import RequestData
 from reldn_d2.utils.image_io import ImageError
 
 BOXES = [[5, 5, 40, 50], [30, 20, 80, 55]]
@@ -205,6 +210,7 @@ class Gate:
     def __init__(self, predictor):
         self.open = threading.Event()
         self.prepared = 0
+        self.images: list[weakref.ref] = []  # those that were prepared
         self.batches: list[int] = []
         self.predictor = predictor
 
@@ -213,6 +219,7 @@ class Gate:
 
     def read_input(self, *args, **given):
         found = self.predictor.read_input(*args, **given)
+        self.images.append(weakref.ref(found.record["image"]))
         self.prepared += 1  # in two threads, of which one holds the lock of the interpreter
         return found
 
@@ -272,6 +279,75 @@ def test_request_that_waits_too_long_is_told_so_and_costs_nothing(predictor):
         assert "no answer within 2 seconds" in answers[0].body["error"]
         gate.open.set()
     assert gate.batches == [1]  # the two that waited were not predicted
+
+
+def wait_for_health(service, status: int, body: dict) -> None:
+    """Wait until ``/health`` gives an answer."""
+    end = time.monotonic() + 20
+    while (answer := service.request("GET", "/health")).body != body:
+        assert time.monotonic() < end, answer
+        time.sleep(0.05)
+    assert answer.status == status
+
+
+def test_model_that_hangs_collects_no_images_and_is_stalled(predictor, monkeypatch):
+    monkeypatch.setattr(service_module, "STALLED", 1)
+    gate = Gate(predictor)
+    with running(gate, seconds=0.5, batch_size=1) as service:
+        for _ in range(4):
+            answers, threads = send_together(service, 4)
+            for thread in threads:
+                thread.join()
+            assert [x.status for x in answers] == [503] * 4
+        assert sum(x() is not None for x in gate.images) <= 2  # twice the batch size
+        wait_for_health(service, 503, {"status": "stalled"})
+        gate.open.set()
+        wait_for_health(service, 200, {"status": "ok"})
+    assert gate.batches == [1]
+
+
+def test_service_stops_although_a_model_call_and_a_decoder_hang(predictor, monkeypatch):
+    monkeypatch.setattr(prediction_worker, "CLOSE_SECONDS", 0.1)
+    gate = Gate(predictor)
+    decode = service_module.decode_image
+
+    def hang(data, limits):
+        return decode(data, limits) if data == IMAGE else gate.open.wait(20)
+
+    monkeypatch.setattr(service_module, "decode_image", hang)
+    started, others = time.monotonic(), threading.enumerate()
+    with running(gate, seconds=0.5) as service:
+        assert [service.predict(x).status for x in (IMAGE, b"slow")] == [503, 503]
+    assert time.monotonic() - started < 10
+    hanging = [x for x in threading.enumerate() if x not in others]
+    assert len(hanging) == 2 and all(x.daemon for x in hanging)  # the process may end
+    gate.open.set()
+    for thread in hanging:
+        thread.join()
+
+
+def test_refused_requests_keep_no_file_in_memory(service):
+    bodies = [form(IMAGE, boxes=BOXES, classes=["person", "no class"]), form(IMAGE[:-300])]
+    gc.collect()
+    gc.disable()  # which would find cycles, but only now and then
+    try:
+        for body in bodies:
+            assert service.request("POST", "/predict", body, FORM).status == 422
+        end = time.monotonic() + 10
+        while any(type(x) is RequestData for x in gc.get_objects()):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+    finally:
+        gc.enable()
+
+
+def test_malformed_http_gets_status_400(service):
+    for line in (b"GET /health", b"\x16\x03\x01\x02\x00", b"GET /\x00 HTTP/1.1"):
+        with socket.create_connection(("127.0.0.1", service.port), timeout=20) as connection:
+            connection.sendall(line + b"\r\n\r\n")
+            text = b"".join(iter(lambda: connection.recv(4096), b"")).decode()
+        assert text.startswith("HTTP/1.1 400 ") and "text/plain" in text, text
+    assert service.request("GET", "/health").status == 200
 
 
 def test_failing_image_does_not_fail_its_batch(predictor, caplog):
