@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 BENCHMARKS = ("data", "detectors", "evaluation", "head", "inference", "losses") + (
-    *("predicate_backbone", "training"),
+    *("predicate_backbone", "service", "training"),
 )
 
 

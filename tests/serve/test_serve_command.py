@@ -5,16 +5,15 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 
 import pytest
 import setup_env
 import yaml
+from benchmarks.service import served
 from model_utils import ROOT
 from usage_utils import write_precomputed_checkpoint
 
@@ -30,27 +29,15 @@ DOCUMENT = (ROOT / "docs/serve.md").read_text()
 DOCKERFILE = (ROOT / "docker/Dockerfile").read_text()
 
 
-def test_main_serves_until_sigterm(checkpoint, tmp_path):
-    command = [sys.executable, "-m", "reldn_d2.serve", "--checkpoint", str(checkpoint)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    log = tmp_path / "log"
-    with open(log, "w") as stream:
-        process = subprocess.Popen([*command, "--port", "0"], env=environment, stderr=stream)
-    try:
-        end = time.monotonic() + 90
-        while not (found := re.search(r"http://127.0.0.1:\d+", log.read_text())):
-            assert process.poll() is None and time.monotonic() < end, log.read_text()
-            time.sleep(0.1)
-        with urllib.request.urlopen(f"{found[0]}/health", timeout=60) as response:
+def test_main_serves_until_sigterm(checkpoint):
+    options = ["--checkpoint", str(checkpoint)]
+    with served(options, {**os.environ, "PYTHONPATH": str(ROOT)}) as server:
+        url = f"http://127.0.0.1:{server.port}"
+        with urllib.request.urlopen(f"{url}/health", timeout=60) as response:
             assert json.load(response) == {"status": "ok"}
-        with urllib.request.urlopen(f"{found[0]}/", timeout=60) as response:
+        with urllib.request.urlopen(f"{url}/", timeout=60) as response:
             assert b"Relations in an image" in response.read()
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
-    finally:
-        process.kill()
-        process.wait()
-    assert "Traceback" not in log.read_text()
+    assert server.process.returncode == 0
 
 
 def test_main_errors_are_one_line_before_anything_is_served(tmp_path, capsys):

@@ -10,12 +10,29 @@ from usage_utils import picture
 
 pytest.importorskip("fastapi", reason="the service needs FastAPI: pip install 'reldn_d2[serve]'")
 
+from benchmarks.service import SEEN_HEADERS, draw_requests, put_load
 from serving import BOUNDARY, assert_equal, cut_off, encoded, form, running
+
+from reldn_d2.predictor import RelationPredictor
 
 REQUESTS, CLIENTS = 500, 16
 BOXES = [[5, 5, 40, 50], [30, 20, 60, 55], [2, 9, 50, 40]]
 FORM = f"multipart/form-data; boundary={BOUNDARY}"
 BINARY = "application/octet-stream"
+
+
+def test_service_benchmark_counts_statuses_and_finds_wrong_answers():
+    predictor = RelationPredictor.from_pretrained("vrd_boxes", "cpu")
+    good, bad = draw_requests(predictor)
+    with running(predictor, seconds=1, max_requests=9) as service:
+        row, wrong = put_load(service.port, (good, bad), 40, 4, stalled=2)
+        cells = dict(zip(SEEN_HEADERS, row))
+        assert wrong == [] and cells["requests"] == 40 and cells["median ms"] > 0
+        for part in ("200: 24", "400: ", "413: ", "415: ", "422: ", "cut off: 4"):
+            assert part in cells["statuses"], cells
+        record = {**good[0].record, "relations": good[1].record["relations"]}
+        row, wrong = put_load(service.port, ([good[0]._replace(record=record)], bad), 2, 2)
+        assert len(wrong) == 2 == dict(zip(SEEN_HEADERS, row))["wrong"]
 
 
 def resident_megabytes() -> float:
