@@ -21,7 +21,7 @@ __all__ = ["PredictionWorker", "fail"]
 
 logger = logging.getLogger(__name__)
 
-CLOSE_SECONDS = 3.0  # that a batch may take to end at shutdown, after the requests have ended
+CLOSE_SECONDS = 1.0  # for the current batch at shutdown, which no request waits for any more
 Detector = Callable[[np.ndarray], dict[str, Any]]  # as reldn_d2.pretrained.load_detector gives it
 
 
