@@ -98,6 +98,8 @@ def _add_model(cfg: CfgNode) -> None:
     # In training on the CPU, compute the predicate FPN's finest map only where it is pooled. Same
     # up to rounding.
     cfg.MODEL.RELDN.MAPS_ON_DEMAND = True
+    # In training on the CPU, keep freed memory for the next step. Same values.
+    cfg.MODEL.RELDN.KEEP_FREED_MEMORY = True
 
     cfg.MODEL.RELDN.PREDICATE_BACKBONE = predicate = CN()  # conv_body_rel
     # "same": a second backbone of the detector's structure. "shared": the detector's own frozen

@@ -4,6 +4,8 @@ rescaled schedules, the best checkpoint.
 
 import json
 import os
+import platform
+import resource
 import signal
 import socket
 import subprocess
@@ -28,7 +30,15 @@ from model_utils import (
 
 from reldn_d2.checkpoint import DetectorCheckpointer
 from reldn_d2.data.build import TrainLoader
-from reldn_d2.engine import CPUAMPTrainer, LaunchError, RelDNTrainer, check_device, launch
+from reldn_d2.engine import (
+    CPUAMPTrainer,
+    LaunchError,
+    RelDNTrainer,
+    build_simple_trainer,
+    check_device,
+    launch,
+    train_loop,
+)
 
 from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import HookBase
@@ -399,3 +409,33 @@ def test_train_net_cuda_without_gpu_one_line(tmp_path):
     result = run_train_net(tmp_path / "run", "MODEL.DEVICE", "cuda")
     assert result.returncode == 1
     assert result.stderr == "train_net.py: no CUDA device; set MODEL.DEVICE cpu\n"
+
+
+# ------------------------------------------------------------------------------------------ memory
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can keep freed memory")
+def test_keep_freed_memory_next_tensor_has_the_same_pages():
+    assert train_loop.keep_freed_memory()
+    torch.ones(2**24)  # 64 MiB, freed at once
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        torch.ones(2**24)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    assert faults < 5 * 2**14 / 2  # each of the five has 2 ** 14 pages
+
+
+@pytest.mark.parametrize(
+    ("options", "calls"),
+    [
+        (("MODEL.DEVICE", "cpu"), 1),
+        (("MODEL.DEVICE", "cpu", "MODEL.RELDN.KEEP_FREED_MEMORY", False), 0),
+        (("MODEL.DEVICE", "cuda"), 0),
+    ],
+)
+def test_build_simple_trainer_keeps_freed_memory_on_the_cpu(options, calls, monkeypatch):
+    called = []
+    monkeypatch.setattr(train_loop, "keep_freed_memory", lambda: called.append(True))
+    model = torch.nn.Linear(1, 1)
+    build_simple_trainer(small_config(*options), model, [], torch.optim.SGD(model.parameters()))
+    assert len(called) == calls

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import reldn_d2
+from reldn_d2.engine import train_loop
 from reldn_d2.engine.optimizer import build_optimizer
 from reldn_d2.modeling import meta_arch
 from reldn_d2.modeling.relation_head import head_base
@@ -119,6 +120,8 @@ class TrainingStep:
         opts = ["MODEL.WEIGHTS", "", "MODEL.DEVICE", self.device, *options["opts"]]
         reldn_d2.merge_config(cfg, options["config_file"], opts)
         torch.manual_seed(0)
+        if not self.on_gpu and cfg.MODEL.RELDN.get("KEEP_FREED_MEMORY"):
+            train_loop.keep_freed_memory()
         self.model = build_model(cfg).train()
         _tame(self.model)
         self.optimizer = build_optimizer(cfg, self.model)
