@@ -36,7 +36,8 @@ FILES += [
     "requirements",
 ]
 FILES += ["tests", "tools", "train_net.py"]
-COMMANDS = ["check", "draw", "env", "evaluate", "predict", "serve", "train"]
+COMMANDS = ["check", "convert", "draw", "env", "evaluate", "export", "lazy-train", "pack"]
+COMMANDS += ["predict", "push", "serve", "train"]
 
 
 def run(command, folder: Path, **variables: str) -> str:

@@ -186,6 +186,17 @@ def test_install_cpu_torch_index_unreachable_exits_before_installing(
     assert requirement_files(commands) == []
 
 
+def test_install_on_macos_takes_the_cpu_build_from_pips_index(setup_env, commands, monkeypatch):
+    """No other index has it: the versions of pytorch.org's have no +cpu there."""
+    monkeypatch.setattr(setup_env.sys, "platform", "darwin")
+    setup_env.main(["install", "torch=cpu"])
+    assert requirement_files(commands) == ["build.txt", "torch-cpu.txt", *BASE[2:]]
+    assert commands.asked == [()] and not any("--extra-index-url" in x for x in commands.made)
+    commands.made.clear()
+    setup_env.main(["install"])  # the same build
+    assert commands.made == []
+
+
 def test_install_cpu_torch_over_the_cuda_build_exits(setup_env, commands):
     setup_env.main(["install"])
     with pytest.raises(SystemExit, match="has torch's CUDA build: run `make clean` first"):
