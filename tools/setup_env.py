@@ -12,6 +12,8 @@ one line; what pip prints is in `.venv/setup.log`.
 
 `torch=cpu` installs the build of torch without CUDA. It comes from the package index whose URL is
 in the variable TORCH_INDEX, by default that of pytorch.org.
+
+uv is not used: where it is missing, all of pip's steps are needed anyway.
 """
 
 import hashlib
