@@ -244,7 +244,7 @@ def test_installed_train_detector_then_reldn_then_evaluates(called, user):
 @pytest.mark.parametrize(
     ("name", "file", "text"),
     [
-        ("boxes", "output/vrd/reldn_boxes/results_sgdet.json", "R@50"),
+        ("boxes", "output/vrd/reldn_boxes/results_prdcls.json", "R@50"),
         ("lazy", "lazy/model_final.pth", None),
         ("photo", "json/photo.json", "person"),
         ("detected", "detected/photo.json", "predicate"),

@@ -37,6 +37,7 @@ from reldn_d2.engine import (
 )
 from reldn_d2.modeling import RelDN
 from reldn_d2.modeling.backbone import freeze_unused
+from reldn_d2.utils.included_configs import find_config_file
 from reldn_d2.utils.lazy_configs import build_node, is_lazy_config, load_lazy_config
 from reldn_d2.utils.programs import program_name
 from reldn_d2.utils.user_modules import add_module_argument, parse_and_import
@@ -208,6 +209,7 @@ def invoke_main(arguments: list[str] | None = None) -> int:
     parser = default_argument_parser(epilog=__doc__)
     add_module_argument(parser)
     args = parse_and_import(parser, arguments)
+    args.config_file = find_config_file(args.config_file)
     try:
         config = load(args.config_file, args.opts)
         check_device(config.train.device, args.num_gpus, "train.device")
