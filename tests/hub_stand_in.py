@@ -55,6 +55,7 @@ def serve(root: Path):
         def do_POST(self):
             body = self.rfile.read(int(self.headers["Content-Length"]))
             parts = self.path.split("?")[0].strip("/").split("/")
+            host = f"http://{self.headers['Host']}"
             if self.headers["Authorization"] != f"Bearer {TOKEN}":
                 self.send_error(401)
                 return
@@ -62,7 +63,7 @@ def serve(root: Path):
                 asked = json.loads(body)
                 repository = f"{asked['organization']}/{asked['name']}"
                 (root / repository / "main").mkdir(parents=True, exist_ok=True)
-                answer = {"url": f"{self.headers['Host']}/{repository}"}
+                answer = {"url": f"{host}/{repository}"}
             elif parts == ["api", "validate-yaml"]:
                 answer = {"errors": [], "warnings": []}
             elif parts[:2] == ["api", "models"] and parts[4:] == ["preupload", "main"]:
@@ -77,7 +78,7 @@ def serve(root: Path):
                     else:
                         data = base64.b64decode(line["value"]["content"])
                         (folder / "main" / line["value"]["path"]).write_bytes(data)
-                url = f"https://huggingface.co/{'/'.join(parts[2:4])}/commit/{COMMIT}"
+                url = f"{host}/{'/'.join(parts[2:4])}/commit/{COMMIT}"
                 answer = {"commitUrl": url, "commitOid": COMMIT}
             else:
                 self.send_error(404)

@@ -207,7 +207,7 @@ def test_library_over_http_uploads_and_downloads_once(tmp_path):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     *pushed, online, offline, other_offline, other = done.stdout.strip().splitlines()
-    assert "https://huggingface.co/me/my.model/commit/" in pushed[0]
+    assert f"{endpoint}/me/my.model/commit/" in pushed[0]
     files = tmp_path / "hub/me/my.model"
     assert {x.name for x in (files / "main").iterdir()} == {"README.md", "model.safetensors"}
     assert (files / "message").read_text() == "First"
