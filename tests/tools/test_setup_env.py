@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import json
 import os
+import pwd
 import re
 import shutil
 import socket
@@ -310,7 +311,8 @@ def test_setup_env_syntax_is_python_3_6():
 @pytest.mark.parametrize("version", ["3.6", "3.7", "3.8", "3.9"])
 def test_setup_env_old_python_exits_with_one_line(version, tmp_path):
     python = shutil.which(f"python{version}")
-    folders = Path.home().glob(f".pyenv/versions/{version}.*/bin/python")
+    home = Path(pwd.getpwuid(os.getuid()).pw_dir)  # HOME is a temporary folder
+    folders = home.glob(f".pyenv/versions/{version}.*/bin/python")
     python = next((str(x) for x in folders), python)
     if python is None:
         pytest.skip(f"no Python {version}")
