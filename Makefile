@@ -33,7 +33,7 @@ help:  ## list the commands
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /@/' | \
 		awk -F@ '{printf "make %-9s %s\n", $$1, $$2}'
 	@echo 'PYTHON=/path/to/python uses that environment instead of .venv; ARGS="..." is passed on.'
-	@echo 'TORCH=cpu sets .venv up with torch for the CPU: 2 GB instead of 6.'
+	@echo 'TORCH=cpu sets .venv up with torch for the CPU: 2 GB instead of 7.'
 
 setup:  ## create the environment .venv
 	$(call ready)

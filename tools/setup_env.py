@@ -36,7 +36,7 @@ NOTE = VENV / "reldn_d2_setup.json"  # {group: fingerprint}; also marks .venv as
 LOG = VENV / "setup.log"
 # Python versions that the pinned packages were tested on
 SUPPORTED = ((3, 14), (3, 13), (3, 12), (3, 11), (3, 10))
-SIZES = {"cuda": 6, "cpu": 2}  # GB that .venv takes, rounded up, by the build of torch
+SIZES = {"cuda": 7, "cpu": 2}  # GB that .venv takes, rounded up, by the build of torch
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 # Seconds for one connection, and for the whole check whether the package index answers
 CONNECT_SECONDS, INDEX_SECONDS = 8, 12

@@ -139,9 +139,9 @@ def test_install_venv_of_the_user_is_not_touched(setup_env, commands):
 def test_install_too_little_space_exits_before_anything_is_written(
     setup_env, commands, monkeypatch
 ):
-    usage = SimpleNamespace(free=5.9e9)
+    usage = SimpleNamespace(free=6.9e9)
     monkeypatch.setattr(setup_env.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(SystemExit, match="up to 6 GB, but only 5.9 GB are free.*TORCH=cpu"):
+    with pytest.raises(SystemExit, match="up to 7 GB, but only 6.9 GB are free.*TORCH=cpu"):
         setup_env.main(["install"])
     assert commands.made == [] and not setup_env.VENV.exists()
     setup_env.main(["install", "torch=cpu"])
