@@ -33,7 +33,7 @@ help:  ## list the commands
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /@/' | \
 		awk -F@ '{printf "make %-9s %s\n", $$1, $$2}'
 	@echo 'PYTHON=/path/to/python uses that environment instead of .venv; ARGS="..." is passed on.'
-	@echo 'TORCH=cpu sets .venv up with torch for the CPU: 2 GB in place of 6.'
+	@echo 'TORCH=cpu sets .venv up with torch for the CPU: 2 GB instead of 7.'
 
 setup:  ## create the environment .venv
 	$(call ready)
@@ -65,14 +65,10 @@ format:  ## format the code with black and isort
 	$(RUN) -m isort .
 	$(RUN) -m black .
 
-site:  ## build the documentation site in build/site, with MkDocs in an environment of its own
-	@command -v "$(or $(PYTHON),$(SYSTEM_PYTHON))" >/dev/null || \
-		{ echo "There is no Python: install Python 3.10 to 3.14." >&2; exit 1; }
-	@test -f build/site_venv/complete || { "$(or $(PYTHON),$(SYSTEM_PYTHON))" -m venv build/site_venv && \
-		build/site_venv/bin/python -m pip install -q -r requirements/site.txt && \
-		touch build/site_venv/complete; }
-	build/site_venv/bin/python tools/site_pages.py
-	NO_MKDOCS_2_WARNING=1 build/site_venv/bin/python -m mkdocs build --strict
+site:  ## build the documentation site in build/site (Python 3.11 or later)
+	$(call ready,test)
+	$(RUN) tools/site_pages.py
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 clean:  ## remove .venv and caches; keeps trained models in output/
 	@if [ -f .venv/reldn_d2_setup.json ]; then rm -rf .venv; fi

@@ -10,15 +10,9 @@ Examples::
 import sys
 
 import reldn_d2  # isort: skip  registers everything, before Detectron2 is imported
-from reldn_d2.engine import (
-    LaunchError,
-    ProcessFailed,
-    RelDNTrainer,
-    check_device,
-    check_run,
-    launch,
-)
+from reldn_d2.engine import ProcessFailed, RelDNTrainer, check_device, check_run, launch
 from reldn_d2.utils.included_configs import find_config_file
+from reldn_d2.utils.programs import program_name
 from reldn_d2.utils.user_modules import add_module_argument, parse_and_import
 
 from detectron2.config import CfgNode
@@ -62,8 +56,8 @@ def invoke_main() -> None:
     args = parse_and_import(parser)
     args.config_file = find_config_file(args.config_file)
     print("Command Line Args:", args)
-    cfg = reldn_d2.load_config(args.config_file, args.opts)
     try:
+        cfg = reldn_d2.load_config(args.config_file, args.opts)
         check_device(cfg.MODEL.DEVICE, args.num_gpus)
         launch(
             main,
@@ -74,8 +68,8 @@ def invoke_main() -> None:
             args=(args,),
             on_cpu=cfg.MODEL.DEVICE == "cpu",
         )
-    except (LaunchError, ProcessFailed) as error:
-        sys.exit(f"train_net.py: {error}")
+    except (FileNotFoundError, ProcessFailed, ValueError) as error:
+        sys.exit(f"{program_name(__file__)}: {error}")
 
 
 if __name__ == "__main__":

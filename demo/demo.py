@@ -47,6 +47,7 @@ from reldn_d2.structures.graph_formats import graph_to_dot, graph_to_graphml
 from reldn_d2.structures.scene_graph import SceneGraph
 from reldn_d2.utils.file_io import write_atomically
 from reldn_d2.utils.image_io import ImageError, distinct_paths, expand_inputs, read_rgb
+from reldn_d2.utils.programs import program_name
 from reldn_d2.utils.user_modules import parse_and_import
 from reldn_d2.vis.gallery import gallery_record, write_gallery
 from reldn_d2.vis.video import EntityTracker, VideoFile, VideoWriter, draw_frame
@@ -327,7 +328,7 @@ def main(arguments: list[str] | None = None) -> int:
         paths = prepare_output(args.output, args.format, expand_inputs(args.input))
         return run_images(build_predictor(args), paths, args)
     except (OSError, ValueError, ImportError) as error:
-        print(f"demo.py: {error}", file=sys.stderr)
+        print(f"{program_name(__file__)}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import yaml
+
 from detectron2.config import CfgNode
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
@@ -317,7 +319,7 @@ def merge_config(cfg: CfgNode, config_file: str | None = None, opts: Options | N
         raise ValueError(
             f"{config_file} is a LazyConfig, not a YAML file. If it describes a detector, name it "
             "in MODEL.RELDN.DETECTOR_LAZY_CONFIG of a RelDN YAML (docs/detectors.md); if its "
-            "model is RelDN, train with tools/lazyconfig_train_net.py."
+            "model is RelDN, train with tools/lazyconfig_train_net.py (reldn-lazy-train)."
         )
     source = config_file or "the command line"
     try:
@@ -338,6 +340,11 @@ def merge_config(cfg: CfgNode, config_file: str | None = None, opts: Options | N
         raise UnknownKeyError(_unknown_key_message(cfg, match.group(1), source)) from error
     except ValueError as error:
         raise ValueError(wrong_value_message(cfg, error, source)) from error
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{config_file} or one of its bases is not valid YAML: {reason}"
+        ) from error
     relations = cfg.TEST.RELATIONS
     limits = _read_predicates_per_pair(relations.PREDICATES_PER_PAIR)
     if limits != relations.PREDICATES_PER_PAIR:

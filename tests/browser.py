@@ -35,6 +35,7 @@ class Browser:
         ]
         self._process = subprocess.Popen(
             ["bash", "-c", start, PROGRAM, *options, "about:blank"],
+            env={**os.environ, "HOME": str(folder)},
             pass_fds=[to_browser, from_browser],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

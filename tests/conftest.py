@@ -5,6 +5,7 @@ A test that writes outside its temporary folder fails (write_guard.py).
 
 import logging
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -19,12 +20,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores; be
 # small ones (sandbox.py), and no test depends on what the user has.
 os.environ.pop("DETECTRON2_DATASETS", None)
 
-# Caches of fonts and of drawn images, instead of the home folder; kept, because they take time.
+# Caches, mainly of fonts and of drawn images, instead of the home folder; kept, because they take
+# time.
 _CACHE = Path(tempfile.gettempdir(), f"reldn_d2_tests_{os.getuid()}")
+os.environ.setdefault("XDG_CACHE_HOME", str(_CACHE))
 os.environ.setdefault("MPLCONFIGDIR", str(_CACHE / "matplotlib"))
 os.environ.setdefault("FVCORE_CACHE", str(_CACHE / "fvcore"))
 
-GUARD = WriteGuard()
+# What tests and their child processes write into the home folder is found there.
+os.environ["HOME"] = tempfile.mkdtemp(prefix="reldn_d2_home_")
+
+GUARD = WriteGuard(os.environ["HOME"])
 GUARD.start()
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
@@ -37,6 +43,11 @@ _LONGEST = (
     *("tools/test_setup_env.py", "test_every_config.py", "test_train_net.py", "test_tutorial.py"),
     "tools/test_lazyconfig_train_net.py",
 )
+
+
+def pytest_unconfigure() -> None:
+    """Remove the home folder of this run."""
+    shutil.rmtree(os.environ["HOME"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

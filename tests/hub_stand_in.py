@@ -1,6 +1,8 @@
 """A Hugging Face Hub in a folder (``OWNER/NAME/REVISION/FILE``), as a module and as a server."""
 
+import base64
 import hashlib
+import json
 import sys
 import threading
 from contextlib import contextmanager
@@ -8,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+TOKEN = "hf_of_the_tests"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -40,7 +43,7 @@ def install(monkeypatch, root: Path) -> None:
 
 @contextmanager
 def serve(root: Path):
-    """Serve the folder as the Hub serves files; yields the address, for ``HF_ENDPOINT``."""
+    """Answer as the Hub to downloads and uploads; yields the address, for ``HF_ENDPOINT``."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self):
@@ -48,6 +51,44 @@ def serve(root: Path):
 
         def do_GET(self):
             self.reply(with_body=True)
+
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            parts = self.path.split("?")[0].strip("/").split("/")
+            host = f"http://{self.headers['Host']}"
+            if self.headers["Authorization"] != f"Bearer {TOKEN}":
+                self.send_error(401)
+                return
+            if parts == ["api", "repos", "create"]:
+                asked = json.loads(body)
+                repository = f"{asked['organization']}/{asked['name']}"
+                (root / repository / "main").mkdir(parents=True, exist_ok=True)
+                answer = {"url": f"{host}/{repository}"}
+            elif parts == ["api", "validate-yaml"]:
+                answer = {"errors": [], "warnings": []}
+            elif parts[:2] == ["api", "models"] and parts[4:] == ["preupload", "main"]:
+                mode = {"uploadMode": "regular", "shouldIgnore": False}
+                files = json.loads(body)["files"]
+                answer = {"files": [{"path": x["path"], **mode} for x in files]}
+            elif parts[:2] == ["api", "models"] and parts[4:] == ["commit", "main"]:
+                folder = root.joinpath(*parts[2:4])
+                for line in map(json.loads, body.splitlines()):
+                    if line["key"] == "header":
+                        (folder / "message").write_text(line["value"]["summary"])
+                    else:
+                        data = base64.b64decode(line["value"]["content"])
+                        (folder / "main" / line["value"]["path"]).write_bytes(data)
+                url = f"{host}/{'/'.join(parts[2:4])}/commit/{COMMIT}"
+                answer = {"commitUrl": url, "commitOid": COMMIT}
+            else:
+                self.send_error(404)
+                return
+            data = json.dumps(answer).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
 
         def reply(self, with_body):
             parts = self.path.split("?")[0].strip("/").split("/")

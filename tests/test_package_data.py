@@ -1,6 +1,9 @@
 """The package as it is installed: no file of it is left out."""
 
+import ast
 import os
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,3 +49,23 @@ def test_package_find_has_every_folder_of_modules():
     # In a source distribution the configs are a folder in the package, not a link.
     folders = {x.parent for x in PACKAGE.rglob("*.py") if PACKAGE / "configs" not in x.parents}
     assert {ROOT.joinpath(*x.split(".")) for x in packages} == folders
+
+
+def test_dependencies_name_every_imported_package():
+    """No other test would show a missing one: they run where all are installed."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    requirements = [*project["dependencies"], *(x for extra in extras for x in extra)]
+    named = {re.match(r"[\w-]+", x)[0].lower().replace("-", "_") for x in requirements}
+    # The comment in pyproject.toml says why these are not installed; starlette is part of FastAPI.
+    named |= {"torch", "torchvision", "detectron2", "cv2", "reldn_d2", "starlette"}
+    packages = {"PIL": "pillow", "yaml": "pyyaml"}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = []
+            if isinstance(node, ast.Import):
+                modules = [x.name for x in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                modules = [node.module]
+            for module in {x.split(".")[0] for x in modules} - sys.stdlib_module_names:
+                assert packages.get(module, module) in named, f"{path} imports {module}"

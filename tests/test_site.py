@@ -1,10 +1,11 @@
-"""The documentation site: its navigation, its pages, and the build if MkDocs is on PATH."""
+"""The documentation site: its navigation, its pages, and its build."""
 
 import importlib.util
 import os
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 import site_pages
@@ -64,11 +65,13 @@ def test_pages_fences_have_a_language_and_a_title_only(source):
 
 @pytest.mark.slow
 def test_site_builds_without_warnings(source):
-    if shutil.which("mkdocs") is None:
-        pytest.skip("mkdocs is not on PATH: make site builds the site")
+    for module in ("material", "mkdocstrings"):
+        pytest.importorskip(
+            module, reason="requirements/test.txt has MkDocs for Python 3.11 and later"
+        )
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": ""}
     done = subprocess.run(
-        ["mkdocs", "build", "--strict"],
+        [sys.executable, "-m", "mkdocs", "build", "--strict"],
         cwd=source,
         env=environment,
         stdout=subprocess.PIPE,
@@ -79,4 +82,5 @@ def test_site_builds_without_warnings(source):
     site = source / SETTINGS["site_dir"]
     assert "RelationPredictor" in (site / "api.html").read_text()
     assert 'id="the-long-tail"' in (site / "docs/training.html").read_text()
-    assert (site / "index.html").is_file() and (site / "docs/tutorial.ipynb").is_file()
+    assert "RelationPredictor" in (site / "docs/tutorial.html").read_text()
+    assert 'href="docs/tutorial.html"' in (site / "index.html").read_text()

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import runpy
 import sys
 
@@ -151,6 +152,38 @@ def test_main_missing_config_file_raises(tmp_path, train_net):
     args = default_argument_parser().parse_args(["--config-file", str(tmp_path / "no.yaml")])
     with pytest.raises(FileNotFoundError, match="No config file '.*no.yaml'"):
         train_net.main(args)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        ("my.py", (), "my.py is a LazyConfig, not a YAML file.*reldn-lazy-train"),
+        ("none.yaml", (), "No config file 'none.yaml'"),
+        ("broken.yaml", (), "broken.yaml or one of its bases is not valid YAML: .*line 3"),
+        ("configs/Toy/reldn.yaml", ("SOLVER.BASE_RL", "1"), "SOLVER.BASE_RL in the command line"),
+        ("configs/Toy/reldn.yaml", ("SEED",), "'SEED' has no value"),
+        ("configs/Toy/reldn.yaml", ("MODEL.DEVICE", "gpu"), "MODEL.DEVICE is 'gpu', which torch"),
+        (
+            "configs/Toy/reldn.yaml",
+            ("DATASETS.TRAIN", "('no_set',)"),
+            "DATASETS.TRAIN names 'no_se",
+        ),
+        ("configs/Toy/reldn.yaml", ("MODEL.META_ARCHITECTURE", "No"), "META_ARCHITECTURE is 'No'"),
+        ("configs/Toy/reldn.yaml", ("MODEL.WEIGHTS", "none.pth"), "No checkpoint 'none.pth'"),
+    ],
+)
+def test_invoke_main_wrong_config_exits_with_one_line(
+    tmp_path, dataset, train_net, monkeypatch, config, options, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.py").touch()
+    (tmp_path / "broken.yaml").write_text("SEED: 1\nMODEL: [\n")
+    sets = ("DATASETS.TRAIN", f"('{DATASET}',)", "DATASETS.TEST", "()")
+    values = [str(x) for x in (*SMALL, *sets, *options)]
+    monkeypatch.setattr(sys, "argv", ["/bin/reldn-train", "--config-file", config, *values])
+    with pytest.raises(SystemExit) as end:
+        train_net.invoke_main()
+    assert re.fullmatch(f"reldn-train: .*{message}.*", end.value.code)
 
 
 def test_main_logs_statistics_of_the_relation_head(tmp_path, dataset, train_net):

@@ -60,6 +60,12 @@ def test_tutorial_links_lead_to_files_and_headings():
         assert not anchor or anchor in slugs, target
 
 
+def test_tutorial_outside_of_a_clone_says_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="is not in a clone of the repository"):
+        exec(CODE[0], {})
+
+
 @pytest.mark.slow
 def test_tutorial_cells_run_in_order(tmp_path):
     """In a folder of a clone; the last expressions of cells are evaluated, not shown."""

@@ -36,6 +36,11 @@ def test_child_process():
     folder = sysconfig.get_path("purelib")  # of an environment that is this test's own
     subprocess.check_call([sys.executable, "-c", "open(%r, 'w')" % (folder + "/left_over.pth")])
 
+def test_home():
+    import subprocess, sys
+    code = "from pathlib import Path; (Path.home() / 'left_over').touch()"
+    subprocess.check_call([sys.executable, "-c", code])
+
 def test_nothing():
     pass
 """
@@ -78,6 +83,7 @@ def outcomes(tmp_path_factory):
         ("remove", "/tests/file"),
         ("relative", "/tests/relative"),
         ("child_process", "/site-packages/left_over.pth"),
+        ("home", "/left_over"),
     ],
 )
 def test_write_guard_write_elsewhere_fails_the_test(outcomes, name, path):

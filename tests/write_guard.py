@@ -1,7 +1,8 @@
 """Finds what tests write outside their temporary folders.
 
-Python reports its own writes through audit events, with the test that is running; new files in the
-folders of installed packages are found by listing them, so those of child processes as well.
+Python reports its own writes through audit events, with the test that is running. New files in the
+home folder and in those of installed packages are found by listing them, so those of child
+processes as well.
 """
 
 import os
@@ -27,15 +28,19 @@ _CACHES = {"__pycache__", ".pytest_cache", ".hypothesis"}  # of Python and of th
 class WriteGuard:
     """Collects the paths that this process changes.
 
+    Args:
+        home: home folder of child processes.
+
     Attributes:
         allowed: folders in which everything may be written.
         found: paths outside of them that were written to.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, home: str) -> None:
+        self._home = home
         self.allowed = [os.path.realpath(x) for x in (tempfile.gettempdir(), "/dev", "/proc")]
         self.found: list[str] = []
-        self._installed = _installed_files()
+        self._listed = self._list()
 
     def start(self) -> None:
         """Watch this process until it ends; audit hooks cannot be removed."""
@@ -44,10 +49,14 @@ class WriteGuard:
     def take(self) -> list[str]:
         """Return the paths found since the last call."""
         found, self.found = self.found, []
-        now = _installed_files()
-        found += sorted(now - self._installed)
-        self._installed = now
+        now = self._list()
+        found += sorted(now - self._listed)
+        self._listed = now
         return found
+
+    def _list(self) -> set[str]:
+        # Hidden folders are caches of programs, such as rustc, whose version pip asks for.
+        return _installed_files() | {str(x) for x in Path(self._home).glob("[!.]*")}
 
     def _hook(self, event: str, arguments: tuple) -> None:
         if event == "open":

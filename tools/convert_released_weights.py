@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 r"""Convert a checkpoint of the authors' released code to a checkpoint of this project.
 
 Example::
@@ -18,16 +19,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+if not __package__:  # run as a file, perhaps without installation
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import reldn_d2  # noqa: E402  # isort: skip  must be imported before Detectron2
 import torch
 from torch import Tensor
 
-import reldn_d2
 from reldn_d2.checkpoint import read_checkpoint, write_checkpoint
 from reldn_d2.checkpoint.checkpoint_writer import check_checkpoint_name
 from reldn_d2.modeling.backbone.vgg import TORCHVISION_NAMES
 from reldn_d2.modeling.relation_head.predictors import SpatialModule
 from reldn_d2.utils.config_keys import key_owners
 from reldn_d2.utils.file_io import write_atomically
+from reldn_d2.utils.programs import program_name
 from reldn_d2.utils.user_modules import add_module_argument, parse_and_import
 
 from detectron2.config import CfgNode
@@ -305,8 +310,8 @@ def convert(source: str, target: Path, cfg: CfgNode, allow_pickle: bool = False)
         file.write(cfg.dump())
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Parse the command line and convert."""
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line and convert; return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -319,11 +324,16 @@ def main(arguments: list[str] | None = None) -> None:
     add_module_argument(parser)
     parser.add_argument("--options", nargs="*", default=[], help="KEY VALUE overrides")
     args = parse_and_import(parser, arguments)
-    cfg = reldn_d2.load_config(args.config_file)
-    cfg.merge_from_list(released_options(cfg))
-    reldn_d2.merge_config(cfg, None, [*args.options, "MODEL.WEIGHTS", str(args.target)])
-    convert(args.source, args.target, cfg, args.allow_pickle)
+    try:
+        cfg = reldn_d2.load_config(args.config_file)
+        cfg.merge_from_list(released_options(cfg))
+        reldn_d2.merge_config(cfg, None, [*args.options, "MODEL.WEIGHTS", str(args.target)])
+        convert(args.source, args.target, cfg, args.allow_pickle)
+    except (ImportError, OSError, ValueError) as error:
+        print(f"{program_name(__file__)}: {error}", file=sys.stderr)
+        return 1
     print(f"Wrote {args.target}. Evaluate it with --config-file {args.target.with_suffix('.yaml')}")
+    return 0
 
 
 if __name__ == "__main__":

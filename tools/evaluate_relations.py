@@ -25,6 +25,7 @@ from reldn_d2.evaluation.submission import LAYOUTS, write_submission
 from reldn_d2.structures.relations import TASKS
 from reldn_d2.utils.events import log_to_terminal
 from reldn_d2.utils.file_io import check_writable, check_writable_folder, write_results
+from reldn_d2.utils.programs import program_name
 from reldn_d2.utils.protocols import PROTOCOL_REGISTRY, find_protocol
 from reldn_d2.utils.user_modules import add_module_argument, parse_and_import
 
@@ -152,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
             write_submission(args.dataset, predictions, args.write_submission, args.layout, labels)
             print(f"Wrote {args.write_submission}")
     except (OSError, ValueError) as error:
-        print(f"evaluate_relations.py: error: {error}", file=sys.stderr)
+        print(f"{program_name(__file__)}: error: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -22,7 +22,8 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # if the package is not installed
+if not __package__:  # run as a file, perhaps without installation
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import reldn_d2  # noqa: E402,F401  # isort: skip  must be imported before Detectron2
 import numpy as np
@@ -37,6 +38,7 @@ from reldn_d2.export.onnx_file import check_packages
 from reldn_d2.predictor import RelationPredictor
 from reldn_d2.utils.file_io import check_writable
 from reldn_d2.utils.image_io import from_rgb, read_rgb
+from reldn_d2.utils.programs import program_name
 from reldn_d2.utils.user_modules import add_module_argument, parse_and_import
 
 SAVE = {"onnx": save_onnx, "torchscript": save_torchscript}
@@ -219,8 +221,8 @@ def check_file(
         if result.problem is not None:
             shapes = ", ".join(str(tuple(x.shape)) for x in case)
             print(
-                f"export_model.py: {args.output}: NOT the same as the eager model for inputs of "
-                f"shape {shapes}: {result.problem}",
+                f"{program_name(__file__)}: {args.output}: NOT the same as the eager model "
+                f"for inputs of shape {shapes}: {result.problem}",
                 file=sys.stderr,
             )
     if any(result.problem is not None for result in results):
@@ -272,7 +274,7 @@ def main(arguments: list[str] | None = None) -> int:
             *(predictor.thing_classes, predictor.predicate_classes, predictor.cfg.INPUT.FORMAT),
         )
     except (ImportError, OSError, ValueError, TypeError) as error:
-        print(f"export_model.py: {error}", file=sys.stderr)
+        print(f"{program_name(__file__)}: {error}", file=sys.stderr)
         return 1
     shapes = [f"{name} {tuple(x.shape)}" for name, x in zip(graph.input_names, cases[0])]
     print(

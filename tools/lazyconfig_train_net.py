@@ -15,7 +15,8 @@ import logging
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # if the package is not installed
+if not __package__:  # run as a file, perhaps without installation
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import reldn_d2  # noqa: E402,F401  # isort: skip  must be imported before Detectron2
 from omegaconf import DictConfig
@@ -25,7 +26,6 @@ from reldn_d2.checkpoint.reldn_checkpoint import RelDNCheckpointer
 from reldn_d2.config import load_config
 from reldn_d2.data.datasets.catalog import dataset_names
 from reldn_d2.engine import (
-    LaunchError,
     ProcessFailed,
     SeedEachIteration,
     StopOnSignal,
@@ -37,7 +37,9 @@ from reldn_d2.engine import (
 )
 from reldn_d2.modeling import RelDN
 from reldn_d2.modeling.backbone import freeze_unused
+from reldn_d2.utils.included_configs import find_config_file
 from reldn_d2.utils.lazy_configs import build_node, is_lazy_config, load_lazy_config
+from reldn_d2.utils.programs import program_name
 from reldn_d2.utils.user_modules import add_module_argument, parse_and_import
 
 from detectron2.config import CfgNode
@@ -207,6 +209,7 @@ def invoke_main(arguments: list[str] | None = None) -> int:
     parser = default_argument_parser(epilog=__doc__)
     add_module_argument(parser)
     args = parse_and_import(parser, arguments)
+    args.config_file = find_config_file(args.config_file)
     try:
         config = load(args.config_file, args.opts)
         check_device(config.train.device, args.num_gpus, "train.device")
@@ -219,8 +222,8 @@ def invoke_main(arguments: list[str] | None = None) -> int:
             args=(args,),
             on_cpu=config.train.device == "cpu",
         )
-    except (FileNotFoundError, LaunchError, ProcessFailed, ValueError) as error:
-        print(f"lazyconfig_train_net.py: {error}", file=sys.stderr)
+    except (FileNotFoundError, ProcessFailed, ValueError) as error:
+        print(f"{program_name(__file__)}: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -110,8 +110,6 @@ def run(
     Returns:
         Columns of the report by row.
     """
-    import torch
-
     from reldn_d2 import load_config
     from reldn_d2.engine import RelDNTrainer
     from reldn_d2.evaluation import SceneGraphEvaluator
@@ -119,7 +117,6 @@ def run(
     from detectron2.evaluation import inference_on_dataset
     from detectron2.utils.env import seed_all_rng
 
-    torch.set_num_threads(1)
     logging.basicConfig(filename=output / "log.txt", filemode="w", level=logging.INFO)
     data = DATASETS[dataset]
     train, test = split(data.train, held_out, None if held_out else data.test)
@@ -172,15 +169,16 @@ def run_all(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Run every setting with every seed, several at a time; return one row per setting and tau."""
     from vrd_benchmark import summary
 
-    from reldn_d2.utils.user_modules import import_modules, imported_modules
+    from reldn_d2.utils.processes import start_pool_worker
+    from reldn_d2.utils.user_modules import imported_modules
 
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started now
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that are started now
     data = DATASETS[args.dataset]
     taus = [0.0, *data.tau[: None if args.held_out else 1]]
     settings = trainings(data, args.held_out)
     context = multiprocessing.get_context("spawn")
     rows: dict[str, dict[int, dict[str, Any]]] = {}
-    start = dict(initializer=import_modules, initargs=(imported_modules(),))
+    start = dict(initializer=start_pool_worker, initargs=(imported_modules(),))
     with context.Pool(args.processes, maxtasksperchild=1, **start) as pool:
         pending = []
         for seed in args.seeds:

@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # if it is not installed
+if not __package__:  # run as a file, perhaps without installation
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import reldn_d2  # noqa: E402  # isort: skip  must be imported before Detectron2
 import torch
@@ -26,6 +27,7 @@ from reldn_d2.checkpoint import read_checkpoint, write_checkpoint
 from reldn_d2.checkpoint.checkpoint_writer import check_checkpoint_name
 from reldn_d2.predictor import RelationPredictor, read_description
 from reldn_d2.pretrained.weights import FOLDER
+from reldn_d2.utils.programs import program_name
 from reldn_d2.utils.user_modules import add_module_argument, parse_and_import
 
 from detectron2.config import CfgNode
@@ -148,7 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
         write_checkpoint(content, args.output)
         predictor = RelationPredictor.from_checkpoint(args.output, device="cpu")
     except (ImportError, OSError, ValueError) as error:
-        print(f"pack_checkpoint.py: {error}", file=sys.stderr)
+        print(f"{program_name(__file__)}: {error}", file=sys.stderr)
         return 1
     size = args.output.stat().st_size
     print(

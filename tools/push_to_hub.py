@@ -18,11 +18,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # if it is not installed
+if not __package__:  # run as a file, perhaps without installation
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import reldn_d2  # noqa: E402,F401  # isort: skip  must be imported before Detectron2
-from pack_checkpoint import pack
-
 from reldn_d2.checkpoint import write_checkpoint
 from reldn_d2.checkpoint.hub_files import (
     HUB_FILE,
@@ -34,7 +33,9 @@ from reldn_d2.checkpoint.hub_files import (
 from reldn_d2.checkpoint.safetensors_files import require_safetensors
 from reldn_d2.predictor import RelationPredictor
 from reldn_d2.pretrained.model_card import model_card
+from reldn_d2.scripts.pack_checkpoint import pack
 from reldn_d2.utils.file_io import write_atomically
+from reldn_d2.utils.programs import program_name
 from reldn_d2.utils.user_modules import add_module_argument, parse_and_import
 
 __all__ = ["main", "write_model"]
@@ -132,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
             write_model(Path(folder), args.repository, content, results)
             url = push_files(Path(folder), args.repository, args.message, args.private)
     except (ImportError, OSError, ValueError) as error:
-        print(f"push_to_hub.py: {error}", file=sys.stderr)
+        print(f"{program_name(__file__)}: {error}", file=sys.stderr)
         return 1
     print(f"{url}\nRelationPredictor.from_pretrained({HUB_PREFIX + args.repository!r}) reads it.")
     return 0

@@ -12,6 +12,8 @@ one line; what pip prints is in `.venv/setup.log`.
 
 `torch=cpu` installs the build of torch without CUDA. It comes from the package index whose URL is
 in the variable TORCH_INDEX, by default that of pytorch.org.
+
+uv is not used: where it is missing, all of pip's steps are needed anyway.
 """
 
 import hashlib
@@ -34,10 +36,10 @@ NOTE = VENV / "reldn_d2_setup.json"  # {group: fingerprint}; also marks .venv as
 LOG = VENV / "setup.log"
 # Python versions that the pinned packages were tested on
 SUPPORTED = ((3, 14), (3, 13), (3, 12), (3, 11), (3, 10))
-SIZES = {"cuda": 6, "cpu": 2}  # GB that .venv takes, rounded up, by the build of torch
+SIZES = {"cuda": 7, "cpu": 2}  # GB that .venv takes, rounded up, by the build of torch
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 # Seconds for one connection, and for the whole check whether the package index answers
-CONNECT_SECONDS, INDEX_SECONDS = 8, 15
+CONNECT_SECONDS, INDEX_SECONDS = 8, 12
 
 # Conflict warnings would be about a requirement of Detectron2 0.6 that it does not use (a formatter
 # of 2021).
@@ -114,7 +116,8 @@ def install(groups: "list[str]", cpu_torch: bool = False) -> None:
     version = version_of(VENV_PYTHON, needs="pip")
     if note is None or version is None:  # no environment yet, or an incomplete one
         note, version = {}, None
-    build = note.get("torch") or ("cpu" if cpu_torch else "cuda")
+    # macOS has no CUDA builds.
+    build = note.get("torch") or ("cpu" if cpu_torch or sys.platform == "darwin" else "cuda")
     if cpu_torch and build != "cpu":
         sys.exit(f"{VENV} has torch's CUDA build: run `make clean` first to replace it.")
     todo = [
@@ -207,7 +210,12 @@ def check_index(environment: "dict[str, str]", package: str = "pip", url: str = 
 
 
 def cpu_options(steps: "Steps") -> "tuple[str, ...]":
-    """Return pip's options for torch's CPU build; exit if its index does not answer."""
+    """Return pip's options for torch's CPU build; exit if its index does not answer.
+
+    On macOS pip's own index has it.
+    """
+    if sys.platform == "darwin":
+        return USE_PINS
     url = os.environ.get("TORCH_INDEX") or TORCH_INDEX
     check_index(steps.environment, "torch", url)
     return ("--extra-index-url", url, *USE_PINS)

@@ -108,15 +108,12 @@ def run(model: Model, seed: int, detections: str | None, output: Path) -> dict[s
     Returns:
         The columns of the report, seconds and peak memory.
     """
-    import torch
-
     from reldn_d2 import load_config
     from reldn_d2.evaluation import VRDEvaluator
 
     from detectron2.evaluation import inference_on_dataset
     from detectron2.utils.env import seed_all_rng
 
-    torch.set_num_threads(1)
     prepare = prepared(detections is None)
     (train, test), tasks = prepare.names, prepare.tasks
     options = ["OUTPUT_DIR", str(output), "SEED", seed, "DATASETS.TRAIN", (train,)]
@@ -177,11 +174,12 @@ def run_all(
         One row per model: its name and seeds, and the mean and the standard deviation of each
         column.
     """
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started now
-    from reldn_d2.utils.user_modules import import_modules, imported_modules
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that are started now
+    from reldn_d2.utils.processes import start_pool_worker
+    from reldn_d2.utils.user_modules import imported_modules
 
     context = multiprocessing.get_context("spawn")
-    start = dict(initializer=import_modules, initargs=(imported_modules(),))
+    start = dict(initializer=start_pool_worker, initargs=(imported_modules(),))
     runs: dict[str, dict[int, dict[str, Any]]] = {model.name: {} for model in models}
     with context.Pool(processes, **start) as pool:
         pending = []

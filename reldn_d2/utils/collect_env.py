@@ -6,8 +6,11 @@ import os
 import platform
 import subprocess
 import sys
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import torch
 import torchvision
@@ -82,18 +85,25 @@ def _detectron2_source() -> str:
 
 
 def _detectron2_commit() -> str:
-    """Return the commit that pip noted or that a clone is at, or "unknown"."""
+    """Return the commit that pip noted or that a clone is at, or "unknown".
+
+    Of an installation from a folder (``pip install ./detectron2``) pip notes only the folder, which
+    may have been updated since.
+    """
+    clones = {Path(detectron2.__file__).parents[1]: ""}
     for name in metadata.packages_distributions().get("detectron2", []):
         origin = json.loads(metadata.distribution(name).read_text("direct_url.json") or "{}")
         if "vcs_info" in origin:
             return origin["vcs_info"]["commit_id"]
-    clone = Path(detectron2.__file__).parents[1]
-    if (clone / ".git").exists():
-        command = ["git", "-C", str(clone), "rev-parse", "HEAD"]
-        try:
-            return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
-        except (OSError, subprocess.CalledProcessError):
-            pass
+        if "dir_info" in origin:
+            folder = Path(url2pathname(urlparse(origin["url"]).path))
+            clones.setdefault(folder, f" (now in {folder}, which it was installed from)")
+    for clone, remark in clones.items():
+        if (clone / ".git").exists():
+            command = ["git", "-C", str(clone), "rev-parse", "HEAD"]
+            with suppress(OSError, subprocess.CalledProcessError):
+                commit = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True)
+                return commit.strip() + remark
     return "unknown"
 
 

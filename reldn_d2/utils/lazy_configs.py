@@ -11,6 +11,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, LazyConfig, instantiate
 
+from .included_configs import find_config_file
 from .user_modules import where_raised
 
 __all__ = [
@@ -34,7 +35,8 @@ def load_lazy_config(path: str, overrides: list[str], source: str) -> DictConfig
     """Load a LazyConfig and apply ``key=value`` overrides.
 
     Args:
-        path: a file, or the name of a LazyConfig in Detectron2's model zoo.
+        path: a file, one of the package's, such as ``configs/lazy/toy_detector.py``, or the name
+            of a LazyConfig in Detectron2's model zoo.
         overrides: such as ``model.roi_heads.num_classes=9``.
         source: what names the file, for error messages.
 
@@ -43,8 +45,8 @@ def load_lazy_config(path: str, overrides: list[str], source: str) -> DictConfig
         ValueError: if the file raises an error or an override does not fit; the message names the
             file and line.
     """
-    file = path
-    if not os.path.isfile(path):
+    file = find_config_file(path)
+    if not os.path.isfile(file):
         try:
             file = model_zoo.get_config_file(path)
         except Exception as error:  # also without pkg_resources, which newer setuptools lack

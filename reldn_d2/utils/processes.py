@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from .user_modules import import_modules, imported_modules
 
-__all__ = ["end_with_parent", "loader_worker_init"]
+__all__ = ["end_with_parent", "loader_worker_init", "start_pool_worker"]
 
 _PR_SET_PDEATHSIG = 1  # from Linux's <sys/prctl.h>
 
@@ -37,6 +37,16 @@ def end_with_parent(grace: float = 30.0) -> None:
         os._exit(128 + signal.SIGTERM)
 
     threading.Thread(target=watch, name="end_with_parent", daemon=True).start()
+
+
+def start_pool_worker(modules: Sequence[str]) -> None:
+    """Prepare a process of a pool: it ends with its parent and has the modules of ``--module``.
+
+    Args:
+        modules: :func:`.user_modules.imported_modules` of the parent.
+    """
+    end_with_parent()
+    import_modules(modules)
 
 
 def loader_worker_init() -> Callable[[int], None]:

@@ -3,7 +3,6 @@
 The tests of the server need huggingface_hub and safetensors.
 """
 
-import importlib.util
 import json
 import os
 import re
@@ -170,57 +169,49 @@ def test_hub_packages_missing_says_what_to_install(hub, missing, monkeypatch, ca
 # ---------------------------------------------------------------------- the library over HTTP
 
 
+# In a process of its own: the library reads HF_ENDPOINT when it is imported.
 CODE = """
-import sys
+from huggingface_hub import constants
 from reldn_d2.predictor import RelationPredictor
+from reldn_d2.pretrained import pretrained_file
+from reldn_d2.scripts import push_to_hub
 
-try:
-    predictor = RelationPredictor.from_pretrained(sys.argv[1], device="cpu")
-    graph = predictor(boxes={boxes}, classes={classes})
-    print(len(graph.scores))
-except FileNotFoundError as error:
-    print("failed:", error)
+def load(name, offline):
+    constants.HF_HUB_OFFLINE = offline
+    try:
+        predictor = RelationPredictor.from_pretrained(name, device="cpu")
+        print(len(predictor(boxes={boxes}, classes={classes}).scores))
+    except FileNotFoundError as error:
+        print("failed:", error)
+
+options = ["--checkpoint", str(pretrained_file("vrd_boxes")), "--message", "First"]
+assert push_to_hub.main([*options, "--repository", "me/my.model"]) == 0
+load("hf://me/my.model@main", False)
+load("hf://me/my.model@main", True)
+load("hf://me/other", True)
+load("hf://me/other", False)
 """.format(**GIVEN)
 
 
-def from_pretrained_in_new_process(name, endpoint, home, **more):
-    """The library reads ``HF_ENDPOINT`` when it is imported, hence the process."""
-    for module in ("huggingface_hub", "safetensors"):
-        if importlib.util.find_spec(module) is None:
-            pytest.skip(f"{module} is not installed: pip install huggingface_hub safetensors")
-    variables = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
-    environment = {
-        **os.environ,
-        **variables,
-        **more,
-        "PYTHONPATH": str(ROOT),
-        "no_proxy": "127.0.0.1",
-    }
-    command = [sys.executable, "-W", "ignore", "-c", CODE, name]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.strip().splitlines()[-1]
-
-
-@pytest.fixture
-def served(tmp_path):
-    """Return the folder and the address of a Hub with one model, on the branch v2."""
-    folder = tmp_path / "hub/me/my.model/v2"
-    assert push(pretrained_file("vrd_boxes"), "--only-write", folder) == 0
-    with hub_stand_in.serve(tmp_path / "hub") as endpoint:
-        yield endpoint
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("safetensors") is None, reason="pip install safetensors"
-)
-def test_from_pretrained_over_http_downloads_once(served, tmp_path):
-    name, home = "hf://me/my.model@v2", tmp_path / "home"
-    assert int(from_pretrained_in_new_process(name, served, home)) > 0
-    offline = {"HF_HUB_OFFLINE": "1"}  # otherwise the library retries for half a minute
-    assert int(from_pretrained_in_new_process(name, served, home, **offline)) > 0
-    line = from_pretrained_in_new_process("hf://me/other", served, home, **offline)
-    assert line.startswith("failed: The checkpoint 'hf://me/other'") and "local file" in line
-    line = from_pretrained_in_new_process("hf://me/other", served, home)
-    assert line.startswith("failed:") and "404" in line
+def test_library_over_http_uploads_and_downloads_once(tmp_path):
+    for module in ("huggingface_hub", "safetensors"):
+        pytest.importorskip(module, reason=f"{module} is not installed")
+    (tmp_path / "hub").mkdir()
+    with hub_stand_in.serve(tmp_path / "hub") as endpoint:
+        variables = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home")}
+        variables |= {"HF_TOKEN": hub_stand_in.TOKEN, "HF_HUB_DISABLE_TELEMETRY": "1"}
+        variables |= {"PYTHONPATH": str(ROOT), "no_proxy": "127.0.0.1"}
+        command = [sys.executable, "-W", "ignore", "-c", CODE]
+        environment = {**os.environ, **variables}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    *pushed, online, offline, other_offline, other = done.stdout.strip().splitlines()
+    assert f"{endpoint}/me/my.model/commit/" in pushed[0]
+    files = tmp_path / "hub/me/my.model"
+    assert {x.name for x in (files / "main").iterdir()} == {"README.md", "model.safetensors"}
+    assert (files / "message").read_text() == "First"
+    assert int(online) > 0 and offline == online
+    assert other_offline.startswith("failed: The checkpoint 'hf://me/other'")
+    assert "local file" in other_offline
+    assert other.startswith("failed:") and "404" in other

@@ -4,7 +4,6 @@ import json
 
 import long_tail_benchmark
 import pytest
-import torch
 from benchmarks import vrd_data
 
 from reldn_d2 import load_config
@@ -16,9 +15,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 @pytest.fixture
 def unregister():
     """Undo what a run changes in its process, which is its own otherwise."""
-    threads = torch.get_num_threads()
     yield
-    torch.set_num_threads(threads)
     for name in ("tail_train", "tail_test"):
         DatasetCatalog.pop(name, None)
         MetadataCatalog.pop(name, None)

@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import json
 import os
+import pwd
 import re
 import shutil
 import socket
@@ -138,9 +139,9 @@ def test_install_venv_of_the_user_is_not_touched(setup_env, commands):
 def test_install_too_little_space_exits_before_anything_is_written(
     setup_env, commands, monkeypatch
 ):
-    usage = SimpleNamespace(free=5.9e9)
+    usage = SimpleNamespace(free=6.9e9)
     monkeypatch.setattr(setup_env.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(SystemExit, match="up to 6 GB, but only 5.9 GB are free.*TORCH=cpu"):
+    with pytest.raises(SystemExit, match="up to 7 GB, but only 6.9 GB are free.*TORCH=cpu"):
         setup_env.main(["install"])
     assert commands.made == [] and not setup_env.VENV.exists()
     setup_env.main(["install", "torch=cpu"])
@@ -184,6 +185,17 @@ def test_install_cpu_torch_index_unreachable_exits_before_installing(
     with pytest.raises(SystemExit, match="no index"):
         setup_env.main(["install", "torch=cpu"])
     assert requirement_files(commands) == []
+
+
+def test_install_on_macos_takes_the_cpu_build_from_pips_index(setup_env, commands, monkeypatch):
+    """No other index has it: the versions of pytorch.org's have no +cpu there."""
+    monkeypatch.setattr(setup_env.sys, "platform", "darwin")
+    setup_env.main(["install", "torch=cpu"])
+    assert requirement_files(commands) == ["build.txt", "torch-cpu.txt", *BASE[2:]]
+    assert commands.asked == [()] and not any("--extra-index-url" in x for x in commands.made)
+    commands.made.clear()
+    setup_env.main(["install"])  # the same build
+    assert commands.made == []
 
 
 def test_install_cpu_torch_over_the_cuda_build_exits(setup_env, commands):
@@ -299,7 +311,8 @@ def test_setup_env_syntax_is_python_3_6():
 @pytest.mark.parametrize("version", ["3.6", "3.7", "3.8", "3.9"])
 def test_setup_env_old_python_exits_with_one_line(version, tmp_path):
     python = shutil.which(f"python{version}")
-    folders = Path.home().glob(f".pyenv/versions/{version}.*/bin/python")
+    home = Path(pwd.getpwuid(os.getuid()).pw_dir)  # HOME is a temporary folder
+    folders = home.glob(f".pyenv/versions/{version}.*/bin/python")
     python = next((str(x) for x in folders), python)
     if python is None:
         pytest.skip(f"no Python {version}")

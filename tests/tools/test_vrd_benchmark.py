@@ -83,12 +83,10 @@ def test_losses_run_trains_on_the_rest_and_scores_held_out_images(datasets, tmp_
     (datasets.parent / "run").mkdir()
     model = vrd_benchmark.LOSSES[0]
     model = model._replace(options=[*model.options, "SOLVER.MAX_ITER", 2])
-    threads = torch.get_num_threads()
     try:
         columns = vrd_benchmark.run(model, 1, None, datasets.parent / "run")
         ids = [[x["image_id"] for x in load_without_images(y)] for y in vrd_data.HELD_OUT]
     finally:
-        torch.set_num_threads(threads)
         vrd_data.prepared.cache_clear()
         for name in vrd_data.HELD_OUT:
             DatasetCatalog.pop(name, None)

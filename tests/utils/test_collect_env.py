@@ -83,6 +83,10 @@ def test_environment_rows_clone_of_the_main_branch_names_its_commit(installed, t
     commit = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
     installed(True, json.dumps({"url": "file:///clone"}), tmp_path / "detectron2/__init__.py")
     assert f"the main branch, commit {commit}," in report()["Detectron2"]
+    # pip install ./detectron2
+    noted = json.dumps({"url": tmp_path.as_uri(), "dir_info": {}})
+    installed(True, noted, tmp_path / "site-packages/detectron2/__init__.py")
+    assert f"commit {commit} (now in {tmp_path}, which it was inst" in report()["Detectron2"]
 
 
 @pytest.mark.parametrize("gpus", [0, 2])

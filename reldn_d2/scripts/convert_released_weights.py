@@ -1,0 +1,1 @@
+../../tools/convert_released_weights.py

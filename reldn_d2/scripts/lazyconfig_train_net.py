@@ -1,0 +1,1 @@
+../../tools/lazyconfig_train_net.py

@@ -1,0 +1,1 @@
+../../tools/pack_checkpoint.py

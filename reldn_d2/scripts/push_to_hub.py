@@ -1,0 +1,1 @@
+../../tools/push_to_hub.py
