@@ -8,6 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from loss_oracle import all_pairs, anchor_sides, contrastive_in_loops, groups_in_loops
+from random_cases import NUM_CASES
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reldn_d2.modeling.losses import (
@@ -21,7 +22,6 @@ from reldn_d2.modeling.losses.contrastive import NORMALIZATIONS
 
 ALPHAS = (0.2, 0.35, 0.5)
 WEIGHTS = torch.tensor([1.0, 0.5, 0.1])
-RANDOM_CASES = 1500  # for each normalisation
 
 
 def run(case, logits, alphas=ALPHAS, normalization="paper"):
@@ -135,14 +135,14 @@ def check_against_loops(case, logits, normalization):
 def test_contrastive_losses_random_cases_equal_plain_loops(normalization):
     seen = Counter()
 
-    @settings(deadline=None, max_examples=RANDOM_CASES, suppress_health_check=list(HealthCheck))
+    @settings(deadline=None, max_examples=NUM_CASES, suppress_health_check=list(HealthCheck))
     @given(cases())
     def check(case_and_logits):
         check_against_loops(*case_and_logits, normalization)
         seen.update(kinds_of(*case_and_logits) | {"case"})
 
     check()
-    assert seen["case"] >= RANDOM_CASES
+    assert seen["case"] >= NUM_CASES
     special = {
         "no positives",
         "all pairs positive",
