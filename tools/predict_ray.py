@@ -33,7 +33,7 @@ import reldn_d2  # noqa: E402,F401  # isort: skip  must be imported before Detec
 import numpy as np
 from tqdm import tqdm
 
-from reldn_d2.bulk.output_folder import FORMATS, check_run, is_complete
+from reldn_d2.bulk.output_folder import FORMATS, check_run, is_complete, read_part_keys
 from reldn_d2.bulk.shards import (
     Shard,
     ShardResult,
@@ -55,6 +55,14 @@ from reldn_d2.utils.user_modules import import_modules, parse_and_import
 # A shard that ends its actor so often stops the run, instead of ending one actor after the other.
 MAX_RETRIES = 10
 OBJECT_STORE_BYTES = 100 * 2**20  # of a local Ray: only names and counts go through it
+
+
+def gpu_count(text: str) -> float:
+    """Parse a share of one GPU or a whole number of them."""
+    value = float(text)
+    if not (0 <= value < 1 or value.is_integer() and value > 0):
+        raise argparse.ArgumentTypeError(f"{text} is neither in [0, 1] nor a whole number")
+    return value
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -79,17 +87,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--gpus-per-actor",
-        type=float,
+        type=gpu_count,
         default=0,
         metavar="N",
-        help="may be a fraction; default: 0, which is the CPU",
+        help="a fraction such as 0.5 for several actors on one; default: 0, which is the CPU",
     )
     parser.add_argument(
         "--workers",
         type=zero_or_more,
         default=0,
         metavar="N",
-        help="processes per actor that read images while the model runs; default: 0",
+        help="processes per actor that read images while the model runs; default: 0, with which "
+        "an image that gets its process killed ends the run, instead of being listed",
     )
     parser.add_argument(
         "--shard-size",
@@ -172,8 +181,7 @@ def prepare(args: argparse.Namespace) -> tuple[list[Shard], list[str]]:
     on_cpu = copy(args)
     on_cpu.device = args.device if args.gpus_per_actor == 0 else "cpu"
     predictor = build_predictor(on_cpu)
-    read_entities(predictor, on_cpu)
-    description = describe_run(args, predictor)
+    description = describe_run(args, predictor, read_entities(predictor, on_cpu))
     description["options"]["shard_size"] = args.shard_size
     check_run(
         args.output,
@@ -258,27 +266,33 @@ def run_shards(
 def run(args: argparse.Namespace) -> int:
     """Predict what has no result yet and return the exit status."""
     shards, thing_classes = prepare(args)
-    remaining = [x for x in shards if not is_complete(args.output, x.name, args.format)]
-    if len(remaining) < len(shards):
-        print(f"{len(shards) - len(remaining)} of {len(shards)} shards were done before")
-    if not remaining:
-        return 0
-    by_name = args.boxes is not None or args.detections is not None
-    names = [key for shard in shards for key, _ in shard.images] if by_name else []
-    start_ray(args)
-    predicted = errors = 0
+    remaining, predicted, errors = [], 0, 0
+    for shard in shards:
+        if is_complete(args.output, shard.name, args.format):
+            keys, error_keys = read_part_keys(args.output, shard.name, args.format)
+            predicted, errors = predicted + len(keys), errors + len(error_keys)
+        else:
+            remaining.append(shard)
+    earlier = len(shards) - len(remaining)
+    if earlier:
+        print(f"{earlier} of {len(shards)} shards were done before")
     left_out: Counter[str] = Counter()
     problems = []
-    start = time.monotonic()
-    with tqdm(total=len(shards), initial=len(shards) - len(remaining), unit="shard") as progress:
-        for result in run_shards(args, remaining, names):
-            predicted += result.predicted
-            errors += result.errors
-            left_out.update(result.left_out)
-            problems += [result.problem] if result.problem else []
-            rate = (predicted + errors) / (time.monotonic() - start)
-            progress.set_postfix_str(f"{predicted + errors} images, {rate:.1f}/s", refresh=False)
-            progress.update()
+    if remaining:
+        by_name = args.boxes is not None or args.detections is not None
+        names = [key for shard in shards for key, _ in shard.images] if by_name else []
+        start_ray(args)
+        start, before = time.monotonic(), predicted + errors
+        with tqdm(total=len(shards), initial=earlier, unit="shard") as progress:
+            for result in run_shards(args, remaining, names):
+                predicted += result.predicted
+                errors += result.errors
+                left_out.update(result.left_out)
+                problems += [result.problem] if result.problem else []
+                count = predicted + errors - before
+                rate = count / (time.monotonic() - start)
+                progress.set_postfix_str(f"{count} images, {rate:.1f}/s", refresh=False)
+                progress.update()
     print(f"{predicted} of {predicted + errors} images done in {args.output}")
     print_left_out(left_out, thing_classes)
     if errors:
