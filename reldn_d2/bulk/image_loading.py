@@ -68,7 +68,7 @@ class ImageLoading(Dataset):
         try:
             rgb = self._read(image)
             if self.entities is None:
-                return LoadedImage(image, torch.from_numpy(rgb))
+                return LoadedImage(image, torch.from_numpy(rgb.copy()))  # Pillow's is read-only
             # Files have the message "PATH: ...", as in single predictions.
             name = image.path if image.position is None else image.key
             return LoadedImage(image, self.read_input(rgb, name, **self.entities(image.key)))

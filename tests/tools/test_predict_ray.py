@@ -3,11 +3,13 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tarfile
 import time
+import types
 from pathlib import Path
 
 import predict_ray
@@ -16,6 +18,8 @@ from model_utils import ROOT
 from PIL import Image
 from usage_utils import picture, write_checkpoint
 
+from reldn_d2.bulk import shards as shards_module
+from reldn_d2.bulk.output_folder import check_run, write_part
 from reldn_d2.bulk.shards import Shard, plan_shards, predict_shard
 from reldn_d2.predictor import RelationPredictor
 from reldn_d2.scripts.entity_files import FileEntities
@@ -97,9 +101,63 @@ def test_predict_shard_is_written_once(checkpoint, shards, tmp_path):
     result = predict_shard(cut, predictor, *rest)
     assert "cut.tar: cannot be read as a tar file" in result.problem
     assert not (tmp_path / "out/part-000002.jsonl").exists()
-    assert predict_shard(Shard("000009", "", (("a", "b"),)), predictor, *rest)[:3] == (
-        *("000009", 0, 1),
-    )
+
+
+@pytest.fixture
+def one_model(checkpoint, tmp_path):
+    """The arguments of predict_shard after the shard, for an output folder "out"."""
+    check_run(tmp_path / "out", {})
+    predictor = RelationPredictor.from_checkpoint(checkpoint, "cpu")
+    return predictor, FileEntities(None, None), tmp_path / "out", "jsonl", 20, 0.01
+
+
+def test_predict_shard_input_that_this_machine_lacks_is_no_part(one_model, folder, tmp_path):
+    missing = Shard("000009", "", (("a", "none/a.png"), ("b", "none/b.png")))
+    result = predict_shard(missing, *one_model)
+    assert "has none of its files, such as none/a.png: all machines need" in result.problem
+    assert not list((tmp_path / "out").glob("*0*"))
+    one_missing = Shard("000009", "", (*missing.images, ("c", str(folder / "0/00.png"))))
+    assert predict_shard(one_missing, *one_model)[:3] == ("000009", 1, 2)
+
+
+def test_predict_shard_reading_processes_that_die_are_its_problem(
+    one_model, folder, tmp_path, monkeypatch
+):
+    def die(*_):
+        raise ChildProcessError("processes that read images are killed")
+        yield
+
+    monkeypatch.setattr(shards_module, "predict_images", die)
+    (shard,) = plan_shards([folder], 100)
+    result = predict_shard(shard, *one_model)
+    assert result.problem == "part-000000: processes that read images are killed"
+    assert not list((tmp_path / "out").glob("*0*"))
+
+
+@pytest.mark.parametrize("times", [1, 9])
+def test_predict_shard_that_another_process_writes_as_well_loses_nothing(
+    times, one_model, folder, tmp_path, monkeypatch
+):
+    """The other one, which was believed to be dead, has an error for an image and this one none."""
+    calls = []
+
+    def interleave(out, name, kind, records, errors):
+        write_part(out, name, kind, records, errors)
+        calls.append(name)
+        if len(calls) <= times:
+            error_file = out / f"_errors-{name}.jsonl"
+            before = error_file.read_bytes()
+            write_part(out, name, kind, records[1:], errors)
+            error_file.write_bytes(before)
+
+    monkeypatch.setattr(shards_module, "write_part", interleave)
+    (shard,) = plan_shards([folder], 100)
+    if times > 3:
+        with pytest.raises(OSError, match="part-000000.jsonl is not what was written into it"):
+            predict_shard(shard, *one_model)
+        return
+    predict_shard(shard, *one_model)
+    assert set(keys(tmp_path / "out")) == images_in(folder) and len(calls) == 2
 
 
 @pytest.mark.parametrize(
@@ -129,6 +187,80 @@ def test_predict_ray_problems_at_the_start_print_one_line(
     assert predict_ray.main([*common, *arguments]) == 1
     (error,) = capsys.readouterr().err.strip().splitlines()
     assert message in error and error.startswith("predict_ray.py: ")
+
+
+def test_predict_ray_continued_run_counts_all_parts(
+    checkpoint, folder, one_model, tmp_path, capsys, monkeypatch
+):
+    """The second run has nothing left to do, but the same status and counts."""
+    monkeypatch.setitem(sys.modules, "ray", None)
+    command = ["--checkpoint", checkpoint, "--device", "cpu", "--input", str(folder)]
+    command += ["--output", str(tmp_path / "run"), "--shard-size", "20"]
+    assert predict_ray.main(command) == 1
+    assert "this needs Ray" in capsys.readouterr().err
+    for shard in plan_shards([folder], 20):
+        predict_shard(shard, *one_model[:2], tmp_path / "run", *one_model[3:])
+    assert predict_ray.main(command) == 1
+    printed = capsys.readouterr()
+    assert "3 of 3 shards were done before" in printed.out
+    assert f"{COUNT} of {COUNT + 2} images done in {tmp_path}/run" in printed.out
+    assert f"2 could not be used: {tmp_path}/run/_errors-*.jsonl" in printed.err
+
+
+@pytest.mark.parametrize("text", ["-1", "nan", "inf", "1.5", "x"])
+def test_predict_ray_bad_number_of_gpus_is_a_usage_error(text, capsys):
+    arguments = ["--input", "a", "--output", "b", "--gpus-per-actor"]
+    with pytest.raises(SystemExit):
+        predict_ray.main([*arguments, text])
+    assert "argument --gpus-per-actor: " in capsys.readouterr().err
+    parsed = predict_ray.build_parser().parse_args([*arguments, "0.25"])
+    assert parsed.gpus_per_actor == 0.25
+
+
+class StandInForRay(types.ModuleType):
+    """Ray with one machine of 4 CPUs and 1 GPU."""
+
+    def __init__(self):
+        super().__init__("ray")
+        self.data = types.ModuleType("ray.data")
+        self.options: dict = {}
+
+    def init(self, **options):
+        self.options = options
+        if options.get("address") == "nowhere:1":
+            raise ConnectionError("Could not find\nany running instance")
+
+    def nodes(self):
+        alive = {"Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0}}
+        return [alive, {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--address", "auto", "--gpus-per-actor", "0.5", "--workers", "3"], None),
+        ([], None),
+        (["--address", "nowhere:1"], "Ray cannot be used: Could not find any running instance"),
+        (
+            ["--address", "auto", "--gpus-per-actor", "2"],
+            "no machine of 1 has 1 CPUs (1 + --workers) and 2 GPUs (--gpus-per-actor) for an actor",
+        ),
+        (["--address", "auto", "--workers", "4"], "no machine of 1 has 5 CPUs (1 + --workers)"),
+    ],
+)
+def test_start_ray_finds_a_machine_for_an_actor(options, message, monkeypatch):
+    ray = StandInForRay()
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setitem(sys.modules, "ray.data", ray.data)
+    args = predict_ray.build_parser().parse_args(["--input", "a", "--output", "b", *options])
+    if message is None:
+        predict_ray.start_ray(args)
+    else:
+        with pytest.raises((ValueError, ConnectionError), match=re.escape(message)):
+            predict_ray.start_ray(args)
+    local = {"num_cpus": 2, "include_dashboard": False}
+    expected = {"address": args.address} if args.address else local
+    assert expected.items() <= ray.options.items()
 
 
 def descendants(pid: int) -> dict[int, str]:
