@@ -19,6 +19,7 @@ the same paths. docs/bulk.md has the format of the output.
 import argparse
 import json
 import os
+import socket
 import sys
 import time
 from collections import Counter
@@ -125,14 +126,19 @@ class ShardPredictor:
             names: keys of all images, if entities are looked up by file name.
             folder: the driver's, for relative paths.
         """
-        if os.path.isdir(folder):
-            os.chdir(folder)
-        import_modules(args.module)
-        self.args = args
-        self.predictor = build_predictor(args)
-        self.entities = read_entities(self.predictor, args)
+        self.args, self.names, self.folder = args, names, folder
+        self.predictor = None
+
+    def _load(self) -> None:
+        """Load the model; not in the constructor, which Ray calls again and again if it raises."""
+        if os.path.isdir(self.folder):
+            os.chdir(self.folder)
+        import_modules(self.args.module)
+        predictor = build_predictor(self.args)
+        self.entities = read_entities(predictor, self.args)
         if isinstance(self.entities, FileEntities):
-            self.entities.check_names(names)
+            self.entities.check_names(self.names)
+        self.predictor = predictor
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
         """Predict shards.
@@ -141,23 +147,36 @@ class ShardPredictor:
             batch: ``shard``: shards as JSON.
 
         Returns:
-            ``result``: their ShardResult as JSON.
+            ``result``: their ShardResult as JSON; ``failure``: why this actor cannot work, or "".
+            Of an error that is raised, Ray's own has several screens.
         """
-        args, results = self.args, []
+        results, failures = [], []
         for text in batch["shard"]:
-            result = predict_shard(
-                Shard(*json.loads(text)),
-                self.predictor,
-                self.entities,
-                args.output,
-                args.format,
-                args.top_k,
-                args.min_score,
-                args.batch_size,
-                args.workers,
-            )
+            result, failure = None, ""
+            try:
+                result = self._predict(Shard(*json.loads(text)))
+            except Exception as error:
+                reason = " ".join(str(error).split())
+                failure = f"{socket.gethostname()}: {type(error).__name__}: {reason}"
             results.append(json.dumps(result))
-        return {"result": results}
+            failures.append(failure)
+        return {"result": results, "failure": failures}
+
+    def _predict(self, shard: Shard) -> ShardResult:
+        if self.predictor is None:
+            self._load()
+        args = self.args
+        return predict_shard(
+            shard,
+            self.predictor,
+            self.entities,
+            args.output,
+            args.format,
+            args.top_k,
+            args.min_score,
+            args.batch_size,
+            args.workers,
+        )
 
 
 def prepare(args: argparse.Namespace) -> tuple[list[Shard], list[str]]:
@@ -207,6 +226,7 @@ def start_ray(args: argparse.Namespace) -> None:
     options: dict[str, Any] = {"address": args.address}
     if not args.address:
         options = {
+            "address": "local",  # otherwise Ray joins a cluster of this machine, if there is one
             "num_cpus": args.actors * cpus,  # processes share the cores if there are fewer
             "object_store_memory": OBJECT_STORE_BYTES,
             "include_dashboard": False,
@@ -233,7 +253,7 @@ def run_shards(
         ActorError: an actor raised an error or died again and again.
     """
     import ray.data
-    import ray.data.exceptions
+    import ray.exceptions
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -255,8 +275,12 @@ def run_shards(
     )
     try:
         for row in dataset.iter_rows():
+            if row["failure"]:
+                raise ActorError(
+                    f"an actor failed on {row['failure']}. The same command continues this run"
+                )
             yield ShardResult(*json.loads(row["result"]))
-    except (ray.exceptions.RayError, ray.data.exceptions.RayDataUserCodeException) as error:
+    except ray.exceptions.RayError as error:
         last_line = str(error).strip().splitlines()[-1]
         raise ActorError(
             f"an actor failed: {last_line}. The same command continues this run"
