@@ -19,6 +19,7 @@ the same paths. docs/bulk.md has the format of the output.
 import argparse
 import json
 import os
+import socket
 import sys
 import time
 from collections import Counter
@@ -33,7 +34,7 @@ import reldn_d2  # noqa: E402,F401  # isort: skip  must be imported before Detec
 import numpy as np
 from tqdm import tqdm
 
-from reldn_d2.bulk.output_folder import FORMATS, check_run, is_complete
+from reldn_d2.bulk.output_folder import FORMATS, check_run, is_complete, read_part_keys
 from reldn_d2.bulk.shards import (
     Shard,
     ShardResult,
@@ -55,6 +56,14 @@ from reldn_d2.utils.user_modules import import_modules, parse_and_import
 # A shard that ends its actor so often stops the run, instead of ending one actor after the other.
 MAX_RETRIES = 10
 OBJECT_STORE_BYTES = 100 * 2**20  # of a local Ray: only names and counts go through it
+
+
+def gpu_count(text: str) -> float:
+    """Parse a share of one GPU or a whole number of them."""
+    value = float(text)
+    if not (0 <= value < 1 or value.is_integer() and value > 0):
+        raise argparse.ArgumentTypeError(f"{text} is neither in [0, 1] nor a whole number")
+    return value
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -79,17 +88,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--gpus-per-actor",
-        type=float,
+        type=gpu_count,
         default=0,
         metavar="N",
-        help="may be a fraction; default: 0, which is the CPU",
+        help="a fraction such as 0.5 for several actors on one; default: 0, which is the CPU",
     )
     parser.add_argument(
         "--workers",
         type=zero_or_more,
         default=0,
         metavar="N",
-        help="processes per actor that read images while the model runs; default: 0",
+        help="processes per actor that read images while the model runs; default: 0, with which "
+        "an image that gets its process killed ends the run, instead of being listed",
     )
     parser.add_argument(
         "--shard-size",
@@ -116,14 +126,19 @@ class ShardPredictor:
             names: keys of all images, if entities are looked up by file name.
             folder: the driver's, for relative paths.
         """
-        if os.path.isdir(folder):
-            os.chdir(folder)
-        import_modules(args.module)
-        self.args = args
-        self.predictor = build_predictor(args)
-        self.entities = read_entities(self.predictor, args)
+        self.args, self.names, self.folder = args, names, folder
+        self.predictor = None
+
+    def _load(self) -> None:
+        """Load the model; not in the constructor, which Ray calls again and again if it raises."""
+        if os.path.isdir(self.folder):
+            os.chdir(self.folder)
+        import_modules(self.args.module)
+        predictor = build_predictor(self.args)
+        self.entities = read_entities(predictor, self.args)
         if isinstance(self.entities, FileEntities):
-            self.entities.check_names(names)
+            self.entities.check_names(self.names)
+        self.predictor = predictor
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
         """Predict shards.
@@ -132,23 +147,36 @@ class ShardPredictor:
             batch: ``shard``: shards as JSON.
 
         Returns:
-            ``result``: their ShardResult as JSON.
+            ``result``: their ShardResult as JSON; ``failure``: why this actor cannot work, or "".
+            Of an error that is raised, Ray's own has several screens.
         """
-        args, results = self.args, []
+        results, failures = [], []
         for text in batch["shard"]:
-            result = predict_shard(
-                Shard(*json.loads(text)),
-                self.predictor,
-                self.entities,
-                args.output,
-                args.format,
-                args.top_k,
-                args.min_score,
-                args.batch_size,
-                args.workers,
-            )
+            result, failure = None, ""
+            try:
+                result = self._predict(Shard(*json.loads(text)))
+            except Exception as error:
+                reason = " ".join(str(error).split())
+                failure = f"{socket.gethostname()}: {type(error).__name__}: {reason}"
             results.append(json.dumps(result))
-        return {"result": results}
+            failures.append(failure)
+        return {"result": results, "failure": failures}
+
+    def _predict(self, shard: Shard) -> ShardResult:
+        if self.predictor is None:
+            self._load()
+        args = self.args
+        return predict_shard(
+            shard,
+            self.predictor,
+            self.entities,
+            args.output,
+            args.format,
+            args.top_k,
+            args.min_score,
+            args.batch_size,
+            args.workers,
+        )
 
 
 def prepare(args: argparse.Namespace) -> tuple[list[Shard], list[str]]:
@@ -172,8 +200,7 @@ def prepare(args: argparse.Namespace) -> tuple[list[Shard], list[str]]:
     on_cpu = copy(args)
     on_cpu.device = args.device if args.gpus_per_actor == 0 else "cpu"
     predictor = build_predictor(on_cpu)
-    read_entities(predictor, on_cpu)
-    description = describe_run(args, predictor)
+    description = describe_run(args, predictor, read_entities(predictor, on_cpu))
     description["options"]["shard_size"] = args.shard_size
     check_run(
         args.output,
@@ -199,6 +226,7 @@ def start_ray(args: argparse.Namespace) -> None:
     options: dict[str, Any] = {"address": args.address}
     if not args.address:
         options = {
+            "address": "local",  # otherwise Ray joins a cluster of this machine, if there is one
             "num_cpus": args.actors * cpus,  # processes share the cores if there are fewer
             "object_store_memory": OBJECT_STORE_BYTES,
             "include_dashboard": False,
@@ -225,7 +253,7 @@ def run_shards(
         ActorError: an actor raised an error or died again and again.
     """
     import ray.data
-    import ray.data.exceptions
+    import ray.exceptions
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -247,8 +275,12 @@ def run_shards(
     )
     try:
         for row in dataset.iter_rows():
+            if row["failure"]:
+                raise ActorError(
+                    f"an actor failed on {row['failure']}. The same command continues this run"
+                )
             yield ShardResult(*json.loads(row["result"]))
-    except (ray.exceptions.RayError, ray.data.exceptions.RayDataUserCodeException) as error:
+    except ray.exceptions.RayError as error:
         last_line = str(error).strip().splitlines()[-1]
         raise ActorError(
             f"an actor failed: {last_line}. The same command continues this run"
@@ -258,27 +290,33 @@ def run_shards(
 def run(args: argparse.Namespace) -> int:
     """Predict what has no result yet and return the exit status."""
     shards, thing_classes = prepare(args)
-    remaining = [x for x in shards if not is_complete(args.output, x.name, args.format)]
-    if len(remaining) < len(shards):
-        print(f"{len(shards) - len(remaining)} of {len(shards)} shards were done before")
-    if not remaining:
-        return 0
-    by_name = args.boxes is not None or args.detections is not None
-    names = [key for shard in shards for key, _ in shard.images] if by_name else []
-    start_ray(args)
-    predicted = errors = 0
+    remaining, predicted, errors = [], 0, 0
+    for shard in shards:
+        if is_complete(args.output, shard.name, args.format):
+            keys, error_keys = read_part_keys(args.output, shard.name, args.format)
+            predicted, errors = predicted + len(keys), errors + len(error_keys)
+        else:
+            remaining.append(shard)
+    earlier = len(shards) - len(remaining)
+    if earlier:
+        print(f"{earlier} of {len(shards)} shards were done before")
     left_out: Counter[str] = Counter()
     problems = []
-    start = time.monotonic()
-    with tqdm(total=len(shards), initial=len(shards) - len(remaining), unit="shard") as progress:
-        for result in run_shards(args, remaining, names):
-            predicted += result.predicted
-            errors += result.errors
-            left_out.update(result.left_out)
-            problems += [result.problem] if result.problem else []
-            rate = (predicted + errors) / (time.monotonic() - start)
-            progress.set_postfix_str(f"{predicted + errors} images, {rate:.1f}/s", refresh=False)
-            progress.update()
+    if remaining:
+        by_name = args.boxes is not None or args.detections is not None
+        names = [key for shard in shards for key, _ in shard.images] if by_name else []
+        start_ray(args)
+        start, before = time.monotonic(), predicted + errors
+        with tqdm(total=len(shards), initial=earlier, unit="shard") as progress:
+            for result in run_shards(args, remaining, names):
+                predicted += result.predicted
+                errors += result.errors
+                left_out.update(result.left_out)
+                problems += [result.problem] if result.problem else []
+                count = predicted + errors - before
+                rate = count / (time.monotonic() - start)
+                progress.set_postfix_str(f"{count} images, {rate:.1f}/s", refresh=False)
+                progress.update()
     print(f"{predicted} of {predicted + errors} images done in {args.output}")
     print_left_out(left_out, thing_classes)
     if errors:

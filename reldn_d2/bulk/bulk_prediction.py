@@ -2,8 +2,10 @@
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -29,6 +31,9 @@ logger = logging.getLogger(__name__)
 # So many batches of images are looked through for those of the same size.
 _BATCHES_AHEAD = 4
 
+# A model that takes none of its first images is broken.
+_MAX_FIRST_FAILURES = 3
+
 
 def predict_images(
     predictor: RelationPredictor,
@@ -51,26 +56,30 @@ def predict_images(
         each image, with its scene graph or the reason why it has none.
 
     Raises:
-        ReadingProcessDied: worker processes die, whatever they read.
+        ChildProcessError: worker processes die, whatever they read.
+        Exception: of the model or the detector, if it fails for every image.
     """
     detector = entities if isinstance(entities, ImageDetector) else None
+    detect = _ImageByImage(lambda batch: [_detect(predictor, detector, *x) for x in batch])
+    predict = _ImageByImage(lambda batch: _predict_batch(predictor, batch))
     done, alone = 0, 0
     while done < len(images):
-        start = done
         loading = ImageLoading(
             images[done:], predictor.read_input, None if detector is not None else entities
         )
         loaded = load_images(loading, workers, batch_size, alone)
         if detector is not None:
-            loaded = (_detect(predictor, detector, x) for x in loaded)
+            loaded = (
+                x if isinstance(x.content, ImageError) else LoadedImage(x.image, *detect([x]))
+                for x in loaded
+            )
         try:
-            for result in _predict_in_order(predictor, loaded, batch_size):
+            for result in _predict_in_order(predict, loaded, batch_size):
                 done += 1
                 yield result
         except ReadingProcessDied as error:
-            if done - start < alone:  # each image had a process of its own
-                raise
-            # The image that ended its process is one of those that were loaded ahead.
+            # The image that ended its process is one of those that were loaded ahead. They are more
+            # than those that wait for the model, so the next death is of a later image.
             alone = _BATCHES_AHEAD * batch_size + prefetched_images(workers, batch_size)
             logger.warning(
                 f"A process that reads images was killed ({error}). Its images are read again, "
@@ -79,22 +88,76 @@ def predict_images(
 
 
 def _detect(
-    predictor: RelationPredictor, detector: ImageDetector, loaded: LoadedImage
-) -> LoadedImage:
+    predictor: RelationPredictor, detector: ImageDetector, image: ImageItem, rgb: torch.Tensor
+) -> ImageInput:
     """Detect the entities of an image and prepare it for the model."""
-    image, rgb = loaded
-    if isinstance(rgb, ImageError):
-        return loaded
     name = image.path if image.position is None else image.key
-    try:
-        pixels = rgb.numpy()
-        return LoadedImage(image, predictor.read_input(pixels, name, **detector(pixels)))
-    except ImageError as error:
-        return LoadedImage(image, error)
+    pixels = rgb.numpy()
+    return predictor.read_input(pixels, name, **detector(pixels))
+
+
+def _predict_batch(
+    predictor: RelationPredictor, batch: Sequence[tuple[ImageItem, ImageInput]]
+) -> list[SceneGraph]:
+    graphs = predictor.predict_inputs([x for _, x in batch])
+    return [
+        graph if image.position is not None else replace(graph, file_name=image.path)
+        for (image, _), graph in zip(batch, graphs)
+    ]
+
+
+class _ImageByImage:
+    """Runs a model on batches; if it fails, on one image after the other.
+
+    If it fails for one image and not for another one that it had before, the image is the cause.
+    """
+
+    def __init__(self, run: Callable[[Sequence[tuple[ImageItem, Any]]], list[Any]]):
+        """
+        Args:
+            run: returns a result for each (image, content) of a batch.
+        """
+        self._run = run
+        self._good: tuple[ImageItem, Any] | None = None  # has a result
+        self._first_failures = 0
+
+    def __call__(self, batch: Sequence[tuple[ImageItem, Any]]) -> list[Any]:
+        """Return the result of each image, or the ImageError that tells why it has none.
+
+        Raises:
+            Exception: of the model, if it fails for its first images, or for one that had a result.
+        """
+        if len(batch) > 1:
+            with suppress(Exception):
+                results = self._run(batch)
+                self._good = batch[0]
+                return results
+        return [self._run_alone(*entry) for entry in batch]
+
+    def _run_alone(self, image: ImageItem, content: Any) -> Any:
+        try:
+            (result,) = self._run([(image, content)])
+        except ImageError as error:
+            return error
+        except Exception as error:
+            if self._good is None and self._first_failures == _MAX_FIRST_FAILURES - 1:
+                raise
+            reason = f"the model fails: {type(error).__name__}: {' '.join(str(error).split())}"
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                reason = "the GPU has too little memory for this image"
+        else:
+            self._good = image, content
+            return result
+        # Outside of the handler, because the error holds the tensors of the image.
+        if self._good is None:
+            self._first_failures += 1
+        else:
+            self._run([self._good])
+        return ImageError(f"{image.key}: {reason}")
 
 
 def _predict_in_order(
-    predictor: RelationPredictor, loaded: Iterable[LoadedImage], batch_size: int
+    predict: "_ImageByImage", loaded: Iterable[LoadedImage], batch_size: int
 ) -> Iterator[tuple[ImageItem, SceneGraph | ImageError]]:
     """Predict the first image that waits, in one batch with the next ones of its size."""
     loaded = iter(loaded)
@@ -114,29 +177,7 @@ def _predict_in_order(
                 for entry in waiting
                 if isinstance(entry[1], ImageInput) and entry[1].batch_key == first.batch_key
             ][:batch_size]
-            for entry, result in zip(batch, _predict_batch(predictor, batch)):
+            for entry, result in zip(batch, predict(batch)):
                 entry[1] = result
         while waiting and not isinstance(waiting[0][1], ImageInput):
             yield tuple(waiting.popleft())
-
-
-def _predict_batch(
-    predictor: RelationPredictor, batch: Sequence[Sequence]
-) -> list[SceneGraph | ImageError]:
-    """Predict (image, input) in one batch; if it fails, one by one."""
-    problem = None
-    try:
-        graphs = predictor.predict_inputs([x for _, x in batch])
-        return [
-            graph if image.position is not None else replace(graph, file_name=image.path)
-            for (image, _), graph in zip(batch, graphs)
-        ]
-    except ImageError as error:
-        problem = error
-    except torch.cuda.OutOfMemoryError:
-        image = batch[0][0]
-        problem = ImageError(f"{image.key}: the GPU has too little memory for this image")
-    # Outside of the handlers, which hold the tensors of the batch.
-    if len(batch) == 1:
-        return [problem]
-    return [result for entry in batch for result in _predict_batch(predictor, [entry])]

@@ -25,8 +25,8 @@ __all__ = [
 
 Entities = Callable[[str], Mapping[str, Any]]  # arguments ``boxes``, ... by key of the image
 
-# So many images in a row that each end their worker process are not the cause of it.
-_MAX_DEATHS = 3
+# Of a photo as a model with default options takes it.
+_USUAL_SHAPE = (3, 800, 1333)
 
 
 class ReadingProcessDied(RuntimeError):
@@ -68,7 +68,7 @@ class ImageLoading(Dataset):
         try:
             rgb = self._read(image)
             if self.entities is None:
-                return LoadedImage(image, torch.from_numpy(rgb))
+                return LoadedImage(image, torch.from_numpy(rgb.copy()))  # Pillow's is read-only
             # Files have the message "PATH: ...", as in single predictions.
             name = image.path if image.position is None else image.key
             return LoadedImage(image, self.read_input(rgb, name, **self.entities(image.key)))
@@ -94,18 +94,15 @@ def load_images(
             other. One that ends its process is an error of this image.
 
     Raises:
-        ReadingProcessDied: a worker process died, or several of those with one image each.
+        ReadingProcessDied: a worker process died, other than one with an image of its own.
+        ChildProcessError: worker processes die, whatever they read.
     """
-    deaths = 0
     first_alone = min(first_alone, len(loading))
     for index in range(first_alone):
         try:
             (loaded,) = _iterate(loading, range(index, index + 1), 1, 2)
-            deaths = 0
         except ReadingProcessDied:
-            deaths += 1
-            if deaths == _MAX_DEATHS:
-                raise
+            _check_that_processes_work()
             image = loading.images[index]
             loaded = LoadedImage(
                 image,
@@ -119,8 +116,20 @@ def load_images(
     yield from _iterate(loading, remaining, workers, prefetched_images(workers, batch_size))
 
 
+def _check_that_processes_work() -> None:
+    """Raise ChildProcessError if a worker process dies that only passes on a blank image."""
+    blank = torch.zeros(_USUAL_SHAPE, dtype=torch.uint8)
+    try:
+        list(_iterate([blank], range(1), 1, 2))
+    except ReadingProcessDied as error:
+        raise ChildProcessError(
+            f"processes that read images are killed, whatever they read ({error}): give this "
+            "program more memory (docs/bulk.md), or use --workers 0"
+        ) from None
+
+
 def _iterate(
-    loading: ImageLoading, indices: range, workers: int, prefetched: int
+    loading: Sequence | Dataset, indices: range, workers: int, prefetched: int
 ) -> Iterator[LoadedImage]:
     """Load some images with one DataLoader.
 

@@ -7,6 +7,7 @@ else the path that the column ``path`` has, or ``FILE/ROW``.
 
 import glob
 import os
+import posixpath
 import tarfile
 from bisect import bisect
 from collections.abc import Iterable, Iterator, Sequence
@@ -37,8 +38,8 @@ class ImageItem(NamedTuple):
     Attributes:
         key: unique among the images of a run.
         path: of the file that holds it.
-        position: offset and size in bytes of a tar file's member, or row of a Parquet file; None if
-            the file is the image.
+        position: offset and size in bytes of a tar file's member, its size being -1 if it cannot be
+            read; or row of a Parquet file; None if the file is the image.
     """
 
     key: str
@@ -82,7 +83,7 @@ def unique_images(images: Iterable[ImageItem]) -> list[ImageItem]:
     by_key: dict[str, ImageItem] = {}
     places = set()
     for image in images:
-        place = image.path, image.position
+        place = image.path if image.position is None else image
         if place in places:
             continue
         places.add(place)
@@ -150,7 +151,8 @@ def _images_of_folder(folder: str) -> Iterator[ImageItem]:
 
 def _images_of_list(path: str) -> Iterator[ImageItem]:
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # Windows' editors write a mark at the start. Names may have the separators of splitlines().
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ImageError(f"{path}: cannot be read as a list of paths in UTF-8: {error}") from None
     for line in lines:
@@ -159,22 +161,31 @@ def _images_of_list(path: str) -> Iterator[ImageItem]:
 
 
 def _images_of_tar(path: str) -> Iterator[ImageItem]:
-    found = False
     try:
         with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                if member.isfile() and member.name.lower().endswith(IMAGE_SUFFIXES):
-                    found = True
-                    place = member.offset_data, member.size
-                    yield ImageItem(f"{path}/{member.name}", path, place)
+            members = archive.getmembers()
             # tarfile also stops at a header that is cut off; a whole archive ends with zeros.
             archive.fileobj.seek(archive.offset)
             if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("it is cut off")
+            while block := archive.fileobj.read(1 << 20):
+                if block.strip(b"\0"):
+                    raise tarfile.ReadError("after its end there is more, such as a second archive")
     except (OSError, tarfile.TarError) as error:
         raise ImageError(f"{path}: cannot be read as a tar file: {error}; replace it") from None
-    if not found:
+    images = [x for x in members if x.name.lower().endswith(IMAGE_SUFFIXES)]
+    images = [x for x in images if x.isfile() or x.islnk() or x.issym()]
+    if not images:
         raise ImageError(f"{path}: no image in this tar file ({', '.join(IMAGE_SUFFIXES)})")
+    files = {posixpath.normpath(x.name): x for x in members if x.isfile()}
+    for member in images:
+        file = member
+        if not member.isfile():  # a link, hard ones have the path in the archive
+            parent = posixpath.dirname(member.name) if member.issym() else ""
+            file = files.get(posixpath.normpath(posixpath.join(parent, member.linkname)))
+        readable = file is not None and not file.issparse()
+        place = (file.offset_data, file.size) if readable else (0, -1)
+        yield ImageItem(f"{path}/{member.name}", path, place)
 
 
 def import_parquet() -> Any:
@@ -244,6 +255,8 @@ class ImageReader:
     def _read_part(self, image: ImageItem) -> bytes:
         if isinstance(image.position, tuple):
             offset, size = image.position
+            if size < 0:
+                raise ValueError("this member is sparse, or a link to a file that is not in it")
             with open(image.path, "rb") as file:
                 file.seek(offset)
                 return file.read(size)

@@ -9,7 +9,7 @@ import torch
 
 from ..predictor import RelationPredictor
 
-__all__ = ["describe_model", "hash_path"]
+__all__ = ["describe_model", "hash_path", "hash_weights"]
 
 # Keys that say where something is computed or stored.
 _PLACES = ("MODEL.DEVICE", "MODEL.WEIGHTS")
@@ -18,22 +18,27 @@ _NODES = ("MODEL", "INPUT", "TEST")
 
 def describe_model(predictor: RelationPredictor) -> dict[str, Any]:
     """Return a hash of the weights, the names of classes and predicates, and the config's keys."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(predictor.model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        # As bytes, because numpy has no bfloat16.
-        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(content.numpy().data)
     names = [predictor.thing_classes, predictor.predicate_classes, predictor.attribute_classes]
     config: dict[str, str] = {}
     for node in _NODES:
         _flatten(predictor.cfg[node], node, config)
     return {
-        "weights": digest.hexdigest(),
+        "weights": hash_weights(predictor.model),
         "names": hashlib.sha256(repr(names).encode()).hexdigest(),
         "unknown_classes": predictor.unknown_classes,
         "config": {key: value for key, value in config.items() if key not in _PLACES},
     }
+
+
+def hash_weights(model: torch.nn.Module) -> str:
+    """Return a hash of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        # As bytes, because numpy has no bfloat16.
+        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(content.numpy().data)
+    return digest.hexdigest()
 
 
 def _flatten(node: Any, name: str, into: dict[str, str]) -> None:
@@ -45,7 +50,7 @@ def _flatten(node: Any, name: str, into: dict[str, str]) -> None:
 
 
 def hash_path(path: str | Path | None) -> str | None:
-    """Return a hash of a file's content, or of a folder's names and sizes; otherwise the text."""
+    """Return a hash of a file's content, or of the files in a folder; otherwise the text."""
     if path is None:
         return None
     digest = hashlib.sha256()
@@ -55,7 +60,7 @@ def hash_path(path: str | Path | None) -> str | None:
                 digest.update(block)
         return digest.hexdigest()
     if os.path.isdir(path):
-        for file in sorted(Path(path).rglob("*")):
-            digest.update(f"{file.relative_to(path)} {file.stat().st_size}\n".encode())
+        for file in sorted(x for x in Path(path).rglob("*") if x.is_file()):
+            digest.update(f"{file.relative_to(path)} {hash_path(file)}\n".encode())
         return digest.hexdigest()
     return str(path)

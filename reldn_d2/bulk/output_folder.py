@@ -29,8 +29,8 @@ __all__ = [
     "FORMATS",
     "BulkOutput",
     "check_run",
-    "count_part",
     "is_complete",
+    "read_part_keys",
     "to_record",
     "write_part",
 ]
@@ -51,12 +51,13 @@ def to_line(record: Mapping[str, Any]) -> bytes:
     return json.dumps(record, allow_nan=False).encode("ascii") + b"\n"
 
 
-def check_run(folder: Path, description: Mapping[str, Any]) -> None:
+def check_run(folder: Path, description: Mapping[str, Any], write: bool = True) -> None:
     """Create the folder, or check that what is in it belongs to the same run.
 
     Args:
         folder: of the output.
         description: of the run, nested dicts of plain types: whatever decides about its results.
+        write: whether the description of a new run is written into the folder.
 
     Raises:
         ValueError: the folder has results of another run; the message names the differences.
@@ -83,8 +84,9 @@ def check_run(folder: Path, description: Mapping[str, Any]) -> None:
     if found:
         raise ValueError(f"{folder} has {found[0]}, but no {RUN_FILE}: give another folder")
     check_writable_folder(folder)
-    with write_atomically(file) as stream:
-        json.dump(description, stream, indent=1)
+    if write:
+        with write_atomically(file) as stream:
+            json.dump(description, stream, indent=1)
 
 
 def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
@@ -125,10 +127,14 @@ class BulkOutput:
         """
         self.folder = folder
         self.kind = kind
-        check_run(folder, {"format": kind, **description})
-        self._errors = _open_repaired(folder / ERROR_FILE)
+        description = {"format": kind, **description}
+        check_run(folder, description, write=False)  # nothing is written into another run's folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._errors = open(folder / ERROR_FILE, "a+b")
         try:
             _lock(self._errors, folder)
+            check_run(folder, description)
+            _repair(self._errors)
             errors = list(_read_keys(self._errors, folder / ERROR_FILE))
             self.error_count = len(errors)
             self.done = set(errors)
@@ -152,7 +158,8 @@ class BulkOutput:
     def _open_lines(self) -> None:
         prefix = "_" if self.kind == "parquet" else ""
         self._path = self.folder / f"{prefix}part-{self._index:05}.jsonl"
-        self._lines = _open_repaired(self._path)
+        self._lines = open(self._path, "a+b")
+        _repair(self._lines)
         keys = list(_read_keys(self._lines, self._path))
         self._rows = len(keys)
         self.done.update(keys)
@@ -194,9 +201,8 @@ class BulkOutput:
         self._path.unlink()
 
 
-def _open_repaired(path: Path) -> IO[bytes]:
-    """Open a file of lines for reading and appending; an incomplete last line is cut off."""
-    file = open(path, "a+b")
+def _repair(file: IO[bytes]) -> None:
+    """Cut off an incomplete last line and go to the start of the file."""
     end = position = file.seek(0, os.SEEK_END)
     while position:  # backwards to the last line's end
         start = max(position - 65536, 0)
@@ -209,7 +215,6 @@ def _open_repaired(path: Path) -> IO[bytes]:
     if position != end:
         file.truncate(position)
     file.seek(0)
-    return file
 
 
 def _append(file: IO[bytes], line: bytes) -> None:
@@ -293,15 +298,17 @@ def is_complete(folder: Path, name: str, kind: str) -> bool:
     return (folder / f"part-{name}.{kind}").exists()
 
 
-def count_part(folder: Path, name: str, kind: str) -> tuple[int, int]:
-    """Return how many images of a part have a record, and how many an error."""
+def read_part_keys(folder: Path, name: str, kind: str) -> tuple[list[str], list[str]]:
+    """Return the keys of a part's records and those of its errors.
 
-    def count_lines(path: Path) -> int:
-        if not path.exists():
-            return 0
+    Raises:
+        ValueError: the part is damaged.
+    """
+
+    def read_lines(path: Path) -> list[str]:
         with open(path, "rb") as file:
-            return sum(1 for _ in file)
+            return list(_read_keys(file, path))
 
-    part = folder / f"part-{name}.{kind}"
-    rows = len(read_keys(part)) if kind == "parquet" else count_lines(part)
-    return rows, count_lines(folder / f"_errors-{name}.jsonl")
+    part, error_file = folder / f"part-{name}.{kind}", folder / f"_errors-{name}.jsonl"
+    keys = read_keys(part) if kind == "parquet" else read_lines(part)
+    return keys, read_lines(error_file) if error_file.exists() else []

@@ -6,6 +6,7 @@ all of it. Two that have the same shard write the same part.
 
 import hashlib
 import json
+import os
 import socket
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -24,7 +25,7 @@ from .image_sources import (
     images_of,
     unique_images,
 )
-from .output_folder import RUN_FILE, count_part, is_complete, to_record, write_part
+from .output_folder import RUN_FILE, is_complete, read_part_keys, to_record, write_part
 
 __all__ = ["Shard", "ShardResult", "describe_shards", "plan_shards", "predict_shard"]
 
@@ -116,6 +117,7 @@ def predict_shard(
 
     Raises:
         ValueError: the folder is another one on this machine.
+        OSError: the part cannot be written.
     """
     if not (folder / RUN_FILE).exists():
         raise ValueError(
@@ -123,18 +125,30 @@ def predict_shard(
             "same files under the same path"
         )
     if is_complete(folder, shard.name, kind):
-        return ShardResult(shard.name, *count_part(folder, shard.name, kind))
-    try:
-        images = shard.list_images()
-    except ImageError as error:
-        return ShardResult(shard.name, problem=str(error))
+        keys, error_keys = read_part_keys(folder, shard.name, kind)
+        return ShardResult(shard.name, len(keys), len(error_keys))
     records, errors = [], []
     left_out: Counter[str] = Counter()
-    for image, result in predict_images(predictor, images, entities, batch_size, workers):
-        if isinstance(result, ImageError):
-            errors.append((image.key, str(result)))
-        else:
-            left_out.update(result.left_out.values())
-            records.append(to_record(image.key, result.best(top_k, min_score)))
-    write_part(folder, shard.name, kind, records, errors)
-    return ShardResult(shard.name, len(records), len(errors), left_out)
+    try:
+        images = shard.list_images()
+        for image, result in predict_images(predictor, images, entities, batch_size, workers):
+            if isinstance(result, ImageError):
+                errors.append((image.key, str(result)))
+            else:
+                left_out.update(result.left_out.values())
+                records.append(to_record(image.key, result.best(top_k, min_score)))
+    except (ImageError, ChildProcessError) as error:
+        return ShardResult(shard.name, problem=f"part-{shard.name}: {error}")
+    if errors and not any(os.path.exists(image.path) for image in images):
+        problem = (
+            f"part-{shard.name}: {socket.gethostname()} has none of its files, such as "
+            f"{images[0].path}: all machines need the input under the same path"
+        )
+        return ShardResult(shard.name, problem=problem)
+    # Another process may write the same part at this time: one that was believed to be dead.
+    for _ in range(3):
+        write_part(folder, shard.name, kind, records, errors)
+        keys, error_keys = read_part_keys(folder, shard.name, kind)
+        if {*keys, *error_keys} == {image.key for image in images}:
+            return ShardResult(shard.name, len(records), len(errors), left_out)
+    raise OSError(f"{folder}: part-{shard.name}.{kind} is not what was written into it")

@@ -54,12 +54,14 @@ class ImageDetector(NamedTuple):
         class_names: names by class id.
         min_score: detections with a lower score are dropped.
         name: for messages.
+        model: with the weights; None if ``detect`` has none.
     """
 
     detect: _Detect
     class_names: Sequence[str]
     min_score: float
     name: str = "the detector"
+    model: nn.Module | None = None
 
     def __call__(self, image: OneImage, channels: str = "RGB") -> dict[str, Any]:
         """Detect the entities of one image.
@@ -144,7 +146,8 @@ def load_detector(
         found = build_transformers_detector(name.removeprefix(PREFIX), device, class_names)
     else:
         found = _detectron2_detector(name, weights, device, min_score, class_names)
-    return ImageDetector(*found, min_score, name)
+    detect, names, model = found
+    return ImageDetector(detect, names, min_score, name, model)
 
 
 def _detectron2_detector(
@@ -153,7 +156,7 @@ def _detectron2_detector(
     device: str,
     min_score: float,
     class_names: Sequence[str] | None,
-) -> tuple[_Detect, Sequence[str]]:
+) -> tuple[_Detect, Sequence[str], nn.Module]:
     read = _parts_of_lazy_config if is_lazy_config(name) else _parts_of_yaml
     parts = read(name, weights, min_score)
     model = parts.model.eval().to(device)
@@ -184,7 +187,7 @@ def _detectron2_detector(
         found = output["instances"]
         return found.pred_boxes.tensor, found.pred_classes, found.scores
 
-    return detect, names
+    return detect, names, model
 
 
 class _Parts(NamedTuple):
@@ -276,7 +279,7 @@ def _torchvision_detector(
     device: str,
     min_score: float,
     class_names: Sequence[str] | None,
-) -> tuple[_Detect, Sequence[str]]:
+) -> tuple[_Detect, Sequence[str], nn.Module]:
     try:
         from torchvision import models
     except ImportError as error:
@@ -318,7 +321,7 @@ def _torchvision_detector(
         found = model([image])[0]
         return found["boxes"], found["labels"], found["scores"]
 
-    return detect, names
+    return detect, names, model
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["PREFIX", "build_transformers_detector"]
 
@@ -15,7 +15,7 @@ PREFIX = "transformers:"
 
 def build_transformers_detector(
     name: str, device: str, class_names: Sequence[str] | None = None
-) -> tuple[Callable[[np.ndarray], tuple[Tensor, Tensor, Tensor]], Sequence[str]]:
+) -> tuple[Callable[[np.ndarray], tuple[Tensor, Tensor, Tensor]], Sequence[str], nn.Module]:
     """Load a detector with the image processor that belongs to it.
 
     Args:
@@ -26,7 +26,7 @@ def build_transformers_detector(
 
     Returns:
         A function of an (H, W, 3) uint8 RGB image that returns boxes (R, 4), class ids (R,) and
-        scores (R,), R being the number of queries; and the names by class id.
+        scores (R,), R being the number of queries; the names by class id; and the model.
 
     Raises:
         ImportError: ``transformers`` is not installed.
@@ -76,7 +76,7 @@ def build_transformers_detector(
         boxes = found["boxes"].clamp(min=0).minimum(limits)
         return boxes, found["labels"], found["scores"]
 
-    return detect, names
+    return detect, names, model
 
 
 def _names_of(id2label: dict[int, str]) -> list[str] | None:

@@ -11,9 +11,11 @@ from tqdm import tqdm
 
 from reldn_d2.bulk.bulk_prediction import predict_images
 from reldn_d2.bulk.image_sources import ImageItem, import_parquet
-from reldn_d2.bulk.model_fingerprint import describe_model, hash_path
+from reldn_d2.bulk.model_fingerprint import describe_model, hash_path, hash_weights
 from reldn_d2.bulk.output_folder import ERROR_FILE, BulkOutput
 from reldn_d2.predictor import RelationPredictor
+from reldn_d2.pretrained.image_detectors import ImageDetector
+from reldn_d2.pretrained.transformers_detectors import PREFIX
 from reldn_d2.scripts.entity_files import FileEntities, read_entities
 from reldn_d2.utils.image_io import ImageError
 
@@ -37,27 +39,41 @@ def check_bulk_options(args: argparse.Namespace) -> None:
         import_parquet()
 
 
-def describe_run(args: argparse.Namespace, predictor: RelationPredictor) -> dict[str, Any]:
+def describe_run(
+    args: argparse.Namespace,
+    predictor: RelationPredictor,
+    entities: FileEntities | ImageDetector,
+) -> dict[str, Any]:
     """Return what decides about the results: the input, the options and the model.
 
     Args:
         args: options of :func:`.model_options.add_model_options`, and ``input``.
         predictor: the model.
+        entities: what :func:`.entity_files.read_entities` returned.
     """
+    has_detector = isinstance(entities, ImageDetector)
     return {
-        "input": [os.path.abspath(os.path.expanduser(x)) for x in args.input],
+        "input": [_describe_input(os.path.expanduser(x)) for x in args.input],
         "options": {
             "top_k": args.top_k,
             "min_score": args.min_score,
             "boxes": hash_path(args.boxes),
             "detections": hash_path(args.detections),
             "detector": args.detector,
-            "detector_content": hash_path(args.detector),
-            "detector_weights": hash_path(args.detector_weights),
+            "detector_content": hash_path(args.detector and args.detector.removeprefix(PREFIX)),
+            "detector_weights": hash_weights(entities.model) if has_detector else None,
             "confidence_threshold": args.confidence_threshold,
         },
         "model": describe_model(predictor),
     }
+
+
+def _describe_input(path: str) -> str | list[str]:
+    """Return the absolute path, and the path as written where keys begin with that."""
+    absolute = os.path.abspath(path)
+    if os.path.isdir(path) or path.lower().endswith(".txt"):
+        return absolute
+    return [path, absolute]
 
 
 def run_bulk(
@@ -76,7 +92,8 @@ def run_bulk(
     if isinstance(entities, FileEntities):
         entities.check_names([image.key for image in images])
     left_out: Counter[str] = Counter()
-    with BulkOutput(args.output, args.format, describe_run(args, predictor)) as output:
+    description = describe_run(args, predictor, entities)
+    with BulkOutput(args.output, args.format, description) as output:
         remaining = [image for image in images if image.key not in output.done]
         earlier = len(images) - len(remaining)
         if earlier:

@@ -75,6 +75,13 @@ def test_list_images_list_of_paths(tmp_path, monkeypatch):
     assert images[1:] == [ImageItem("/data/ü.jpg", "/data/ü.jpg"), ImageItem("b.jpg", "b.jpg")]
 
 
+def test_list_images_list_with_mark_and_odd_names(tmp_path):
+    names = ["a.jpg", "b\u2028c\x0cd\x85.jpg", "e.jpg"]
+    text = "\ufeff" + "\r\n".join(names)
+    (tmp_path / "all.txt").write_bytes(text.encode())
+    assert [x.key for x in list_images([tmp_path / "all.txt"])] == names
+
+
 @pytest.mark.parametrize(
     "inputs, message",
     [
@@ -86,6 +93,7 @@ def test_list_images_list_of_paths(tmp_path, monkeypatch):
         (["ROOT/cut_content.tar"], "cut_content.tar: cannot be read as a tar file: unexpected en"),
         (["ROOT/cut_header.tar"], "cut_header.tar: cannot be read as a tar file: it is cut off"),
         (["ROOT/cut_end.tar"], "cut_end.tar: cannot be read as a tar file: it is cut off"),
+        (["ROOT/two.tar"], "two.tar: .* after its end there is more, such as a second archive"),
         (["ROOT/texts.tar"], "texts.tar: no image in this tar file"),
         (["ROOT/twice.tar"], "two images have the key '.*twice.tar/a.png' .* at "),
         (["ROOT/packed.tar.gz"], "packed.tar.gz: a compressed tar file .* uncompress it first"),
@@ -101,6 +109,7 @@ def test_list_images_unusable_input_raises_one_line(inputs, message, tmp_path):
     whole = write_tar(tmp_path / "whole.tar", {"a.png": png(), "b.png": png(1)}).read_bytes()
     for name, end in (("content", 900), ("header", 512 + padded + 99), ("end", 512 + padded)):
         write(tmp_path / f"cut_{name}.tar", whole[:end])
+    write(tmp_path / "two.tar", 2 * whole)
     write_tar(tmp_path / "texts.tar", {"a.txt": b"x"})
     write_tar(tmp_path / "packed.tar.gz", {"a.png": png()}, ":gz")
     with tarfile.open(tmp_path / "twice.tar", "w") as archive:
@@ -125,6 +134,29 @@ def test_image_reader_tar_members(tmp_path):
     path.unlink()
     with pytest.raises(ImageError, match="a.png: .*0.tar cannot be read: .*No such file"):
         read(good)
+
+
+def test_image_reader_links_in_a_tar_file(tmp_path):
+    path = tmp_path / "links.tar"
+    links = (
+        *(("sub/b.png", tarfile.LNKTYPE, "a.png"), ("sub/c.png", tarfile.SYMTYPE, "../a.png")),
+        *(("d.png", tarfile.SYMTYPE, "none.png"), ("e.png", tarfile.LNKTYPE, "d.png")),
+    )
+    with tarfile.open(path, "w") as archive:
+        info = tarfile.TarInfo("a.png")
+        info.size = len(png(3))
+        archive.addfile(info, io.BytesIO(png(3)))
+        for name, kind, target in links:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, target
+            archive.addfile(info)
+    images = list_images([path])
+    assert [x.key for x in images] == [f"{path}/{x}" for x in ("a.png", *(x[0] for x in links))]
+    read = ImageReader()
+    assert all(np.array_equal(read(x), picture(seed=3)) for x in images[:3])
+    for image in images[3:]:
+        with pytest.raises(ImageError, match="this member is sparse, or a link to a file that is"):
+            read(image)
 
 
 def test_image_reader_name_that_is_not_utf8_raises(tmp_path):

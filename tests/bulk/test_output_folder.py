@@ -1,14 +1,18 @@
 """The files of a bulk prediction: repaired after a kill, refused for another run."""
 
 import json
-import subprocess
-import sys
+import multiprocessing
 
 import pytest
-from model_utils import ROOT
 
 from reldn_d2.bulk import output_folder
-from reldn_d2.bulk.output_folder import BulkOutput, check_run, count_part, to_record, write_part
+from reldn_d2.bulk.output_folder import (
+    BulkOutput,
+    check_run,
+    read_part_keys,
+    to_record,
+    write_part,
+)
 from reldn_d2.structures.attributes import EntityAttributes
 from reldn_d2.structures.scene_graph import SceneGraph
 
@@ -136,8 +140,10 @@ def test_bulk_output_other_run_raises(tmp_path):
     with pytest.raises(ValueError, match="_run.json: this is not JSON"):
         BulkOutput(tmp_path, "jsonl", RUN)
     (tmp_path / "_run.json").unlink()
+    (tmp_path / "_errors.jsonl").unlink()
     with pytest.raises(ValueError, match="has part-00000.jsonl, but no _run.json"):
         BulkOutput(tmp_path, "jsonl", RUN)
+    assert [x.name for x in tmp_path.iterdir()] == ["part-00000.jsonl"]
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         BulkOutput(tmp_path / "file", "jsonl", RUN)
@@ -145,25 +151,48 @@ def test_bulk_output_other_run_raises(tmp_path):
 
 def test_bulk_output_second_process_raises(tmp_path):
     pytest.importorskip("fcntl", reason="this system has no such locks")
-    code = "from reldn_d2.bulk.output_folder import BulkOutput; from pathlib import Path\n"
-    code += f"BulkOutput(Path({str(tmp_path)!r}), 'jsonl', {{'a': 1}})"
-    with BulkOutput(tmp_path, "jsonl", {"a": 1}):
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-        )
-    assert f"another process writes into {tmp_path}: wait for it" in done.stderr
+    processes = multiprocessing.get_context("fork")
+    queue = processes.SimpleQueue()
+
+    def write_again():
+        try:
+            BulkOutput(tmp_path, "jsonl", {"a": 1})
+            queue.put("no error")
+        except ValueError as error:
+            queue.put(str(error))
+
+    with BulkOutput(tmp_path, "jsonl", {"a": 1}) as output:
+        output._errors.write(b'{"key": ')  # a line that is being written
+        output._errors.flush()
+        second = processes.Process(target=write_again)
+        second.start()
+        assert f"another process writes into {tmp_path}: wait for it" in queue.get()
+        second.join()
+    assert (tmp_path / "_errors.jsonl").read_text() == '{"key": '
+
+
+def test_bulk_output_locked_folder_gets_no_description(tmp_path, monkeypatch):
+    def refuse(file, folder):
+        raise ValueError("another process writes into it")
+
+    monkeypatch.setattr(output_folder, "_lock", refuse)
+    with pytest.raises(ValueError, match="another process"):
+        BulkOutput(tmp_path / "out", "jsonl", RUN)
+    assert [x.name for x in (tmp_path / "out").iterdir()] == ["_errors.jsonl"]
 
 
 def test_write_part_is_replaced_as_a_whole(kind, tmp_path):
     check_run(tmp_path, RUN)
     records = [to_record(key, graph()) for key in ("a.png", "b.png")]
     write_part(tmp_path, "000003", kind, records[:1], [("b.png", "bad")])
-    assert count_part(tmp_path, "000003", kind) == (1, 1)
+    assert read_part_keys(tmp_path, "000003", kind) == (["a.png"], ["b.png"])
     write_part(tmp_path, "000003", kind, records, [])
-    assert read(tmp_path, kind) == records and count_part(tmp_path, "000003", kind) == (2, 0)
+    assert read(tmp_path, kind) == records
+    assert read_part_keys(tmp_path, "000003", kind) == (["a.png", "b.png"], [])
     assert not (tmp_path / "_errors-000003.jsonl").exists()
     write_part(tmp_path, "000004", kind, [], [("c.png", "bad")])
-    assert read(tmp_path, kind) == records and count_part(tmp_path, "000004", kind) == (0, 1)
+    assert read(tmp_path, kind) == records
+    assert read_part_keys(tmp_path, "000004", kind) == ([], ["c.png"])
 
 
 def test_write_part_unknown_field_raises(tmp_path):

@@ -6,16 +6,20 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
 import pytest
+import torch
 from model_utils import ROOT
 from PIL import Image
+from session_members import wait_for_no_members
 from usage_utils import picture, write_boxes_checkpoint, write_checkpoint, write_coco_detector
 
 import demo as demo_script
 
 COUNT = 40
+PACKED = 20  # of them also in a tar or Parquet file
 
 
 @pytest.fixture(scope="module")
@@ -77,15 +81,46 @@ def wait_for_lines(process, file, count: int) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def write_container(folder, path) -> list[str]:
+    """Write the first images of a folder into a tar or Parquet file and return their keys."""
+    files = [folder / f"{i:02}.png" for i in range(PACKED)]
+    if path.suffix == ".tar":
+        with tarfile.open(path, "w") as archive:
+            for file in files:
+                archive.add(file, file.name)
+        return [f"{path}/{file.name}" for file in files]
+    pa = pytest.importorskip("pyarrow", reason="Parquet needs pyarrow")
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pa.table({"image": [x.read_bytes() for x in files]}), path)
+    return [f"{path}/{row}" for row in range(PACKED)]
+
+
+@pytest.mark.parametrize(
+    "kind, container, with_workers",
+    [
+        ("jsonl", "photos.tar", True),  # all processes are killed, as by a reboot
+        ("parquet", "photos.parquet", False),  # the workers have to notice it and to end
+    ],
+)
 def test_demo_killed_run_continues_without_loss(
-    kind, checkpoint, folder, expected, tmp_path, capsys
+    kind, container, with_workers, checkpoint, folder, expected, tmp_path, capsys
 ):
-    if kind == "parquet":
-        pytest.importorskip("pyarrow", reason="Parquet needs pyarrow")
+    container = tmp_path / container
+    packed = write_container(folder, container)
     out = tmp_path / "out"
-    arguments = ["--checkpoint", checkpoint, "--device", "cpu", "--input", str(folder)]
-    arguments += ["--output", str(out), "--format", kind, "--workers", "2"]
+    arguments = ["--checkpoint", checkpoint, "--device", "cpu"]
+    arguments += [
+        "--input",
+        str(container),
+        str(folder),
+        "--output",
+        str(out),
+        "--format",
+        kind,
+        "--workers",
+        "2",
+    ]
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", str(ROOT / "demo/demo.py"), *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -95,18 +130,24 @@ def test_demo_killed_run_continues_without_loss(
     )
     written = out / ("part-00000.jsonl" if kind == "jsonl" else "_part-00000.jsonl")
     wait_for_lines(process, written, 3)
-    os.killpg(process.pid, signal.SIGKILL)  # of its worker processes as well, as by a reboot
-    process.communicate()
+    if with_workers:
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
+    process.communicate(timeout=60)
+    if os.path.exists("/proc/self/stat"):
+        wait_for_no_members(process.pid)
     done = [file.read_bytes().count(b"\n") for file in (written, out / "_errors.jsonl")]
-    assert 3 <= done[0] < COUNT, "killed in the middle"
+    assert 3 <= done[0] < PACKED + COUNT, "killed in the middle"
     with open(written, "ab") as file:
         file.write(b'{"key": "sub/19.png", "file_na')  # a line that was being written
     assert demo_script.main([*arguments, "--batch-size", "4"]) == 1
     printed = capsys.readouterr()
-    assert f"{sum(done)} of {COUNT + 2} images were done before" in printed.out
-    assert f"{COUNT} of {COUNT + 2} images done in {out}" in printed.out
+    total = PACKED + COUNT + 2
+    assert f"{sum(done)} of {total} images were done before" in printed.out
+    assert f"{total - 2} of {total} images done in {out}" in printed.out
     assert f"2 could not be used: {out}/_errors.jsonl" in printed.err
-    assert "42/42" in printed.err and "image/s" in printed.err
+    assert f"{total}/{total}" in printed.err and "image/s" in printed.err
     assert [x["key"] for x in lines(out / "_errors.jsonl")] == ["text.jpg", "sub/zero.jpg"]
     if kind == "jsonl":
         records = lines(out / "part-00000.jsonl")
@@ -114,15 +155,14 @@ def test_demo_killed_run_continues_without_loss(
         import pyarrow.dataset
 
         records = pyarrow.dataset.dataset(out).to_table().to_pylist()
-    assert [x["key"] for x in records] == list(expected)
-    for record in records:
-        wanted = expected[record["key"]]
+    assert [x["key"] for x in records] == [*packed, *expected]
+    for record, wanted in zip(records, [*list(expected.values())[:PACKED], *expected.values()]):
         assert record["instances"]["class_names"] == wanted["instances"]["class_names"]
         scores = record["relations"]["scores"]  # equal up to the rounding of other batches
         assert scores == pytest.approx(wanted["relations"]["scores"], rel=1e-4)
     before = (out / "_errors.jsonl").read_bytes()
     assert demo_script.main(arguments) == 1  # nothing is left to do
-    assert "42 of 42 images were done before" in capsys.readouterr().out
+    assert f"{total} of {total} images were done before" in capsys.readouterr().out
     assert (out / "_errors.jsonl").read_bytes() == before
 
 
@@ -150,10 +190,41 @@ def test_demo_bulk_other_model_or_options_are_refused(checkpoint, folder, tmp_pa
     assert "another run: model.weights was " in capsys.readouterr().err
 
 
+def test_demo_bulk_same_image_written_in_another_way_is_refused(
+    checkpoint, folder, tmp_path, capsys, monkeypatch
+):
+    """Its key is the path as written, so that it would be predicted again."""
+    out = ["--output", tmp_path / "out", "--format", "jsonl", "--workers", 0]
+    monkeypatch.chdir(folder)
+    assert run(checkpoint, "--input", "sub/00.png", *out) == 0
+    monkeypatch.chdir(folder / "sub")
+    for name in ("00.png", folder / "sub/00.png", "../sub/00.png"):
+        assert run(checkpoint, "--input", name, *out) == 1
+        assert "has results of another run: input was " in capsys.readouterr().err
+    assert keys(tmp_path / "out") == ["sub/00.png"]
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small/a.png").symlink_to(folder / "00.png")
+    out[1] = tmp_path / "out2"  # keys below a folder do not have its path
+    assert run(checkpoint, "--input", tmp_path / "small", *out) == 0
+    monkeypatch.chdir(tmp_path)
+    assert run(checkpoint, "--input", "small", *out) == 0
+    assert keys(tmp_path / "out2") == ["a.png"]
+
+
+def test_demo_bulk_processes_that_always_die_print_one_line(
+    checkpoint, folder, tmp_path, capsys, monkeypatch
+):
+    def die(*_):
+        raise ChildProcessError("processes that read images are killed")
+
+    monkeypatch.setattr(demo_script, "run_bulk", die)
+    options = ["--output", tmp_path, "--format", "jsonl"]
+    assert run(checkpoint, "--input", folder, *options) == 1
+    assert capsys.readouterr().err == "demo.py: processes that read images are killed\n"
+
+
 def write_retrained(checkpoint, path) -> None:
     """Write a checkpoint with one weight changed."""
-    import torch
-
     content = torch.load(checkpoint, weights_only=False)
     name = next(x for x in content["model"] if x.endswith("semantic.table.weight"))
     content["model"][name] = content["model"][name] + 1
@@ -203,6 +274,17 @@ def test_demo_bulk_detector_and_boxes(folder, tmp_path, capsys):
     assert "boxes left out, of classes that the model does not have: " in capsys.readouterr().out
     assert run(model, *images, "--output", out, *detector, "--min-score", 0) == 1
     assert "options.min_score was 0.01 and is 0.0" in capsys.readouterr().err
+
+    # Other weights of the same size, under the same name, which only the config has.
+    named = tmp_path / "coco/named.yaml"
+    named.write_text(yaml.read_text().replace("WEIGHTS: ''", f"WEIGHTS: {weights}"))
+    detector = ["--detector", named, "--confidence-threshold", 0]
+    assert run(model, *images, "--output", tmp_path / "named", *detector, "--workers", 0) == 0
+    content = torch.load(weights)
+    content["model"]["roi_heads.box_predictor.cls_score.bias"] += 1
+    torch.save(content, weights)
+    assert run(model, *images, "--output", tmp_path / "named", *detector) == 1
+    assert "another run: options.detector_weights was " in capsys.readouterr().err
 
     # Two images have the name 00.png: an entry by name could belong to either.
     entry = {"boxes": [[0, 0, 30, 30], [20, 20, 50, 50]], "classes": ["person", "horse"]}

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from model_utils import ROOT, SMALL, register_dataset, small_config, unregister_dataset
+from session_members import members, wait_for_no_members
 
 from reldn_d2.engine import ProcessFailed, RelDNTrainer, TrainingInterrupted, launch
 
@@ -140,26 +141,6 @@ def wait_for(path, process):
         assert process.poll() is None, process.stdout.read()
         assert time.time() < deadline, f"no {path}"
         time.sleep(0.05)
-
-
-def members(session):
-    """Return {pid: command line} of the living processes of a session."""
-    found = {}
-    for folder in Path("/proc").iterdir():
-        try:
-            fields = (folder / "stat").read_text().rsplit(")", 1)[1].split()
-            if fields[3] == str(session) and fields[0] != "Z":
-                found[int(folder.name)] = (folder / "cmdline").read_text()
-        except (OSError, IndexError):  # no process, or it has ended meanwhile
-            continue
-    return found
-
-
-def wait_for_no_members(session, seconds=20):
-    deadline = time.time() + seconds
-    while members(session) and time.time() < deadline:
-        time.sleep(0.1)
-    assert not members(session)
 
 
 def end(process):
