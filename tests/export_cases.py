@@ -1,7 +1,11 @@
 """Inputs for tests of exported models."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
+from lazy_files import write_lazy_detector
+from model_utils import small_model
 from torch import Tensor
 from usage_utils import picture
 
@@ -28,3 +32,11 @@ def entities(
         boxes = torch.minimum(boxes, torch.tensor([width, height, width, height]))
     classes = torch.randint(0, num_classes, (count,), generator=generator)
     return boxes, classes, torch.rand(count, generator=generator)
+
+
+def fcos_model(folder: Path) -> torch.nn.Module:
+    """Build a RelDN on a small FCOS whose boxes overlap; ``folder`` gets its LazyConfig."""
+    path = write_lazy_detector(folder, "fcos")
+    model = small_model("MODEL.RELDN.DETECTOR_LAZY_CONFIG", str(path))
+    torch.nn.init.constant_(model.detector.model.head.bbox_pred.bias, 3.0)
+    return model

@@ -35,6 +35,11 @@ OUTPUT_NAMES = (
     *RELATION_NAMES,
 )
 
+# Methods that the graphs do without, or write out in their own way.
+FIXED_STEPS = {
+    RelDN: ("inference", "_entities"),
+    RelDNHead: ("forward", "_predict", "encode_entities"),
+}
 
 # Layers of Detectron2 that run Python code or operators of its own.
 NOT_EXPORTABLE = {
@@ -64,13 +69,26 @@ class ExportedGraph(nn.Module):
 
         Raises:
             TypeError: if its relation head or its detector cannot be exported.
-            ValueError: if its logits are to be adjusted by unknown counts.
+            ValueError: if its logits are to be adjusted by unknown counts, or its detector runs in
+                bf16.
         """
         super().__init__()
         if not isinstance(model.relation_head, RelDNHead):
             name = type(model.relation_head).__name__
             raise TypeError(f"only RelDNHead and its subclasses can be exported, not {name}")
         model.relation_head.check_counts()
+        for module, base in ((model, RelDN), (model.relation_head, RelDNHead)):
+            for step in FIXED_STEPS[base]:
+                if getattr(type(module), step) is not getattr(base, step):
+                    raise TypeError(
+                        f"{type(module).__name__} overrides {step}, but an exported graph has that "
+                        f"step of {base.__name__}: such a model cannot be exported"
+                    )
+        if model.detector_precision == "bf16":
+            raise ValueError(
+                "MODEL.RELDN.DETECTOR_PRECISION is 'bf16', but an exported file computes in "
+                "float32: pass --opts MODEL.RELDN.DETECTOR_PRECISION float32"
+            )
         for name, module in model.named_modules():
             reason = NOT_EXPORTABLE.get(type(module).__name__)
             if reason and not self._leaves_out(name):
@@ -147,7 +165,7 @@ class ExportedGraph(nn.Module):
         encoded, entities = head.refine(encoded, entities, classes_given=given)
         candidates = candidate_pairs(boxes, head.overlap_filter and not given)
         subjects, objects = candidates.nonzero().unbind(1)
-        logits = head.pair_logits(encoded, maps, subjects, objects)
+        logits = head.score_pairs(encoded, maps, subjects, objects)
         probabilities = head.prior(logits)[:, :-1]  # without "no relationship"
         factors = head.entity_factors(entities.scores)
         pair_scores = factors[subjects] * factors[objects]
