@@ -9,6 +9,13 @@ from model_utils import small_model
 from torch import Tensor
 from usage_utils import picture
 
+# Code after that of a detector's LazyConfig: a backbone that pads images to 80 x 80.
+PADS = """
+class Padded(FPN):
+    padding_constraints = {"size_divisiblity": 32, "square_size": 80}
+model.backbone._target_ = Padded
+"""
+
 
 def image(height: int = 64, width: int = 96, seed: int = 0) -> Tensor:
     """Return a (3, height, width) image in [0, 255]."""
@@ -40,3 +47,10 @@ def fcos_model(folder: Path) -> torch.nn.Module:
     model = small_model("MODEL.RELDN.DETECTOR_LAZY_CONFIG", str(path))
     torch.nn.init.constant_(model.detector.model.head.bbox_pred.bias, 3.0)
     return model
+
+
+def square_model(folder: Path) -> torch.nn.Module:
+    """Build a RelDN whose detector pads images to 80 x 80; ``folder`` gets its LazyConfig."""
+    path = write_lazy_detector(folder, "faster_rcnn", PADS)
+    sizes = ("INPUT.MAX_SIZE_TRAIN", 80, "INPUT.MAX_SIZE_TEST", 80)
+    return small_model("MODEL.RELDN.DETECTOR_LAZY_CONFIG", str(path), *sizes)

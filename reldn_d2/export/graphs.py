@@ -16,6 +16,7 @@ from detectron2.layers import shapes_to_tensor
 from detectron2.structures import Boxes, Instances
 
 from ..modeling.detectors import PrecomputedDetector
+from ..modeling.detectors.base import square_size
 from ..modeling.meta_arch import RelDN
 from ..modeling.relation_head import RelDNHead
 from ..modeling.relation_head.pairs import EntityBatch, candidate_pairs
@@ -137,6 +138,10 @@ class ExportedGraph(nn.Module):
         """Compute what the detector and the head read of a (3, H, W) image."""
         if self.size is not None:
             image = image.expand(3, *self.size)  # fails for another size, in a traced graph too
+        side = square_size(self.model.detector.backbone)
+        for length in image.shape[1:] if side else ():
+            # Fails for a larger image, in a traced graph too, which would cut it off.
+            image = image + image.new_zeros(side - length).sum()
         images = self.model.detector.preprocess([{"image": image}])
         return images, *self.model.feature_maps(images)
 

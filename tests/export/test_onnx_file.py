@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from export_cases import entities, fcos_model, image
+from export_cases import entities, fcos_model, image, square_model
 from export_model import run_in_new_process
 from model_utils import model_of, small_model
 from usage_utils import write_boxes_checkpoint
@@ -138,6 +138,16 @@ def test_save_onnx_fixed_size_rejects_others(tmp_path):
     assert compare(session, graph, [image(), *entities(4)])[0].problem is None
     with pytest.raises(Exception, match="invalid dimensions for input: image"):
         compare(session, graph, [image(96, 64), *entities(4)])
+
+
+def test_save_onnx_image_larger_than_the_square_pad_raises(tmp_path):
+    graph = GivenBoxesExport(square_model(tmp_path))
+    session = write_session(graph, tmp_path / "x.onnx", image(64, 64), *entities(6))
+    assert compare(session, graph, [image(48, 80), *entities(4)])[0].problem is None
+    for size in ((64, 96), (96, 64)):
+        values = [x.numpy() for x in (image(*size), *entities(4))]
+        with pytest.raises(Exception, match="ConstantOfShape"):
+            session.run(None, dict(zip(graph.input_names, values)))
 
 
 def test_save_onnx_unknown_operator_raises_one_line(tmp_path):

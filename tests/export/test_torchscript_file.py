@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from export_cases import entities, fcos_model, image
+from export_cases import entities, fcos_model, image, square_model
 from model_utils import small_model
 
 from reldn_d2.export import GivenBoxesExport, RelDNExport, save_torchscript
@@ -33,6 +33,17 @@ def test_save_torchscript_any_size_equals_the_model(kind, checkpoint, tmp_path):
     for size in ((96, 64), (75, 131)):
         result, found = compare(exported, graph, [image(*size)])
         assert result.problem is None and result.difference < 1e-6 and len(found["pairs"]) > 0
+
+
+def test_save_torchscript_image_larger_than_the_square_pad_raises(tmp_path):
+    graph = GivenBoxesExport(square_model(tmp_path))
+    save_torchscript(graph, [image(64, 64), *entities(6)], tmp_path / "x.ts")
+    exported = torch.jit.load(tmp_path / "x.ts")
+    result, _ = compare(exported, graph, [image(48, 80), *entities(4)])
+    assert result.problem is None
+    for size in ((64, 96), (96, 64)):
+        with pytest.raises(RuntimeError, match="negative dimension -16"):
+            exported(image(*size), *entities(4))
 
 
 def test_save_torchscript_unknown_function_is_one_line(tmp_path):
