@@ -191,7 +191,10 @@ def test_detector_of_main_under_a_lazy_reldn_trains_and_predicts(checkout, tmp_p
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
-@pytest.mark.parametrize("kind", ["vitdet", "cascade_swin", "cascade_mvitv2", "mvitv2", "regnety"])
+@pytest.mark.parametrize(
+    "kind",
+    ["vitdet", "cascade_swin", "cascade_mvitv2", "mvitv2", "regnety", "keypoint", "panoptic"],
+)
 def test_export_detector_of_main_equals_the_model(checkout, tmp_path, kind):
     path, detector = write_detector(checkout, tmp_path, kind)
     model = build_model(small_config(*options_for(path, detector)))
