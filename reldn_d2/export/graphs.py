@@ -16,6 +16,7 @@ from detectron2.layers import shapes_to_tensor
 from detectron2.structures import Boxes, Instances
 
 from ..modeling.detectors import PrecomputedDetector
+from ..modeling.detectors.base import square_size
 from ..modeling.meta_arch import RelDN
 from ..modeling.relation_head import RelDNHead
 from ..modeling.relation_head.pairs import EntityBatch, candidate_pairs
@@ -35,6 +36,11 @@ OUTPUT_NAMES = (
     *RELATION_NAMES,
 )
 
+# Methods that the graphs do without, or write out in their own way.
+FIXED_STEPS = {
+    RelDN: ("inference", "_entities"),
+    RelDNHead: ("forward", "_predict", "encode_entities"),
+}
 
 # Layers of Detectron2 that run Python code or operators of its own.
 NOT_EXPORTABLE = {
@@ -64,13 +70,26 @@ class ExportedGraph(nn.Module):
 
         Raises:
             TypeError: if its relation head or its detector cannot be exported.
-            ValueError: if its logits are to be adjusted by unknown counts.
+            ValueError: if its logits are to be adjusted by unknown counts, or its detector runs in
+                bf16.
         """
         super().__init__()
         if not isinstance(model.relation_head, RelDNHead):
             name = type(model.relation_head).__name__
             raise TypeError(f"only RelDNHead and its subclasses can be exported, not {name}")
         model.relation_head.check_counts()
+        for module, base in ((model, RelDN), (model.relation_head, RelDNHead)):
+            for step in FIXED_STEPS[base]:
+                if getattr(type(module), step) is not getattr(base, step):
+                    raise TypeError(
+                        f"{type(module).__name__} overrides {step}, but an exported graph has that "
+                        f"step of {base.__name__}: such a model cannot be exported"
+                    )
+        if model.detector_precision == "bf16":
+            raise ValueError(
+                "MODEL.RELDN.DETECTOR_PRECISION is 'bf16', but an exported file computes in "
+                "float32: pass --opts MODEL.RELDN.DETECTOR_PRECISION float32"
+            )
         for name, module in model.named_modules():
             reason = NOT_EXPORTABLE.get(type(module).__name__)
             if reason and not self._leaves_out(name):
@@ -119,6 +138,10 @@ class ExportedGraph(nn.Module):
         """Compute what the detector and the head read of a (3, H, W) image."""
         if self.size is not None:
             image = image.expand(3, *self.size)  # fails for another size, in a traced graph too
+        side = square_size(self.model.detector.backbone)
+        for length in image.shape[1:] if side else ():
+            # Fails for a larger image, in a traced graph too, which would cut it off.
+            image = image + image.new_zeros(side - length).sum()
         images = self.model.detector.preprocess([{"image": image}])
         return images, *self.model.feature_maps(images)
 
@@ -147,7 +170,7 @@ class ExportedGraph(nn.Module):
         encoded, entities = head.refine(encoded, entities, classes_given=given)
         candidates = candidate_pairs(boxes, head.overlap_filter and not given)
         subjects, objects = candidates.nonzero().unbind(1)
-        logits = head.pair_logits(encoded, maps, subjects, objects)
+        logits = head.score_pairs(encoded, maps, subjects, objects)
         probabilities = head.prior(logits)[:, :-1]  # without "no relationship"
         factors = head.entity_factors(entities.scores)
         pair_scores = factors[subjects] * factors[objects]

@@ -79,22 +79,17 @@ def save_onnx(
     if "dynamo" in inspect.signature(torch.onnx.export).parameters:
         options["dynamo"] = False
     stream = io.BytesIO()
-    try:
-        with tracing(), _missing_operators(), redirect_stdout(io.StringIO()):
-            torch.onnx.export(
-                graph,
-                tuple(example),
-                stream,
-                input_names=list(graph.input_names),
-                output_names=list(graph.output_names),
-                dynamic_axes={**sizes, **graph.dynamic_axes},
-                opset_version=OPSET,
-                **options,
-            )
-    except (RuntimeError, TypeError) as error:
-        reason = next((x for x in str(error).splitlines() if x.strip()), type(error).__name__)
-        message = f"torch {torch.__version__} cannot write this model as ONNX: {reason}"
-        raise ValueError(message) from error
+    with tracing("ONNX"), _missing_operators(), redirect_stdout(io.StringIO()):
+        torch.onnx.export(
+            graph,
+            tuple(example),
+            stream,
+            input_names=list(graph.input_names),
+            output_names=list(graph.output_names),
+            dynamic_axes={**sizes, **graph.dynamic_axes},
+            opset_version=OPSET,
+            **options,
+        )
     stored = onnx.load_from_string(stream.getvalue())
     description = describe(graph, example, thing_classes, predicate_classes, image_format)
     onnx.helper.set_model_props(stored, {k: json.dumps(x) for k, x in description.items()})

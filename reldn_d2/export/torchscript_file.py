@@ -1,5 +1,6 @@
 """Writing a graph as TorchScript, which needs torch and torchvision to run."""
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,12 +36,15 @@ def save_torchscript(
         image_format: order of the channels.
 
     Raises:
-        ValueError: if the model finds no relation in the example.
+        ValueError: if the model finds no relation in the example, or PyTorch cannot express a part
+            of it in TorchScript.
         OSError: if the file cannot be written.
     """
     check_example(graph, example)
-    with tracing():
+    description = describe(graph, example, thing_classes, predicate_classes, image_format)
+    stream = io.BytesIO()
+    with tracing("TorchScript"):
         traced = torch.jit.trace(graph, tuple(example), check_trace=False)
-        description = describe(graph, example, thing_classes, predicate_classes, image_format)
-        with write_atomically(path, "wb") as file:
-            torch.jit.save(traced, file, _extra_files={"reldn.json": json.dumps(description)})
+        torch.jit.save(traced, stream, _extra_files={"reldn.json": json.dumps(description)})
+    with write_atomically(path, "wb") as file:
+        file.write(stream.getbuffer())

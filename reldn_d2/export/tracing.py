@@ -17,15 +17,28 @@ __all__ = ["check_example", "describe", "tracing"]
 
 
 @contextmanager
-def tracing() -> Iterator[None]:
-    """Prepare for tracing while the block runs: no gradients, none of the warnings."""
+def tracing(file_format: str) -> Iterator[None]:
+    """Prepare for tracing while the block runs: no gradients, none of the warnings.
+
+    Args:
+        file_format: its name, for error messages.
+
+    Raises:
+        ValueError: if PyTorch cannot express a part of the model in the format.
+    """
     with torch.no_grad(), warnings.catch_warnings(), _without_gradient_scaling():
         # Tracing warns of every size that it writes into the graph; those are meant to be fixed.
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", category=UserWarning)
-        yield
+        try:
+            yield
+        except (RuntimeError, TypeError) as error:
+            reason = next((x for x in str(error).splitlines() if x.strip()), type(error).__name__)
+            raise ValueError(
+                f"torch {torch.__version__} cannot write this model as {file_format}: {reason}"
+            ) from error
 
 
 @contextmanager

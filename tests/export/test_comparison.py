@@ -14,6 +14,7 @@ def outputs(**changes):
         pairs=np.array([[0, 1], [1, 0], [2, 0]]),
         predicates=np.array([4, 4, 5]),
         scores=np.array([0.6, 0.3, 0.2], np.float32),
+        predicate_scores=np.array([0.9, 0.5, 0.4], np.float32),
     )
     return {**values, **changes}
 
@@ -43,14 +44,31 @@ def test_compare_outputs_triplets_exchanged_for_equal_scores_are_counted():
         ({"box_scores": np.array([0.9, 0.5, 0.4])}, "a score differs by 1.0e-01"),
         ({"classes": np.array([1, 2, 4])}, "finds no entity like 2"),
         ({"boxes": outputs()["boxes"] + 1}, "finds no entity like 0"),
-        ({"boxes": outputs()["boxes"][:2]}, "finds 2 entities, the eager model 3"),
-        ({"pairs": np.zeros((0, 2), int)}, "finds 0 relations, the eager model 3"),
+        ({"boxes": outputs()["boxes"][:2]}, "boxes have the shape (2, 4), the eager model's (3, 4"),
+        ({"pairs": np.zeros((0, 2), int)}, "pairs have the shape (0, 2), the eager model's (3, 2)"),
+        ({"scores": outputs()["scores"] * np.nan}, "its scores or the eager model's are not all f"),
+        ({"box_scores": np.array([0.9, np.nan, 0.5])}, "its box_scores or the eager model's are n"),
+        ({"predicate_scores": np.zeros(3)}, "a score differs by 9.0e-01"),
+        ({"pairs": [[0, 1]] * 3, "predicates": [4] * 3}, "finds 1 different triplets, the eager m"),
+        (
+            {name: outputs()[name][[1, 0, 2]] for name in ("pairs", "scores", "predicate_scores")},
+            "its scores are not in descending order",
+        ),
+        # Equal scores alone do not make these the eager model's triplets.
+        ({"predicates": np.array([5, 5, 6])}, "3 of 3 triplets are not among the eager model's"),
     ],
 )
 def test_compare_outputs_difference_is_named(changes, problem):
-    assert problem in compare_outputs(outputs(), outputs(**changes)).problem
+    changed = {name: np.asarray(values) for name, values in changes.items()}
+    assert problem in compare_outputs(outputs(), outputs(**changed)).problem
+
+
+def test_compare_outputs_model_without_finite_scores_is_named():
+    broken = outputs(scores=np.full(3, np.nan, np.float32))
+    assert "or the eager model's are not all finite" in compare_outputs(broken, outputs()).problem
 
 
 def test_compare_outputs_given_boxes_have_no_entities():
-    given = {name: outputs()[name] for name in ("pairs", "predicates", "scores")}
+    names = ("pairs", "predicates", "scores", "predicate_scores")
+    given = {name: outputs()[name] for name in names}
     assert compare_outputs(given, given) == (None, 0.0, 0)

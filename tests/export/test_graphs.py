@@ -8,6 +8,8 @@ from usage_utils import write_boxes_checkpoint
 
 from reldn_d2.export import GivenBoxesExport, RelDNExport
 from reldn_d2.export.graphs import rank_triplets
+from reldn_d2.modeling.meta_arch import RelDN
+from reldn_d2.modeling.relation_head import RelDNHead
 from reldn_d2.modeling.relation_head.topk import TopTriplets
 from reldn_d2.predictor import RelationPredictor
 
@@ -88,6 +90,34 @@ def test_export_of_what_cannot_be_exported_raises():
     model.predicate_backbone.extra = DeformConv()
     with pytest.raises(TypeError, match="predicate_backbone.extra is a DeformConv"):
         GivenBoxesExport(model)
+    model.detector_precision = "bf16"
+    with pytest.raises(ValueError, match="PRECISION is 'bf16'.*--opts MODEL.*PRECISION float32$"):
+        GivenBoxesExport(model)
     model.relation_head = torch.nn.Linear(1, 1)
     with pytest.raises(TypeError, match="only RelDNHead and its subclasses.*not Linear"):
         GivenBoxesExport(model)
+
+
+@pytest.mark.parametrize(
+    ("base", "step"),
+    [
+        *((RelDN, "inference"), (RelDN, "_entities")),
+        *((RelDNHead, "forward"), (RelDNHead, "_predict"), (RelDNHead, "encode_entities")),
+    ],
+)
+def test_export_of_overridden_steps_raises(base, step):
+    model = small_model()
+    module = model if base is RelDN else model.relation_head
+    module.__class__ = type("Mine", (base,), {step: lambda *args: None})
+    with pytest.raises(TypeError, match=f"Mine overrides {step}, but.* step of {base.__name__}"):
+        RelDNExport(model)
+
+
+def test_export_of_overridden_scores_equals_the_model():
+    class Doubling(RelDNHead):
+        def score_pairs(self, *args):
+            return 2 * super().score_pairs(*args)
+
+    model = small_model()
+    model.relation_head.__class__ = Doubling
+    assert_equals_model(GivenBoxesExport(model), [image(), *entities(5)])

@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from export_cases import entities, image
+from export_cases import entities, fcos_model, image, square_model
+from export_model import run_in_new_process
 from model_utils import model_of, small_model
 from usage_utils import write_boxes_checkpoint
 
@@ -18,7 +19,7 @@ onnxruntime = pytest.importorskip("onnxruntime", reason=REASON)
 
 DETECTORS = (
     *("faster_rcnn_FPN", "mask_rcnn_FPN", "cascade_rcnn_FPN", "retinanet_FPN"),
-    *("faster_rcnn_C4", "faster_rcnn_VGG16"),
+    *("faster_rcnn_C4", "faster_rcnn_VGG16", "fcos"),
 )
 SIZES = ((64, 96), (96, 64), (75, 131))
 
@@ -32,26 +33,31 @@ def compare(session, graph, inputs):
     """Compare the outputs of a file with the model's."""
     given = {name: x.numpy() for name, x in zip(graph.input_names, inputs)}
     found = dict(zip(graph.output_names, session.run(list(graph.output_names), given)))
-    expected = [x.numpy() for x in graph.model_outputs(*inputs)]
-    for name, array in zip(graph.output_names, expected):
+    return compare_with_model(graph, inputs, found), found
+
+
+def compare_with_model(graph, inputs, found):
+    expected = dict(zip(graph.output_names, [x.numpy() for x in graph.model_outputs(*inputs)]))
+    for name, array in expected.items():
         assert found[name].dtype == array.dtype, name
-    return compare_outputs(dict(zip(graph.output_names, expected)), found), found
+    return compare_outputs(expected, found)
 
 
 @pytest.mark.parametrize("kind", DETECTORS)
-def test_save_onnx_each_detector_equals_the_model(kind, tmp_path):
-    graph = RelDNExport(model_of(kind))
-    session = write_session(graph, tmp_path / "x.onnx", image(64, 96))
-    assert session.get_inputs()[0].shape == [3, "height", "width"]
-    for seed, size in enumerate(SIZES):
-        result, found = compare(session, graph, [image(*size, seed)])
-        assert result.problem is None and len(found["pairs"]) > 0
+def test_save_onnx_each_detector_in_a_new_process_equals_the_model(kind, tmp_path):
+    graph = RelDNExport(fcos_model(tmp_path) if kind == "fcos" else model_of(kind))
+    save_onnx(graph, [image(64, 96)], tmp_path / "x.onnx")
+    images = [image(*size, seed) for seed, size in enumerate(SIZES)]
+    cases = [{"image": x.numpy()} for x in images]
+    for x, found in zip(images, run_in_new_process(tmp_path / "x.onnx", "onnx", cases)[0]):
+        assert compare_with_model(graph, [x], found).problem is None and len(found["pairs"]) > 0
 
 
 @pytest.mark.parametrize("kind", ["faster_rcnn_FPN", "faster_rcnn_C4", "precomputed"])
 def test_save_onnx_given_boxes_equals_the_model(kind, tmp_path):
     graph = GivenBoxesExport(model_of(kind))
     session = write_session(graph, tmp_path / "x.onnx", image(), *entities(6))
+    assert session.get_inputs()[0].shape == [3, "height", "width"]
     for count, size in zip((12, 2, 1, 0), (*SIZES, (64, 96))):
         inputs = image(*size, seed=count), *entities(count, *size)
         result, found = compare(session, graph, inputs)
@@ -132,6 +138,16 @@ def test_save_onnx_fixed_size_rejects_others(tmp_path):
     assert compare(session, graph, [image(), *entities(4)])[0].problem is None
     with pytest.raises(Exception, match="invalid dimensions for input: image"):
         compare(session, graph, [image(96, 64), *entities(4)])
+
+
+def test_save_onnx_image_larger_than_the_square_pad_raises(tmp_path):
+    graph = GivenBoxesExport(square_model(tmp_path))
+    session = write_session(graph, tmp_path / "x.onnx", image(64, 64), *entities(6))
+    assert compare(session, graph, [image(48, 80), *entities(4)])[0].problem is None
+    for size in ((64, 96), (96, 64)):
+        values = [x.numpy() for x in (image(*size), *entities(4))]
+        with pytest.raises(Exception, match="ConstantOfShape"):
+            session.run(None, dict(zip(graph.input_names, values)))
 
 
 def test_save_onnx_unknown_operator_raises_one_line(tmp_path):

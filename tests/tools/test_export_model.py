@@ -7,12 +7,12 @@ import export_model
 import numpy as np
 import pytest
 import torch
-from export_cases import image
 from model_utils import PREDICATES
 from PIL import Image
 from usage_utils import picture, write_boxes_checkpoint, write_precomputed_checkpoint
 
-from reldn_d2.export import OUTPUT_NAMES, RelDNExport, save_torchscript
+from reldn_d2.export import OUTPUT_NAMES
+from reldn_d2.export.graphs import RELATION_NAMES
 from reldn_d2.predictor import RelationPredictor
 
 needs_onnx = pytest.mark.skipif(
@@ -78,19 +78,6 @@ def test_export_model_any_size_and_given_boxes_equal_the_model(
     assert "in a new process, 5 inputs with " in capsys.readouterr().out
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit")
-def test_save_torchscript_any_size_equals_the_model(checkpoint, tmp_path):
-    graph = RelDNExport(RelationPredictor.from_checkpoint(checkpoint, "cpu").model)
-    save_torchscript(graph, [image(64, 96)], tmp_path / "x.ts")
-    exported = torch.jit.load(tmp_path / "x.ts")
-    for size in ((96, 64), (75, 131)):
-        with torch.no_grad():
-            found = dict(zip(graph.output_names, exported(image(*size))))
-        expected = dict(zip(graph.output_names, graph.model_outputs(image(*size))))
-        assert torch.equal(found["pairs"], expected["pairs"])
-        torch.testing.assert_close(found["scores"], expected["scores"], rtol=0, atol=1e-6)
-
-
 @pytest.mark.parametrize(
     "file_format", ["torchscript", pytest.param("onnx", marks=needs_onnx)], ids=["ts", "onnx"]
 )
@@ -100,9 +87,25 @@ def test_export_model_included_box_model_equals_the_model(tmp_path, file_format,
     assert f"vrd_boxes.bin: {file_format}, 0." in (out := capsys.readouterr().out) and SAME in out
 
 
-def test_export_model_file_that_differs_exits_1(checkpoint, image_file, tmp_path, capsys):
+def run_here(path, file_format, cases, runs):
+    """Run an exported TorchScript file in this process, which saves the start of another."""
+    assert file_format == "torchscript" and runs == 0
+    exported = torch.jit.load(str(path))
+    with torch.no_grad():
+        outputs = [exported(*map(torch.from_numpy, case.values())) for case in cases]
+    return [{n: x.numpy() for n, x in zip(RELATION_NAMES, found)} for found in outputs], None
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_export_model_torchscript_of_given_boxes_equals_the_model_or_exits_1(
+    checkpoint, image_file, tmp_path, monkeypatch, capsys
+):
     arguments = ["--checkpoint", str(checkpoint), "--image", image_file, "--given-boxes"]
     arguments += ["--output", str(tmp_path / "x.ts")]
+    monkeypatch.setattr(export_model, "run_in_new_process", run_here)
+    assert export_model.main(arguments) == 0
+    assert SAME in capsys.readouterr().out and not (tmp_path / "x.ts.unchecked").exists()
+    before = (tmp_path / "x.ts").read_bytes()
 
     def save_another(graph, *others):
         table = graph.model.relation_head.semantic.table.weight
@@ -112,11 +115,24 @@ def test_export_model_file_that_differs_exits_1(checkpoint, image_file, tmp_path
             export_model.save_torchscript(graph, *others)
             table.copy_(before)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(export_model.SAVE, "torchscript", save_another)
-        assert export_model.main(arguments) == 1
+    monkeypatch.setitem(export_model.SAVE, "torchscript", save_another)
+    assert export_model.main(arguments) == 1
     error = capsys.readouterr().err
-    assert "x.ts: NOT the same as the eager model for inputs of shape (3, 85, 128), (8, 4)" in error
+    assert "x.ts.unchecked: NOT the same as the eager model for 3 of 5 inputs" in error
+    assert "of shape (3, 85, 128), (20, 4)" in error and error.count("\n") == 1
+    assert (tmp_path / "x.ts").read_bytes() == before != (tmp_path / "x.ts.unchecked").read_bytes()
+
+
+@needs_onnx
+def test_export_model_file_that_does_not_run_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(
+        export_model.SAVE, "onnx", lambda graph, example, path, *names: (path.write_text("broken"))
+    )
+    arguments = ["--pretrained", "vrd_boxes", "--given-boxes", "--output", str(tmp_path / "x.onnx")]
+    assert export_model.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert "x.onnx.unchecked does not run in a new process: " in error and "INVALID_PROTO" in error
+    assert error.count("\n") == 1 and not (tmp_path / "x.onnx").exists()
 
 
 def test_export_model_bad_arguments_exit_1(checkpoint, image_file, tmp_path, capsys):

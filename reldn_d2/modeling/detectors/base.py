@@ -126,7 +126,7 @@ class EntityDetector(nn.Module, ABC):
             ValueError: an image is larger than the square to which ViTDet and others pad; it would
                 be cut off.
         """
-        size = _square_size(self.backbone)
+        size = square_size(self.backbone)
         for x in batched_inputs if size else ():
             height, width = x["image"].shape[-2:]
             if max(height, width) > size:
@@ -164,7 +164,7 @@ class EntityDetector(nn.Module, ABC):
         """Compute (R, K) class probabilities of given boxes per image (task SGCLS)."""
 
 
-def _square_size(backbone: nn.Module) -> int:
+def square_size(backbone: nn.Module) -> int:
     """Return the size to which a backbone of Detectron2's main branch pads images, or 0."""
     return getattr(backbone, "padding_constraints", {}).get("square_size", 0)
 
@@ -263,7 +263,7 @@ def _check_lazy_model(cfg: CfgNode, model: nn.Module) -> None:
             f"The model of {path} ({KEY}) reads images as {theirs}, but INPUT.FORMAT is "
             f"{cfg.INPUT.FORMAT}; set INPUT.FORMAT to {theirs}."
         )
-    size = _square_size(getattr(model, "backbone", model))
+    size = square_size(getattr(model, "backbone", model))
     for name in ("MAX_SIZE_TRAIN", "MAX_SIZE_TEST") if size else ():
         if cfg.INPUT[name] > size:
             raise ValueError(

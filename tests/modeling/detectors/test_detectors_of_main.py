@@ -9,12 +9,15 @@ from pathlib import Path
 import lazyconfig_train_net as tool
 import pytest
 import torch
+from export_cases import PADS, image
 from lazy_files import write_documented_reldn, write_lazy_detector
 from model_utils import CLASSES, PREDICATES, busy_item, small_config
 from usage_utils import OPTIONS, picture
 
 import reldn_d2
 from reldn_d2.checkpoint.reldn_checkpoint import DetectorCheckpointer
+from reldn_d2.export import RelDNExport, save_torchscript
+from reldn_d2.export.comparison import compare_outputs
 from reldn_d2.predictor import RelationPredictor
 from reldn_d2.utils.lazy_configs import detector_node
 
@@ -187,17 +190,33 @@ def test_detector_of_main_under_a_lazy_reldn_trains_and_predicts(checkout, tmp_p
     assert len(result["instances"]) == 5 and len(result["relations"]) > 0
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize(
+    "kind",
+    ["vitdet", "cascade_swin", "cascade_mvitv2", "mvitv2", "regnety", "keypoint", "panoptic"],
+)
+def test_export_detector_of_main_equals_the_model(checkout, tmp_path, kind):
+    path, detector = write_detector(checkout, tmp_path, kind)
+    model = build_model(small_config(*options_for(path, detector)))
+    model.detector.model.load_state_dict(detector.state_dict())
+    size = (64, 96) if kind == "mvitv2" else None  # the only one that its file accepts
+    graph = RelDNExport(model, size)
+    save_torchscript(graph, [image(64, 96)], tmp_path / "x.ts")
+    exported = torch.jit.load(tmp_path / "x.ts")
+    for height, width in [(64, 96)] if size else [(96, 64), (75, 117)]:
+        inputs = image(height, width, seed=1)
+        with torch.no_grad():
+            outputs = graph.model_outputs(inputs), exported(inputs)
+        expected, found = (
+            dict(zip(graph.output_names, [x.numpy() for x in tensors])) for tensors in outputs
+        )
+        assert len(found["pairs"]) > 0 and compare_outputs(expected, found).problem is None
+
+
 def test_zoo_name_of_lazy_config_is_found(checkout):
     name = "new_baselines/mask_rcnn_regnety_4gf_dds_FPN_100ep_LSJ.py"
     node = detector_node(small_config(KEY, name))
     assert node.backbone.bottom_up.depth == 22
-
-
-PADS = """
-class Padded(FPN):
-    padding_constraints = {"size_divisiblity": 32, "square_size": 80}
-model.backbone._target_ = Padded
-"""
 
 
 def test_image_larger_than_the_square_pad_raises(tmp_path):
