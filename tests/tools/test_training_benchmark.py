@@ -12,13 +12,17 @@ def test_benchmark_training_small_model_prints_stages(tmp_path, capfd):
     path = tmp_path / "figures.json"
     options = ["--config-file", "configs/Toy/reldn.yaml", "--size", "64", "96", "--steps", "1"]
     key = "MODEL.RELDN.MAPS_ON_DEMAND"
-    benchmark.main(["training", *options, "--threads", "1", "--without", key, "--json", str(path)])
+    options += ["--threads", "1", "--inference", "--without", key, "--json", str(path)]
+    benchmark.main(["training", *options])
     printed = capfd.readouterr().out
+    assert "detector and relations, CPU ms" in printed
     assert "images/s" in printed and "function that synchronizes" in printed
     results = json.loads(path.read_text())
     assert list(results) == ["here", "without MAPS_ON_DEMAND"]
     for result in results.values():
         assert set(result["stages"]) == {*STAGES, "other"}
+        detector, both = (result["inference"][part][1] for part in ("detector", "all"))
+        assert 0 < detector < both
         assert result["stages"]["backward"][0] > 0 and result["operations"] > 0
     ours, theirs = (x["losses"] for x in results.values())
     assert ours == pytest.approx(theirs, rel=1e-4)
