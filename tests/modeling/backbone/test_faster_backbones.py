@@ -329,6 +329,16 @@ def test_maps_on_demand_read_as_mapping_equals_fpn():
             assert maps.shape(name) == (2, *expected[name].shape[-2:])
 
 
+def test_training_step_entity_boxes_are_pooled_without_gradients():
+    """The detector is frozen, so RoIAlign has a backward pass for union boxes only."""
+    model, pooled = frozen_model("MODEL.RELDN.MAPS_ON_DEMAND", False).train(), []
+    for pool in (model.relation_head.entity_pooler, model.relation_head.predicate_pooler):
+        pool.register_forward_hook(lambda _, inputs, output: pooled.append(output))
+    with EventStorage():
+        model([busy_item(0)])
+    assert [x.requires_grad for x in pooled] == [False, True]
+
+
 def test_level_pooler_is_bit_equal_to_roi_pooler():
     fpn, images = pyramid()
     with torch.no_grad():
