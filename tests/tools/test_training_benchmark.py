@@ -5,7 +5,8 @@ import time
 
 import benchmark
 import pytest
-from benchmarks.training_step import STAGES, StageClock
+from benchmarks.training_step import STAGES, StageClock, TrainingStep
+from model_utils import ROOT
 
 
 def test_benchmark_training_small_model_prints_stages(tmp_path, capfd):
@@ -26,6 +27,12 @@ def test_benchmark_training_small_model_prints_stages(tmp_path, capfd):
         assert result["stages"]["backward"][0] > 0 and result["operations"] > 0
     ours, theirs = (x["losses"] for x in results.values())
     assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_training_step_backbones_share_frozen_stages():
+    options = {"config_file": str(ROOT / "configs/Toy/reldn.yaml"), "device": "cpu", "batch": 1}
+    options.update(precision="float32", size=(64, 96), opts=["MODEL.BACKBONE.FREEZE_AT", 2])
+    assert TrainingStep(options).model._later_backbone().shared_stages == ("res2",)
 
 
 def test_stage_clock_nested_stages_count_once():

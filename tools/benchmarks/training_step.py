@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import reldn_d2
+from reldn_d2.checkpoint.reldn_checkpoint import initialize_relation_branch
 from reldn_d2.engine.optimizer import build_optimizer
 from reldn_d2.modeling import meta_arch
 from reldn_d2.modeling.relation_head import head_base
@@ -121,6 +122,9 @@ class TrainingStep:
         torch.manual_seed(0)
         self.model = build_model(cfg).train()
         _tame(self.model)
+        if self.model.predicate_weights:
+            self.model.predicate_weights = ""  # a file that need not be there
+        initialize_relation_branch(self.model)  # both backbones have the same frozen stages
         self.optimizer = build_optimizer(cfg, self.model)
         for group in self.optimizer.param_groups:
             group["lr"] = 1e-6  # so that every step does the same work
