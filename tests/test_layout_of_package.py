@@ -28,7 +28,9 @@ LAYERS = (
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 # Within `modeling`, from the bottom to the top.
-MODELING = ("sampling", "backbone", "losses", "detectors", "relation_head", "meta_arch", "")
+MODELING = ("precision", "sampling", "backbone", "losses") + (
+    *("detectors", "relation_head", "meta_arch", ""),
+)
 
 
 def modules() -> list[str]:

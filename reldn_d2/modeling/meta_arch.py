@@ -30,6 +30,7 @@ from .detectors import (
     build_entity_detector,
     label_entities,
 )
+from .precision import at_least_float32
 from .relation_head import RelationHead, build_relation_head
 
 __all__ = ["RelDN", "needs_images", "postprocess_relations", "predicts_relations"]
@@ -106,10 +107,7 @@ class RelDN(nn.Module):
         self.fold_normalization = fold_normalization
         self.maps_on_demand = maps_on_demand
         prepare_folding(self)
-        self._frozen_stages = None
-        is_reduced = hasattr(predicate_backbone, "shared_stages")
-        if share_frozen_stages and predicate_backbone is not None and not is_reduced:
-            self._frozen_stages = FrozenStages(detector.backbone, predicate_backbone)
+        self._frozen_stages = FrozenStages() if share_frozen_stages else None
 
     @classmethod
     def from_config(cls, cfg: CfgNode):
@@ -179,8 +177,7 @@ class RelDN(nn.Module):
                 entities, targets = self._repeated_entities(batched_inputs)
             else:
                 entities, targets = self._training_entities(batched_inputs, images, features)
-        predicate_features = self._predicate_features(images, self._for_trained_part(stages))
-        features = self._for_trained_part(features)
+        predicate_features = self._predicate_features(images, stages)
         return self.relation_head(features, predicate_features, entities, targets)
 
     def _training_entities(self, batched_inputs, images, features, generator=None):
@@ -242,8 +239,7 @@ class RelDN(nn.Module):
         features, stages = self._detector_features(images)
         with self._precision():
             entities = self._entities(batched_inputs, images, features)
-        predicate_features = self._predicate_features(images, self._for_trained_part(stages))
-        features = self._for_trained_part(features)
+        predicate_features = self._predicate_features(images, stages)
         options: dict[str, Any] = {
             "boxes_given": self.task != "sgdet",
             "classes_given": self.task not in ("sgdet", "sgcls"),
@@ -262,14 +258,26 @@ class RelDN(nn.Module):
     def feature_maps(self, images: ImageList) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
         """Compute the detector's and the predicate backbone's feature maps, (N, c, h, w) each."""
         features, stages = self._detector_features(images)
-        predicate_features = self._predicate_features(images, self._for_trained_part(stages))
-        return self._for_trained_part(features), predicate_features
+        return features, self._predicate_features(images, stages)
 
     def _detector_features(self, images: ImageList):
-        """Compute the detector's feature maps, and those that the predicate backbone shares."""
-        names = getattr(self._later_backbone(), "shared_stages", ())
-        with record_stages(self.detector.backbone, names) as stages, self._precision():
-            return self.detector.extract_features(images), stages
+        """Compute the detector's feature maps, and those that the predicate backbone shares.
+
+        Those for the detector's heads and the relation head are float32 or wider: Detectron2's
+        RoIAlign rounds boxes to the type of its map.
+        """
+        later = self._later_backbone()
+        names = getattr(later, "shared_stages", ())
+        with record_stages(self.detector.backbone, names) as recorded, self._precision():
+            features = at_least_float32(self.detector.extract_features(images))
+        stages, inputs = recorded
+        if later is not self.predicate_backbone and not (
+            len(inputs) == 1 and inputs[0] is images.tensor
+        ):
+            stages = {}  # a detector of the user's, which computes them from something else
+        if self.detector_precision:
+            stages = at_least_float32(stages)
+        return features, stages
 
     def _precision(self) -> AbstractContextManager:
         """Return a context in which the detector has its own precision, if it has one."""
@@ -278,15 +286,14 @@ class RelDN(nn.Module):
             return nullcontext()
         return torch.autocast(kind, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
-    def _for_trained_part(self, maps: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the detector's maps in float32 if the detector has a precision of its own."""
-        return {k: x.float() for k, x in maps.items()} if self.detector_precision else maps
-
     def _later_backbone(self) -> nn.Module | None:
         """Return the predicate backbone without the stages that the detector computes for it."""
-        if self._frozen_stages is None or self.detector_precision:
-            return self.predicate_backbone
-        return self._frozen_stages.later_backbone() or self.predicate_backbone
+        backbone = self.predicate_backbone
+        if self._frozen_stages is None or self.detector_precision or backbone is None:
+            return backbone
+        if hasattr(backbone, "shared_stages"):
+            return backbone
+        return self._frozen_stages.later_backbone(self.detector.backbone, backbone) or backbone
 
     def _predicate_features(self, images: ImageList, stages: dict[str, Tensor]):
         """Compute the predicate backbone's feature maps; None without one."""
@@ -320,7 +327,7 @@ class RelDN(nn.Module):
     def _entities(self, batched_inputs, images, features) -> list[Instances]:
         """Return detections (SGDET) or ground-truth boxes in their place (other tasks)."""
         if self.task == "sgdet":
-            return self.detector.detect(batched_inputs, images, features)
+            return at_least_float32(self.detector.detect(batched_inputs, images, features))
         given = self._ground_truth(batched_inputs, f"task {self.task}")
         boxes = [x.gt_boxes for x in given]
         if self.task != "sgcls":
@@ -332,7 +339,7 @@ class RelDN(nn.Module):
             ]
         else:
             classified = self.detector.classify(batched_inputs, images, features, boxes)
-            best = [x.max(dim=1) for x in classified]
+            best = [x.max(dim=1) for x in at_least_float32(classified)]
             scores, classes = [x.values for x in best], [x.indices for x in best]
         entities = []
         for x, image_boxes, image_scores, image_classes in zip(given, boxes, scores, classes):

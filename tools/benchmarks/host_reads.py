@@ -17,20 +17,27 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import reldn_d2
+
+import detectron2
+
 __all__ = ["count_host_reads"]
 
+_PACKAGES = [Path(package.__file__).parent for package in (reldn_d2, detectron2)]
 _SIZE_DEPENDS_ON_VALUES = ("nonzero", "masked_select", "_unique2", "unique_dim", "nms")
-_READS = ("tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__")
+# item, bool, int, float and is_nonzero read a value by _local_scalar_dense.
+_READ_A_VALUE = ("_local_scalar_dense", "equal", "allclose")
+_READ_A_TENSOR = ("tolist", "numpy", "cpu")
 
 
 def _source() -> str:
     """Name the innermost function of the package or of Detectron2 on the stack."""
     for frame in reversed(traceback.extract_stack()):
         path = Path(frame.filename)
-        for package in ("reldn_d2", "detectron2"):
-            if package in path.parts[:-1]:
-                start = len(path.parts) - path.parts[::-1].index(package) - 1
-                return f"{'/'.join(path.parts[start:])}:{frame.name}"
+        for package in _PACKAGES:
+            # A comprehension counts for its function, as in Python 3.12.
+            if path.is_relative_to(package) and not frame.name.startswith("<"):
+                return f"{path.relative_to(package.parent).as_posix()}:{frame.name}"
     return "elsewhere"
 
 
@@ -44,7 +51,7 @@ class _Dispatched(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = function._schema.name.rpartition("::")[2]
-        if name in _SIZE_DEPENDS_ON_VALUES:
+        if name in (*_SIZE_DEPENDS_ON_VALUES, *_READ_A_VALUE):
             self.found[_source()] += 1
         elif name in ("index", "index_put", "index_put_"):
             masks = [x for x in args[1] if x is not None and x.dtype in (torch.bool, torch.uint8)]
@@ -64,7 +71,7 @@ class _Called(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         name = getattr(function, "__name__", "")
-        if name in _READS and args and isinstance(args[0], Tensor):
+        if name in _READ_A_TENSOR and args and isinstance(args[0], Tensor):
             self.found[_source()] += 1
         return function(*args, **(kwargs or {}))
 

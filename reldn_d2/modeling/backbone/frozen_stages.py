@@ -6,6 +6,7 @@ detector's maps, which are the very values that it would compute.
 """
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,90 +23,113 @@ __all__ = ["FrozenStages"]
 _BODIES = (ResNet.forward, VGG16.forward)
 _DIFFERS_IN_TRAINING = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 
+_Stage = tuple[str, nn.ModuleList, nn.ModuleList]  # its name, and both sides' modules
+
 
 class FrozenStages:
     """Finds the equal frozen first stages of two backbones, and the backbone that continues there.
 
-    Weights are compared before the first use and again whenever one may have been changed, such as
-    by loading a checkpoint.
+    Weights are compared before the first use and again whenever the frozen stages have changed:
+    which ones there are, their modules, or a weight, such as by loading a checkpoint. Torch does
+    not say when a weight is changed in place through its ``.data``, so that goes unnoticed.
     """
 
-    def __init__(self, detector_backbone: nn.Module, predicate_backbone: nn.Module):
-        self._backbones = detector_backbone, predicate_backbone
-        self._bodies = tuple(getattr(x, "bottom_up", x) for x in self._backbones)
-        self._candidates = self._find_candidates()
-        self._compared: list[tuple[int, int]] | None = None
-        self._later: nn.Module | None = None
+    def __init__(self) -> None:
+        self._compared: tuple[list[Any] | None, str | None] = None, None
 
-    def _find_candidates(self) -> list[tuple[str, list[nn.Module], list[nn.Module]]]:
-        """Return the name of each first stage that might be shared, and both sides' modules.
-
-        The stem belongs to the first stage.
-        """
-        theirs, ours = self._bodies
-        if type(theirs) is not type(ours) or type(ours).forward not in _BODIES:
-            return []
-        backbone = self._backbones[1]
-        if backbone is not ours and type(backbone).forward is not FPN.forward:
-            return []
-        candidates = []
-        before: tuple[str, ...] = ("stem",) if hasattr(ours, "stem") else ()
-        names = list(ours.stage_names)
-        for name in names if backbone is not ours else names[:-1]:  # one stage must be left
-            if not hasattr(theirs, name):
-                break
-            parts = [[getattr(body, x) for x in (*before, name)] for body in self._bodies]
-            if "".join(map(repr, parts[0])) != "".join(map(repr, parts[1])):
-                break
-            candidates.append((name, *parts))
-            before = ()
-        return candidates
-
-    def later_backbone(self) -> nn.Module | None:
+    def later_backbone(self, detector: nn.Module, predicate: nn.Module) -> nn.Module | None:
         """Return the predicate backbone without the stages that the detector computes as well.
+
+        Args:
+            detector, predicate: the backbones.
 
         Returns:
             a backbone with ``shared_stages``, whose input is a dict of the detector's maps of these
             names, see :func:`.predicate_backbone.share_first_stages`; it has the same modules as
             the predicate backbone. None if no stage is frozen and equal.
         """
-        seen = self._versions()
-        if seen is None or seen != self._compared:
-            self._compared = seen
-            last = None
-            for name, theirs, ours in self._candidates:
-                if not all(map(_are_equal_and_frozen, theirs, ours)):
-                    break
-                last = name
-            self._later = None
-            if last is not None and seen is not None:
-                twin = copy.copy(self._backbones[1])
-                twin._modules = dict(twin._modules)
-                self._later = share_first_stages(twin, last)
-        return self._later
-
-    def _versions(self) -> list[tuple[int, int]] | None:
-        """Return what changes when a weight is changed or replaced; None if torch does not say."""
-        versions = []
-        for _, *sides in self._candidates:
-            for stage in (x for side in sides for x in side):
-                for x in (*stage.parameters(), *stage.buffers()):
-                    if x.is_inference():
-                        return None
-                    versions.append((x.data_ptr(), 2 * x._version + x.requires_grad))
-        return versions
+        stages = _frozen_stages(detector, predicate)
+        seen = _versions(stages)
+        if seen is None:
+            return None
+        compared, last = self._compared
+        if seen != compared:
+            last = _last_equal(stages)
+            self._compared = seen, last
+        if last is None:
+            return None
+        twin = copy.copy(predicate)  # so that the predicate backbone keeps its stages
+        twin._modules = dict(twin._modules)
+        return share_first_stages(twin, last)
 
 
-def _are_equal_and_frozen(first: nn.Module, second: nn.Module) -> bool:
+def _frozen_stages(*backbones: nn.Module) -> list[_Stage]:
+    """Return the first stages that neither side trains, of backbones that could share them.
+
+    The stem belongs to the first stage.
+    """
+    theirs, ours = bodies = [getattr(x, "bottom_up", x) for x in backbones]
+    backbone = backbones[1]
+    if type(theirs) is not type(ours) or type(ours).forward not in _BODIES:
+        return []
+    if backbone is not ours and type(backbone).forward is not FPN.forward:
+        return []
+    stages: list[_Stage] = []
+    before: tuple[str, ...] = ("stem",) if hasattr(ours, "stem") else ()
+    names = list(ours.stage_names)
+    for name in names if backbone is not ours else names[:-1]:  # one stage must be left
+        if not hasattr(theirs, name):
+            break
+        parts = [nn.ModuleList(getattr(body, x) for x in (*before, name)) for body in bodies]
+        if not all(map(_is_fixed, parts)):
+            break
+        stages.append((name, *parts))
+        before = ()
+    return stages
+
+
+def _is_fixed(stage: nn.Module) -> bool:
+    """Tell whether training leaves alone what a stage computes."""
+    if any(x.requires_grad for x in stage.parameters()):
+        return False
+    return not any(isinstance(x, _DIFFERS_IN_TRAINING) for x in stage.modules())
+
+
+def _versions(stages: list[_Stage]) -> list[Any] | None:
+    """Return what changes with a module or weight of the stages; None if torch does not say.
+
+    It reads no values, so that a GPU is not waited for in each step.
+    """
+    seen: list[Any] = []
+    for _, *sides in stages:
+        for side in sides:
+            seen += [x for x in side.modules() if x is not side]  # compared by identity
+            for x in (*side.parameters(), *side.buffers()):
+                if x.is_inference():
+                    return None
+                seen.append((x.data_ptr(), x._version))
+    return seen
+
+
+def _last_equal(stages: list[_Stage]) -> str | None:
+    """Return the name of the last stage up to which both sides are equal; None if none is."""
+    last = None
+    for name, theirs, ours in stages:
+        if not _are_equal(theirs, ours):
+            break
+        last = name
+    return last
+
+
+def _are_equal(first: nn.Module, second: nn.Module) -> bool:
     """Tell whether two stages always compute the same from the same input."""
-    for stage in (first, second):
-        if any(x.requires_grad for x in stage.parameters()):
-            return False
-        if any(isinstance(x, _DIFFERS_IN_TRAINING) for x in stage.modules()):
-            return False
     first_state: dict[str, Tensor] = first.state_dict()
     second_state = second.state_dict()
-    return first_state.keys() == second_state.keys() and all(
-        x.dtype == second_state[name].dtype and torch.equal(x, second_state[name])
-        for name, x in first_state.items()
+    return (
+        repr(first) == repr(second)
+        and first_state.keys() == second_state.keys()
+        and all(
+            x.dtype == second_state[name].dtype and torch.equal(x, second_state[name])
+            for name, x in first_state.items()
+        )
     )

@@ -106,24 +106,37 @@ def share_first_stages(backbone: nn.Module, until: str) -> nn.Module:
 
 
 @contextmanager
-def record_stages(backbone: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+def record_stages(
+    backbone: nn.Module, names: Sequence[str]
+) -> Iterator[tuple[dict[str, Tensor], list[Tensor]]]:
     """Collect the outputs of the named stages of a backbone while the block runs.
 
     Only those of this thread: others may run the same model.
+
+    Yields:
+        the outputs by name, and the input of each run of the backbone's stages.
     """
-    body, outputs = getattr(backbone, "bottom_up", backbone), {}
+    body = getattr(backbone, "bottom_up", backbone)
+    outputs: dict[str, Tensor] = {}
+    inputs: list[Tensor] = []
     thread = threading.get_ident()
 
     def keep(name):
-        def hook(module, inputs, output):
+        def hook(module, arguments, output):
             if threading.get_ident() == thread:
                 outputs[name] = output
 
         return hook
 
+    def keep_input(module, arguments):
+        if threading.get_ident() == thread:
+            inputs.extend(arguments)
+
     handles = [getattr(body, name).register_forward_hook(keep(name)) for name in names]
+    if names:
+        handles.append(body.register_forward_pre_hook(keep_input))
     try:
-        yield outputs
+        yield outputs, inputs
     finally:
         for handle in handles:
             handle.remove()

@@ -14,6 +14,7 @@ from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.structures import Boxes, Instances
 
+from ..precision import at_least_float32
 from .base import (
     ENTITY_DETECTOR_REGISTRY,
     EntityDetector,
@@ -91,11 +92,18 @@ class RetinaNetDetector(EntityDetector):
             model.ROI_BOX_HEAD.POOLER_RESOLUTION = 7
         return cfg
 
+    def _head(self, features) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """Return the maps of the dense head, and its predictions by kind and map.
+
+        They are float32: sigmoids in half precision would tie, and FCOS rounds boxes to their type.
+        """
+        maps = [features[name] for name in self.model.head_in_features]
+        return maps, at_least_float32(self.model.head(maps))
+
     def _predict(self, features) -> tuple[list[Boxes], list[Tensor], list[Tensor]]:
         """Return anchors, (N, Q, K) class probabilities and (N, Q, 4) deltas of each map."""
-        maps = [features[name] for name in self.model.head_in_features]
-        logits, deltas = self.model.head(maps)
-        probabilities = [permute_to_N_HWA_K(x, self.num_classes).float().sigmoid() for x in logits]
+        maps, (logits, deltas) = self._head(features)
+        probabilities = [permute_to_N_HWA_K(x, self.num_classes).sigmoid() for x in logits]
         deltas = [permute_to_N_HWA_K(x, 4) for x in deltas]
         return self.model.anchor_generator(maps), probabilities, deltas
 
@@ -104,7 +112,7 @@ class RetinaNetDetector(EntityDetector):
         anchors, probabilities, deltas = self._predict(features)
         positions = Boxes.cat(anchors).tensor
         transform = self.model.box2box_transform
-        boxes = [transform.apply_deltas(x.float(), positions) for x in torch.cat(deltas, dim=1)]
+        boxes = [transform.apply_deltas(x, positions) for x in torch.cat(deltas, dim=1)]
         return boxes, list(torch.cat(probabilities, dim=1))
 
     def propose(self, batched_inputs, images, features) -> list[Boxes]:
@@ -118,8 +126,7 @@ class RetinaNetDetector(EntityDetector):
         return proposals
 
     def detect(self, batched_inputs, images, features) -> list[Instances]:
-        maps = [features[name] for name in self.model.head_in_features]
-        found = self.model.forward_inference(images, maps, self.model.head(maps))
+        found = self.model.forward_inference(images, *self._head(features))
         for x in found:
             x.pred_boxes.clip(x.image_size)  # Detectron2 does this when it scales the result
         return [x[x.pred_boxes.nonempty()] for x in found]
@@ -154,10 +161,9 @@ class FCOSDetector(RetinaNetDetector):
         return False
 
     def _predict(self, features) -> tuple[list[Boxes], list[Tensor], list[Tensor]]:
-        maps = [features[name] for name in self.model.head_in_features]
-        logits, deltas, centers = self.model.head(maps)
+        maps, (logits, deltas, centers) = self._head(features)
         scores = []
         for x, center in zip(logits, centers):
-            probabilities = permute_to_N_HWA_K(x, self.num_classes).float().sigmoid()
+            probabilities = permute_to_N_HWA_K(x, self.num_classes).sigmoid()
             scores.append((probabilities * permute_to_N_HWA_K(center, 1).sigmoid()).sqrt())
         return self.model.anchor_generator(maps), scores, [permute_to_N_HWA_K(x, 4) for x in deltas]

@@ -15,6 +15,7 @@ from detectron2.modeling.poolers import ROIPooler, assign_boxes_to_levels
 from detectron2.structures import Boxes
 
 from ..backbone.lazy_fpn import MapsOnDemand
+from ..precision import at_least_float32
 
 __all__ = ["LevelPooler"]
 
@@ -23,16 +24,18 @@ class LevelPooler(ROIPooler):
     """Detectron2's ``ROIPooler`` with fewer transfers to the host, and for maps on demand.
 
     Detectron2 finds the boxes of each level separately, which makes the host wait for the device
-    once per level. Here the boxes are sorted by level, and it waits once.
+    once per level. Here the boxes are sorted by level, and it waits once. Detectron2 also rounds
+    boxes to the type of the maps; here maps in half precision are pooled in float32.
     """
 
     def forward(self, x: list[Tensor], box_lists: list[Boxes]) -> Tensor:
-        """Pool as ``ROIPooler`` does, with the same values: (R, c, G, G).
+        """Pool as ``ROIPooler`` does, with the same values: (R, c, G, G) of at least float32.
 
         Args:
             x: (N, c, h, w) maps, finest first.
             box_lists: of each image.
         """
+        x = at_least_float32(x)
         traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
         if traced or len(x) == 1 or not box_lists:
             return super().forward(x, box_lists)

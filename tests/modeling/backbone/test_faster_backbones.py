@@ -12,7 +12,7 @@ from model_utils import (
     unrelated_item,
 )
 
-from reldn_d2.modeling.backbone import FrozenStages, maps_on_demand
+from reldn_d2.modeling.backbone import FrozenStages, frozen_stages, maps_on_demand
 from reldn_d2.modeling.backbone.folding import FoldingConv2d
 from reldn_d2.modeling.backbone.lazy_fpn import MapsOnDemand
 from reldn_d2.modeling.relation_head.poolers import LevelPooler
@@ -147,8 +147,77 @@ def test_frozen_stages_leave_state_dict_and_copies_alone():
 
 def test_frozen_stages_different_structures_have_none():
     first, second = (frozen_model("MODEL.RESNETS.STEM_OUT_CHANNELS", x) for x in (8, 4))
-    stages = FrozenStages(first.detector.backbone, second.predicate_backbone)
-    assert stages.later_backbone() is None
+    backbones = first.detector.backbone, second.predicate_backbone
+    assert FrozenStages().later_backbone(*backbones) is None
+
+
+def test_frozen_stages_training_the_later_ones_compares_no_second_time(monkeypatch):
+    model, compared = frozen_model().train(), []
+    are_equal = frozen_stages._are_equal
+    monkeypatch.setattr(
+        frozen_stages, "_are_equal", lambda *x: bool(compared.append(x)) or are_equal(*x)
+    )
+    optimizer = torch.optim.SGD((x for x in model.parameters() if x.requires_grad), lr=1e-4)
+    stage = model.predicate_backbone.bottom_up.res3
+    before = copy.deepcopy(stage.state_dict())
+    for _ in range(3):
+        with EventStorage():
+            sum(model([busy_item(0)]).values()).backward()
+        optimizer.step()
+    assert any(not torch.equal(x, before[name]) for name, x in stage.state_dict().items())
+    assert len(compared) == 1
+
+
+def replace_backbone(model):
+    model.predicate_backbone = copy.deepcopy(model.predicate_backbone)
+    return model.predicate_backbone.bottom_up.res3
+
+
+def replace_later_stage(model):
+    model.predicate_backbone.bottom_up.res3 = copy.deepcopy(model.predicate_backbone.bottom_up.res3)
+    return model.predicate_backbone.bottom_up.res3
+
+
+def replace_part_of_fpn(model):
+    model.predicate_backbone.fpn_output3 = copy.deepcopy(model.predicate_backbone.fpn_output3)
+    return model.predicate_backbone.fpn_output3
+
+
+@pytest.mark.parametrize("replace", [replace_backbone, replace_later_stage, replace_part_of_fpn])
+def test_frozen_stages_replaced_module_is_used(replace):
+    model = frozen_model()
+    model._later_backbone()
+    module = replace(model)
+    later = model._later_backbone()
+    assert later is not model.predicate_backbone and module in list(later.modules())
+
+
+def test_frozen_stages_replaced_frozen_stage_is_compared():
+    model = frozen_model()
+    model._later_backbone()
+    body = model.predicate_backbone.bottom_up
+    body.res2 = copy.deepcopy(body.res2)
+    assert model._later_backbone().shared_stages == ("res2",)
+    body.res2[0].conv1.stride = (3, 3)
+    body.res2 = copy.deepcopy(body.res2)
+    assert model._later_backbone() is model.predicate_backbone
+
+
+@pytest.mark.parametrize(
+    "extract",
+    [
+        lambda backbone, x: backbone(0.5 * x),
+        lambda backbone, x: [backbone(x), backbone(x.flip(3))][0],
+    ],
+)
+def test_frozen_stages_detector_that_changes_images_shares_none(extract, monkeypatch):
+    model = frozen_model().eval()
+    backbone = model.detector.backbone
+    monkeypatch.setattr(model.detector, "extract_features", lambda x: extract(backbone, x.tensor))
+    images = model.detector.preprocess([busy_item(0)])
+    with torch.no_grad():
+        maps, expected = model.feature_maps(images)[1], model.predicate_backbone(images.tensor)
+    assert all(torch.equal(maps[name], x) for name, x in expected.items())
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -260,6 +329,16 @@ def test_maps_on_demand_read_as_mapping_equals_fpn():
             assert maps.shape(name) == (2, *expected[name].shape[-2:])
 
 
+def test_training_step_entity_boxes_are_pooled_without_gradients():
+    """The detector is frozen, so RoIAlign has a backward pass for union boxes only."""
+    model, pooled = frozen_model("MODEL.RELDN.MAPS_ON_DEMAND", False).train(), []
+    for pool in (model.relation_head.entity_pooler, model.relation_head.predicate_pooler):
+        pool.register_forward_hook(lambda _, inputs, output: pooled.append(output))
+    with EventStorage():
+        model([busy_item(0)])
+    assert [x.requires_grad for x in pooled] == [False, True]
+
+
 def test_level_pooler_is_bit_equal_to_roi_pooler():
     fpn, images = pyramid()
     with torch.no_grad():
@@ -272,3 +351,16 @@ def test_level_pooler_is_bit_equal_to_roi_pooler():
         ours.square().sum().backward()
         theirs.square().sum().backward()
         assert all(torch.equal(a.grad, b.grad) for a, b in zip(x, y))
+
+
+def test_level_pooler_bfloat16_maps_keep_coordinates():
+    torch.manual_seed(0)
+    maps = [torch.randn(1, 2, 256 // 2**i, 256 // 2**i).bfloat16() for i in range(3)]
+    boxes = [Boxes(torch.tensor([[701.3, 702.9, 731.3, 741.1], [21.3, 30.9, 701.3, 702.9]]))]
+    for number in (3, 1):
+        parts = dict(scales=(1 / 4, 1 / 8, 1 / 16)[:number], sampling_ratio=2)
+        ours, theirs = (
+            kind(7, pooler_type="ROIAlignV2", **parts) for kind in (LevelPooler, ROIPooler)
+        )
+        expected = theirs([x.float() for x in maps[:number]], boxes)
+        torch.testing.assert_close(ours(maps[:number], boxes), expected)

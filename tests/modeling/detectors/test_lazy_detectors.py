@@ -16,7 +16,7 @@ from reldn_d2.modeling import ENTITY_DETECTOR_REGISTRY, GeneralizedRCNNDetector
 
 from detectron2.config import LazyConfig, instantiate
 from detectron2.modeling import build_model
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 ADAPTERS = {
@@ -93,6 +93,20 @@ def test_fcos_classifies_given_boxes_by_its_own_scores(tmp_path):
         assert len(found) and (own >= found.scores - 1e-5).all()
         (proposed,) = model.detector.propose(*features_of(model))
         assert isinstance(found, Instances) and len(proposed) > 5
+
+
+def test_fcos_in_bfloat16_boxes_are_not_rounded(tmp_path):
+    model = lazy_model(write_lazy_detector(tmp_path, "fcos")).eval()
+    with torch.no_grad():
+        batch, images, features = features_of(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            (found,) = model.detector.detect(batch, images, features)
+            (boxes,), _ = model.detector._dense(features)
+    assert len(found) and found.scores.dtype == torch.float32
+    boxes = Boxes(boxes)
+    boxes.clip(found.image_size)
+    difference = (found.pred_boxes.tensor[:, None] - boxes.tensor).abs().amax(dim=2)
+    assert difference.amin(dim=1).max() < 1e-4
 
 
 def features_of(model):

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from loss_oracle import all_pairs, anchor_sides, contrastive_in_loops, groups_in_loops
 from random_cases import NUM_CASES
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reldn_d2.modeling.losses import (
@@ -385,21 +386,26 @@ def test_contrastive_losses_gradients_equal_finite_differences(normalization):
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 def test_contrastive_losses_compiled_equal_eager(normalization):
-    """torch.compile traces values and gradients into one graph; no C++ compiler is needed here."""
+    """One graph with dynamic shapes has values and gradients; no C++ compiler is needed here."""
     generator = torch.Generator().manual_seed(3)
-    case = make_case([4, 3], [1, 0, 2, 0, 3, 0, 0], 2, 2, [0, 1, 1])
-    logits = torch.randn(18, 3, dtype=torch.float64, generator=generator, requires_grad=True)
 
-    def total(x):
+    def total(case, x):
         return torch.stack(run(case, x, normalization=normalization)).mul(WEIGHTS).sum()
 
     torch._dynamo.reset()
-    compiled = torch.compile(total, backend="aot_eager", fullgraph=True)(logits)
-    eager = total(logits)
-    assert eager.item() > 0.01 and torch.equal(compiled, eager)
-    (gradient,) = torch.autograd.grad(compiled, logits)
-    (expected,) = torch.autograd.grad(eager, logits)
-    torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-12)
+    counter, num_graphs = CompileCounterWithBackend("aot_eager"), set()
+    compiled_total = torch.compile(total, backend=counter, fullgraph=True, dynamic=True)
+    for sizes in ([4, 3], [5, 2, 3]):
+        case = make_case(sizes, [1, 0, 2, 0, 3, 0, 0], 2, 2, [0, 1, 1])
+        shape = (len(case["labels"]), 3)
+        logits = torch.randn(shape, dtype=torch.float64, generator=generator, requires_grad=True)
+        compiled, eager = compiled_total(case, logits), total(case, logits)
+        assert eager.item() > 0.01 and torch.equal(compiled, eager)
+        (gradient,) = torch.autograd.grad(compiled, logits)
+        (expected,) = torch.autograd.grad(eager, logits)
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-12)
+        num_graphs.add(counter.frame_count)
+    assert len(num_graphs) == 1  # other numbers of pairs and images need no other graph
 
 
 def test_contrastive_losses_unknown_normalization_raises():
