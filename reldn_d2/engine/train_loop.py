@@ -1,6 +1,5 @@
 """Detectron2's training steps, extended to models on the CPU."""
 
-import ctypes
 from typing import Any
 
 import torch
@@ -12,9 +11,9 @@ from detectron2.engine import AMPTrainer, SimpleTrainer
 from detectron2.engine import create_ddp_model as create_ddp_model_on_gpu
 from detectron2.utils import comm
 
-__all__ = ["CPUAMPTrainer", "build_simple_trainer", "create_ddp_model", "keep_freed_memory"]
+from ..utils.memory import keep_freed_memory
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # parameters of glibc's mallopt(3)
+__all__ = ["CPUAMPTrainer", "build_simple_trainer", "create_ddp_model"]
 
 
 class CPUAMPTrainer(SimpleTrainer):
@@ -43,21 +42,6 @@ def build_simple_trainer(
     else:
         trainer = CPUAMPTrainer if on_cpu else AMPTrainer
     return trainer(model, data_loader, optimizer)
-
-
-def keep_freed_memory() -> bool:
-    """Make the C library keep what this process frees, instead of giving it back to the system.
-
-    Every training step on the CPU allocates and frees the same tensors, several GB. The system
-    clears each page that it hands out again, which takes an eighth of the time of a step.
-
-    Returns:
-        Whether the C library can do it: glibc can.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    return bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1) and mallopt(_M_MMAP_MAX, 0))
 
 
 def create_ddp_model(model: nn.Module) -> nn.Module:

@@ -4,8 +4,6 @@ rescaled schedules, the best checkpoint.
 
 import json
 import os
-import platform
-import resource
 import signal
 import socket
 import subprocess
@@ -412,17 +410,6 @@ def test_train_net_cuda_without_gpu_one_line(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------ memory
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can keep freed memory")
-def test_keep_freed_memory_next_tensor_has_the_same_pages():
-    assert train_loop.keep_freed_memory()
-    torch.ones(2**24)  # 64 MiB, freed at once
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(5):
-        torch.ones(2**24)
-    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-    assert faults < 5 * 2**14 / 2  # each of the five has 2 ** 14 pages
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import reldn_d2
 from reldn_d2.checkpoint.reldn_checkpoint import initialize_relation_branch
-from reldn_d2.engine import train_loop
 from reldn_d2.engine.optimizer import build_optimizer
 from reldn_d2.modeling import meta_arch
 from reldn_d2.modeling.relation_head import head_base
+
+try:
+    from reldn_d2.utils.memory import keep_freed_memory
+except ImportError:  # an older checkout
+    keep_freed_memory = None
 
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
@@ -121,8 +125,8 @@ class TrainingStep:
         opts = ["MODEL.WEIGHTS", "", "MODEL.DEVICE", self.device, *options["opts"]]
         reldn_d2.merge_config(cfg, options["config_file"], opts)
         torch.manual_seed(0)
-        if not self.on_gpu and cfg.MODEL.RELDN.get("KEEP_FREED_MEMORY"):
-            train_loop.keep_freed_memory()
+        if keep_freed_memory and not self.on_gpu and cfg.MODEL.RELDN.KEEP_FREED_MEMORY:
+            keep_freed_memory()
         self.model = build_model(cfg).train()
         _tame(self.model)
         if self.model.predicate_weights:
