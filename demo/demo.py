@@ -70,7 +70,13 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--input", nargs="+", metavar="PATH", help="images, globs, folders")
+    source.add_argument(
+        "--input",
+        nargs="+",
+        metavar="PATH",
+        help="images, globs, folders; with --format jsonl and parquet also lists (.txt), .tar and "
+        ".parquet files (docs/bulk.md)",
+    )
     source.add_argument("--video-input", metavar="FILE", help="a video")
     source.add_argument("--webcam", action="store_true", help="the first camera; q quits")
     parser.add_argument(

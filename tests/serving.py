@@ -55,7 +55,9 @@ class Service(NamedTuple):
             connection.close()
         found = {key.lower(): value for key, value in response.getheaders()}
         is_json = found.get("content-type", "") == "application/json"
-        return Answer(response.status, found, json.loads(text) if is_json else text.decode())
+        return Answer(
+            response.status, found, json.loads(text) if is_json and text else text.decode()
+        )
 
     def predict(self, image: bytes | None = None, query: str = "", **fields: Any) -> Answer:
         """Send an image, fields as JSON, or both as a form."""

@@ -156,6 +156,8 @@ def write_files_of_reader(folder: Path) -> None:
     detection = {"image_id": 139, "category_id": 0, "bbox": [9, 9, 50, 50], "score": 0.9}
     (folder / "coco_instances_results.json").write_text(json.dumps([detection]))
     detections = [{**detection, "image_id": f"test_{i}.jpg", "category_id": i} for i in range(4)]
+    given = {"boxes": [[9, 9, 150, 150], [60, 60, 200, 180]], "classes": ["person", "horse"]}
+    (folder / "boxes.json").write_text(json.dumps({"c.jpg": given}))
     (folder / "detections.json").write_text(json.dumps(detections))  # of vrd_test
     demo = folder / "output/toy/seed_1/reldn"
     demo.mkdir(parents=True)

@@ -54,7 +54,9 @@ from reldn_d2.scripts.model_options import (
 from reldn_d2.utils.user_modules import import_modules, parse_and_import
 
 # A shard that ends its actor so often stops the run, instead of ending one actor after the other.
+# Ray repeats it without end, and newer versions have no option for that.
 MAX_RETRIES = 10
+ATTEMPTS = "_attempts-"  # and the shard's name: a file with one byte per attempt, until it ends
 OBJECT_STORE_BYTES = 100 * 2**20  # of a local Ray: only names and counts go through it
 
 
@@ -131,8 +133,6 @@ class ShardPredictor:
 
     def _load(self) -> None:
         """Load the model; not in the constructor, which Ray calls again and again if it raises."""
-        if os.path.isdir(self.folder):
-            os.chdir(self.folder)
         import_modules(self.args.module)
         predictor = build_predictor(self.args)
         self.entities = read_entities(predictor, self.args)
@@ -163,10 +163,15 @@ class ShardPredictor:
         return {"result": results, "failure": failures}
 
     def _predict(self, shard: Shard) -> ShardResult:
+        if os.path.isdir(self.folder):
+            os.chdir(self.folder)
+        args = self.args
+        attempts = args.output / f"{ATTEMPTS}{shard.name}"
+        if args.output.is_dir():  # otherwise predict_shard says that this machine lacks it
+            self._count_attempt(attempts, shard.name)
         if self.predictor is None:
             self._load()
-        args = self.args
-        return predict_shard(
+        result = predict_shard(
             shard,
             self.predictor,
             self.entities,
@@ -177,6 +182,23 @@ class ShardPredictor:
             args.batch_size,
             args.workers,
         )
+        attempts.unlink(missing_ok=True)
+        return result
+
+    def _count_attempt(self, attempts: Path, name: str) -> None:
+        """Note that a shard is begun, in a file that is still there if this process dies.
+
+        Raises:
+            ActorError: it has ended its process too often.
+        """
+        with open(attempts, "ab") as file:
+            file.write(b".")
+            count = file.tell()
+        if count > 1 + MAX_RETRIES:
+            raise ActorError(
+                f"part-{name} has ended its process {count - 1} times; with --workers 1 or more, "
+                "images that do this are listed"
+            )
 
 
 def prepare(args: argparse.Namespace) -> tuple[list[Shard], list[str]]:
@@ -206,7 +228,23 @@ def prepare(args: argparse.Namespace) -> tuple[list[Shard], list[str]]:
         args.output,
         {"format": args.format, **description, "images": describe_shards(shards)},
     )
+    for file in args.output.glob(f"{ATTEMPTS}*"):  # of an earlier run
+        file.unlink()
     return shards, predictor.thing_classes
+
+
+def describe_idle_actors(shards: Sequence[Shard], actors: int) -> str:
+    """Return how --shard-size would give each actor a shard, or "" if each one has one."""
+    idle = actors - len(shards)
+    if idle <= 0:
+        return ""
+    images = [len(shard.images) for shard in shards if not shard.container]
+    actors_for_images = len(images) + idle
+    line = f"{len(shards)} shard{'s'[len(shards) == 1:]} for {actors} actors"
+    if sum(images) < actors_for_images:  # also if there are only tar and Parquet files
+        return f"{line}: {idle} of these stay idle"
+    size = sum(images) // actors_for_images
+    return f"{line}: start with --shard-size {size} and another --output to use all of them"
 
 
 def start_ray(args: argparse.Namespace) -> None:
@@ -271,7 +309,6 @@ def run_shards(
         ),
         num_cpus=1 + args.workers,
         num_gpus=args.gpus_per_actor,
-        ray_remote_args_fn=lambda: {"max_task_retries": MAX_RETRIES},
     )
     try:
         for row in dataset.iter_rows():
@@ -290,6 +327,8 @@ def run_shards(
 def run(args: argparse.Namespace) -> int:
     """Predict what has no result yet and return the exit status."""
     shards, thing_classes = prepare(args)
+    if idle := describe_idle_actors(shards, args.actors):
+        print(idle)
     remaining, predicted, errors = [], 0, 0
     for shard in shards:
         if is_complete(args.output, shard.name, args.format):
@@ -320,7 +359,11 @@ def run(args: argparse.Namespace) -> int:
     print(f"{predicted} of {predicted + errors} images done in {args.output}")
     print_left_out(left_out, thing_classes)
     if errors:
-        print(f"{errors} could not be used: {args.output}/_errors-*.jsonl", file=sys.stderr)
+        print(
+            f"{errors} could not be used: {args.output}/_errors-*.jsonl list them with the reason; "
+            "remove one and its part-* to try them again",
+            file=sys.stderr,
+        )
     if problems:
         print("\n  ".join([f"{len(problems)} shards have no part:", *problems]), file=sys.stderr)
     return 1 if errors or problems else 0

@@ -40,6 +40,23 @@ RUN_FILE = "_run.json"
 ERROR_FILE = "_errors.jsonl"
 ROWS_PER_FILE = 10_000  # of a Parquet file
 
+# Entries of a run's description that are hashes.
+_HASHES = {
+    "options.boxes": "the content of --boxes",
+    "options.detections": "the content of --detections",
+    "options.detector_content": "the content of --detector",
+    "options.detector_weights": "the weights of the detector",
+    "model.weights": "the weights of the model",
+    "model.names": "the names of classes, predicates or attributes",
+    "images": "the images of --input",
+}
+# Entries that always differ if others do.
+_FOLLOWS = {
+    "images": {"input", "options.shard_size"},
+    "options.detector_content": {"options.detector"},
+    "options.detector_weights": {"options.detector", "options.detector_content"},
+}
+
 
 def to_record(key: str, graph: SceneGraph) -> dict[str, Any]:
     """Return the line of an image: its key and what ``graph.to_dict()`` has."""
@@ -70,7 +87,12 @@ def check_run(folder: Path, description: Mapping[str, Any], write: bool = True) 
             before = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{file}: this is not JSON ({error}); give another folder") from None
-        differences = list(_differences(before, description))
+        found = {name: values for name, *values in _differences(before, description)}
+        differences = [
+            _describe(name, *values)
+            for name, values in found.items()
+            if not _FOLLOWS.get(name, set()) & found.keys()
+        ]
         if differences:
             shown = "; ".join(differences[:3])
             more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
@@ -89,16 +111,30 @@ def check_run(folder: Path, description: Mapping[str, Any], write: bool = True) 
             json.dump(description, stream, indent=1)
 
 
-def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
-    """Yield what differs, such as ``options.top_k was 20 and is 10``."""
+def _differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield what differs, such as ``("options.top_k", 20, 10)``."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in {**before, **now}:
             yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
     elif before != now:
-        yield f"{name} was {_short(before)} and is {_short(now)}"
+        yield name, before, now
+
+
+def _describe(name: str, before: Any, now: Any) -> str:
+    """Return a difference in the words of the command line, such as "--top-k was 20 and is 10"."""
+    values = [_short(x) for x in (before, now)]
+    if name in _HASHES:
+        if before is not None and now is not None:
+            return f"{_HASHES[name]} changed"
+        values = ["not given" if x is None else "given" for x in (before, now)]
+    if name in ("format", "input") or name.startswith("options."):
+        name = "--" + name.removeprefix("options.").replace("_", "-")
+    return f"{name} was {values[0]} and is {values[1]}"
 
 
 def _short(value: Any) -> str:
+    if value is None:
+        return "not given"
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 

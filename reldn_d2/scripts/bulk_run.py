@@ -112,5 +112,9 @@ def run_bulk(
     print(f"{len(output.done) - errors} of {len(output.done)} images done in {args.output}")
     if errors:
         where = args.output / ERROR_FILE
-        print(f"{errors} could not be used: {where} lists them with the reason", file=sys.stderr)
+        print(
+            f"{errors} could not be used: {where} lists them with the reason; remove that file to "
+            "try them again",
+            file=sys.stderr,
+        )
     return (1 if errors else 0), left_out

@@ -88,10 +88,11 @@ async def _read(request: Request, limits: Limits) -> RequestData:
     if media_type == "multipart/form-data":
         data = await _read_form(request, limits)
     elif media_type == "application/json":
-        body = await _read_body(request, MAX_JSON_BYTES, "the JSON")
+        body = await _read_body(request, MAX_JSON_BYTES, _many_bytes("the JSON", MAX_JSON_BYTES))
         data = RequestData(None, _parse_json(body, "the body"))
     elif media_type.startswith("image/") or media_type == _BINARY:
-        body = await _read_body(request, limits.max_bytes, "the image")
+        message = _many_bytes("the image", limits.max_bytes)
+        body = await _read_body(request, limits.max_bytes, message)
         if not body:
             raise RequestError(400, "image: the body is empty")
         data = RequestData(body, {})
@@ -107,8 +108,12 @@ async def _read(request: Request, limits: Limits) -> RequestData:
     return RequestData(data.image, given)
 
 
-async def _chunks(request: Request, max_bytes: int, what: str) -> AsyncIterator[bytes]:
-    """Yield the body; it is refused as early as possible if it is too large."""
+def _many_bytes(what: str, most: int) -> str:
+    return f"{what} has more than {most} bytes, the most that is accepted"
+
+
+async def _chunks(request: Request, max_bytes: int, message: str) -> AsyncIterator[bytes]:
+    """Yield the body; it is refused with ``message`` as early as possible if it is too large."""
     length = request.headers.get("content-length", "0")
     received = 0
     too_large = length.isdecimal() and int(length[:20]) > max_bytes
@@ -120,22 +125,25 @@ async def _chunks(request: Request, max_bytes: int, what: str) -> AsyncIterator[
                 break
             yield chunk
     if too_large:
-        message = f"{what} has more than {max_bytes} bytes, the most that is accepted"
         # The connection stays open, so that clients which send everything first see the answer.
         raise RequestError(413, message)
 
 
-async def _read_body(request: Request, max_bytes: int, what: str) -> bytes:
-    return b"".join([chunk async for chunk in _chunks(request, max_bytes, what)])
+async def _read_body(request: Request, max_bytes: int, message: str) -> bytes:
+    return b"".join([chunk async for chunk in _chunks(request, max_bytes, message)])
 
 
 async def _read_form(request: Request, limits: Limits) -> RequestData:
     """Read the file ``image`` and the fields ``boxes``, ``classes``, ``scores``, ``size``."""
     max_bytes = limits.max_bytes + MAX_JSON_BYTES + _MULTIPART_OVERHEAD
     fields = len(FIELDS) + 1
+    message = (
+        f"the form is too large: the image may have {limits.max_bytes} bytes, a field "
+        f"{MAX_JSON_BYTES}"
+    )
     parser = _FormParser(
         request.headers,
-        _chunks(request, max_bytes, "the form"),
+        _chunks(request, max_bytes, message),
         max_files=fields,
         max_fields=fields,
         max_part_size=MAX_JSON_BYTES,
@@ -164,8 +172,7 @@ async def _read_form(request: Request, limits: Limits) -> RequestData:
     finally:
         await form.close()
     if image is not None and len(image) > limits.max_bytes:
-        message = f"the image has more than {limits.max_bytes} bytes, the most that is accepted"
-        raise RequestError(413, message)
+        raise RequestError(413, _many_bytes("the image", limits.max_bytes))
     return RequestData(image, given)
 
 

@@ -25,6 +25,7 @@ from reldn_d2 import __version__
 
 from ..data.prediction_input import ImageInput
 from ..predictor import RelationPredictor
+from ..structures.given_boxes import ENTITY_KEYS
 from ..structures.scene_graph import SceneGraph
 from ..utils.image_io import ImageError
 from .prediction_worker import Detector, PredictionWorker, fail
@@ -72,6 +73,7 @@ def create_app(
     _add_error_handlers(app)
     page, policy = _page()
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def show_page() -> HTMLResponse:
         return HTMLResponse(page, headers={"Content-Security-Policy": policy})
@@ -94,6 +96,7 @@ def create_app(
     async def model() -> dict[str, Any]:
         return {"name": name, "version": __version__, **service.description()}
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> JSONResponse:
         status = service.health()
@@ -198,10 +201,23 @@ class _Service:
 
     def _prepare(self, data: RequestData, unknown_classes: str) -> ImageInput | np.ndarray:
         """Decode and check; return the model's input, or an image for the detector."""
+        has_entities = not data.given.keys().isdisjoint(ENTITY_KEYS)
+        if self.predictor.needs_detections and not has_entities:
+            if self.detector is None:
+                raise RequestError(
+                    422,
+                    "this model has no detector: send `boxes` and `classes`, or start the service "
+                    "with --detector",
+                )
+            if data.image is None:
+                raise RequestError(422, "send an image, or `boxes` and `classes`")
         rgb = None if data.image is None else decode_image(data.image, self.limits)
         if self.detector is not None and rgb is not None and not data.given:
             return rgb
-        return self.predictor.read_input(rgb, unknown_classes=unknown_classes, **data.given)
+        # The image is decoded: errors are about the other fields.
+        return self.predictor.read_input(
+            rgb, "request", unknown_classes=unknown_classes, **data.given
+        )
 
 
 def _in_thread(function: Callable[..., Any], *args: Any) -> "asyncio.Future[Any]":

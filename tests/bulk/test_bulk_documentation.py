@@ -12,6 +12,14 @@ import demo as demo_script
 TEXT = (ROOT / "docs/bulk.md").read_text(encoding="utf-8")
 
 
+def test_documented_defaults_are_those_of_the_options():
+    args = vars(demo_script.build_parser().parse_args(["--input", "a"]))
+    found = dict(re.findall(r"`--([\w-]+)` \(default ([\d.]+)\)", TEXT))
+    assert found.keys() == {"top-k", "min-score", "batch-size", "workers"}
+    del found["workers"]  # None for the other formats
+    assert all(args[name.replace("-", "_")] == float(value) for name, value in found.items())
+
+
 def test_reading_with_pandas_and_pyarrow(tmp_path, monkeypatch):
     pytest.importorskip("pandas", reason="the block needs pandas")
     pytest.importorskip("pyarrow", reason="the block needs pyarrow")

@@ -129,12 +129,10 @@ def test_bulk_output_killed_after_parquet_file_repeats_nothing(tmp_path, monkeyp
 def test_bulk_output_other_run_raises(tmp_path):
     BulkOutput(tmp_path, "jsonl", RUN).__exit__(None)
     other = {"options": {"top_k": 10, "sizes": [1, 2], "new": "x" * 99}, "model": RUN["model"]}
-    message = (
-        r"another run: options.top_k was 20 and is 10; options.new was null and is \"x{56}\.\.\."
-    )
+    message = r"another run: --top-k was 20 and is 10; --new was not given and is \"x{56}\.\.\."
     with pytest.raises(ValueError, match=message):
         BulkOutput(tmp_path, "jsonl", other)
-    with pytest.raises(ValueError, match='format was "jsonl" and is "parquet"'):
+    with pytest.raises(ValueError, match='--format was "jsonl" and is "parquet"'):
         BulkOutput(tmp_path, "parquet", RUN)
     (tmp_path / "_run.json").write_text("{")
     with pytest.raises(ValueError, match="_run.json: this is not JSON"):
@@ -147,6 +145,27 @@ def test_bulk_output_other_run_raises(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         BulkOutput(tmp_path / "file", "jsonl", RUN)
+
+
+@pytest.mark.parametrize(
+    "before, now, message",
+    [
+        ({"boxes": "0" * 64}, {"boxes": "1" * 64}, "run: the content of --boxes changed. Give"),
+        ({"boxes": None}, {"boxes": "1" * 64}, "run: --boxes was not given and is given. Give"),
+        ({"shard_size": 1000}, {"shard_size": 8}, "run: --shard-size was 1000 and is 8. Give"),
+        ({"shard_size": 8}, {"shard_size": 8}, "run: the images of --input changed. Give"),
+        (
+            {"detector": "a", "detector_content": "a", "detector_weights": None},
+            {"detector": "b", "detector_content": "b", "detector_weights": "1" * 64},
+            'run: --detector was "a" and is "b". Give',
+        ),
+    ],
+)
+def test_check_run_names_the_options_that_changed(before, now, message, tmp_path):
+    images = ("2" * 64, "3" * 64 if "shard_size" in now else "2" * 64)
+    check_run(tmp_path, {"options": before, "images": images[0]})
+    with pytest.raises(ValueError, match=message):
+        check_run(tmp_path, {"options": now, "images": images[1]})
 
 
 def test_bulk_output_second_process_raises(tmp_path):

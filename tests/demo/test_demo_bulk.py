@@ -147,6 +147,7 @@ def test_demo_killed_run_continues_without_loss(
     assert f"{sum(done)} of {total} images were done before" in printed.out
     assert f"{total - 2} of {total} images done in {out}" in printed.out
     assert f"2 could not be used: {out}/_errors.jsonl" in printed.err
+    assert "with the reason; remove that file to try them again" in printed.err
     assert f"{total}/{total}" in printed.err and "image/s" in printed.err
     assert [x["key"] for x in lines(out / "_errors.jsonl")] == ["text.jpg", "sub/zero.jpg"]
     if kind == "jsonl":
@@ -174,7 +175,7 @@ def test_demo_bulk_other_model_or_options_are_refused(checkpoint, folder, tmp_pa
     assert run(checkpoint, *images, *out, "--device", "cpu", "--batch-size", 2) == 0
     capsys.readouterr()
     for model, changed, message in (
-        (checkpoint, ["--top-k", 7], "options.top_k was 20 and is 7"),
+        (checkpoint, ["--top-k", 7], "--top-k was 20 and is 7"),
         (checkpoint, ["--opts", "INPUT.MIN_SIZE_TEST", 64], "INPUT.MIN_SIZE_TEST was .96. and is"),
         (str(other), [], "model.config.MODEL.ROI_RELATION_HEAD.OVERLAP_FILTER was .False. and is"),
     ):
@@ -182,12 +183,12 @@ def test_demo_bulk_other_model_or_options_are_refused(checkpoint, folder, tmp_pa
         (error,) = capsys.readouterr().err.strip().splitlines()
         assert re.search(f"demo.py: .* has results of another run: .*{message}", error)
     assert run(checkpoint, "--input", folder, *out) == 1
-    assert "another run: input was " in capsys.readouterr().err
+    assert "another run: --input was " in capsys.readouterr().err
     torch_file = tmp_path / "retrained" / "model_final.pth"
     write_retrained(other, torch_file)
     assert run(str(other), *images, "--output", tmp_path / "o2", *out[2:]) == 0
     assert run(str(torch_file), *images, "--output", tmp_path / "o2", *out[2:]) == 1
-    assert "another run: model.weights was " in capsys.readouterr().err
+    assert "another run: the weights of the model changed. Give" in capsys.readouterr().err
 
 
 def test_demo_bulk_same_image_written_in_another_way_is_refused(
@@ -200,7 +201,7 @@ def test_demo_bulk_same_image_written_in_another_way_is_refused(
     monkeypatch.chdir(folder / "sub")
     for name in ("00.png", folder / "sub/00.png", "../sub/00.png"):
         assert run(checkpoint, "--input", name, *out) == 1
-        assert "has results of another run: input was " in capsys.readouterr().err
+        assert "has results of another run: --input was " in capsys.readouterr().err
     assert keys(tmp_path / "out") == ["sub/00.png"]
     (tmp_path / "small").mkdir()
     (tmp_path / "small/a.png").symlink_to(folder / "00.png")
@@ -273,7 +274,7 @@ def test_demo_bulk_detector_and_boxes(folder, tmp_path, capsys):
     assert [len(x["instances"]["boxes"]) + len(x["left_out"]) for x in records] == [20, 20]
     assert "boxes left out, of classes that the model does not have: " in capsys.readouterr().out
     assert run(model, *images, "--output", out, *detector, "--min-score", 0) == 1
-    assert "options.min_score was 0.01 and is 0.0" in capsys.readouterr().err
+    assert "--min-score was 0.01 and is 0.0" in capsys.readouterr().err
 
     # Other weights of the same size, under the same name, which only the config has.
     named = tmp_path / "coco/named.yaml"
@@ -284,7 +285,7 @@ def test_demo_bulk_detector_and_boxes(folder, tmp_path, capsys):
     content["model"]["roi_heads.box_predictor.cls_score.bias"] += 1
     torch.save(content, weights)
     assert run(model, *images, "--output", tmp_path / "named", *detector) == 1
-    assert "another run: options.detector_weights was " in capsys.readouterr().err
+    assert "another run: the weights of the detector changed. Give" in capsys.readouterr().err
 
     # Two images have the name 00.png: an entry by name could belong to either.
     entry = {"boxes": [[0, 0, 30, 30], [20, 20, 50, 50]], "classes": ["person", "horse"]}

@@ -122,6 +122,8 @@ def test_predict_detector_finds_the_entities(boxes_predictor):
         assert_equal(service.predict(encoded(picture())).body, boxes_predictor(picture(), **found))
         assert service.predict(encoded(picture()), **GIVEN).status == 200  # replaces detections
         assert shapes == [(60, 90, 3)]
+        answer = service.predict(size=[60, 90])
+        assert answer.body == {"error": "send an image, or `boxes` and `classes`"}
         answer = service.predict(encoded(picture(61)))
         assert (answer.status, answer.body["error"]) == (422, "image: the detector cannot use it")
         assert service.request("GET", "/model").body["needs_boxes"] is False
@@ -136,6 +138,9 @@ def test_other_routes_answer_in_json(service):
     assert service.request("GET", "/predict").status == 405
     answer = service.request("GET", "/docs")  # FastAPI's page would load scripts of other servers
     assert (answer.status, answer.body) == (404, {"error": "/docs: Not Found"})
+    for path in ("/", "/health"):
+        answer = service.request("HEAD", path)
+        assert (answer.status, answer.body) == (200, "")
 
 
 def test_model_describes_what_to_send(service, boxes_service, predictor):

@@ -169,8 +169,11 @@ def test_predict_shard_that_another_process_writes_as_well_loses_nothing(
         (["--input", "PHOTOS", "--output", "x.jsonl"], "give --output FOLDER"),
         (["--input", "PHOTOS", "--checkpoint", "none.pth"], "No checkpoint 'none.pth'"),
         (["--input", "TARS", "--boxes", "b.json"], "--boxes and --detections are for image files"),
-        (["--input", "PHOTOS", "--top-k", "7"], "another run: options.top_k was 20 and is 7"),
-        (["--input", "PHOTOS", "--shard-size", "9"], "options.shard_size was 1000 and is 9"),
+        (["--input", "PHOTOS", "--top-k", "7"], "another run: --top-k was 20 and is 7"),
+        (
+            ["--input", "PHOTOS", "--shard-size", "9"],
+            "another run: --shard-size was 1000 and is 9. Give",
+        ),
         (["--input", "PHOTOS"], "this needs Ray"),
     ],
 )
@@ -181,7 +184,7 @@ def test_predict_ray_problems_at_the_start_print_one_line(
     (tmp_path / "empty").mkdir()
     names = {"EMPTY": tmp_path / "empty", "PHOTOS": folder, "TARS": shards / "0.tar"}
     common = ["--checkpoint", checkpoint, "--device", "cpu", "--output", str(tmp_path / "out")]
-    if "another" in message or "shard_size" in message:
+    if "another" in message:
         assert predict_ray.main([*common, "--input", str(folder)]) == 1
         capsys.readouterr()
     for short, name in names.items():
@@ -207,6 +210,7 @@ def test_predict_ray_continued_run_counts_all_parts(
     assert "3 of 3 shards were done before" in printed.out
     assert f"{COUNT} of {COUNT + 2} images done in {tmp_path}/run" in printed.out
     assert f"2 could not be used: {tmp_path}/run/_errors-*.jsonl" in printed.err
+    assert "remove one and its part-* to try them again" in printed.err
 
 
 @pytest.mark.parametrize("text", ["-1", "nan", "inf", "1.5", "x"])
@@ -238,6 +242,8 @@ class StandInData:
         self.items = items
 
     def map_batches(self, actor_class, fn_constructor_args, **options):
+        # Ray 2.64 has no others for its remote functions.
+        assert options.keys() == {"batch_size", "batch_format", "compute", "num_cpus", "num_gpus"}
         actor = actor_class(*fn_constructor_args)
         batches = (actor({key: [x[key]] for key in x}) for x in self.items)
         return StandInData({key: x[key][0] for key in x} for x in batches)
@@ -341,10 +347,43 @@ def test_predict_ray_results_and_failures_of_actors(
     assert "20 of 20 images done" in printed.out
     assert "1 shards have no part:\n  part-000003: " in printed.err and "cut.tar" in printed.err
     assert len(keys(tmp_path / "out")) == 20
+    assert not list((tmp_path / "out").glob("_attempts-*"))
     # The cut file is replaced, and the run is continued.
     (shards / "cut.tar").write_bytes((shards / "1.tar").read_bytes())
     assert predict_with_stand_in(monkeypatch, arguments) == 0
     assert "3 of 4 shards were done before\n22 of 22 images" in capsys.readouterr().out
+
+
+def test_shard_predictor_shard_that_ends_its_process_again_and_again_fails(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the actor does it too; this goes back
+    check_run(tmp_path / "out", {})
+    attempts = tmp_path / "out/_attempts-000003"
+    attempts.write_bytes(b"." * 10)
+    arguments = ["--input", "a", "--output", "out", "--checkpoint", "none.pth"]
+    args = predict_ray.build_parser().parse_args(
+        arguments
+    )  # a path relative to the driver's folder
+    actor = predict_ray.ShardPredictor(args, [], str(tmp_path))
+    batch = {"shard": [json.dumps(Shard("000003", "", (("a", "a"),)))]}
+    assert "none.pth" in actor(batch)["failure"][0]
+    assert attempts.read_bytes() == b"." * 11
+    (failure,) = actor(batch)["failure"]
+    assert "part-000003 has ended its process 11 times; with --workers 1 or more" in failure
+
+
+@pytest.mark.parametrize(
+    "actors, containers, message",
+    [
+        (3, [], ""),
+        (4, [], "3 shards for 4 actors: start with --shard-size 12 and another --output"),
+        (100, [], "3 shards for 100 actors: 97 of these stay idle"),
+        (5, ["0.tar"], "4 shards for 5 actors: start with --shard-size 12 and another --output"),
+    ],
+)
+def test_describe_idle_actors(actors, containers, message, folder, shards):
+    plan = plan_shards([folder, *(shards / x for x in containers)], 20)
+    assert predict_ray.describe_idle_actors(plan, actors).startswith(message)
+    assert bool(message) == bool(predict_ray.describe_idle_actors(plan, actors))
 
 
 SLOW_MODEL = """
