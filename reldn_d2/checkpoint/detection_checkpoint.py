@@ -267,7 +267,8 @@ class DetectorCheckpointer(DetectionCheckpointer):
             fixed = [x for x in shapes if is_frozen(x[0])]
             advice = _MATCHING_ONLY_ADVICE
             if fixed:
-                advice = _CLASSES_ADVICE if explain_classes(fixed) else _CONFIG_ADVICE
+                sizes = _SIZES_ADVICE if kind == "detector" else _CONFIG_ADVICE
+                advice = _CLASSES_ADVICE if explain_classes(fixed) else sizes
             raise ValueError(
                 f"{source} does not fit the config: {self._explain_shapes(shapes)} {advice}"
             )
@@ -312,6 +313,10 @@ _MATCHING_ONLY_ADVICE = (
     "MODEL.RELDN.LOAD.MATCHING_ONLY to True."
 )
 _CONFIG_ADVICE = "Build the model with the config that the checkpoint was trained with."
+_SIZES_ADVICE = (
+    "The detector was trained with other sizes: use its YAML as _BASE_, or repeat the options that "
+    "it was trained with."
+)
 _CLASSES_ADVICE = (
     "RelDN does not train its detector: list all classes of the detector in the dataset, or train "
     "the detector on this dataset first."
@@ -334,8 +339,14 @@ def _part_of(name: str) -> str:
 
 
 def explain_classes(shapes: list[tuple]) -> list[str]:
-    """Compare the numbers of entity classes; see ``DetectorCheckpointer._explain_shapes``."""
+    """Compare the numbers of entity classes; see ``DetectorCheckpointer._explain_shapes``.
+
+    Returns:
+        one reason if they differ; none if only other sizes of the layers do.
+    """
     for name, theirs, ours in shapes:
+        if theirs[:1] == ours[:1]:
+            continue
         if re.search(r"box_predictor\.(\d\.)?cls_score\.weight$", name):
             return [
                 f"it was trained with {theirs[0] - 1} entity classes, the config has "
