@@ -31,6 +31,7 @@ from reldn_d2.engine import (
     StopOnSignal,
     build_simple_trainer,
     check_device,
+    check_weights,
     create_ddp_model,
     ensure_frequency_table,
     launch,
@@ -191,6 +192,9 @@ def main(args):
     default_setup(config, args)
     setup_logger(output=config.train.output_dir, distributed_rank=comm.get_rank(), name="reldn_d2")
     model = build(config, args.config_file)
+    options = config.train
+    key = "train.init_checkpoint"
+    check_weights(options.init_checkpoint, options.output_dir, args.resume, key)
     if not args.eval_only:
         return train(config, model, args.resume)
     checkpointer = checkpointer_of(config, model, complete=True)

@@ -21,12 +21,31 @@ from ..utils.user_modules import imported_modules
 from .checkpoint_reader import fetch, from_torchvision_vgg16, read_checkpoint
 from .class_weights import class_weights, model_zoo_classes, num_classes_of
 
-__all__ = ["DetectorCheckpointer"]
+__all__ = ["DetectorCheckpointer", "check_checkpoint_exists"]
 
 logger = logging.getLogger(__name__)
 
 # A BatchNorm buffer that older checkpoints lack and that no model here needs.
 _BATCH_COUNTER = "num_batches_tracked"
+
+
+def check_checkpoint_exists(path: str, key: str = "MODEL.WEIGHTS") -> None:
+    """Check that a checkpoint to start from is there, unless it is a URL.
+
+    Args:
+        path: file or URL; empty means random weights.
+        key: config key that names it, for the message.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
+    # Detectron2's main branch accepts options behind a question mark.
+    if path and "://" not in path and not os.path.isfile(path.split("?")[0]):
+        raise FileNotFoundError(
+            f"No checkpoint '{path}' ({key}). RelDN starts from a trained detector or continues "
+            "from a RelDN checkpoint. Train the detector first, as README.md shows; for "
+            "configs/Toy that is the config configs/Toy/detector.yaml."
+        )
 
 
 class DetectorCheckpointer(DetectionCheckpointer):
@@ -96,13 +115,7 @@ class DetectorCheckpointer(DetectionCheckpointer):
             FileNotFoundError: if there is no such file or it cannot be fetched.
             ValueError: if it cannot be read, or a required weight is missing or has another shape.
         """
-        # Detectron2's main branch accepts options behind a question mark.
-        if path and "://" not in path and not os.path.isfile(path.split("?")[0]):
-            raise FileNotFoundError(
-                f"No checkpoint '{path}' (MODEL.WEIGHTS). RelDN starts from a trained detector or "
-                "continues from a RelDN checkpoint. Train the detector first, as README.md shows; "
-                "for configs/Toy with train_net.py --config-file configs/Toy/detector.yaml."
-            )
+        check_checkpoint_exists(path)
         if path and "://" in path:
             fetch(path)
         self._path, self.loaded = path, {}

@@ -281,7 +281,7 @@ class RelDNTrainer(DefaultTrainer):
     @classmethod
     def evaluate_checkpoint(cls, cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
         """Build the model, load ``MODEL.WEIGHTS`` (or the last checkpoint) and evaluate it."""
-        check_run(cfg, eval_only=True, build_evaluator=cls.build_evaluator)
+        check_run(cfg, eval_only=True, resume=resume, build_evaluator=cls.build_evaluator)
         model = cls.build_model(cfg)
         checkpointer = build_checkpointer(cfg, model, complete=True)
         is_resumed = resume and checkpointer.has_checkpoint()

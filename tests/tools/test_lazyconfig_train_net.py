@@ -162,6 +162,11 @@ def test_lazyconfig_train_net_build_freezes_unused_maps(in_checkout):
         (CONFIG, ["model.relation_head.num_predicates=5"], "relation_head has 5 predicate_classes"),
         (CONFIG, ["model.detector.model.roi_heads.num_classes=4"], "detector has 4 thing_classes"),
         (CONFIG, ["model.nothing.at_all=4"], "override 'model.nothing.at_all=4' of"),
+        (
+            CONFIG,
+            ["train.init_checkpoint=no/such.pth"],  # found before the images are drawn
+            r"No checkpoint 'no/such\.pth' \(train\.init_checkpoint\)",
+        ),
         (CONFIG, ["model.nothing=4"], "model cannot be built: TypeError"),
         (DETECTOR, [], "has no dataloader, optimizer, lr_multiplier, train"),
         ("none.py", [], "--config-file is 'none.py': no such file"),
