@@ -92,8 +92,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--license",
         type=Path,
-        help="text file with the terms of use; default: those in the checkpoint, if "
-        "tools/pack_checkpoint.py wrote it",
+        help="text file with the terms of use; default: those in the checkpoint, if it was packed "
+        "with them",
     )
     parser.add_argument("--note", default="", help="how the model was trained, for the card")
     parser.add_argument("--private", action="store_true", help="if the repository is new")
