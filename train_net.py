@@ -58,6 +58,10 @@ def invoke_main() -> None:
     print("Command Line Args:", args)
     try:
         cfg = reldn_d2.load_config(args.config_file, args.opts)
+        if not (args.config_file or cfg.DATASETS.TRAIN or cfg.DATASETS.TEST):
+            raise ValueError(
+                "No --config-file given; for instance --config-file configs/VRD/reldn_boxes.yaml"
+            )
         check_device(cfg.MODEL.DEVICE, args.num_gpus)
         launch(
             main,

@@ -61,8 +61,17 @@ def load(path: str, overrides: list[str]) -> DictConfig:
         FileNotFoundError: there is no such file.
         ValueError: it is not a LazyConfig of RelDN, or cannot be loaded.
     """
+    if not path:
+        raise ValueError(
+            "No --config-file given; for instance --config-file configs/lazy/toy_reldn.py"
+        )
     if not is_lazy_config(path):
         raise ValueError(f"{path} is not a LazyConfig (.py); train_net.py takes YAML files")
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"No config file '{path}', neither below the current folder nor among the project's "
+            "configs, such as configs/lazy/toy_reldn.py."
+        )
     config = load_lazy_config(path, overrides, "--config-file")
     missing = [name for name in NODES if name not in config]
     if missing:

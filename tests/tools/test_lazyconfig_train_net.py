@@ -169,7 +169,8 @@ def test_lazyconfig_train_net_build_freezes_unused_maps(in_checkout):
         ),
         (CONFIG, ["model.nothing=4"], "model cannot be built: TypeError"),
         (DETECTOR, [], "has no dataloader, optimizer, lr_multiplier, train"),
-        ("none.py", [], "--config-file is 'none.py': no such file"),
+        ("none.py", [], "No config file 'none.py', neither below .* configs/lazy/toy_reldn.py"),
+        ("", [], "No --config-file given; for instance --config-file configs/lazy/toy_reldn.py"),
         ("configs/Toy/reldn.yaml", [], "is not a LazyConfig .* train_net.py takes YAML"),
     ],
 )
