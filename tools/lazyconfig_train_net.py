@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train or evaluate a RelDN that a LazyConfig describes, with Detectron2's arguments.
+r"""Train or evaluate a RelDN that a LazyConfig describes, with Detectron2's arguments.
 
 Examples::
 
@@ -40,7 +40,7 @@ from reldn_d2.modeling import RelDN
 from reldn_d2.modeling.backbone import freeze_unused
 from reldn_d2.utils.included_configs import find_config_file
 from reldn_d2.utils.lazy_configs import build_node, is_lazy_config, load_lazy_config
-from reldn_d2.utils.programs import program_name
+from reldn_d2.utils.programs import program_help, program_name
 from reldn_d2.utils.user_modules import add_module_argument, parse_and_import
 
 from detectron2.config import CfgNode
@@ -66,7 +66,9 @@ def load(path: str, overrides: list[str]) -> DictConfig:
             "No --config-file given; for instance --config-file configs/lazy/toy_reldn.py"
         )
     if not is_lazy_config(path):
-        raise ValueError(f"{path} is not a LazyConfig (.py); train_net.py takes YAML files")
+        raise ValueError(
+            f"{path} is not a LazyConfig (.py); train_net.py (reldn-train) takes YAML files"
+        )
     if not Path(path).is_file():
         raise FileNotFoundError(
             f"No config file '{path}', neither below the current folder nor among the project's "
@@ -219,7 +221,7 @@ def main(args):
 
 def invoke_main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    parser = default_argument_parser(epilog=__doc__)
+    parser = default_argument_parser(epilog=program_help(__doc__, __file__))
     add_module_argument(parser)
     args = parse_and_import(parser, arguments)
     args.config_file = find_config_file(args.config_file)

@@ -171,7 +171,11 @@ def test_lazyconfig_train_net_build_freezes_unused_maps(in_checkout):
         (DETECTOR, [], "has no dataloader, optimizer, lr_multiplier, train"),
         ("none.py", [], "No config file 'none.py', neither below .* configs/lazy/toy_reldn.py"),
         ("", [], "No --config-file given; for instance --config-file configs/lazy/toy_reldn.py"),
-        ("configs/Toy/reldn.yaml", [], "is not a LazyConfig .* train_net.py takes YAML"),
+        (
+            "configs/Toy/reldn.yaml",
+            [],
+            r"is not a LazyConfig .* train_net.py \(reldn-train\) takes YAML",
+        ),
     ],
 )
 def test_lazyconfig_train_net_unusable_prints_one_line(
