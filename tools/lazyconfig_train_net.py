@@ -142,7 +142,9 @@ def checkpointer_of(config: DictConfig, model: nn.Module, **kwargs) -> RelDNChec
 
 
 def evaluate(config: DictConfig, model: nn.Module) -> dict:
-    """Evaluate on the test set."""
+    """Evaluate on the test set, if the config has an evaluator."""
+    if config.dataloader.evaluator is None:
+        return {}
     loader = build_node(config.dataloader.test, "dataloader.test")
     evaluator = build_node(config.dataloader.evaluator, "dataloader.evaluator")
     results = inference_on_dataset(model, loader, evaluator)

@@ -274,7 +274,7 @@ class RelDNTrainer(DefaultTrainer):
                 print_csv_format(results[name])
         if len(results) == 1:
             (results,) = results.values()
-        if comm.is_main_process():
+        if results and comm.is_main_process():
             write_results(os.path.join(cfg.OUTPUT_DIR, f"results_{_task(cfg)}.json"), results)
         return results
 

@@ -147,6 +147,10 @@ def test_lazyconfig_train_net_cuda_without_gpu_prints_one_line(monkeypatch, tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_lazyconfig_train_net_without_evaluator_skips_the_evaluation():
+    assert tool.evaluate(tool.load(CONFIG, ["dataloader.evaluator=null"]), None) == {}
+
+
 def test_lazyconfig_train_net_build_freezes_unused_maps(in_checkout):
     override = "model.relation_head.in_features=[p2,p3]"
     scales = "model.relation_head.predicate_pooler.scales=[0.25,0.125]"
