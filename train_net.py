@@ -30,7 +30,7 @@ def setup(args) -> CfgNode:
     """Build the config and set up logging and seeds."""
     cfg = reldn_d2.load_config(args.config_file, args.opts)
     cfg.freeze()
-    check_run(cfg, eval_only=args.eval_only)
+    check_run(cfg, eval_only=args.eval_only, resume=args.resume)
     default_setup(cfg, args)
     setup_logger(output=cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="reldn_d2")
     return cfg
@@ -58,6 +58,10 @@ def invoke_main() -> None:
     print("Command Line Args:", args)
     try:
         cfg = reldn_d2.load_config(args.config_file, args.opts)
+        if not (args.config_file or cfg.DATASETS.TRAIN or cfg.DATASETS.TEST):
+            raise ValueError(
+                "No --config-file given; for instance --config-file configs/VRD/reldn_boxes.yaml"
+            )
         check_device(cfg.MODEL.DEVICE, args.num_gpus)
         launch(
             main,

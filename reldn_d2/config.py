@@ -307,6 +307,12 @@ def merge_config(cfg: CfgNode, config_file: str | None = None, opts: Options | N
     late = [x for x in opts[::2] if str(x).startswith("--")]
     if late:
         raise ValueError(f"{late[0]} comes after a KEY VALUE pair; write it before all of them.")
+    assignment = next((x for x in opts[::2] if "=" in str(x)), None)
+    if assignment:
+        raise ValueError(
+            f"Options are KEY VALUE pairs, but '{assignment}' has no value; write "
+            f"{' '.join(str(assignment).split('=', 1))}, without ="
+        )
     config_file = find_config_file(config_file) if config_file else config_file
     if len(opts) % 2:
         raise ValueError(f"Options are KEY VALUE pairs, but '{opts[-1]}' has no value: {opts}")

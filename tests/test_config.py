@@ -56,6 +56,10 @@ def test_merge_config_key_unlike_any_other_points_to_the_list():
 def test_merge_config_key_without_value_raises():
     with pytest.raises(ValueError, match="KEY VALUE pairs, but 'SEED' has no value"):
         reldn_d2.merge_config(reldn_d2.load_config(), None, ["SOLVER.BASE_LR", "0.1", "SEED"])
+    message = "'MODEL.DEVICE=cpu' has no value; write MODEL.DEVICE cpu, without =$"
+    for opts in (["MODEL.DEVICE=cpu"], ["SEED", "1", "MODEL.DEVICE=cpu", "SOLVER.BASE_LR=0.1"]):
+        with pytest.raises(ValueError, match=message):
+            reldn_d2.merge_config(reldn_d2.load_config(), None, opts)
 
 
 def test_merge_config_missing_file_or_base_raises(tmp_path):

@@ -186,6 +186,17 @@ def test_invoke_main_wrong_config_exits_with_one_line(
     assert re.fullmatch(f"reldn-train: .*{message}.*", end.value.code)
 
 
+@pytest.mark.parametrize("options", [[], ["MODEL.DEVICE", "cpu"]])
+def test_invoke_main_without_config_file_exits_with_one_line(train_net, monkeypatch, options):
+    monkeypatch.setattr(sys, "argv", ["/bin/reldn-train", *options])
+    with pytest.raises(SystemExit) as end:
+        train_net.invoke_main()
+    assert end.value.code == (
+        "reldn-train: No --config-file given; for instance --config-file "
+        "configs/VRD/reldn_boxes.yaml"
+    )
+
+
 def test_main_logs_statistics_of_the_relation_head(tmp_path, dataset, train_net):
     folder = tmp_path / "run"
     options = ("MODEL.WEIGHTS", save_detector(tmp_path), "SOLVER.MAX_ITER", 20)

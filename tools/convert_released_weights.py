@@ -32,7 +32,7 @@ from reldn_d2.modeling.backbone.vgg import TORCHVISION_NAMES
 from reldn_d2.modeling.relation_head.predictors import SpatialModule
 from reldn_d2.utils.config_keys import key_owners
 from reldn_d2.utils.file_io import write_atomically
-from reldn_d2.utils.programs import program_name
+from reldn_d2.utils.programs import program_help, program_name
 from reldn_d2.utils.user_modules import add_module_argument, parse_and_import
 
 from detectron2.config import CfgNode
@@ -313,7 +313,8 @@ def convert(source: str, target: Path, cfg: CfgNode, allow_pickle: bool = False)
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and convert; return the exit status."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=program_help(__doc__, __file__),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", help="released checkpoint")
     parser.add_argument("target", type=Path, help="file to write, .pth or .safetensors")

@@ -23,6 +23,7 @@ from reldn_d2.evaluation.offline import read_file
 from reldn_d2.evaluation.predictions_io import read_settings
 from reldn_d2.structures.scene_graph import SceneGraph
 from reldn_d2.utils.image_io import distinct_paths, read_rgb
+from reldn_d2.utils.programs import program_help
 from reldn_d2.utils.protocols import PROTOCOL_REGISTRY, find_protocol
 from reldn_d2.utils.user_modules import add_module_argument, parse_and_import
 from reldn_d2.vis.compare import compare_models
@@ -118,7 +119,8 @@ def spread_evenly(dicts: list[dict[str, Any]], count: int) -> list[dict[str, Any
 def main(arguments: list[str] | None = None) -> int:
     """Draw the pictures and return the exit status."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=program_help(__doc__, __file__),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser, predictions_required=False)
     parser.add_argument("--output", type=Path, required=True, help="folder for the pictures")

@@ -25,7 +25,7 @@ from reldn_d2.evaluation.submission import LAYOUTS, write_submission
 from reldn_d2.structures.relations import TASKS
 from reldn_d2.utils.events import log_to_terminal
 from reldn_d2.utils.file_io import check_writable, check_writable_folder, write_results
-from reldn_d2.utils.programs import program_name
+from reldn_d2.utils.programs import program_help, program_name
 from reldn_d2.utils.protocols import PROTOCOL_REGISTRY, find_protocol
 from reldn_d2.utils.user_modules import add_module_argument, parse_and_import
 
@@ -40,7 +40,8 @@ def limit(text: str) -> int | None:
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line and import the modules of ``--module``."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=program_help(__doc__, __file__),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--dataset", required=True, help="a registered dataset")
     add_module_argument(parser)

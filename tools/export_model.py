@@ -39,7 +39,7 @@ from reldn_d2.export.onnx_file import check_packages
 from reldn_d2.predictor import RelationPredictor
 from reldn_d2.utils.file_io import check_writable
 from reldn_d2.utils.image_io import from_rgb, read_rgb
-from reldn_d2.utils.programs import program_name
+from reldn_d2.utils.programs import program_help, program_name
 from reldn_d2.utils.user_modules import add_module_argument, parse_and_import
 
 SAVE = {"onnx": save_onnx, "torchscript": save_torchscript}
@@ -130,7 +130,8 @@ def run_in_new_process(
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=program_help(__doc__, __file__),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--checkpoint", help="checkpoint of a trained RelDN")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train or evaluate a RelDN that a LazyConfig describes, with Detectron2's arguments.
+r"""Train or evaluate a RelDN that a LazyConfig describes, with Detectron2's arguments.
 
 Examples::
 
@@ -31,6 +31,7 @@ from reldn_d2.engine import (
     StopOnSignal,
     build_simple_trainer,
     check_device,
+    check_weights,
     create_ddp_model,
     ensure_frequency_table,
     launch,
@@ -39,7 +40,7 @@ from reldn_d2.modeling import RelDN
 from reldn_d2.modeling.backbone import freeze_unused
 from reldn_d2.utils.included_configs import find_config_file
 from reldn_d2.utils.lazy_configs import build_node, is_lazy_config, load_lazy_config
-from reldn_d2.utils.programs import program_name
+from reldn_d2.utils.programs import program_help, program_name
 from reldn_d2.utils.user_modules import add_module_argument, parse_and_import
 
 from detectron2.config import CfgNode
@@ -60,8 +61,19 @@ def load(path: str, overrides: list[str]) -> DictConfig:
         FileNotFoundError: there is no such file.
         ValueError: it is not a LazyConfig of RelDN, or cannot be loaded.
     """
+    if not path:
+        raise ValueError(
+            "No --config-file given; for instance --config-file configs/lazy/toy_reldn.py"
+        )
     if not is_lazy_config(path):
-        raise ValueError(f"{path} is not a LazyConfig (.py); train_net.py takes YAML files")
+        raise ValueError(
+            f"{path} is not a LazyConfig (.py); train_net.py (reldn-train) takes YAML files"
+        )
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"No config file '{path}', neither below the current folder nor among the project's "
+            "configs, such as configs/lazy/toy_reldn.py."
+        )
     config = load_lazy_config(path, overrides, "--config-file")
     missing = [name for name in NODES if name not in config]
     if missing:
@@ -130,7 +142,9 @@ def checkpointer_of(config: DictConfig, model: nn.Module, **kwargs) -> RelDNChec
 
 
 def evaluate(config: DictConfig, model: nn.Module) -> dict:
-    """Evaluate on the test set."""
+    """Evaluate on the test set, if the config has an evaluator."""
+    if config.dataloader.evaluator is None:
+        return {}
     loader = build_node(config.dataloader.test, "dataloader.test")
     evaluator = build_node(config.dataloader.evaluator, "dataloader.evaluator")
     results = inference_on_dataset(model, loader, evaluator)
@@ -191,6 +205,9 @@ def main(args):
     default_setup(config, args)
     setup_logger(output=config.train.output_dir, distributed_rank=comm.get_rank(), name="reldn_d2")
     model = build(config, args.config_file)
+    options = config.train
+    key = "train.init_checkpoint"
+    check_weights(options.init_checkpoint, options.output_dir, args.resume, key)
     if not args.eval_only:
         return train(config, model, args.resume)
     checkpointer = checkpointer_of(config, model, complete=True)
@@ -206,7 +223,7 @@ def main(args):
 
 def invoke_main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    parser = default_argument_parser(epilog=__doc__)
+    parser = default_argument_parser(epilog=program_help(__doc__, __file__))
     add_module_argument(parser)
     args = parse_and_import(parser, arguments)
     args.config_file = find_config_file(args.config_file)

@@ -3,11 +3,11 @@
 
 The name of the output decides the format: .pth.xz is compressed, .safetensors is read by other
 programs too (pip install safetensors), .pth is torch's own. The file keeps the weights, the config,
-the names of classes and predicates and the predicates per pair, and adds the license and how the
-model was made. It leaves out the optimizer, the training set's statistics and the paths of the
-training machine. RelationPredictor.from_checkpoint reads it, and so does MODEL.WEIGHTS, to evaluate
-or fine-tune it. A file for RelationPredictor.from_pretrained belongs into reldn_d2/pretrained and
-into the table of reldn_d2/pretrained/weights.py.
+the names of classes and predicates and the predicates per pair, and adds the license (--license)
+and how the model was made (--note). It leaves out the optimizer, the training set's statistics and
+the paths of the training machine. RelationPredictor.from_checkpoint reads it, and so does
+MODEL.WEIGHTS, to evaluate or fine-tune it. A file for RelationPredictor.from_pretrained belongs
+into reldn_d2/pretrained and into the table of reldn_d2/pretrained/weights.py.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from reldn_d2.checkpoint import read_checkpoint, write_checkpoint
 from reldn_d2.checkpoint.checkpoint_writer import check_checkpoint_name
+from reldn_d2.data.datasets.vrd import VRD_CLASSES, VRD_PREDICATES
 from reldn_d2.predictor import RelationPredictor, read_description
 from reldn_d2.pretrained.weights import FOLDER
 from reldn_d2.utils.programs import program_name
@@ -34,7 +35,7 @@ from detectron2.config import CfgNode
 
 __all__ = ["main", "pack"]
 
-DEFAULT_LICENSE = FOLDER / "LICENSE.md"
+VRD_LICENSE = FOLDER / "LICENSE.md"
 _KEPT = ("thing_classes", "predicate_classes", "predicates_per_pair")
 _OF_MODULES = ("config_keys", "modules")  # only of models with parts of the user's
 # Files of the training machine; the packed file needs none of them.
@@ -113,6 +114,26 @@ def pack(
     }
 
 
+def add_default_license(content: dict[str, Any], is_given: bool) -> str:
+    """Add VRD's terms of use to a model of VRD's names that has none.
+
+    Args:
+        content: what :func:`pack` returned; changed in place.
+        is_given: whether its terms of use are those of ``--license``.
+
+    Returns:
+        whose terms the file has, for the user.
+    """
+    about, names = content["about"], content["reldn"]
+    if about["license"]:
+        return "of --license" if is_given else "kept from the checkpoint"
+    of_vrd = {"thing_classes": VRD_CLASSES, "predicate_classes": VRD_PREDICATES}
+    if all(list(names[field]) == list(theirs) for field, theirs in of_vrd.items()):
+        about["license"] = VRD_LICENSE.read_text()
+        return "VRD's, for research use (--license FILE for another one)"
+    return "none (--license FILE adds one)"
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
@@ -129,7 +150,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--license",
         type=Path,
         help="text file with the terms of use; default: those in the checkpoint, if it was packed "
-        "before, otherwise reldn_d2/pretrained/LICENSE.md",
+        "before; otherwise VRD's for a model of VRD's classes and predicates, none for others",
     )
     parser.add_argument(
         "--full-precision", action="store_true", help="keep the weights as they are: twice the size"
@@ -146,7 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
         check_checkpoint_name(args.output)
         license_text = args.license.read_text() if args.license else ""
         content = pack(args.checkpoint, license_text, args.note, args.full_precision)
-        content["about"]["license"] = content["about"]["license"] or DEFAULT_LICENSE.read_text()
+        terms = add_default_license(content, bool(license_text))
         write_checkpoint(content, args.output)
         predictor = RelationPredictor.from_checkpoint(args.output, device="cpu")
     except (ImportError, OSError, ValueError) as error:
@@ -155,7 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
     size = args.output.stat().st_size
     print(
         f"{args.output}: {size / 1e6:.2f} MB, {len(predictor.thing_classes)} classes, "
-        f"{len(predictor.predicate_classes)} predicates"
+        f"{len(predictor.predicate_classes)} predicates; license: {terms}"
     )
     return 0
 

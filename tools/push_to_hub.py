@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Upload a trained RelDN to the Hugging Face Hub, with a model card.
+r"""Upload a trained RelDN to the Hugging Face Hub, with a model card.
 
     hf auth login
     python tools/push_to_hub.py --checkpoint model_final.pth --repository me/my-reldn \
@@ -35,7 +35,7 @@ from reldn_d2.predictor import RelationPredictor
 from reldn_d2.pretrained.model_card import model_card
 from reldn_d2.scripts.pack_checkpoint import pack
 from reldn_d2.utils.file_io import write_atomically
-from reldn_d2.utils.programs import program_name
+from reldn_d2.utils.programs import program_help, program_name
 from reldn_d2.utils.user_modules import add_module_argument, parse_and_import
 
 __all__ = ["main", "write_model"]
@@ -77,7 +77,8 @@ def write_model(folder: Path, repository: str, content: dict[str, Any], results:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=program_help(__doc__, __file__),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--checkpoint", type=Path, required=True, help="such as model_final.pth")
     parser.add_argument("--repository", required=True, metavar="OWNER/NAME")
@@ -92,8 +93,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--license",
         type=Path,
-        help="text file with the terms of use; default: those in the checkpoint, if "
-        "tools/pack_checkpoint.py wrote it",
+        help="text file with the terms of use; default: those in the checkpoint, if it was packed "
+        "with them",
     )
     parser.add_argument("--note", default="", help="how the model was trained, for the card")
     parser.add_argument("--private", action="store_true", help="if the repository is new")

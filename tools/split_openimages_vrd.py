@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Create the image lists of the OpenImages splits: train, val, and the small "mini" ones.
+r"""Create the image lists of the OpenImages splits: train, val, and the small "mini" ones.
 
 Images with a relationship between two boxes are divided so that every predicate keeps its share and
 occurs in every list; the mini lists are subsets of the full ones. The same seed gives the same

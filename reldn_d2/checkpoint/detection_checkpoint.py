@@ -21,12 +21,31 @@ from ..utils.user_modules import imported_modules
 from .checkpoint_reader import fetch, from_torchvision_vgg16, read_checkpoint
 from .class_weights import class_weights, model_zoo_classes, num_classes_of
 
-__all__ = ["DetectorCheckpointer"]
+__all__ = ["DetectorCheckpointer", "check_checkpoint_exists"]
 
 logger = logging.getLogger(__name__)
 
 # A BatchNorm buffer that older checkpoints lack and that no model here needs.
 _BATCH_COUNTER = "num_batches_tracked"
+
+
+def check_checkpoint_exists(path: str, key: str = "MODEL.WEIGHTS") -> None:
+    """Check that a checkpoint to start from is there, unless it is a URL.
+
+    Args:
+        path: file or URL; empty means random weights.
+        key: config key that names it, for the message.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
+    # Detectron2's main branch accepts options behind a question mark.
+    if path and "://" not in path and not os.path.isfile(path.split("?")[0]):
+        raise FileNotFoundError(
+            f"No checkpoint '{path}' ({key}). RelDN starts from a trained detector or continues "
+            "from a RelDN checkpoint. Train the detector first, as README.md shows; for "
+            "configs/Toy that is the config configs/Toy/detector.yaml."
+        )
 
 
 class DetectorCheckpointer(DetectionCheckpointer):
@@ -96,13 +115,7 @@ class DetectorCheckpointer(DetectionCheckpointer):
             FileNotFoundError: if there is no such file or it cannot be fetched.
             ValueError: if it cannot be read, or a required weight is missing or has another shape.
         """
-        # Detectron2's main branch accepts options behind a question mark.
-        if path and "://" not in path and not os.path.isfile(path.split("?")[0]):
-            raise FileNotFoundError(
-                f"No checkpoint '{path}' (MODEL.WEIGHTS). RelDN starts from a trained detector or "
-                "continues from a RelDN checkpoint. Train the detector first, as README.md shows; "
-                "for configs/Toy with train_net.py --config-file configs/Toy/detector.yaml."
-            )
+        check_checkpoint_exists(path)
         if path and "://" in path:
             fetch(path)
         self._path, self.loaded = path, {}
@@ -267,7 +280,8 @@ class DetectorCheckpointer(DetectionCheckpointer):
             fixed = [x for x in shapes if is_frozen(x[0])]
             advice = _MATCHING_ONLY_ADVICE
             if fixed:
-                advice = _CLASSES_ADVICE if explain_classes(fixed) else _CONFIG_ADVICE
+                sizes = _SIZES_ADVICE if kind == "detector" else _CONFIG_ADVICE
+                advice = _CLASSES_ADVICE if explain_classes(fixed) else sizes
             raise ValueError(
                 f"{source} does not fit the config: {self._explain_shapes(shapes)} {advice}"
             )
@@ -312,6 +326,10 @@ _MATCHING_ONLY_ADVICE = (
     "MODEL.RELDN.LOAD.MATCHING_ONLY to True."
 )
 _CONFIG_ADVICE = "Build the model with the config that the checkpoint was trained with."
+_SIZES_ADVICE = (
+    "The detector was trained with other sizes: use its YAML as _BASE_, or repeat the options that "
+    "it was trained with."
+)
 _CLASSES_ADVICE = (
     "RelDN does not train its detector: list all classes of the detector in the dataset, or train "
     "the detector on this dataset first."
@@ -334,8 +352,14 @@ def _part_of(name: str) -> str:
 
 
 def explain_classes(shapes: list[tuple]) -> list[str]:
-    """Compare the numbers of entity classes; see ``DetectorCheckpointer._explain_shapes``."""
+    """Compare the numbers of entity classes; see ``DetectorCheckpointer._explain_shapes``.
+
+    Returns:
+        one reason if they differ; none if only other sizes of the layers do.
+    """
     for name, theirs, ours in shapes:
+        if theirs[:1] == ours[:1]:
+            continue
         if re.search(r"box_predictor\.(\d\.)?cls_score\.weight$", name):
             return [
                 f"it was trained with {theirs[0] - 1} entity classes, the config has "

@@ -4,7 +4,7 @@ Print a summary and list every problem with its file, its record and how to fix 
 all images are read, and the pixels of a random sample or, with --decode, of all. If there is no
 image at all, a note says so, and the annotations alone are checked. The exit status is 0 if the
 dataset is usable, 1 if it is not, and 2 if the command is wrong. To look at the annotations, run
-``python tools/draw_relations.py --dataset NAME --output FOLDER``.
+tools/draw_relations.py (reldn-draw) with ``--dataset NAME --output FOLDER``.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from ..structures.name_matching import NAME_FIELDS
 from ..structures.scene_graph import boxes_xyxy
 from ..utils.events import log_to_terminal
 from ..utils.image_io import ImageError, read_rgb
+from ..utils.programs import program_help
 from ..utils.user_modules import add_module_argument, parse_and_import
 from .boxes_only import add_sizes, load_without_images
 from .dataset_dict import annotation_problems
@@ -334,8 +335,8 @@ def _check_images(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check the dataset, print the report and return the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m reldn_d2.data.check",
-        description=__doc__,
+        prog=program_help("python -m reldn_d2.data.check", __file__),
+        description=program_help(__doc__, __file__),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", metavar="NAME", help="name of a registered dataset")

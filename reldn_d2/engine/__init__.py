@@ -6,7 +6,7 @@ from .interruption import StopOnSignal, TrainingInterrupted
 from .launch import LaunchError, ProcessFailed, check_device, launch
 from .model_setup import check_counts, ensure_frequency_table
 from .optimizer import build_optimizer
-from .run_check import check_run
+from .run_check import check_run, check_weights
 from .train_loop import CPUAMPTrainer, build_simple_trainer, create_ddp_model
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "check_counts",
     "check_device",
     "check_run",
+    "check_weights",
     "create_ddp_model",
     "ensure_frequency_table",
     "launch",

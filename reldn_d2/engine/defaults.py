@@ -274,14 +274,14 @@ class RelDNTrainer(DefaultTrainer):
                 print_csv_format(results[name])
         if len(results) == 1:
             (results,) = results.values()
-        if comm.is_main_process():
+        if results and comm.is_main_process():
             write_results(os.path.join(cfg.OUTPUT_DIR, f"results_{_task(cfg)}.json"), results)
         return results
 
     @classmethod
     def evaluate_checkpoint(cls, cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
         """Build the model, load ``MODEL.WEIGHTS`` (or the last checkpoint) and evaluate it."""
-        check_run(cfg, eval_only=True, build_evaluator=cls.build_evaluator)
+        check_run(cfg, eval_only=True, resume=resume, build_evaluator=cls.build_evaluator)
         model = cls.build_model(cfg)
         checkpointer = build_checkpointer(cfg, model, complete=True)
         is_resumed = resume and checkpointer.has_checkpoint()

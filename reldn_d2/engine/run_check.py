@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 
+from ..checkpoint.detection_checkpoint import check_checkpoint_exists
 from ..data.build import detection_files
 from ..evaluation.relation_evaluation import RelationDatasetEvaluator
 from ..modeling.meta_arch import needs_images, predicts_relations
@@ -18,7 +19,7 @@ from ..utils.file_io import check_writable_folder
 from ..utils.registry import did_you_mean
 from .launch import check_device
 
-__all__ = ["check_run", "result_names"]
+__all__ = ["check_run", "check_weights", "result_names"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ def check_run(
     cfg: CfgNode,
     *,
     eval_only: bool = False,
+    resume: bool = True,
     build_evaluator: Callable[[CfgNode, str], Any] | None = None,
 ) -> None:
     """Check what would otherwise fail after the data has been loaded, or after the training.
@@ -37,10 +39,13 @@ def check_run(
     Args:
         cfg: config with the keys of :func:`.config.add_reldn_config`.
         eval_only: whether the run only evaluates.
+        resume: whether the run may continue from the last checkpoint in ``OUTPUT_DIR``; then
+            ``MODEL.WEIGHTS`` is not read.
         build_evaluator: builds the evaluator of a test set; its errors are raised now. With None,
             no evaluator is checked.
 
     Raises:
+        FileNotFoundError: if there is no file ``MODEL.WEIGHTS``.
         ValueError: with the config key and the fix.
     """
     check_device(cfg.MODEL.DEVICE)
@@ -58,6 +63,7 @@ def check_run(
         for name in cfg.DATASETS[split]:
             _check_dataset(f"DATASETS.{split}", name, needs_images(cfg))
         _check_extra_files(cfg, split)
+    check_weights(cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR, resume)
     if not eval_only and 0 < cfg.SOLVER.MAX_ITER <= cfg.SOLVER.WARMUP_ITERS:
         logger.warning(
             f"SOLVER.MAX_ITER {cfg.SOLVER.MAX_ITER} is within the warm-up of SOLVER.WARMUP_ITERS "
@@ -79,6 +85,22 @@ def check_run(
             evaluators = {name: build_evaluator(cfg, name) for name in cfg.DATASETS.TEST}
     if wants_metric:
         _check_best_checkpoint(cfg, evaluators)
+
+
+def check_weights(path: str, output_dir: str, resume: bool, key: str = "MODEL.WEIGHTS") -> None:
+    """Check that the checkpoint that a run starts from is there, unless it is not read.
+
+    Args:
+        path: file or URL; empty means random weights.
+        output_dir: of the run.
+        resume: whether the run continues from the last checkpoint in ``output_dir``, if it has one.
+        key: config key that names ``path``, for the message.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
+    if not (resume and os.path.isfile(os.path.join(output_dir, "last_checkpoint"))):
+        check_checkpoint_exists(path, key)
 
 
 def _check_boxes_come_from_somewhere(cfg: CfgNode, eval_only: bool) -> None:

@@ -1,9 +1,10 @@
 """Programs: a file of the repository that is installed as a command, too."""
 
+import re
 import sys
 from pathlib import Path
 
-__all__ = ["program_name"]
+__all__ = ["program_help", "program_name"]
 
 
 def program_name(script: str) -> str:
@@ -17,3 +18,20 @@ def program_name(script: str) -> str:
     """
     called = Path(sys.argv[0]).name
     return called if called.startswith("reldn-") else Path(script).name
+
+
+def program_help(text: str, script: str) -> str:
+    """Return the description of a program for ``--help``.
+
+    Args:
+        text: with example commands as in a clone, such as ``python tools/export_model.py``.
+        script: ``__file__`` of the program.
+
+    Returns:
+        the text; if the user called the installed command, with that in the examples.
+    """
+    name, file = program_name(script), Path(script)
+    if not name.startswith("reldn-"):
+        return text
+    as_file, as_module = rf"\S*{re.escape(file.name)}", rf"-m \S*\.{re.escape(file.stem)}"
+    return re.sub(rf"\bpython ({as_file}|{as_module})\b", name, text)

@@ -125,6 +125,16 @@ def test_load_nameless_detector_of_other_count_raises(tmp_path, matching_only):
     assert "MATCHING_ONLY" not in str(error.value)
 
 
+@pytest.mark.parametrize("kind", ["faster_rcnn_FPN", "cascade_rcnn_FPN"])
+def test_load_detector_of_other_sizes_does_not_blame_the_classes(tmp_path, kind):
+    """Although the shape of the class weights differs, too."""
+    path = save_detector(tmp_path, model_of(kind, "MODEL.ROI_BOX_HEAD.FC_DIM", 32).detector.model)
+    with pytest.raises(ValueError, match=r"cls_score\.weight|fc1\.weight") as error:
+        RelDNCheckpointer(model_of(kind), thing_classes=CLASSES).load(path)
+    assert "use its YAML as _BASE_, or repeat the options" in str(error.value)
+    assert "entity classes" not in str(error.value) and "list all classes" not in str(error.value)
+
+
 def test_load_matching_only_frozen_part_missing_raises(tmp_path):
     state = small_model(config=DETECTOR).state_dict()
     state = {name: x for name, x in state.items() if "box_predictor" not in name}

@@ -48,8 +48,12 @@ def pack(source, target, *options):
     return target
 
 
-def test_packed_safetensors_predicts_exactly_as_the_checkpoint(package, checkpoint, tmp_path):
+def test_packed_safetensors_predicts_exactly_as_the_checkpoint(
+    package, checkpoint, tmp_path, capsys
+):
     path = pack(checkpoint, tmp_path / "model.safetensors", "--full-precision")
+    assert read_checkpoint(str(path))["about"]["license"] == ""  # not VRD's
+    assert "license: none (--license FILE adds one)" in capsys.readouterr().out
     first, second = (
         RelationPredictor.from_checkpoint(x, device="cpu")(picture()).to_dict()
         for x in (checkpoint, path)
@@ -111,7 +115,7 @@ def test_model_weights_safetensors_loads_a_reldn_and_a_detector(package, tmp_pat
     torch.testing.assert_close(model.detector.model.state_dict()[name], detector[name])
 
 
-def test_packed_file_packed_again_keeps_license_and_note(package, tmp_path):
+def test_packed_file_packed_again_keeps_license_and_note(package, tmp_path, capsys):
     source = pretrained_file("vrd_boxes")
     arguments = ["--checkpoint", str(source), "--output", str(tmp_path / "again.safetensors")]
     assert pack_checkpoint.main(arguments) == 0
@@ -119,6 +123,7 @@ def test_packed_file_packed_again_keeps_license_and_note(package, tmp_path):
         read_checkpoint(str(x))["about"] for x in (source, tmp_path / "again.safetensors")
     )
     assert again["license"] == about["license"] and again["note"] == about["note"]
+    assert "license: kept from the checkpoint" in capsys.readouterr().out
 
 
 def test_write_checkpoint_shared_weights_are_written_twice(package, tmp_path):

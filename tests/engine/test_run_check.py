@@ -81,6 +81,20 @@ def test_check_run_problem_raises_at_the_start(tmp_path, datasets, options, mess
         RelDNTrainer(cfg)
 
 
+def test_check_run_missing_weights_raises_unless_resumed(tmp_path, datasets):
+    cfg = config(tmp_path, "MODEL.WEIGHTS", "no/such.pth")
+    for run in (check, RelDNTrainer, RelDNTrainer.evaluate_checkpoint):
+        with pytest.raises(FileNotFoundError, match=r"No checkpoint 'no/such\.pth' .MODEL.WEIGHTS"):
+            run(cfg)
+    check(config(tmp_path, "MODEL.WEIGHTS", "detectron2://not/fetched.pkl"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/last_checkpoint").write_text("model_final.pth")
+    check(cfg)
+    for eval_only in (False, True):
+        with pytest.raises(FileNotFoundError, match="No checkpoint 'no/such.pth'"):
+            check(cfg, eval_only=eval_only, resume=False)
+
+
 @pytest.mark.parametrize("iterations, warns", [(20, True), (21, False)])
 def test_check_run_training_within_the_warm_up_warns(tmp_path, datasets, caplog, iterations, warns):
     options = ("SOLVER.WARMUP_ITERS", 20, "SOLVER.MAX_ITER", iterations)

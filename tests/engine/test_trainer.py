@@ -201,6 +201,7 @@ def test_mixed_precision_on_cpu_trains(tmp_path, dataset, entities):
     plain, _ = run(tmp_path / "plain", *more)
     assert isinstance(trainer._trainer, CPUAMPTrainer)
     assert len(losses) == 2 and all(np.isfinite(x) for x in losses.values())
+    assert not list((tmp_path / "plain").glob("results_*.json"))  # no test set, no results
     assert losses != plain  # the precision does differ
     if entities == "ground_truth":  # of proposals, rounding changes which ones match
         assert losses[0] == pytest.approx(plain[0], rel=0.05)

@@ -22,10 +22,11 @@ def test_export_page_blocks_run(tmp_path, monkeypatch, capsys):
     write_checkpoint(tmp_path)
     Image.fromarray(picture(240, 320)).save(tmp_path / "street.jpg")
     monkeypatch.chdir(tmp_path)
-    languages, names = [], {}
+    languages: list[str] = []
     for language, text in BLOCK.findall((ROOT / "docs/export.md").read_text()):
         languages.append(language)
-        if language == "python":
+        if language == "python":  # each runs when it is pasted alone
+            names = {}
             exec(compile(text, "docs/export.md", "exec"), names)
             continue
         for command in text.splitlines():

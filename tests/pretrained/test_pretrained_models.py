@@ -57,7 +57,8 @@ def test_pack_checkpoint_keeps_names_config_and_provenance(boxes_checkpoint, pac
     assert description["predicate_classes"] == list(VRD_PREDICATES)
     assert description["predicates_per_pair"] == original["reldn"]["predicates_per_pair"]
     assert str(boxes_checkpoint.parent) not in description["config"]  # no path of this machine
-    assert "research use" in about["license"] and about["note"] == "python train_net.py ..."
+    assert "research use" in about["license"]  # as for every model of VRD's names
+    assert about["note"] == "python train_net.py ..."
     assert len(about["source_sha256"]) == 64 and about["reldn_d2"]
     assert packed.stat().st_size < 1e6
 

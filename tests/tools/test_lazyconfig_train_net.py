@@ -147,6 +147,10 @@ def test_lazyconfig_train_net_cuda_without_gpu_prints_one_line(monkeypatch, tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_lazyconfig_train_net_without_evaluator_skips_the_evaluation():
+    assert tool.evaluate(tool.load(CONFIG, ["dataloader.evaluator=null"]), None) == {}
+
+
 def test_lazyconfig_train_net_build_freezes_unused_maps(in_checkout):
     override = "model.relation_head.in_features=[p2,p3]"
     scales = "model.relation_head.predicate_pooler.scales=[0.25,0.125]"
@@ -162,10 +166,20 @@ def test_lazyconfig_train_net_build_freezes_unused_maps(in_checkout):
         (CONFIG, ["model.relation_head.num_predicates=5"], "relation_head has 5 predicate_classes"),
         (CONFIG, ["model.detector.model.roi_heads.num_classes=4"], "detector has 4 thing_classes"),
         (CONFIG, ["model.nothing.at_all=4"], "override 'model.nothing.at_all=4' of"),
+        (
+            CONFIG,
+            ["train.init_checkpoint=no/such.pth"],  # found before the images are drawn
+            r"No checkpoint 'no/such\.pth' \(train\.init_checkpoint\)",
+        ),
         (CONFIG, ["model.nothing=4"], "model cannot be built: TypeError"),
         (DETECTOR, [], "has no dataloader, optimizer, lr_multiplier, train"),
-        ("none.py", [], "--config-file is 'none.py': no such file"),
-        ("configs/Toy/reldn.yaml", [], "is not a LazyConfig .* train_net.py takes YAML"),
+        ("none.py", [], "No config file 'none.py', neither below .* configs/lazy/toy_reldn.py"),
+        ("", [], "No --config-file given; for instance --config-file configs/lazy/toy_reldn.py"),
+        (
+            "configs/Toy/reldn.yaml",
+            [],
+            r"is not a LazyConfig .* train_net.py \(reldn-train\) takes YAML",
+        ),
     ],
 )
 def test_lazyconfig_train_net_unusable_prints_one_line(
