@@ -47,7 +47,7 @@ from reldn_d2.structures.graph_formats import graph_to_dot, graph_to_graphml
 from reldn_d2.structures.scene_graph import SceneGraph
 from reldn_d2.utils.file_io import write_atomically
 from reldn_d2.utils.image_io import ImageError, distinct_paths, expand_inputs, read_rgb
-from reldn_d2.utils.programs import program_name
+from reldn_d2.utils.programs import program_help, program_name
 from reldn_d2.utils.user_modules import parse_and_import
 from reldn_d2.vis.gallery import gallery_record, write_gallery
 from reldn_d2.vis.video import EntityTracker, VideoFile, VideoWriter, draw_frame
@@ -67,7 +67,8 @@ SUFFIXES = {
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser: the options of Detectron2's demo and more."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=program_help(__doc__, __file__),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(

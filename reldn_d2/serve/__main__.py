@@ -1,4 +1,4 @@
-"""Serve one model over HTTP, with a page to try it.
+r"""Serve one model over HTTP, with a page to try it.
 
 Examples::
 
@@ -28,6 +28,7 @@ from ..scripts.model_options import (
     positive,
     threshold_options,
 )
+from ..utils.programs import program_help
 from ..utils.user_modules import parse_and_import
 
 __all__ = ["build_parser", "main"]
@@ -47,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="reldn-serve",
-        description=__doc__,
+        description=program_help(__doc__, __file__),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_checkpoint_options(parser, required=True)

@@ -33,5 +33,6 @@ def program_help(text: str, script: str) -> str:
     name, file = program_name(script), Path(script)
     if not name.startswith("reldn-"):
         return text
-    as_file, as_module = rf"\S*{re.escape(file.name)}", rf"-m \S*\.{re.escape(file.stem)}"
+    module = file.parent.name if file.stem == "__main__" else file.stem
+    as_file, as_module = rf"\S*{re.escape(file.name)}", rf"-m \S*\.{re.escape(module)}"
     return re.sub(rf"\bpython ({as_file}|{as_module})\b", name, text)

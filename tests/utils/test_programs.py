@@ -1,6 +1,7 @@
 """The names of programs in their error lines and in ``--help``."""
 
 import ast
+import importlib
 import sys
 
 import lazyconfig_train_net
@@ -9,6 +10,7 @@ import pytest
 from model_utils import ROOT
 
 from reldn_d2.data import check
+from reldn_d2.scripts import demo
 from reldn_d2.utils.programs import program_help, program_name
 
 
@@ -41,6 +43,7 @@ def test_program_help_names_the_installed_command_or_the_file(monkeypatch):
         ("reldn-push", push_to_hub.main, "reldn-push --checkpoint model_final.pth"),
         ("reldn-lazy-train", lazyconfig_train_net.invoke_main, "reldn-lazy-train --config-file"),
         ("reldn-check", check.main, "usage: reldn-check "),
+        ("reldn-predict", demo.main, "reldn-predict --checkpoint model_final.pth"),
     ],
 )
 def test_installed_help_names_no_file_of_a_clone(monkeypatch, capsys, command, main, line):
@@ -51,7 +54,19 @@ def test_installed_help_names_no_file_of_a_clone(monkeypatch, capsys, command, m
     assert line in text and "python tools/" not in text and "python -m" not in text
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "tools").glob("*.py")), ids=lambda x: x.name)
+def test_installed_serve_help_names_no_file_of_a_clone(monkeypatch):
+    pytest.importorskip("fastapi", reason="the service needs FastAPI")
+    program = importlib.import_module("reldn_d2.serve.__main__")
+    monkeypatch.setattr(sys, "argv", ["/venv/bin/reldn-serve", "--help"])
+    text = program.build_parser().format_help()
+    assert "reldn-serve --pretrained vrd_boxes" in text and "python -m" not in text
+
+
+PROGRAMS = [*sorted((ROOT / "tools").glob("*.py")), ROOT / "demo/demo.py"]
+PROGRAMS += [ROOT / "reldn_d2/serve/__main__.py"]
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda x: x.name)
 def test_description_keeps_its_continued_lines(path):
     """A backslash at a line's end joins it with the next one, unless the string is raw."""
     description = ast.get_docstring(ast.parse(path.read_text())) or ""
