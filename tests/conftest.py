@@ -41,7 +41,15 @@ _ANNOTATIONS = "vrd/json_dataset/annotations_train.json"
 _LONGEST = (
     *("test_installed_package.py", "tools/test_toy_demo.py", "test_documentation.py"),
     *("tools/test_setup_env.py", "test_every_config.py", "test_train_net.py", "test_tutorial.py"),
-    "tools/test_lazyconfig_train_net.py",
+    *(
+        "tools/test_lazyconfig_train_net.py",
+        "engine/test_interruption.py",
+        "engine/test_trainer.py",
+    ),
+    *("engine/test_loader_start_methods.py", "evaluation/test_protocols.py"),
+    *("engine/test_launch.py", "engine/test_name_order.py", "engine/test_rendezvous.py"),
+    *("modeling/detectors/test_detectors.py", "evaluation/test_submission.py"),
+    *("tools/test_vrd_benchmark.py", "tools/test_export_model.py", "utils/test_user_modules.py"),
 )
 
 

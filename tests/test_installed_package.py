@@ -225,7 +225,7 @@ except ImportError:
     raise SystemExit
 import asyncio
 from reldn_d2.serve.service import create_app
-(page,) = [x for x in create_app(predictor).routes if getattr(x, "path", "") == "/"]
+page = next(x for x in create_app(predictor).routes if getattr(x, "path", "") == "/")
 print(asyncio.run(page.endpoint()).body.decode())
 """
     triplets, config, *page = run([programs / "python", "-c", code], user).splitlines()
