@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .predictors import SPATIAL_FEATURE_SIZE
+from .training_counts import require_counts
 
 __all__ = ["JointModule"]
 
@@ -151,12 +152,8 @@ class JointModule(nn.Module):
         Args:
             owner: the model or its file, for the message.
         """
-        if self.shrinkage and not self.counts_known:
-            raise ValueError(
-                f"{SHRINKAGE_KEY} is {self.shrinkage:g}, but {owner} does not say how many "
-                "training relations each class has: it was written before checkpoints said so, or "
-                f"not by RelDNTrainer. Train it again, or set {SHRINKAGE_KEY} to 0.0."
-            )
+        what = "how many training relations each class has"
+        require_counts(SHRINKAGE_KEY, self.shrinkage, self.subject_relations, owner, what)
 
     def embed(self, embedding: nn.Embedding, relations: Tensor, classes: Tensor) -> Tensor:
         """Look up the embeddings of classes, shrunk at test time: (P, E).

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .training_counts import require_counts
+
 __all__ = ["PredicatePrior", "adjust_logits", "log_prior"]
 
 KEY = "TEST.RELATIONS.LOGIT_ADJUSTMENT"
@@ -64,12 +66,8 @@ class PredicatePrior(nn.Module):
         Args:
             owner: the model or its file, for the message.
         """
-        if self.tau and not self.known:
-            raise ValueError(
-                f"{KEY} is {self.tau:g}, but {owner} does not say how often each predicate occurs "
-                "in training: it was written before checkpoints said so, or not by RelDNTrainer. "
-                f"Train it again, or set {KEY} to 0.0."
-            )
+        what = "how often each predicate occurs in training"
+        require_counts(KEY, self.tau, self.predicate_counts, owner, what)
 
     def adjust(self, logits: Tensor) -> Tensor:
         """Return (P, C + 1) logits in float32, adjusted if ``tau`` is not 0."""
