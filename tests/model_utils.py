@@ -52,6 +52,14 @@ def small_config(*options, config: str = "configs/Toy/reldn.yaml") -> CfgNode:
     return cfg
 
 
+def one_iteration_config(dataset: str, folder: Path, *options) -> CfgNode:
+    """Load the config of :func:`small_config` for a training of one iteration, without a test."""
+    return small_config(
+        *("DATASETS.TRAIN", (dataset,), "DATASETS.TEST", (), "OUTPUT_DIR", str(folder)),
+        *("SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 1, *options),
+    )
+
+
 def small_model(*options, seed: int = 0, config: str = "configs/Toy/reldn.yaml"):
     """Build the model of :func:`small_config` with random weights from a seed."""
     torch.manual_seed(seed)

@@ -7,9 +7,9 @@ from model_utils import (
     PREDICATES,
     busy_item,
     model_of,
+    one_iteration_config,
     register_dataset,
     register_permuted_dataset,
-    small_config,
     small_model,
     unregister_dataset,
 )
@@ -129,10 +129,7 @@ def dataset(tmp_path):
 
 
 def config(name, folder, *more):
-    return small_config(
-        *("DATASETS.TRAIN", (name,), "DATASETS.TEST", (), "OUTPUT_DIR", str(folder)),
-        *("SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 1, *SHRUNK, *more),
-    )
+    return one_iteration_config(name, folder, *SHRUNK, *more)
 
 
 def trained(name, folder, *more):

@@ -9,9 +9,9 @@ from model_utils import (
     PREDICATES,
     busy_item,
     model_of,
+    one_iteration_config,
     register_dataset,
     register_permuted_dataset,
-    small_config,
     small_model,
     unregister_dataset,
 )
@@ -167,13 +167,6 @@ def dataset(tmp_path):
     unregister_dataset("prior_test_set")
 
 
-def config(name, folder, *more):
-    return small_config(
-        *("DATASETS.TRAIN", (name,), "DATASETS.TEST", (), "OUTPUT_DIR", str(folder)),
-        *("SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 1, *more),
-    )
-
-
 def counts_of(model):
     return model.relation_head.prior.predicate_counts.tolist()
 
@@ -184,7 +177,7 @@ OF_DATASET = [3, 3, 0, 6, 3, 0]  # of three images with the relations of busy_it
 @pytest.mark.parametrize("semantic", [True, False])
 def test_training_saves_the_counts_and_resumes_with_them(dataset, tmp_path, semantic):
     more = ("MODEL.ROI_RELATION_HEAD.SEMANTIC.ENABLED", semantic)
-    trainer = RelDNTrainer(config(dataset, tmp_path, *more))
+    trainer = RelDNTrainer(one_iteration_config(dataset, tmp_path, *more))
     trainer.resume_or_load(resume=False)
     assert counts_of(trainer.model) == OF_DATASET
     trainer.train()
@@ -197,21 +190,23 @@ def test_training_saves_the_counts_and_resumes_with_them(dataset, tmp_path, sema
     # A resumed run keeps those of its checkpoint, a new one on top of it counts its own data.
     content["model"]["relation_head.prior.predicate_counts"][:] = torch.tensor(COUNTS)
     torch.save(content, path)
-    resumed = RelDNTrainer(config(dataset, tmp_path, *more))
+    resumed = RelDNTrainer(one_iteration_config(dataset, tmp_path, *more))
     resumed.resume_or_load(resume=True)
     assert counts_of(resumed.model) == COUNTS
-    tuned = RelDNTrainer(config(dataset, tmp_path / "new", *more, "MODEL.WEIGHTS", path))
+    tuned = RelDNTrainer(
+        one_iteration_config(dataset, tmp_path / "new", *more, "MODEL.WEIGHTS", path)
+    )
     tuned.resume_or_load(resume=False)
     assert counts_of(tuned.model) == OF_DATASET
 
 
 def test_training_counts_have_the_order_of_the_checkpoint(dataset, tmp_path):
-    trainer = RelDNTrainer(config(dataset, tmp_path))
+    trainer = RelDNTrainer(one_iteration_config(dataset, tmp_path))
     trainer.resume_or_load(resume=False)
     trainer.checkpointer.save("mine")
     register_permuted_dataset("prior_permuted", dataset)
     try:
-        cfg = config(
+        cfg = one_iteration_config(
             "prior_permuted", tmp_path / "new", "MODEL.WEIGHTS", str(tmp_path / "mine.pth")
         )
         tuned = RelDNTrainer(cfg)
@@ -224,7 +219,7 @@ def test_training_counts_have_the_order_of_the_checkpoint(dataset, tmp_path):
 
 
 def test_old_checkpoint_takes_the_counts_of_its_statistics(dataset, tmp_path):
-    trainer = RelDNTrainer(config(dataset, tmp_path))
+    trainer = RelDNTrainer(one_iteration_config(dataset, tmp_path))
     trainer.resume_or_load(resume=False)
     trainer.checkpointer.save("old")
     path = str(tmp_path / "old.pth")
@@ -239,7 +234,7 @@ def test_old_checkpoint_takes_the_counts_of_its_statistics(dataset, tmp_path):
     with pytest.raises(ValueError, match=rf"{TAU} is 0.5, but {path} does not say how often"):
         RelationPredictor.from_checkpoint(path, "cpu", opts=[TAU, 0.5])
     with pytest.raises(ValueError, match=rf"{TAU} is 0.5, but the checkpoint {path} does not say"):
-        cfg = config(
+        cfg = one_iteration_config(
             dataset, tmp_path, "MODEL.WEIGHTS", path, TAU, 0.5, "DATASETS.TEST", (dataset,)
         )
         RelDNTrainer.evaluate_checkpoint(cfg)
@@ -247,15 +242,17 @@ def test_old_checkpoint_takes_the_counts_of_its_statistics(dataset, tmp_path):
     (tmp_path / "last_checkpoint").write_text("old.pth")
     with pytest.raises(ValueError, match=rf"{TAU} is 0.5, but the checkpoint {path} does not say"):
         test_set = ("DATASETS.TEST", (dataset,))
-        cfg = config(dataset, tmp_path, "MODEL.WEIGHTS", "other.pth", TAU, 0.5, *test_set)
+        cfg = one_iteration_config(
+            dataset, tmp_path, "MODEL.WEIGHTS", "other.pth", TAU, 0.5, *test_set
+        )
         RelDNTrainer.evaluate_checkpoint(cfg, resume=True)
-    resumed = RelDNTrainer(config(dataset, tmp_path, TAU, 0.5))
+    resumed = RelDNTrainer(one_iteration_config(dataset, tmp_path, TAU, 0.5))
     resumed.resume_or_load(resume=True)
     assert counts_of(resumed.model) == OF_DATASET
 
 
 def test_load_other_predicates_forgets_the_counts(dataset, tmp_path):
-    trainer = RelDNTrainer(config(dataset, tmp_path))
+    trainer = RelDNTrainer(one_iteration_config(dataset, tmp_path))
     trainer.resume_or_load(resume=False)
     trainer.checkpointer.save("mine")
     for name in ("model", "names"):
@@ -273,7 +270,7 @@ def test_ensure_frequency_table_evaluation_counts_only_with_the_table(dataset, t
         "MODEL.ROI_RELATION_HEAD.SEMANTIC.ENABLED", False
     )
     for model, counts in ((with_table, OF_DATASET), (without, [0] * 6)):
-        ensure_frequency_table(config(dataset, tmp_path), model)
+        ensure_frequency_table(one_iteration_config(dataset, tmp_path), model)
         assert counts_of(model) == counts
 
 
