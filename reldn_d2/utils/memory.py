@@ -11,8 +11,8 @@ def keep_freed_memory() -> bool:
     """Make the C library keep what this process frees, instead of giving it back to the system.
 
     Every training step on the CPU allocates and frees the same tensors, several GB. The system
-    clears each page that it hands out again, which takes a seventh of the time of a step. It acts
-    on tensors of more than 64 MiB in the main thread only.
+    clears each page that it hands out again, which takes a seventh of the time of a step. In
+    other threads than the main one, tensors of more than 64 MiB are still given back.
 
     Returns:
         Whether the C library can do it: glibc can.
